@@ -1,0 +1,109 @@
+"""bncli's own checkpoint: what is in it, and saving and loading it.
+
+A checkpoint is a dict of tensors and plain values, so that `torch.load(path, weights_only=True)` reads
+it without bncli. Its `state_dict` holds the weights and, for every BatchNorm layer, `running_mean`,
+`running_var` and `num_batches_tracked`.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncli.checkpoint.files import read_torch_file, write_atomically
+from bncli.config import Config
+from bncli.config_file import config_from_dict
+from bncli.errors import BncliError, CheckpointError, ConfigError
+from bncli.model import ConvNet, build_model
+
+FORMAT = "bncli.checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that evaluating, inspecting or continuing a run needs."""
+
+    config: Config
+    state_dict: dict[str, Tensor]
+    mean: tuple[float, ...]  # normalisation per channel, in units of the full range (0..1)
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    image_size: int  # height and width in pixels
+    epoch: int  # epochs finished
+    step: int  # training steps finished
+    test_accuracy: float  # of these weights in eval mode, as a fraction
+    test_loss: float  # nats
+    best_accuracy: float  # of all epochs so far
+    seconds: float  # of training so far, over all sessions
+    runtime: dict[str, Any]  # device, precision, memory format, threads
+    machine: dict[str, Any]  # versions and hardware
+    optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the file atomically: after a crash it is the old one or the new one.
+
+    Raises:
+        OSError: when it cannot be written; a former file of that name is intact.
+    """
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    content["config"] = checkpoint.config.model_dump(mode="json")
+    content["normalization"] = {"mean": content.pop("mean"), "std": content.pop("std")}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that bncli wrote; no code in it is executed.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version!r}, but this bncli reads {FORMAT_VERSION}; upgrade bncli"
+        )
+    try:
+        config = config_from_dict(content["config"], source=f"{path} (its configuration)")
+        values = {field.name: content[field.name] for field in fields(Checkpoint) if field.name in content}
+        normalization = {key: tuple(content["normalization"][key]) for key in ("mean", "std")}
+        class_names = tuple(content["class_names"])
+        return Checkpoint(**{**values, **normalization, "config": config, "class_names": class_names})
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: an incomplete bncli checkpoint ({error})") from None
+
+
+def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
+    """The checkpoint's network in eval mode, on the CPU.
+
+    It takes images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, and returns logits
+    (N, num_classes).
+
+    Raises:
+        CheckpointError: when the file is no checkpoint, or its tensors do not fit its configuration.
+    """
+    source = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    try:
+        model = build_model(
+            checkpoint.config.model,
+            len(checkpoint.class_names),
+            image_size=checkpoint.image_size,
+            mean=checkpoint.mean,
+            std=checkpoint.std,
+        )
+        model.load_state_dict(checkpoint.state_dict)
+    except (BncliError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None
+    return model.eval()

@@ -1,0 +1,44 @@
+"""`bncli bench`: measurements that back the README's numbers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption, SetOption
+
+bench_app = typer.Typer(help="Measure speed, always as a ratio to a rival in the same run.")
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure speed, always as a ratio to a rival in the same run."""
+
+
+@bench_app.command("train")
+def bench_train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    overrides: SetOption = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each loop, in turns.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Training steps in a round.")] = 4,
+    workers: Annotated[int, typer.Option(min=0, max=64, help="Of the plain loop's DataLoader.")] = 0,
+    as_json: JsonOption = False,
+) -> int:
+    """Time the training step against the same network in a plain PyTorch loop."""
+    from bncli.bench import bench_training_step
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.render import print_json
+    from bncli.cli.render_train import show_training_step_bench
+    from bncli.config_file import load_config
+
+    result = bench_training_step(
+        load_config(config, overrides),
+        num_rounds=rounds,
+        steps_per_round=steps,
+        plain_workers=workers,
+        data_progress=DataReporter(),
+        report=print_note,
+    )
+    print_json(result) if as_json else show_training_step_bench(result)
+    return 0

@@ -1,0 +1,22 @@
+"""What goes to stderr: one line each, with nothing in it that a terminal would obey."""
+
+import sys
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and with control characters made visible.
+
+    File and layer names come from strangers; an escape sequence in them must not reach the terminal.
+    """
+    flat = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in flat)
+
+
+def print_error(message: str) -> None:
+    """Say on stderr why the command ends."""
+    print(f"bncli: error: {one_line(message)}", file=sys.stderr)
+
+
+def print_note(message: str) -> None:
+    """Say something on stderr that is no result."""
+    print(f"bncli: {one_line(message)}", file=sys.stderr)

@@ -1,0 +1,56 @@
+"""How results look: tables for people, JSON for scripts. Each kind of result has its own render_*.py.
+
+The numbers come from the library; here they are only laid out.
+"""
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bncli.cli.messages import one_line
+from bncli.serialization import to_json
+
+
+def print_json(result: Any) -> None:
+    """One JSON document on stdout."""
+    print(to_json(result, indent=2))
+
+
+def console_for_results() -> Console:
+    """Stdout, without colours or a width where it is no terminal."""
+    # off a terminal rich would cut everything at 80 columns; a file has no width
+    width = None if sys.stdout.isatty() else 1000
+    return Console(highlight=False, markup=False, width=width)
+
+
+def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose other columns are numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge, table.show_edge = False, False
+    for index, header in enumerate(headers):
+        is_text = index < left
+        table.add_column(header, justify="left" if is_text else "right", overflow="fold")
+    return table
+
+
+def number(value: float | None) -> str:
+    """Two significant digits, which is what a table of statistics has room for."""
+    return "-" if value is None else f"{value:.2g}"
+
+
+def runtime_line(runtime: dict[str, Any]) -> str:
+    """`Runtime.describe()` as text."""
+    return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime)
+
+
+def show_lines(console: Console, lines: dict[str, str]) -> None:
+    """Names and values in two columns."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for key, value in lines.items():
+        grid.add_row(key, one_line(value))
+    console.print(grid)

@@ -1,0 +1,57 @@
+"""`bncli train`: from a YAML file to checkpoints."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption, SetOption
+from bncli.errors import ConfigError
+
+
+def train_config(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; not needed with --resume.")
+    ] = None,
+    overrides: SetOption = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write; default: runs/NAME-DATE-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Continue the run in this directory.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Train a Conv-BN-ReLU network and save checkpoints with its running statistics."""
+    if (config is None) == (resume is None):
+        raise ConfigError("bncli train", ["give a CONFIG.yaml, or --resume with a run directory"])
+    if resume is not None and run_dir is not None:
+        raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
+
+    from bncli.cli.progress import DataReporter, TrainReporter
+    from bncli.cli.render import print_json
+    from bncli.cli.render_train import show_dry_run, show_training
+    from bncli.config_file import load_config
+    from bncli.training import describe_setup, prepare, train
+    from bncli.training.run_dir import default_run_dir, find_config
+
+    loaded = load_config(find_config(resume) if resume else config, overrides)
+    if dry_run:
+        description = describe_setup(prepare(loaded, progress=DataReporter()))
+        print_json(description) if as_json else show_dry_run(description)
+        return 0
+
+    target = resume or run_dir or default_run_dir(config)
+    with TrainReporter() as reporter:
+        try:
+            result = train(loaded, target, resume=bool(resume), report=reporter, data_progress=DataReporter())
+        except KeyboardInterrupt:
+            print_note(f"stopped; continue with: bncli train --resume {target}")
+            raise
+    print_json(result) if as_json else show_training(result)
+    return 0

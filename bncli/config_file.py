@@ -1,0 +1,195 @@
+"""The configuration as YAML: reading a file with overrides, and writing it back.
+
+All problems are reported at once, each with its dotted key, and with the nearest known key where one is
+misspelt. This is the only file that knows YAML.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bncli.config import Config, DataConfig
+from bncli.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a configuration file (None: all defaults) and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: naming the file and every problem, each with its dotted key.
+    """
+    values = {} if path is None else _read_yaml(Path(path))
+    return config_from_dict(values, overrides, source="defaults" if path is None else str(path))
+
+
+def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None, *, source: str) -> Config:
+    """Validate plain values, such as those stored in a checkpoint; `source` names them in errors."""
+    for override in overrides or []:
+        values = _apply_override(values, override)
+    values = _start_data_section_afresh(values, overrides or [])
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        if overrides:
+            source += " with --set"
+        raise ConfigError(source, [_describe(problem) for problem in error.errors()]) from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, with two traps removed: `1e-5` is a number, and a key that
+    stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} stands twice (lines {seen[key]} and {line})"
+                )
+            if isinstance(key, str):
+                seen[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes floats so that any YAML reader takes them for numbers."""
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text and "." not in text:  # YAML 1.1 takes 1e-05 for a string, 1.0e-05 for a number
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(str(path), [f"larger than {MAX_CONFIG_BYTES:,} bytes: no configuration"])
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except OSError as error:
+        raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ConfigError(str(path), ["no YAML text"]) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(str(path), [f"no valid YAML: {_one_line(error)}"]) from None
+    if values is None:
+        raise ConfigError(str(path), ["empty; write at least `data: {name: synthetic}`"])
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise ConfigError(str(path), [f"expected sections such as `data:` and `train:`, found a {found}"])
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    """What PyYAML says over several lines, on one."""
+    mark = getattr(error, "problem_mark", None)
+    text = getattr(error, "problem", None) or str(error)
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return " ".join(str(text).split()) + where
+
+
+def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    """`train.epochs=3` set in a copy; the value is read as YAML, as in a file."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError("--set", [f"{override!r}: expected KEY=VALUE, such as train.epochs=3"])
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError("--set", [f"{dotted}: no valid YAML: {_one_line(error)}"]) from None
+    if isinstance(value, str) and text.strip() == value:
+        value = text  # `data.root= x` keeps what the shell passed
+    return _with_value(values, keys, value, dotted)
+
+
+def _with_value(values: Any, keys: list[str], value: Any, dotted: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError("--set", [f"{dotted}: there is no section {dotted.rpartition('.')[0]!r}"])
+    head, *rest = keys
+    return {
+        **values,
+        head: _with_value(values.get(head) or {}, rest, value, dotted) if rest else value,
+    }
+
+
+def _start_data_section_afresh(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """When an override changes `data.name`, the keys of the former data set fall away.
+
+    Otherwise `--set data.name=synthetic` would trip over the `url` of cifar10, which the user never
+    wrote: a checkpoint stores every key.
+    """
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    data = values.get("data")
+    if "data.name" not in keys or not isinstance(data, dict):
+        return values
+    kept = {key.removeprefix("data.") for key in keys if key.startswith("data.")}
+    return {**values, "data": {key: value for key, value in data.items() if key in kept}}
+
+
+def _describe(problem: Any) -> str:
+    """One pydantic problem as `dotted.key: what is wrong`."""
+    # the discriminator's value stands in the location of a union's member: data.cifar10.root
+    location = [str(part) for part in problem["loc"]]
+    if len(location) > 1 and location[0] == "data" and location[1] in _data_models():
+        section: type[BaseModel] | None = _data_models()[location.pop(1)]
+    else:
+        section = _section_at(location[:-1])
+    key = ".".join(location) or "the configuration"
+    kind, context = problem["type"], problem.get("ctx", {})
+    found = repr(problem.get("input"))
+    found = found if len(found) <= 60 else found[:57] + "..."
+    if kind == "extra_forbidden":
+        known = list(section.model_fields) if section else []
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if kind == "union_tag_invalid":
+        return f"data.name: unknown data set {context.get('tag')!r}; known: {', '.join(_data_models())}"
+    if kind == "union_tag_not_found":
+        return f"data.name: missing; one of {', '.join(_data_models())}"
+    if kind in {"model_type", "model_attributes_type", "dict_type"}:
+        return f"{key}: expected a section with keys, found {found}"
+    message = str(problem["msg"])
+    message = message.removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "a list")
+    return f"{key}: expected {message}, found {found}"
+
+
+def _data_models() -> dict[str, type[BaseModel]]:
+    members = get_args(get_args(DataConfig)[0])
+    return {member.model_fields["name"].default: member for member in members}
+
+
+def _section_at(location: list[str]) -> type[BaseModel] | None:
+    section: Any = Config
+    for key in location:
+        field = section.model_fields.get(key)
+        section = field.annotation if field else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return None
+    return section  # type: ignore[no-any-return]

@@ -1,0 +1,21 @@
+"""Data sets: uint8 images (N, 3, H, W) with labels (N,), their augmentation and their batches."""
+
+from bncli.data.augment import augment, check_augmentation
+from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.load import load_dataset
+from bncli.data.loader import BatchPlan, sequential_batches, training_batches
+from bncli.data.normalization import Normalization, measure_normalization
+
+__all__ = [
+    "BatchPlan",
+    "Dataset",
+    "Normalization",
+    "Progress",
+    "Split",
+    "augment",
+    "check_augmentation",
+    "load_dataset",
+    "measure_normalization",
+    "sequential_batches",
+    "training_batches",
+]

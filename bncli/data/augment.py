@@ -1,0 +1,132 @@
+"""Random shift, horizontal flip and cutout of a whole batch at once, on uint8 images.
+
+All randomness is a function of (seed, epoch, step), for the alternating flip of (seed, image, epoch):
+see `bncli.data.randomness`. Shift and flip only say which source pixel each pixel comes from, so both
+together are one gather; no padded batch is built.
+
+Alternating flip: K. Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Cutout: DeVries and
+Taylor, arXiv 1708.04552.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bncli.config import AugmentConfig
+from bncli.data.randomness import Stream, generator
+from bncli.errors import DataError
+
+Places = npt.NDArray[np.int64]
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    step: int,
+    fill: Sequence[float],
+) -> Tensor:
+    """Return a randomly changed copy of uint8 `images` (B, 3, H, W), of the same shape and device.
+
+    Args:
+        images: the batch; it is not changed, and returned itself where everything is switched off.
+        indices: (B,) int64, the place of each image in its split; decides the alternating flip.
+        config: what to do.
+        seed: of the run.
+        epoch: from 0.
+        step: of this epoch, from 0.
+        fill: colour of the erased square per channel in [0, 1], rounded to a pixel value. With the mean
+            of `Normalization` the square is 0 after normalising, to within half a pixel step.
+
+    Raises:
+        DataError: the images are too small for the configured shift or square.
+    """
+    check_augmentation(config, images.shape[2], images.shape[3])
+    batch_size, _, height, width = images.shape
+    rng = generator(Stream.AUGMENT, seed, epoch, step)
+    if config.crop_padding or config.flip != "none":
+        p = config.crop_padding
+        shift_y, shift_x = rng.integers(-p, p + 1, (2, batch_size))
+        flipped = _flips(config, indices, rng, seed, epoch)
+        rows = _reflect(np.arange(height) + shift_y[:, None], height)
+        columns = np.where(flipped[:, None], np.arange(width)[::-1], np.arange(width))
+        columns = _reflect(columns + shift_x[:, None], width)
+        images = _gather(images, rows, columns)
+    if config.cutout:
+        centres = rng.integers(0, (height, width), (batch_size, 2))
+        images = _erase(images, centres, config.cutout, fill)
+    return images
+
+
+def check_augmentation(config: AugmentConfig, height: int, width: int) -> None:
+    """Check that images of `height` by `width` pixels are large enough.
+
+    Raises:
+        DataError: they are not; names the key and its largest value.
+    """
+    side = min(height, width)
+    size = f"for images of {height}x{width} pixels"
+    if config.crop_padding > side - 1:  # a reflection needs the pixels that it mirrors
+        found = f"augment.crop_padding: {config.crop_padding} is too large {size}"
+        raise DataError(f"{found}; set it to at most {side - 1}")
+    if config.cutout > side:
+        raise DataError(f"augment.cutout: {config.cutout} is too large {size}; set it to at most {side}")
+
+
+def _flips(
+    config: AugmentConfig, indices: Tensor, rng: np.random.Generator, seed: int, epoch: int
+) -> npt.NDArray[np.bool_]:
+    """Decide for each image (B,) whether it is mirrored."""
+    random_bits = rng.random(len(indices)) < 0.5  # always drawn: cutout does not depend on the flip
+    if config.flip == "none":
+        return np.zeros(len(indices), dtype=np.bool_)
+    if config.flip == "random":
+        return random_bits
+    first = _hashed_bit(indices.cpu().numpy(), seed)
+    return first if epoch % 2 == 0 else ~first
+
+
+def _hashed_bit(indices: Places, seed: int) -> npt.NDArray[np.bool_]:
+    """One random bit per image: the top bit of SplitMix64 (Steele et al. 2014) at that position."""
+    start = generator(Stream.FLIP, seed).integers(0, 2**64, dtype=np.uint64)
+    z = start + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray((z ^ (z >> np.uint64(31))) >> np.uint64(63), dtype=np.bool_)
+
+
+def _reflect(positions: Places, size: int) -> Places:
+    """Mirror positions beyond the border back inside, without repeating the border itself."""
+    mirrored: Places = (size - 1) - np.abs((size - 1) - np.abs(positions))
+    return mirrored
+
+
+def _gather(images: Tensor, rows: Places, columns: Places) -> Tensor:
+    """Take pixel (rows[b, y], columns[b, x]) for each y and x; rows are (B, H), columns (B, W).
+
+    Measured fastest on one core of an x86 machine for 500 images of 32x32, float32 channels_last output
+    included: 2.2 ms, against 2.3 to 5.4 ms for gathers in (B, H, W, 3) storage and 5.1 for slicing.
+    """
+    batch_size, channels, _, width = images.shape
+    source = torch.from_numpy(rows[:, :, None] * width + columns[:, None, :]).to(images.device)
+    source = source.view(batch_size, 1, -1).expand(-1, channels, -1)
+    return images.flatten(2).gather(2, source).view(images.shape)
+
+
+def _erase(images: Tensor, centres: Places, side: int, fill: Sequence[float]) -> Tensor:
+    """Fill a square around each centre (B, 2), cut off at the border."""
+    first = torch.from_numpy(centres - side // 2).to(images.device)[:, :, None]  # (B, 2, 1)
+    y = torch.arange(images.shape[2], device=images.device)
+    x = torch.arange(images.shape[3], device=images.device)
+    in_rows = (y >= first[:, 0]) & (y < first[:, 0] + side)  # (B, H)
+    in_columns = (x >= first[:, 1]) & (x < first[:, 1] + side)  # (B, W)
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
+    colour = [min(255, max(0, round(255 * value))) for value in fill]
+    colours = torch.tensor(colour, dtype=torch.uint8, device=images.device)
+    return torch.where(inside, colours.view(1, 3, 1, 1), images)

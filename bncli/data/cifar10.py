@@ -1,0 +1,178 @@
+"""CIFAR-10 (Krizhevsky 2009) through torchvision, which checks the MD5 of every file before reading it.
+
+The batches are looked for in `root` first. Otherwise they come from a local archive, or from a download
+of the archive into `root`. The archive's MD5 is checked before it is opened, it is unpacked into a
+temporary folder, and only whole files move to their final place, so an interrupted run leaves nothing
+that the next one could trust by mistake.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import pickle
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from bncli.config import Cifar10Config
+from bncli.data.dataset import Dataset, Progress, Split
+from bncli.errors import DataError
+from bncli.torchvision_compat import import_torchvision
+
+_CHUNK = 1 << 20  # bytes
+_TIMEOUT = 30.0  # seconds without a single byte
+_BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, OSError)
+
+
+def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dataset:
+    """Load CIFAR-10: 50,000 training and 10,000 test images, (3, 32, 32) uint8, ten classes.
+
+    Raises:
+        DataError: the data is neither in `root` nor to be had from `archive` or `url`, or it is damaged.
+    """
+    root = Path(config.root).expanduser()
+    reader = import_torchvision().datasets.CIFAR10
+    dataset = _read(reader, root)
+    if dataset is None:
+        _provide(reader, root, config, progress)
+        dataset = _read(reader, root)
+    if dataset is None:
+        raise DataError(f"{root}: the archive did not contain CIFAR-10's batches with their MD5 values")
+    return dataset
+
+
+def _read(reader: Any, root: Path) -> Dataset | None:
+    """Read both splits with torchvision; None where a file is missing or has another MD5."""
+    try:
+        with _quiet():
+            train, test = (reader(root, train=train, download=False) for train in (True, False))
+    except RuntimeError:  # torchvision's "Dataset not found or corrupted"
+        return None
+    except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise DataError(f"{root / reader.base_folder}: cannot be read: {_reason(error)}") from error
+    return Dataset("cifar10", _split(train), _split(test), tuple(train.classes))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep stdout for results, and silence a deprecation that the old pickles trigger in numpy 2.4."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+        yield
+
+
+def _split(part: Any) -> Split:
+    # torchvision shows the stored (N, 3, 32, 32) as (N, 32, 32, 3); turned back, nothing is copied
+    images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(part.targets, dtype=torch.int64))
+
+
+def _provide(reader: Any, root: Path, config: Cifar10Config, progress: Progress | None) -> None:
+    """Put the batches into `root`, from an archive or a download."""
+    archive = root / reader.filename
+    if config.archive is not None:
+        archive = Path(config.archive).expanduser()
+        _check_md5(archive, reader.tgz_md5)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # made before a long download, so that a folder that cannot be written is noticed at once
+        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
+            if not archive.is_file() or _md5(archive) != reader.tgz_md5:
+                _download(config.url or reader.url, archive, reader.tgz_md5, Path(folder), progress)
+            _unpack(archive, Path(folder), reader, root)
+    except OSError as error:
+        found = f"data.root: cannot write CIFAR-10 to {root}: {_reason(error)}"
+        raise DataError(f"{found}; choose another folder") from error
+
+
+def _check_md5(archive: Path, expected: str) -> None:
+    try:
+        found = _md5(archive)
+    except OSError as error:
+        raise DataError(f"data.archive: cannot read {archive}: {_reason(error)}") from error
+    if found != expected:
+        wanted = f"expected {expected} (cifar-10-python.tar.gz)"
+        raise DataError(f"data.archive: {archive} has MD5 {found}, {wanted}; download it again")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _download(url: str, archive: Path, md5: str, folder: Path, progress: Progress | None) -> None:
+    """Download to `folder`, check, then move to `archive`, where the next run would find it."""
+    part = folder / archive.name
+    with part.open("wb") as file:
+        try:
+            found = _stream(url, file, progress)
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+        ) as error:  # a bad URL is a ValueError
+            raise DataError(_cannot_download(url, _reason(error), md5)) from error
+    if found != md5:
+        raise DataError(_cannot_download(url, f"the file has MD5 {found}, expected {md5}", md5))
+    part.replace(archive)
+
+
+def _stream(url: str, file: IO[bytes], progress: Progress | None) -> str:
+    """Copy `url` to `file`; return the MD5 of what came."""
+    digest = hashlib.md5(usedforsecurity=False)
+    request = urllib.request.Request(url, headers={"User-Agent": "bncli"})
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()  # it holds the connection, and our exception would hold it
+        raise
+    with response:
+        total = int(response.headers.get("Content-Length") or 0)
+        done = 0
+        while chunk := response.read1(_CHUNK):  # read() would wait for a whole chunk on a slow host
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress("download CIFAR-10 (bytes)", done, max(total, done))
+    if done < total:
+        raise OSError(f"the connection broke off after {done} of {total} bytes")
+    return digest.hexdigest()
+
+
+def _cannot_download(url: str, reason: str, md5: str) -> str:
+    return (
+        f"cannot download CIFAR-10 from {url}: {reason}; set data.url to another mirror, or data.archive to "
+        f"a local cifar-10-python.tar.gz (MD5 {md5}), or data.root to a folder with cifar-10-batches-py"
+    )
+
+
+def _unpack(archive: Path, folder: Path, reader: Any, root: Path) -> None:
+    """Unpack into `folder` and move the needed files, each as a whole, to their place in `root`."""
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(folder, filter="data")  # refuses paths and links that lead outside
+    except _BROKEN_ARCHIVE as error:
+        raise DataError(f"{archive}: cannot be unpacked: {_reason(error)}") from error
+    target = root / reader.base_folder
+    target.mkdir(exist_ok=True)
+    names = [name for name, _ in (*reader.train_list, *reader.test_list)]
+    for name in [*names, reader.meta["filename"]]:
+        unpacked = folder / reader.base_folder / name
+        if not unpacked.is_file():
+            raise DataError(f"{archive}: holds no {reader.base_folder}/{name}")
+        unpacked.replace(target / name)
+
+
+def _reason(error: Exception) -> str:
+    """Say on one line what went wrong."""
+    return " ".join(str(error).split()) or type(error).__name__

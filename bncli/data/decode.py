@@ -1,0 +1,41 @@
+"""One image file's bytes to uint8 RGB pixels of a fixed size, with PIL."""
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+VERSION = 1  # part of every cache key: raise it when the same file gives other pixels
+
+
+def decode(content: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+    """Decode to (3, image_size, image_size).
+
+    The EXIF rotation is applied. Transparent images are laid on black. 16-bit grey keeps its upper 8 bits.
+    An image of another size or aspect ratio is resized to the square with PIL's antialiased bilinear
+    filter; one of the right size is taken bit for bit. Of an animation the first frame counts.
+
+    Raises:
+        Exception: whatever PIL raises; the types are many and undocumented.
+    """
+    with Image.open(io.BytesIO(content)) as opened:
+        opened.load()
+        image = _to_rgb(ImageOps.exif_transpose(opened))
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert explicitly: PIL's own conversion would drop the alpha channel and clip 16-bit grey."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.has_transparency_data:
+        # before resizing, so that colours hidden under full transparency do not bleed into the edges
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    if image.mode.startswith("I;16") or image.mode == "I":
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,186 @@
+"""The decoded images of a folder, on disk, keyed by content; the next run maps the file into memory.
+
+Two levels, so that starting is quick and an edit is never missed:
+
+1. ROOT-SIZE.json, one per image folder, remembers the manifest (every file's path, size and times) and
+   the content key it had. While the manifest is the same, no file is opened.
+2. Otherwise all files are read and hashed. CONTENT.npy holds the pixels for that content key, so files
+   that were only touched, copied or moved as a whole are not decoded again.
+
+Files appear whole or not at all (temporary file, fsync, rename). Nothing in the folder is ever needed: it
+may be deleted at any time, and old entries are not removed.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bncli.data import decode
+from bncli.data.dataset import Progress
+from bncli.errors import DataError
+
+_T = TypeVar("_T")
+_CHUNK = 512  # files at a time: bounds the memory, and how often progress is told
+
+
+class ImageFile(NamedTuple):
+    """A file as the directory listing shows it; `path` is relative to the root, with slashes."""
+
+    path: str
+    size: int  # bytes
+    mtime_ns: int
+    ctime_ns: int  # also changes where a copy keeps the modification time
+
+
+def default_cache() -> Path:
+    """Return $XDG_CACHE_HOME/bncli, or ~/.cache/bncli."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bncli"
+
+
+def cached_images(
+    root: Path,
+    files: list[ImageFile],
+    image_size: int,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return the decoded images (N, 3, image_size, image_size) uint8, in the order of `files`.
+
+    The tensor is a private copy-on-write view of the cache file: writing to it changes no file.
+
+    Raises:
+        DataError: a file cannot be read or decoded, or the cache cannot be written.
+    """
+    shape = (len(files), 3, image_size, image_size)
+    manifest = _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
+    pointer = folder / f"{_digest([str(root.resolve())])[:32]}-{image_size}.json"
+    content = _remembered(pointer, manifest)
+    images = None if content is None else _map(folder / f"{content}.npy", shape)
+    if images is not None:
+        return images
+    hashes = _hash_files(root, files, progress)
+    named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
+    content = _digest(itertools.chain([f"bncli images {decode.VERSION} {image_size}\n"], named))
+    entry = folder / f"{content}.npy"
+    images = _map(entry, shape)
+    if images is None:
+        pixels = _decode_files(root, files, hashes, image_size, progress)
+        with _written(entry) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in pixels:
+                file.write(image)
+        images = _map(entry, shape)
+    if images is None:
+        raise DataError(f"data.cache: {entry} was written, but cannot be read back")
+    with _written(pointer) as file:
+        file.write(json.dumps({"manifest": manifest, "content": content}).encode())
+    return images
+
+
+def _digest(parts: Iterable[str]) -> str:
+    # names need not be valid UTF-8; one encoding of the whole is far quicker than 60,000
+    return hashlib.sha256(os.fsencode("".join(parts))).hexdigest()
+
+
+def _remembered(pointer: Path, manifest: str) -> str | None:
+    """Return the content key of the last run, if the manifest is the same; a damaged file means none."""
+    try:
+        found = json.loads(pointer.read_bytes())
+        return str(found["content"]) if found["manifest"] == manifest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _map(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """Map a cache entry into memory; None if it is missing or damaged, then it is made again."""
+    try:
+        pixels = np.load(entry, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != shape:
+        return None
+    return torch.from_numpy(pixels) if pixels.flags.c_contiguous else None
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its place when everything is on disk."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+            temporary = Path(file.name)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"data.cache: cannot write {path}: {error}; choose another folder") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _hash_files(root: Path, files: list[ImageFile], progress: Progress | None) -> list[str]:
+    def hash_file(index: int) -> str:
+        return hashlib.sha256(_read(root / files[index].path)).hexdigest()
+
+    return list(_in_parallel("hash images", hash_file, len(files), progress))
+
+
+def _decode_files(
+    root: Path,
+    files: list[ImageFile],
+    hashes: list[str],
+    image_size: int,
+    progress: Progress | None,
+) -> Iterator[bytes]:
+    """Yield each image's pixels, (3, image_size, image_size), in order."""
+
+    def decode_file(index: int) -> bytes:
+        path = root / files[index].path
+        content = _read(path)
+        if hashlib.sha256(content).hexdigest() != hashes[index]:
+            raise DataError(f"{path}: changed while it was being read; start again")
+        try:
+            return decode.decode(content, image_size).tobytes()
+        except Exception as error:  # PIL's decoders raise many types, none of them documented
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{path}: not a readable image: {reason}; repair or remove it") from error
+
+    with warnings.catch_warnings():
+        # set in this thread for all, because filters belong to the process
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield from _in_parallel("decode images", decode_file, len(files), progress)
+
+
+def _in_parallel(what: str, work: Callable[[int], _T], total: int, progress: Progress | None) -> Iterator[_T]:
+    """Yield work(0), work(1), ... computed by a pool of threads; PIL and hashlib release the GIL."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, total, _CHUNK):
+            stop = min(total, start + _CHUNK)
+            yield from pool.map(work, range(start, stop))
+            if progress is not None:
+                progress(what, stop, total)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error

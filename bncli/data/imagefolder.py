@@ -1,0 +1,111 @@
+"""Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}, torchvision's ImageFolder layout.
+
+Classes are the folders' names in sorted order; files in folders below a class belong to it, in sorted
+order. Names that begin with a dot are skipped (.DS_Store, .ipynb_checkpoints). Images are decoded once
+into the cache: see `bncli.data.imagecache`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bncli.config import ImageFolderConfig
+from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.imagecache import ImageFile, cached_images, default_cache
+from bncli.errors import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of one split, in order, with their labels."""
+
+    classes: tuple[str, ...]
+    files: list[ImageFile]
+    labels: list[int]
+
+
+def load_image_folder(config: ImageFolderConfig, progress: Progress | None = None) -> Dataset:
+    """Load the images, each resized to a square of `config.image_size` pixels.
+
+    Raises:
+        DataError: a folder is missing or empty, the splits have different classes, an image is broken,
+            or the cache cannot be written.
+    """
+    root = Path(config.root).expanduser()
+    train, test = _list_split(root, "train"), _list_split(root, "test")
+    _check_same_classes(root, train, test)
+    folder = Path(config.cache).expanduser() if config.cache is not None else default_cache()
+    images = cached_images(root, [*train.files, *test.files], config.image_size, folder, progress)
+    num_train = len(train.files)
+    return Dataset(
+        "imagefolder",
+        Split(images[:num_train], torch.tensor(train.labels, dtype=torch.int64)),
+        Split(images[num_train:], torch.tensor(test.labels, dtype=torch.int64)),
+        train.classes,
+    )
+
+
+def _list_split(root: Path, split: str) -> _Listing:
+    layout = f"expected {root}/{{train,test}}/CLASS/*.png (or .jpg, .jpeg, .webp)"
+    folder = root / split
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {layout}; set data.root to the folder above train")
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if _is_visible_folder(entry))
+        if not names:
+            raise DataError(f"{folder}: no class folders in it; {layout}")
+        files: list[ImageFile] = []
+        labels: list[int] = []
+        for label, name in enumerate(names):
+            found = [file for _, file in sorted(_walk(folder / name, f"{split}/{name}", ()))]
+            if not found:
+                fix = "put some there, or remove the folder from both train and test"
+                raise DataError(f"{folder / name}: no images ({', '.join(EXTENSIONS)}) in it; {fix}")
+            files += found
+            labels += [label] * len(found)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error}") from error
+    return _Listing(tuple(names), files, labels)
+
+
+def _is_visible_folder(entry: "os.DirEntry[str]") -> bool:
+    return not entry.name.startswith(".") and entry.is_dir()
+
+
+def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> list[tuple[str, ImageFile]]:
+    """Find the images at any depth, each with its folder: torchvision sorts by that before the name."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to a folder that contains it
+        return []
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS) and entry.is_file():
+                info = entry.stat()
+                file = ImageFile(f"{relative}/{name}", info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+                found.append((relative, file))
+            elif entry.is_dir():
+                found += _walk(folder / name, f"{relative}/{name}", (*above, here))
+    return found
+
+
+def _check_same_classes(root: Path, train: _Listing, test: _Listing) -> None:
+    problems = [
+        f"{root / split} has no folder {', '.join(missing)}"
+        for split, missing in (
+            ("train", sorted(set(test.classes) - set(train.classes))),
+            ("test", sorted(set(train.classes) - set(test.classes))),
+        )
+        if missing
+    ]
+    if problems:
+        fix = "both need the same class folders: add or rename them"
+        raise DataError(f"{' and '.join(problems)}; {fix}")

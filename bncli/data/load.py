@@ -1,0 +1,26 @@
+"""From the `data` section of the configuration to a data set."""
+
+from bncli.config import Cifar10Config, DataConfig, SyntheticConfig
+from bncli.data.dataset import Dataset, Progress
+
+
+def load_dataset(config: DataConfig, *, progress: Progress | None = None) -> Dataset:
+    """Load or generate the data set that `config.name` names.
+
+    `progress(what, done, total)` is called now and then in this thread while something takes long.
+
+    Raises:
+        DataError: the data set is missing, incomplete or damaged.
+    """
+    # Each source is imported where it is used: torchvision and PIL only when needed.
+    if isinstance(config, SyntheticConfig):
+        from bncli.data.synthetic import load_synthetic
+
+        return load_synthetic(config, progress)
+    if isinstance(config, Cifar10Config):
+        from bncli.data.cifar10 import load_cifar10
+
+        return load_cifar10(config, progress)
+    from bncli.data.imagefolder import load_image_folder
+
+    return load_image_folder(config, progress)

@@ -1,0 +1,120 @@
+"""Batches: how an epoch is cut into steps, and which images each step sees.
+
+The plan is made before the first step, so that the learning-rate schedule knows the number of steps and
+BatchNorm never meets a batch too small for it. The order is a function of (seed, epoch) alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bncli.config import AugmentConfig
+from bncli.data.augment import augment, check_augmentation
+from bncli.data.dataset import Split
+from bncli.data.randomness import Stream, generator
+from bncli.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch sizes of every epoch.
+
+    With `last_batch="drop"` the images that fill no whole batch are left out, others in each epoch. With
+    "keep" they make a smaller last batch, or join the batch before if they are fewer than `min_batch`:
+    the smallest batch for which every BatchNorm layer sees more than one value per channel.
+
+    Raises:
+        ConfigError: no such plan exists; names the key, what was found and the fix.
+    """
+
+    num_images: int
+    batch_size: int
+    last_batch: Literal["drop", "keep"] = "drop"
+    min_batch: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cut into batches of at least `min_batch` images."""
+        batches = f"train.batch_size: {self.batch_size} is"
+        if self.batch_size < max(1, self.min_batch):
+            reason = "BatchNorm would see one value per channel" if self.min_batch > 1 else "it is empty"
+            problem = f"{batches} too small ({reason}); set it to at least {max(1, self.min_batch)}"
+        elif self.num_images < max(1, self.min_batch):
+            problem = f"{self.num_images} training images are too few for a batch of {self.min_batch}"
+        elif self.last_batch == "drop" and self.num_images < self.batch_size:
+            problem = (
+                f"{batches} more than the {self.num_images} training images, so no whole batch exists; "
+                f"set it to at most {self.num_images}, or set train.last_batch to keep"
+            )
+        else:
+            return
+        raise ConfigError("train", [problem])
+
+    @cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The number of images of each step of an epoch."""
+        num_whole, rest = divmod(self.num_images, self.batch_size)
+        if rest == 0 or self.last_batch == "drop":
+            return (self.batch_size,) * num_whole
+        if rest >= self.min_batch:
+            return (*(self.batch_size,) * num_whole, rest)
+        return (*(self.batch_size,) * (num_whole - 1), self.batch_size + rest)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of an epoch."""
+        return len(self.batch_sizes)
+
+    @property
+    def last_batch_size(self) -> int:
+        """The number of images of the last step of an epoch."""
+        return self.batch_sizes[-1]
+
+    @property
+    def num_images_per_epoch(self) -> int:
+        """The number of images that an epoch sees, each once."""
+        return sum(self.batch_sizes)
+
+
+def training_batches(
+    split: Split,
+    plan: BatchPlan,
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    fill: Sequence[float],
+    start_step: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the augmented images (B, 3, H, W) uint8 and labels (B,) of an epoch from `start_step` on.
+
+    Steps are the same whether or not the ones before were taken. For `fill` see `augment`.
+
+    Raises:
+        DataError: at once, if the images are too small for `config`.
+        ValueError: at once, if `plan` is for another number of images.
+    """
+    if plan.num_images != len(split):
+        raise ValueError(f"the plan is for {plan.num_images} images, the split has {len(split)}")
+    check_augmentation(config, split.images.shape[2], split.images.shape[3])
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.from_numpy(generator(Stream.ORDER, seed, epoch).permutation(len(split)))
+        used = order[: plan.num_images_per_epoch].split(list(plan.batch_sizes))
+        for step, indices in enumerate(used[start_step:], start=start_step):
+            where = indices.to(split.images.device)
+            images, labels = split.images[where], split.labels[where]
+            yield (
+                augment(images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill),
+                labels,
+            )
+
+    return batches()
+
+
+def sequential_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images (B, 3, H, W) uint8 and labels (B,) once, in order; the last batch may be smaller."""
+    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)

@@ -1,0 +1,37 @@
+"""The errors a user can cause, each with the exit code of the command that meets it.
+
+A message stands on one line and says where, what was found, what was expected, and the fix if known.
+The command line prints it and exits; library users catch `BncliError`.
+"""
+
+
+class BncliError(Exception):
+    """Base of every error that bncli raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(BncliError):
+    """A configuration file or an override that cannot be used; lists every problem at once."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        """`source` is a file or `--set`; each problem starts with its dotted key, where it has one."""
+        self.source = source
+        self.problems = problems
+        super().__init__(f"{source}: " + "; ".join(problems))
+
+
+class DataError(BncliError):
+    """A data set that is missing, incomplete or damaged."""
+
+
+class CheckpointError(BncliError):
+    """A file that is no checkpoint, or a checkpoint that cannot be used."""
+
+
+class RunError(BncliError):
+    """A run directory that cannot be created, written or resumed."""
+
+
+class DeviceError(BncliError):
+    """A device or precision that this machine does not have."""

@@ -1,0 +1,189 @@
+"""The network: Conv-BN-ReLU blocks in stages, small enough to read in a minute.
+
+    images (N, 3, H, W) -> normalize -> stage 0 -> stage 1 -> ... -> global pooling -> linear -> logits
+
+Each stage has one width; the first (or last) of its blocks is followed by 2x2 pooling, so every stage
+halves height and width. Pooling after the first block is cheaper: the others run on a quarter of the
+pixels. Convolutions have no bias, since the BatchNorm that follows would subtract it again.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bncli.config import BatchNormConfig, ModelConfig
+from bncli.errors import ConfigError
+
+POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+HEAD_POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
+
+
+class Normalize(nn.Module):
+    """Images to zero mean and unit deviation per channel, so that the network takes raw pixels.
+
+    Input (N, C, H, W): uint8 in 0..255, or floating point in 0..1, as torchvision means them. `mean` and
+    `std`, (C,), are in units of the full range (0..1). They are no part of the state dict: a checkpoint
+    holds them under `normalization`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to the same shape, in float32 (or in the images' floating point type)."""
+        unit = 1.0 if images.is_floating_point() else 255.0
+        images = images if images.is_floating_point() else images.to(self.mean.dtype)
+        return (images - self.mean * unit) / (self.std * unit)
+
+
+class ConvBNReLU(nn.Sequential):
+    """3x3 convolution, BatchNorm, ReLU: (N, C, H, W) to (N, width, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, batch_norm: BatchNormConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(
+            out_channels,
+            eps=batch_norm.eps,
+            momentum=batch_norm.momentum,
+            affine=batch_norm.affine,
+            track_running_stats=batch_norm.track_running_stats,
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+
+class ConvNet(nn.Module):
+    """Images (N, 3, H, W) to logits (N, num_classes), float32."""
+
+    def __init__(
+        self, config: ModelConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.stages = nn.Sequential()
+        channels = len(mean)
+        for width in config.widths:
+            stage = nn.Sequential()
+            for block in range(config.blocks_per_stage):
+                stage.add_module(str(block), ConvBNReLU(channels, width, config.batch_norm))
+                if block == (0 if config.pool_after == "first" else config.blocks_per_stage - 1):
+                    stage.add_module("pool", POOLS[config.pool](2))
+                channels = width
+            self.stages.append(stage)
+        self.head_pool = HEAD_POOLS[config.head_pool](1)
+        self.head = nn.Linear(channels, num_classes)
+        self.logit_scale = config.logit_scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, to logits (N, num_classes)."""
+        features = self.head_pool(self.stages(self.normalize(images))).flatten(1)  # (N, widths[-1])
+        # 8 bits of logits would make ties between classes; the head is cheap in full precision
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features.to(self.head.weight.dtype))
+            return logits * self.logit_scale
+
+
+def build_model(
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    image_size: int,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    std: Sequence[float] = (0.25, 0.25, 0.25),
+    seed: int = 0,
+) -> ConvNet:
+    """The network with weights drawn from `seed`, leaving PyTorch's global generator as it was.
+
+    `image_size` is the height and width in pixels.
+
+    Raises:
+        ConfigError: when the images are too small for the number of stages, each of which halves them.
+    """
+    if image_size >> len(config.widths) < 1:
+        raise ConfigError(
+            "model",
+            [
+                f"model.widths: {len(config.widths)} stages halve the image so often, but"
+                f" {image_size}x{image_size} pixels allow {image_size.bit_length() - 1}"
+            ],
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ConvNet(config, num_classes, mean, std)
+        if config.init == "dirac":
+            _pass_channels_through(model)
+    return model
+
+
+def _pass_channels_through(model: ConvNet) -> None:
+    """Let each convolution start by copying its input channels (Dirac initialisation).
+
+    The filters beyond the number of input channels keep their random weights. The first convolution,
+    which sees colours, stays random. It lets the network learn from the first steps as if it were
+    shallow (as in airbench, Jordan 2024, arXiv 2404.00498).
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for convolution in convolutions[1:]:
+        nn.init.dirac_(convolution.weight.data[: convolution.in_channels])
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer does to one image."""
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]  # without the batch dimension
+    num_parameters: int
+    flops: int  # of a forward pass; a multiplication and an addition count as two
+
+
+def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[LayerCost, ...]:
+    """Shape, parameters and FLOPs of every layer, from one forward pass over one blank image.
+
+    FLOPs are what PyTorch's own counter counts: matrix products and convolutions; other layers count
+    as 0. The model is left as it was: the pass runs on a copy.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    twin = copy.deepcopy(model).cpu().eval()
+    layers = {name: module for name, module in twin.named_modules() if not list(module.children())}
+    for name, module in layers.items():
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: shapes.update({name: output.shape[1:]})
+        )
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        twin(torch.zeros(1, *image_shape))
+    counts = counter.get_flop_counts()
+    return tuple(
+        LayerCost(
+            name=name,
+            kind=type(module).__name__,
+            output_shape=tuple(shapes[name]),
+            num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+            flops=sum(counts.get(f"{type(twin).__name__}.{name}", {}).values()),
+        )
+        for name, module in layers.items()
+    )
+
+
+def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """The fewest values per channel that a BatchNorm layer sees of one image: the smallest H * W.
+
+    With a batch of B images it normalises over B * H * W values, and needs more than one.
+    """
+    sizes = [
+        cost.output_shape[1] * cost.output_shape[2]
+        for cost in measure_layers(model, image_shape)
+        if cost.kind == "BatchNorm2d"
+    ]
+    return min(sizes)

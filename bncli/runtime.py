@@ -1,0 +1,132 @@
+"""How to compute: device, precision, memory format, threads. Chosen once, recorded in checkpoints.
+
+`precision: auto` takes bfloat16 autocast where the hardware multiplies bfloat16 matrices fast: CUDA
+from compute capability 8.0, CPUs with AVX-512-bf16 or AMX. Elsewhere bfloat16 is emulated and slow.
+"""
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from bncli.config import RuntimeConfig
+from bncli.errors import DeviceError
+
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What `resolve_runtime` chose."""
+
+    device: torch.device
+    precision: torch.dtype  # torch.float32, or torch.bfloat16 for autocast with float32 weights
+    memory_format: torch.memory_format
+    threads: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which matrix products and convolutions run in `precision`."""
+        enabled = self.precision != torch.float32
+        return torch.autocast(self.device.type, self.precision, enabled=enabled)
+
+    def place(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, C, H, W) on the device, in the memory format."""
+        return images.to(self.device, memory_format=self.memory_format)
+
+    def place_model(self, model: _Model) -> _Model:
+        """The model itself, moved to the device and into the memory format."""
+        # PyTorch's annotations lack `memory_format` beside a device
+        return model.to(device=self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for checkpoints, JSON and headers."""
+        return {
+            "device": str(self.device),
+            "precision": str(self.precision).removeprefix("torch."),
+            "memory_format": str(self.memory_format).removeprefix("torch."),
+            "threads": self.threads,
+        }
+
+
+def resolve_runtime(config: RuntimeConfig) -> Runtime:
+    """Choose device and precision, and set the number of CPU threads of this process.
+
+    Raises:
+        DeviceError: when the device does not exist here or cannot compute in the precision asked for.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _resolve_device(config.device)
+    fast_bfloat16 = has_fast_bfloat16(device)
+    wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
+    return Runtime(
+        device=device,
+        precision=torch.bfloat16 if wants_bfloat16 else torch.float32,
+        memory_format=(
+            torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
+        ),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator and accelerator.type in {"cuda", "mps"} else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda", "mps"}:
+        raise DeviceError(f"runtime.device: unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise DeviceError(
+            f"runtime.device: {name!r} asked for, but PyTorch {torch.__version__} finds {count} CUDA devices;"
+            " use runtime.device=auto or cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("runtime.device: 'mps' is not available here; use runtime.device=auto or cpu")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = _cpu_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware, as plain values: what a number is worth nothing without."""
+    import bncli
+
+    machine: dict[str, Any] = {
+        "bncli": bncli.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_cpus": os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["cuda"] = torch.version.cuda
+    return machine
+
+
+def _cpu_name() -> str:
+    name = _cpu_capabilities().get("cpu_name")
+    return str(name or platform.processor() or "unknown")
+
+
+def _cpu_capabilities() -> dict[str, Any]:
+    # absent from some versions of PyTorch; without it `auto` stays with float32, which always works
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())

@@ -1,0 +1,23 @@
+"""BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
+
+from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.layers import LayerStats, batch_norm_layers, read_running_stats
+from bncli.stats.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
+from bncli.stats.summary import Summary, summarize
+from bncli.stats.tracking import EpochStatistics, LayerEpoch
+
+__all__ = [
+    "EpochStatistics",
+    "LayerEpoch",
+    "LayerStats",
+    "Summary",
+    "batch_norm_layers",
+    "buffers_digest",
+    "dead_channels",
+    "eval_mode",
+    "layer_flags",
+    "preserved_buffers",
+    "read_running_stats",
+    "summarize",
+    "train_mode",
+]

@@ -1,0 +1,123 @@
+"""BatchNorm layers and their running statistics, read from a model or a state dict.
+
+Reading copies: nothing that is done to a result can reach the model, and the model can train on without
+changing a result.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """One BatchNorm layer: its running statistics, affine parameters and hyperparameters.
+
+    Tensors are CPU copies of shape (C,) in the layer's own dtype; None where the layer has none
+    (`track_running_stats=False`, `affine=False`). `running_var` is PyTorch's: an average of unbiased
+    batch variances.
+    """
+
+    name: str
+    num_features: int
+    num_batches_tracked: int | None
+    momentum: float | None  # weight of the new batch; None with hyperparameters_known: cumulative
+    eps: float | None
+    hyperparameters_known: bool  # False from a state dict, which stores neither momentum nor eps
+    running_mean: Tensor | None  # (C,)
+    running_var: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+
+
+def batch_norm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Every BatchNorm1d/2d/3d and SyncBatchNorm with its name, in model order.
+
+    A module that is reachable under two names is listed once, under the first.
+    """
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+
+
+def read_running_stats(
+    model_or_state_dict: nn.Module | Mapping[str, object],
+) -> tuple[LayerStats, ...]:
+    """Read all BatchNorm layers, in model order, without changing anything.
+
+    In a state dict a layer is recognised by `running_mean` and `running_var` of one shape (C,) under one
+    prefix. Three things look alike there: InstanceNorm with `track_running_stats=True` and frozen
+    BatchNorm variants have the same keys, so they are listed; a layer without running statistics leaves
+    no trace, so it is not; and a module shared under two names is listed under both.
+
+    Raises TypeError for anything but a module or a mapping.
+    """
+    if isinstance(model_or_state_dict, nn.Module):
+        layers = batch_norm_layers(model_or_state_dict)
+        return tuple(_read_module(name, module) for name, module in layers)
+    if isinstance(model_or_state_dict, Mapping):
+        return _read_state_dict(model_or_state_dict)
+    kind = type(model_or_state_dict).__name__
+    raise TypeError(f"expected an nn.Module or a state dict (Mapping[str, Tensor]), got {kind}")
+
+
+def _read_module(name: str, module: _BatchNorm) -> LayerStats:
+    return LayerStats(
+        name=name,
+        num_features=module.num_features,
+        num_batches_tracked=_count(module.num_batches_tracked),
+        momentum=module.momentum,
+        eps=module.eps,
+        hyperparameters_known=True,
+        running_mean=_copy(module.running_mean),
+        running_var=_copy(module.running_var),
+        weight=_copy(module.weight),
+        bias=_copy(module.bias),
+    )
+
+
+def _read_state_dict(state: Mapping[str, object]) -> tuple[LayerStats, ...]:
+    layers = []
+    for key, mean in state.items():
+        if not isinstance(key, str) or not isinstance(mean, Tensor) or mean.dim() != 1:
+            continue
+        prefix, dot, leaf = key.rpartition(".")
+        var = state.get(f"{prefix}{dot}running_var")
+        if leaf != "running_mean" or not isinstance(var, Tensor) or var.shape != mean.shape:
+            continue
+        weight, bias = state.get(f"{prefix}{dot}weight"), state.get(f"{prefix}{dot}bias")
+        layers.append(
+            LayerStats(
+                name=prefix,
+                num_features=mean.numel(),
+                num_batches_tracked=_count(state.get(f"{prefix}{dot}num_batches_tracked")),
+                momentum=None,
+                eps=None,
+                hyperparameters_known=False,
+                running_mean=_copy(mean),
+                running_var=_copy(var),
+                weight=_copy(weight) if _has_shape(weight, mean) else None,
+                bias=_copy(bias) if _has_shape(bias, mean) else None,
+            )
+        )
+    return tuple(layers)
+
+
+def _has_shape(value: object, like: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == like.shape
+
+
+def _copy(value: object) -> Tensor | None:
+    """A CPU copy; None for a missing tensor and for one that a lazy layer has not made yet."""
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return None
+    # a tensor that is already on the CPU would otherwise be handed out itself
+    return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _count(value: object) -> int | None:
+    if not isinstance(value, Tensor) or is_lazy(value) or value.numel() != 1:
+        return None
+    return int(value.item())

@@ -1,0 +1,71 @@
+"""Everything a run decides before its first step: data, network, batches, device."""
+
+from dataclasses import dataclass
+
+from bncli.config import Config
+from bncli.data import (
+    BatchPlan,
+    Dataset,
+    Normalization,
+    Progress,
+    check_augmentation,
+    load_dataset,
+    measure_normalization,
+)
+from bncli.model import ConvNet, build_model, smallest_map
+from bncli.runtime import Runtime, resolve_runtime
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run that is ready to start."""
+
+    config: Config
+    runtime: Runtime
+    dataset: Dataset
+    normalization: Normalization
+    plan: BatchPlan
+    model: ConvNet
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of one image: (channels, height, width)."""
+        _, channels, height, width = self.dataset.train.images.shape
+        return channels, height, width
+
+    @property
+    def num_steps(self) -> int:
+        """Training steps of all epochs together."""
+        return self.plan.num_steps * self.config.train.epochs
+
+
+def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
+    """Load the data, build the network and decide the size of every batch.
+
+    Raises:
+        BncliError: when the run could not be carried out as configured.
+    """
+    runtime = resolve_runtime(config.runtime)
+    dataset = load_dataset(config.data, progress=progress)
+    normalization = measure_normalization(dataset.train.images)
+    _, channels, height, width = dataset.train.images.shape
+    model = build_model(
+        config.model,
+        len(dataset.class_names),
+        image_size=min(height, width),
+        mean=normalization.mean,
+        std=normalization.std,
+        seed=config.train.seed,
+    )
+    # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
+    # channel" would otherwise stop a run at the last batch of its first epoch
+    min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1
+    plan = BatchPlan(
+        num_images=len(dataset.train),
+        batch_size=config.train.batch_size,
+        last_batch=config.train.last_batch,
+        min_batch=min_batch,
+    )
+    check_augmentation(config.augment, height, width)
+    model = runtime.place_model(model)
+    return Setup(config, runtime, dataset, normalization, plan, model)

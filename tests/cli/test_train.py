@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Bncli
+
+
+def test_train_prints_its_contract_as_json_and_progress_on_stderr(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path
+) -> None:
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", "--json", "--set", "train.epochs=1")
+    assert outcome.code == 0
+    result = outcome.json
+    assert result["run_dir"] == str(tmp_path / "run")
+    assert Path(result["checkpoint"]).is_file()
+    assert Path(result["best_checkpoint"]).is_file()
+    assert 0 <= result["test_accuracy"] <= 1
+    assert result["epochs"] == 1
+    assert result["seconds"] > 0
+    assert result["images_per_second"] == pytest.approx(500 / result["seconds"])
+    lines = outcome.err.splitlines()
+    assert [line.split()[0] for line in lines[-2:]] == ["epoch", "1"]
+    assert "\x1b" not in outcome.err
+
+
+def test_the_table_on_stdout_names_the_accuracy_and_the_checkpoint(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path
+) -> None:
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run")
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{metrics['test_accuracy']:.2%}" in outcome.out
+    assert str(tmp_path / "run" / "last.pt") in outcome.out
+
+
+def test_resume_continues_in_the_same_directory(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    bncli("train", tiny_config, "--run-dir", run_dir)
+    outcome = bncli("train", "--resume", run_dir, "--set", "train.epochs=3", "--json")
+    assert outcome.code == 0
+    assert outcome.json["epochs"] == 3
+    assert "Resuming after epoch 2 of 3" in outcome.err
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_without_a_run_dir_every_run_gets_its_own(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = (
+        bncli("train", tiny_config, "--json", "--set", "train.epochs=1").json["run_dir"] for _ in range(2)
+    )
+    assert first != second
+    assert Path(first).parent == Path(second).parent == Path("runs")
+
+
+def test_there_is_nothing_to_resume_where_there_was_no_run(bncli: Bncli, tmp_path: Path) -> None:
+    outcome = bncli("train", "--resume", tmp_path)
+    assert outcome.code == 2
+    assert "no run to resume" in outcome.err
+
+
+def test_a_dry_run_describes_the_run_and_writes_nothing(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    described = bncli("train", tiny_config, "--dry-run", "--json", "--set", "train.batch_size=64").json
+    assert described["steps_per_epoch"] == 7
+    assert described["images_left_out_per_epoch"] == 500 - 7 * 64
+    assert described["num_parameters"] == 3 * 8 * 9 + 2 * 8 + 8 * 16 * 9 + 2 * 16 + 16 * 10 + 10
+    assert described["flops_per_image"] == 2 * (32 * 32 * 8 * 27 + 16 * 16 * 16 * 72 + 160)
+    assert described["config"]["train"]["batch_size"] == 64
+    kept = bncli(
+        "train", tiny_config, "--dry-run", "--set", "train.batch_size=64", "--set", "train.last_batch=keep"
+    )
+    assert "64 images, the last of an epoch 52" in kept.out
+    assert "stages.1.0.conv" in kept.out
+    assert list(tmp_path.iterdir()) == []

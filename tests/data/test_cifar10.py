@@ -1,0 +1,282 @@
+import hashlib
+import io
+import pickle
+import socket
+import struct
+import tarfile
+import threading
+import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from bncli.config import Cifar10Config
+from bncli.data import load_dataset
+from bncli.errors import DataError
+from bncli.torchvision_compat import import_torchvision
+
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+CLASSES = ["cat", "dog", "owl"]
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote str, as in the published files."""
+
+    dispatch: ClassVar = pickle._Pickler.dispatch.copy()
+
+    def save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+
+    dispatch[bytes] = save_bytes
+
+
+def python2_pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, protocol=2).dump(value)
+    return buffer.getvalue()
+
+
+class Tiny:
+    """A CIFAR-10 of 4 images per batch in the published format, and torchvision told to expect it."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(1)
+        self.reader = import_torchvision().datasets.CIFAR10
+        self.monkeypatch = monkeypatch
+        self.pixels, self.labels, self.files = [], [], {}
+        names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+        for name in names:
+            data = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+            labels = rng.integers(0, 3, 4).tolist()
+            self.pixels.append(data)
+            self.labels.append(labels)
+            self.files[name] = python2_pickle({b"data": data, b"labels": labels})
+        self.files["batches.meta"] = python2_pickle({b"label_names": [name.encode() for name in CLASSES]})
+        listed = [[name, md5(self.files[name])] for name in names]
+        monkeypatch.setattr(self.reader, "train_list", listed[:5])
+        monkeypatch.setattr(self.reader, "test_list", listed[5:])
+        meta = {"filename": "batches.meta", "key": "label_names"}
+        monkeypatch.setattr(self.reader, "meta", meta | {"md5": md5(self.files["batches.meta"])})
+        # unless a test says otherwise, nothing may go out to the network
+        monkeypatch.setattr(self.reader, "url", "http://127.0.0.1:1/nowhere.tar.gz")
+        self.archive = folder / "published" / ARCHIVE
+        self.archive.parent.mkdir()
+        self.publish(tar_of({f"{FOLDER}/{name}": content for name, content in self.files.items()}))
+
+    def publish(self, archive: bytes) -> None:
+        self.archive.write_bytes(archive)
+        self.monkeypatch.setattr(self.reader, "tgz_md5", md5(archive))
+
+    def check(self, dataset) -> None:
+        images = np.concatenate(self.pixels).reshape(-1, 3, 32, 32)
+        assert np.array_equal(dataset.train.images.numpy(), images[:20])
+        assert np.array_equal(dataset.test.images.numpy(), images[20:])
+        assert dataset.train.labels.tolist() == list(chain(*self.labels[:5]))
+        assert dataset.test.labels.tolist() == self.labels[5]
+        assert dataset.class_names == ("cat", "dog", "owl")
+        assert dataset.train.images.is_contiguous()
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Tiny:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return Tiny(tmp_path, monkeypatch)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        self.server.requests.append(self.path)
+
+
+@pytest.fixture
+def server(tiny):
+    handler = partial(QuietHandler, directory=tiny.archive.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        httpd.requests = []
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/{ARCHIVE}"
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        yield httpd
+        httpd.shutdown()
+        thread.join()
+
+
+def leftovers(root: Path) -> list[str]:
+    return sorted(path.name for path in root.rglob("*")) if root.is_dir() else []
+
+
+def test_a_mirror_is_downloaded_once_checked_and_read(tiny, server, tmp_path, capsys):
+    calls = []
+    config = Cifar10Config(root=str(tmp_path / "data"), url=server.url)
+    tiny.check(load_dataset(config, progress=lambda *call: calls.append(call)))
+    assert calls[-1][1] == calls[-1][2] == tiny.archive.stat().st_size
+    tiny.check(load_dataset(config))
+    assert len(server.requests) == 1
+    assert capsys.readouterr().out == ""
+    assert leftovers(tmp_path / "data") == sorted([FOLDER, ARCHIVE, *tiny.files])
+
+
+def test_without_a_mirror_torchvisions_address_is_used(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny.reader, "url", server.url)
+    tiny.check(load_dataset(Cifar10Config(root=str(tmp_path / "data"))))
+
+
+def test_a_local_archive_needs_no_network(tiny, tmp_path):
+    root = tmp_path / "new" / "data"
+    tiny.check(load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive))))
+    assert leftovers(root) == sorted([FOLDER, *tiny.files])
+
+
+def test_an_archive_that_torchvision_downloaded_before_is_used(tiny, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / ARCHIVE).write_bytes(tiny.archive.read_bytes())
+    tiny.check(load_dataset(Cifar10Config(root=str(root))))
+
+
+def test_a_damaged_batch_is_replaced_from_the_archive(tiny, tmp_path):
+    config = Cifar10Config(root=str(tmp_path), archive=str(tiny.archive))
+    load_dataset(config)
+    (tmp_path / FOLDER / "data_batch_3").write_bytes(b"damaged")
+    tiny.check(load_dataset(config))
+
+
+def error_of(config: Cifar10Config) -> str:
+    with pytest.raises(DataError) as caught:
+        load_dataset(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_download_with_the_wrong_md5_is_thrown_away(tiny, server, tmp_path):
+    tiny.archive.write_bytes(b"another file")
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=server.url))
+    assert md5(b"another file") in message
+    assert tiny.reader.tgz_md5 in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_a_local_archive_with_the_wrong_md5_is_refused(tiny, tmp_path):
+    tiny.archive.write_bytes(tiny.archive.read_bytes()[:-100])
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
+    assert str(tiny.archive) in message
+    assert f"expected {tiny.reader.tgz_md5}" in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_offline_the_error_names_the_three_ways_out(tiny, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    message = error_of(Cifar10Config(root=str(tmp_path), url=f"http://127.0.0.1:{port}/x.tar.gz"))
+    assert "refused" in message
+    for way in ("data.url", "data.archive", tiny.reader.tgz_md5, "data.root", FOLDER):
+        assert way in message
+
+
+@pytest.mark.parametrize(("url", "reason"), [("{}.missing", "404"), ("no address", "unknown url")])
+def test_a_wrong_address_is_named(tiny, server, tmp_path, url, reason):
+    url = url.format(server.url)
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=url))
+    assert url in message
+    assert reason in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_a_connection_that_breaks_off_leaves_nothing(tiny, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def send_half() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"x" * 500)
+
+        thread = threading.Thread(target=send_half)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/{ARCHIVE}"
+        message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=url))
+        thread.join()
+    assert "broke off after 500 of 1000 bytes" in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_a_truncated_archive_leaves_nothing_half_extracted(tiny, tmp_path):
+    tiny.publish(tiny.archive.read_bytes()[:-5000])
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
+    assert "cannot be unpacked" in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_an_archive_cannot_write_outside_its_folder(tiny, tmp_path):
+    tiny.publish(tar_of({"../../escaped": b"x"}))
+    message = error_of(Cifar10Config(root=str(tmp_path / "a" / "data"), archive=str(tiny.archive)))
+    assert "outside" in message
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_an_archive_without_the_batches_is_refused(tiny, tmp_path):
+    tiny.publish(tar_of({"readme": b"x"}))
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
+    assert f"holds no {FOLDER}/data_batch_1" in message
+
+
+def test_batches_with_another_md5_are_never_unpickled(tiny, tmp_path):
+    tiny.publish(tar_of({f"{FOLDER}/{name}": b"not a pickle" for name in tiny.files}))
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
+    assert "MD5" in message
+
+
+def test_a_root_that_cannot_be_written_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    root = tmp_path / "file" / "data"
+    assert f"data.root: cannot write CIFAR-10 to {root}" in error_of(
+        Cifar10Config(root=str(root), archive=str(tiny.archive))
+    )
+
+
+def test_a_missing_archive_is_named(tiny, tmp_path):
+    missing = tmp_path / "missing.tar.gz"
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(missing)))
+    assert f"data.archive: cannot read {missing}" in message
+
+
+def unpickled(path: Path) -> dict[bytes, object]:
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"dtype\(\): align")
+        return pickle.load(file, encoding="bytes")
+
+
+def test_the_real_data_equals_the_pickles(real_cifar10):
+    dataset = load_dataset(Cifar10Config(root=str(real_cifar10)))
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    entries = [unpickled(real_cifar10 / FOLDER / name) for name in [*names, "test_batch"]]
+    images = np.concatenate([entry[b"data"] for entry in entries]).reshape(-1, 3, 32, 32)
+    labels = list(chain(*(entry[b"labels"] for entry in entries)))
+    loaded = torch.cat([dataset.train.images, dataset.test.images]).numpy()
+    assert np.array_equal(loaded, images)
+    assert torch.cat([dataset.train.labels, dataset.test.labels]).tolist() == labels
+    assert (len(dataset.train), len(dataset.test)) == (50_000, 10_000)
+    meta = unpickled(real_cifar10 / FOLDER / "batches.meta")
+    assert [name.encode() for name in dataset.class_names] == meta[b"label_names"]

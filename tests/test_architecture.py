@@ -1,0 +1,96 @@
+"""The layers of the house: an import may only point down, and heavy packages stay in their rooms."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "bncli"
+
+# from the top down; rooms on one line may not import each other
+LAYERS = [
+    {"cli"},
+    {"bench"},
+    {"training"},
+    {"evaluation", "checkpoint", "data"},
+    {"stats", "model"},
+    {"config_file", "runtime", "torchvision_compat"},
+    {"config", "serialization"},
+    {"errors"},
+]
+# a package, and the only places that may import it
+ONLY_IN = {
+    "yaml": {"config_file"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "matplotlib": {"cli"},
+    "torchvision": {"torchvision_compat", "data", "bench"},
+    "PIL": {"data", "bench"},
+    "pydantic": {"config", "config_file", "serialization"},
+}
+
+
+def rank(room: str) -> int:
+    return next(index for index, layer in enumerate(LAYERS) if room in layer)
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.name[0] != "_"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(path)
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[0] == "bncli" and len(parts) > 1:
+            target = parts[1]
+            allowed = target == room or rank(target) > rank(room)
+            assert allowed, f"{path} imports {name}"
+        if parts[0] in ONLY_IN:
+            assert room in ONLY_IN[parts[0]], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("room", ["stats", "evaluation"])
+def test_the_numeric_core_knows_nothing_of_our_config_network_or_data(room: str) -> None:
+    own = {"config", "config_file", "model", "data", "checkpoint", "runtime"}
+    for path in (PACKAGE / room).glob("*.py"):
+        for name in imports_of(path):
+            assert not (name.startswith("bncli.") and name.split(".")[1] in own), f"{path} imports {name}"
+
+
+def test_files_stay_small() -> None:
+    long = {str(path): n for path in FILES if (n := len(path.read_text().splitlines())) > 330}
+    assert not long
+
+
+@pytest.mark.parametrize("module", ["bncli", "bncli.cli.app", "bncli.__main__"])
+def test_the_command_line_starts_without_torch(module: str) -> None:
+    heavy = "{'torch', 'torchvision', 'matplotlib', 'numpy'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_is_typed_and_names_its_public_interface() -> None:
+    import bncli
+
+    assert (PACKAGE / "py.typed").is_file()
+    for name in bncli.__all__:
+        assert getattr(bncli, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bncli.nothing

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from bncli.config import RuntimeConfig
+from bncli.errors import DeviceError
+from bncli.runtime import describe_machine, has_fast_bfloat16, resolve_runtime
+
+
+def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "avx2": True}, torch.float32),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr("bncli.runtime._cpu_capabilities", lambda found=capabilities: found)
+        assert resolve_runtime(RuntimeConfig(device="cpu")).precision == expected
+        assert has_fast_bfloat16(torch.device("cpu")) == (expected == torch.bfloat16)
+
+
+def test_a_precision_asked_for_is_taken_whatever_the_hardware() -> None:
+    for name in ("float32", "bfloat16"):
+        runtime = resolve_runtime(RuntimeConfig(device="cpu", precision=name))
+        with runtime.autocast():
+            product = torch.ones(4, 4) @ torch.ones(4, 4)
+        assert product.dtype == getattr(torch, name) == runtime.precision
+
+
+def test_threads_are_set_and_reported() -> None:
+    for threads in (1, 2):
+        assert resolve_runtime(RuntimeConfig(device="cpu", threads=threads)).threads == threads
+        assert torch.get_num_threads() == threads
+
+
+def test_images_and_models_are_placed_in_the_memory_format() -> None:
+    runtime = resolve_runtime(RuntimeConfig(device="cpu", memory_format="channels_last"))
+    images = runtime.place(torch.zeros(2, 3, 8, 8))
+    model = runtime.place_model(torch.nn.Conv2d(3, 4, 3))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["abacus", "xpu", "cpu:x", "meta", ""])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match="unknown device"):
+        resolve_runtime(RuntimeConfig(device=name))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(DeviceError, match="finds 0 CUDA devices"):
+        resolve_runtime(RuntimeConfig(device="cuda"))
+
+
+def test_the_description_of_a_machine_holds_versions_and_hardware() -> None:
+    machine = describe_machine()
+    assert machine["torch"] == torch.__version__
+    assert machine["num_cpus"] >= 1
+    assert machine["cpu"]

@@ -1,0 +1,260 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bncli.checkpoint import load_checkpoint, load_model
+from bncli.config import Config
+from bncli.config_file import load_config
+from bncli.data import load_dataset, training_batches
+from bncli.errors import BncliError, ConfigError, RunError
+from bncli.model import build_model
+from bncli.training import EpochDone, Started, StepDone, prepare, train
+from bncli.training.loop import training_step
+from bncli.training.optimizer import learning_rate_at
+from bncli.training.run import Run
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    """Bit for bit: weights, running statistics and the optimiser's momentum."""
+    a, b = load_checkpoint(first), load_checkpoint(second)
+    assert a.state_dict.keys() == b.state_dict.keys()
+    pairs = [(a.state_dict[key], b.state_dict[key]) for key in a.state_dict]
+    states = [checkpoint.optimizer["state"] for checkpoint in (a, b)]
+    pairs += [(states[0][k]["momentum_buffer"], states[1][k]["momentum_buffer"]) for k in states[0]]
+    return all(torch.equal(left, right) for left, right in pairs)
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_configuration_metrics_and_two_checkpoints(
+    finished_run: Path, tiny_config: Path
+) -> None:
+    assert {path.name for path in finished_run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+    }
+    assert load_config(finished_run / "config.yaml") == load_config(tiny_config)
+    metrics = metrics_of(finished_run)
+    assert [line["epoch"] for line in metrics] == [1, 2]
+    assert [line["step"] for line in metrics] == [10, 20]
+    assert load_checkpoint(finished_run / "best.pt").test_accuracy == max(
+        line["test_accuracy"] for line in metrics
+    )
+
+
+def test_the_metrics_hold_the_running_statistics_of_every_layer(finished_run: Path) -> None:
+    state = load_checkpoint(finished_run / "last.pt").state_dict
+    layers = metrics_of(finished_run)[-1]["layers"]
+    assert [layer["name"] for layer in layers] == ["stages.0.0.norm", "stages.1.0.norm"]
+    for layer in layers:
+        for which in ("running_mean", "running_var"):
+            expected = state[f"{layer['name']}.{which}"].double().norm().item()
+            assert layer[f"{which}_norm"] == pytest.approx(expected)
+        assert 0 < layer["mean_shift"] < 10
+        assert 0.1 < layer["var_ratio"] < 10
+
+
+def test_the_saved_accuracy_is_that_of_the_saved_weights(finished_run: Path) -> None:
+    checkpoint = load_checkpoint(finished_run / "last.pt")
+    test = load_dataset(checkpoint.config.data).test
+    with torch.no_grad():
+        logits = load_model(checkpoint)(test.images)
+    assert (logits.argmax(1) == test.labels).double().mean().item() == checkpoint.test_accuracy
+    assert F.cross_entropy(logits, test.labels).item() == pytest.approx(checkpoint.test_loss, rel=1e-4)
+
+
+def test_a_step_is_that_of_plain_pytorch(tiny_config: Path) -> None:
+    """The oracle: the same network, contiguous, trained with a loop written out here."""
+    config = load_config(tiny_config, ["train.weight_decay=0.01"])
+    setup = prepare(config)
+    run = Run.start(setup)
+    run.model.train()
+    plain = build_model(
+        config.model,
+        10,
+        image_size=32,
+        mean=setup.normalization.mean,
+        std=setup.normalization.std,
+        seed=config.train.seed,
+    ).train()
+    velocity = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    batches = training_batches(
+        setup.dataset.train, setup.plan, config.augment, seed=0, epoch=0, fill=setup.normalization.mean
+    )
+    for step, (images, labels) in enumerate(batches):
+        loss, hits = training_step(run, images, labels)
+        logits = plain(images)
+        expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert hits == (logits.argmax(1) == labels).sum()
+        plain.zero_grad()
+        expected.backward()
+        rate = learning_rate_at(step, setup.num_steps, config.train)
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                gradient = p.grad + (0.01 * p if p.ndim > 1 else 0)
+                velocity[name] = 0.9 * velocity[name] + gradient
+                p.sub_(rate * (gradient + 0.9 * velocity[name]))  # Nesterov
+        assert run.learning_rate == rate
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[key], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny_config: Path, tmp_path: Path, precision: str, threads: int
+) -> None:
+    overrides = ["train.epochs=3", f"runtime.precision={precision}", f"runtime.threads={threads}"]
+    config = load_config(tiny_config, [*overrides, "augment.cutout=8", "train.last_batch=keep"])
+    train(config, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill_in_epoch_3(event: Started | StepDone | EpochDone) -> None:
+        if isinstance(event, StepDone) and event.epoch == 3 and event.step == 24:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "resumed", report=kill_in_epoch_3)
+    assert load_checkpoint(tmp_path / "resumed" / "last.pt").epoch == 2
+    result = train(config, tmp_path / "resumed", resume=True)
+    assert result.epochs == 3
+    assert same_tensors(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
+    for whole, resumed in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "resumed"), strict=True):
+        for key in ("epoch", "step", "train_loss", "test_accuracy", "layers"):
+            assert whole[key] == resumed[key]
+
+
+def test_a_run_interrupted_in_its_first_epoch_starts_again(tiny_config: Path, tmp_path: Path) -> None:
+    config = load_config(tiny_config)
+
+    def kill(event: Started | StepDone | EpochDone) -> None:
+        if isinstance(event, StepDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", report=kill)
+    assert train(config, tmp_path / "run", resume=True).epochs == 2
+
+
+def test_metrics_of_epochs_after_the_checkpoint_are_run_again_not_doubled(
+    finished_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "step": 30}\n{"epoch": 4, "st')  # a crash before the checkpoint
+    train(load_config(tiny_config, ["train.epochs=3"]), run_dir, resume=True)
+    assert [line["epoch"] for line in metrics_of(run_dir)] == [1, 2, 3]
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    result = train(load_config(tiny_config), run_dir, resume=True)
+    assert result.test_accuracy == load_checkpoint(run_dir / "last.pt").test_accuracy
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        assert (run_dir / name).read_bytes() == (finished_run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=0.2", r"train\.learning_rate was 0\.1, now 0\.2"),
+        ("model.widths=[8, 32]", r"model\.widths was \(8, 16\), now \(8, 32\)"),
+        ("data.seed=1", r"data\.seed was 0, now 1"),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused_with_the_difference(
+    finished_run: Path, tiny_config: Path, override: str, expected: str
+) -> None:
+    with pytest.raises(RunError, match=expected):
+        train(load_config(tiny_config, [override]), finished_run, resume=True)
+
+
+def test_a_directory_that_holds_something_is_never_overwritten(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("mine")
+    with pytest.raises(RunError, match="not empty"):
+        train(load_config(tiny_config), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("batch_size", [50, 33, 499])
+@pytest.mark.parametrize("last_batch", ["keep", "drop"])
+def test_a_ragged_last_batch_never_breaks_batch_norm(
+    tiny_config: Path, tmp_path: Path, batch_size: int, last_batch: str
+) -> None:
+    """8x8 pixels after three stages are one value per channel; 499 leaves a last batch of one image."""
+    overrides = [
+        "model.widths=[4, 4, 4, 4, 4]",
+        "model.blocks_per_stage=2",
+        f"train.batch_size={batch_size}",
+        f"train.last_batch={last_batch}",
+        "train.epochs=1",
+    ]
+    config = load_config(tiny_config, overrides)
+    setup = prepare(config)
+    assert min(setup.plan.batch_sizes) >= 2
+    train(config, tmp_path / "run")
+
+
+def test_a_batch_size_that_batch_norm_cannot_take_is_refused_before_the_first_step(
+    tiny_config: Path,
+) -> None:
+    deep = ["model.widths=[4, 4, 4, 4, 4]", "model.blocks_per_stage=2", "train.batch_size=1"]
+    with pytest.raises(ConfigError, match=r"train\.batch_size"):
+        prepare(load_config(tiny_config, deep))
+    prepare(load_config(tiny_config, ["train.batch_size=1"]))  # maps of 16x16: one image is enough
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_earlier_checkpoints(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    # nothing normalises the logits: a huge scale makes the very first loss infinite
+    config = load_config(tiny_config, ["train.learning_rate=1e30", "train.warmup=0"])
+    with pytest.raises(RunError, match="the loss became nan in epoch 1"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_other_training_images_are_noticed_on_resume(
+    finished_run: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config)
+    setup = prepare(config)
+    other = prepare(load_config(tiny_config, ["data.seed=7"]))
+    object.__setattr__(setup, "normalization", other.normalization)
+    with pytest.raises(BncliError, match="not those of the checkpoint"):
+        Run.restore(setup, load_checkpoint(finished_run / "last.pt"))
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_more_than_ninety_percent_in_a_minute(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent.parent / "configs" / "quickstart.yaml"
+    result = train(load_config(path), tmp_path / "run")
+    assert result.test_accuracy > 0.9
+    assert result.seconds < 60
+
+
+def test_the_library_trains_from_a_configuration_made_in_code(tmp_path: Path) -> None:
+    values = {
+        "data": {"name": "synthetic", "num_train": 100, "num_test": 20},
+        "model": {"widths": [4], "blocks_per_stage": 1},
+        "train": {"epochs": 1, "batch_size": 50},
+        "runtime": {"device": "cpu"},
+    }
+    result = train(Config.model_validate(values), tmp_path / "run")
+    assert result.checkpoint.is_file()
