@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bncli.config_file import load_config
     from bncli.data import load_dataset
     from bncli.errors import BncliError
-    from bncli.evaluation import check_determinism, evaluate
+    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate
     from bncli.stats import read_running_stats
     from bncli.training import train
 
@@ -22,6 +22,8 @@ _HOMES = {
     "BncliError": "bncli.errors",
     "Checkpoint": "bncli.checkpoint",
     "Config": "bncli.config",
+    "FixedShape": "bncli.evaluation",
+    "certify": "bncli.evaluation",
     "check_determinism": "bncli.evaluation",
     "evaluate": "bncli.evaluation",
     "load_checkpoint": "bncli.checkpoint",
@@ -36,6 +38,8 @@ __all__ = [
     "BncliError",
     "Checkpoint",
     "Config",
+    "FixedShape",
+    "certify",
     "check_determinism",
     "evaluate",
     "load_checkpoint",

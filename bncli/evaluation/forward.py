@@ -30,3 +30,8 @@ def forward(model: nn.Module, inputs: Tensor) -> Tensor:
             f"expected logits of shape ({len(inputs)}, num_classes)"
         )
     return logits
+
+
+def is_too_few_values(error: ValueError) -> bool:
+    """Whether this is BatchNorm in train mode refusing to measure a single value per channel."""
+    return "Expected more than 1 value per channel" in str(error)

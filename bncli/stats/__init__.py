@@ -2,7 +2,13 @@
 
 from bncli.stats.audit import dead_channels, layer_flags
 from bncli.stats.layers import LayerStats, batch_norm_layers, read_running_stats
-from bncli.stats.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
+from bncli.stats.modes import (
+    batch_statistics_mode,
+    buffers_digest,
+    eval_mode,
+    preserved_buffers,
+    train_mode,
+)
 from bncli.stats.summary import Summary, summarize
 from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
@@ -12,6 +18,7 @@ __all__ = [
     "LayerStats",
     "Summary",
     "batch_norm_layers",
+    "batch_statistics_mode",
     "buffers_digest",
     "dead_channels",
     "eval_mode",

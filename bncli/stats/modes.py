@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.stats.bits import as_bytes, bitwise_equal
+from bncli.stats.layers import batch_norm_layers
 
 
 @contextmanager
@@ -21,6 +22,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def train_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in train mode; at the end give every module its own earlier mode back."""
     with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def batch_statistics_mode(model: nn.Module) -> Iterator[None]:
+    """Let BatchNorm normalise by batch statistics while everything else, dropout too, is in eval mode.
+
+    At the end every module gets its own earlier mode back. The running statistics follow the batches
+    meanwhile: see `preserved_buffers`.
+    """
+    with eval_mode(model):
+        for _, layer in batch_norm_layers(model):
+            layer.training = True
         yield
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.errors import DataError
-from bncli.evaluation.determinism import Determinism, check_determinism
+from bncli.evaluation.certificate import Certificate, certify
 from bncli.stats.modes import buffers_digest
 
 SIZES = (2, 7, 16)
@@ -66,11 +66,11 @@ class Noise(Flat):
         return super().forward(inputs) + torch.randn(3)
 
 
-def restored(net: nn.Module, batch: Tensor, **arguments: object) -> Determinism:
+def restored(net: nn.Module, batch: Tensor, **arguments: object) -> Certificate:
     """Run the check, and check that it left the model and the random numbers as they were."""
     digest, modes = buffers_digest(net), [module.training for module in net.modules()]
     random_state = torch.get_rng_state()
-    result = check_determinism(net, batch, batch_sizes=SIZES, **arguments)
+    result = certify(net, batch, batch_sizes=SIZES, **arguments)
     assert buffers_digest(net) == digest
     assert [module.training for module in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -225,7 +225,7 @@ def test_other_precisions_work(dtype: torch.dtype) -> None:
 
 
 def test_sizes_beyond_the_images_come_down_to_one_check() -> None:
-    result = check_determinism(Flat(), images(5), batch_sizes=(64, 3, 256, 3))
+    result = certify(Flat(), images(5), batch_sizes=(64, 3, 256, 3))
     found = [(check.batch_size, check.requested_batch_sizes) for check in result.batch_sizes]
     assert found == [(3, (3,)), (5, (64, 256))]
     assert result.train_mode.batch_size == 5
@@ -236,7 +236,7 @@ def test_where_train_mode_refuses_one_image_it_is_given_two(count: int) -> None:
     # a single value per channel; with 7 images, no batch may end up with one image either
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.BatchNorm1d(5))
     net(torch.randn(16, 3, 8, 8))
-    result = check_determinism(net, images(count), batch_sizes=(2, 3))
+    result = certify(net, images(count), batch_sizes=(2, 3))
     assert (result.train_mode.reference_batch_size, result.train_mode.batch_size) == (2, 3)
     assert result.train_mode.max_abs_diff > 0.1
     assert result.deterministic
@@ -245,7 +245,7 @@ def test_where_train_mode_refuses_one_image_it_is_given_two(count: int) -> None:
 def test_one_image_that_train_mode_refuses_leaves_no_contrast() -> None:
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192))
     net(torch.randn(16, 3, 8, 8))
-    assert check_determinism(net, images(1)).train_mode is None
+    assert certify(net, images(1)).train_mode is None
 
 
 def test_a_model_that_changes_a_buffer_in_eval_mode_is_caught_and_put_right() -> None:
@@ -281,7 +281,7 @@ def test_everything_is_restored_when_the_model_raises(calls: int) -> None:
     digest, modes = buffers_digest(net), [module.training for module in net.modules()]
     random_state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="in eval mode" if calls == 5 else "in train mode"):
-        check_determinism(net, batch, batch_sizes=(8,))
+        certify(net, batch, batch_sizes=(8,))
     assert buffers_digest(net) == digest
     assert [module.training for module in net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -296,7 +296,7 @@ def test_another_value_error_of_the_model_is_not_swallowed() -> None:
             return super().forward(inputs)
 
     with pytest.raises(ValueError, match="not today"):
-        check_determinism(Refuses(), images())
+        certify(Refuses(), images())
 
 
 def test_channels_last_images_stay_channels_last_in_every_order() -> None:
@@ -305,12 +305,12 @@ def test_channels_last_images_stay_channels_last_in_every_order() -> None:
             assert inputs.is_contiguous(memory_format=torch.channels_last)
             return super().forward(inputs)
 
-    check_determinism(Formats(), images().contiguous(memory_format=torch.channels_last))
+    certify(Formats(), images().contiguous(memory_format=torch.channels_last))
 
 
 def test_no_images_and_no_batch_sizes_are_errors() -> None:
     with pytest.raises(DataError, match="no images"):
-        check_determinism(Flat(), images(0))
+        certify(Flat(), images(0))
     for sizes in ((), (0, 2), (-1,)):
         with pytest.raises(ValueError, match="must be 1 or more"):
-            check_determinism(Flat(), images(), batch_sizes=sizes)
+            certify(Flat(), images(), batch_sizes=sizes)

@@ -1,0 +1,149 @@
+"""Accuracy against batch size: flat in eval mode, falling apart where BatchNorm measures small batches."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bncli.errors import DataError
+from bncli.evaluation.difference import predictions
+from bncli.evaluation.fixed_shape import without_fixed_shape
+from bncli.evaluation.forward import forward, is_too_few_values
+from bncli.stats.modes import batch_statistics_mode, eval_mode, preserved_buffers
+
+NORMAL_QUANTILE = 1.959964  # of 0.975: two-sided 95 %
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """Accuracies as fractions in [0, 1] with 95 % confidence intervals, at one batch size.
+
+    None for batch statistics where BatchNorm refuses the batch: a single value per channel.
+    """
+
+    batch_size: int
+    eval_accuracy: float
+    eval_interval: tuple[float, float]
+    batch_statistics_accuracy: float | None
+    batch_statistics_interval: tuple[float, float] | None
+
+
+def sweep_batch_sizes(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch_sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[SweepPoint, ...]:
+    """Measure accuracy in eval mode and with batch statistics, in batches of each size, in rising order.
+
+    Images (N, ...) with labels (N,) are put into one random order, drawn from `seed`: batches of a data
+    set that is sorted by class would not look like the training batches. With batch statistics only
+    BatchNorm layers leave eval mode; of a `FixedShape` it is the module inside that is measured. A last
+    batch is filled up from the start, so that all have one size, but every image counts once. Modes and
+    buffers are restored, also if the model raises. `progress` is given the passes done and their total.
+
+    Raises DataError without images or for a batch larger than all of them, ValueError below 1.
+    """
+    sizes = sorted(set(batch_sizes))
+    if len(images) == 0 or len(images) != len(labels):
+        raise DataError(f"nothing to measure: {len(images)} images with {len(labels)} labels")
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f"batch sizes must be 1 or more, got {list(batch_sizes)}")
+    if sizes[-1] > len(images):
+        raise DataError(f"batches of {sizes[-1]} asked for, but there are {len(images)} images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    inner = without_fixed_shape(model)
+    points = []
+    for done, size in enumerate(sizes):
+        with preserved_buffers(model), torch.no_grad():
+            with eval_mode(model):
+                plain = Hits.count(model, images, labels, order, size)
+            if progress is not None:
+                progress(2 * done + 1, 2 * len(sizes))
+            with batch_statistics_mode(inner):
+                measured = _count_unless_refused(inner, images, labels, order, size)
+        if progress is not None:
+            progress(2 * done + 2, 2 * len(sizes))
+        points.append(
+            SweepPoint(
+                batch_size=size,
+                eval_accuracy=plain.accuracy,
+                eval_interval=wilson_interval(plain.accuracy, len(images)),
+                batch_statistics_accuracy=None if measured is None else measured.accuracy,
+                batch_statistics_interval=None if measured is None else measured.interval(),
+            )
+        )
+    return tuple(points)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """How many images of each batch were right."""
+
+    right: Tensor  # (num_batches,) float64
+    counted: Tensor  # (num_batches,) float64, images that count
+
+    @classmethod
+    def count(cls, model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int) -> "Hits":
+        """Compute all images in batches of `size`, in the model's mode."""
+        pairs = list(_hits(model, images, labels, order, size))
+        right, counted = zip(*pairs, strict=True)
+        return cls(torch.tensor(right).double(), torch.tensor(counted).double())
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction in [0, 1]."""
+        return float(self.right.sum() / self.counted.sum())
+
+    def design_effect(self) -> float:
+        """By how much the images' common batches widen the variance of the accuracy (Kish 1965), at least 1.
+
+        Images that share batch statistics are right or wrong together. The variance between batches says
+        how much: that of the ratio estimator, over that of as many independent images.
+        """
+        num_images, num_batches = float(self.counted.sum()), len(self.right)
+        independent = self.accuracy * (1 - self.accuracy) * num_images
+        if independent == 0 or num_batches < 2:
+            return 1.0
+        between = float((self.right - self.counted * self.accuracy).square().sum())
+        return max(1.0, between * num_batches / (num_batches - 1) / independent)
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval for as many independent images as these are worth (Dean & Pagano 2015)."""
+        return wilson_interval(self.accuracy, float(self.counted.sum()) / self.design_effect())
+
+
+def wilson_interval(accuracy: float, num_images: float) -> tuple[float, float]:
+    """The 95 % score interval of a fraction among so many independent images (Wilson 1927)."""
+    z = NORMAL_QUANTILE
+    center = (accuracy + z * z / (2 * num_images)) / (1 + z * z / num_images)
+    spread = accuracy * (1 - accuracy) / num_images + (z / (2 * num_images)) ** 2
+    half_width = z * math.sqrt(spread) / (1 + z * z / num_images)
+    return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def _count_unless_refused(
+    model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int
+) -> Hits | None:
+    try:
+        return Hits.count(model, images, labels, order, size)
+    except ValueError as error:
+        if not is_too_few_values(error):
+            raise
+        return None
+
+
+def _hits(
+    model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int
+) -> Iterator[tuple[int, int]]:
+    """For every batch, how many of its images are right, and how many count."""
+    for start in range(0, len(order), size):
+        batch = order[torch.arange(start, start + size) % len(order)]
+        num_counted = min(size, len(order) - start)
+        right = predictions(forward(model, images[batch])).cpu() == labels[batch].cpu()
+        yield int(right[:num_counted].sum()), num_counted
