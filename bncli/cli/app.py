@@ -15,6 +15,7 @@ from bncli.cli.bench import bench_app
 from bncli.cli.eval import evaluate_checkpoint
 from bncli.cli.inspect_stats import inspect_stats
 from bncli.cli.messages import one_line, print_error
+from bncli.cli.predict import predict_images
 from bncli.cli.train import train_config
 from bncli.errors import BncliError
 
@@ -48,6 +49,7 @@ def program(
 
 app.command("train")(train_config)
 app.command("eval")(evaluate_checkpoint)
+app.command("predict")(predict_images)
 app.command("inspect-stats")(inspect_stats)
 app.add_typer(bench_app, name="bench")
 

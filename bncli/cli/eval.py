@@ -1,63 +1,163 @@
-"""`bncli eval`: accuracy in eval mode, and whether a prediction depends on its batch."""
+"""`bncli eval`: accuracy in eval mode, and on what a prediction depends beside its image."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bncli.cli.options import CheckpointArgument, JsonOption, SetOption
-from bncli.errors import DataError
+from bncli.cli.messages import print_note
+from bncli.cli.options import (
+    BatchInvariantOption,
+    CheckpointArgument,
+    JsonOption,
+    SetOption,
+    check_writable,
+    parse_sizes,
+)
+from bncli.cli.subject import open_subject
+from bncli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from bncli.checkpoint import Checkpoint
-    from bncli.data import Dataset
+    from torch.nn import Module
 
-BATCH_SIZES = (2, 7, 64, 256)
+    from bncli.checkpoint import Checkpoint
+    from bncli.cli.render_eval import EvalReport
+    from bncli.cli.subject import Subject
+    from bncli.data import Dataset, Split
+    from bncli.evaluation import SweepPoint
 
 
 def evaluate_checkpoint(
     checkpoint: CheckpointArgument,
     overrides: SetOption = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Test images for the determinism check.")] = 256,
+    num_images: Annotated[int, typer.Option(min=1, help="Test images for the certificate.")] = 256,
+    batch_sizes: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Batch sizes of the certificate.")
+    ] = "2,3,7,16,64,256",
+    batch_invariant: BatchInvariantOption = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Save the certificate as a JSON file.")
+    ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Measure accuracy in batches of these sizes, in both modes."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the sweep to a .png or .svg file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Evaluate in eval mode, and prove that batch size 1 gives the same predictions.
+    """Evaluate in eval mode, and certify that a prediction depends on its image alone.
 
-    Exit code 1 if a prediction depends on the batch in eval mode.
+    Exit code 1 if a prediction depends on the batch in eval mode; with --batch-invariant, if one bit does.
     """
-    from bncli.checkpoint import load_checkpoint, load_model
-    from bncli.cli.progress import DataReporter
     from bncli.cli.render import print_json
-    from bncli.cli.render_eval import EvalReport, show_eval
-    from bncli.config_file import config_from_dict
+    from bncli.cli.render_eval import show_eval
+
+    sizes = parse_sizes(batch_sizes, "--batch-sizes")
+    if max(sizes) == 1:
+        raise ConfigError("--batch-sizes", ["expected a size above 1: an image alone has no neighbours"])
+    sweep_sizes = None if sweep is None else parse_sizes(sweep, "--sweep")
+    _check_outputs(save, plot, sweep_sizes)
+    subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
+    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or ())
+    if save is not None:
+        _save_certificate(report, checkpoint, save)
+    if plot is not None:
+        _plot(report, plot)
+    print_json(report.to_dict()) if as_json else show_eval(report)
+    return 0 if report.passed else 1
+
+
+def _check_outputs(save: Path | None, plot: Path | None, sweep_sizes: tuple[int, ...] | None) -> None:
+    """Refuse before the work begins what could not be written after it."""
+    if save is not None:
+        check_writable(save)
+    if plot is not None:
+        from bncli.cli.figure import check_suffix
+
+        if sweep_sizes is None:
+            raise ConfigError("--plot", ["draws the sweep, so add --sweep 1,2,4,8,16,32,64,128,256"])
+        check_suffix(plot)
+        check_writable(plot)
+
+
+def _examine(
+    path: Path, subject: "Subject", num_images: int, batch_sizes: tuple[int, ...], sweep: tuple[int, ...]
+) -> "EvalReport":
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.render_eval import EvalReport
     from bncli.data import load_dataset, sequential_batches
-    from bncli.evaluation import check_determinism, evaluate
-    from bncli.runtime import describe_machine, resolve_runtime
+    from bncli.evaluation import certify, evaluate
+    from bncli.runtime import describe_machine
 
-    loaded = load_checkpoint(checkpoint)
-    config = config_from_dict(loaded.config.model_dump(mode="json"), overrides, source=str(checkpoint))
-    runtime = resolve_runtime(config.runtime)
-    model = runtime.place_model(load_model(loaded))
-    dataset = load_dataset(config.data, progress=DataReporter())
-    _check_dataset(loaded, dataset)
-
-    batches = sequential_batches(dataset.test, config.runtime.eval_batch_size)
+    model, runtime, rows = subject.model, subject.runtime, subject.fixed_rows or 1
+    dataset = load_dataset(subject.config.data, progress=DataReporter())
+    _check_dataset(subject.checkpoint, dataset)
+    test, batch_size = dataset.test, subject.config.runtime.eval_batch_size
+    batch_size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
     with runtime.autocast():
+        batches = sequential_batches(test, batch_size)
         evaluation = evaluate(model, ((runtime.place(images), labels) for images, labels in batches))
-        determinism = check_determinism(
-            model, runtime.place(dataset.test.images[:num_images]), batch_sizes=BATCH_SIZES
-        )
-    report = EvalReport(
-        checkpoint=str(checkpoint),
-        epoch=loaded.epoch,
+        certificate = certify(model, runtime.place(test.images[:num_images]), batch_sizes=batch_sizes)
+        points = _sweep(model, test, sweep) if sweep else ()
+    return EvalReport(
+        checkpoint=str(path),
+        epoch=subject.checkpoint.epoch,
         dataset=dataset.name,
-        class_names=loaded.class_names,
+        class_names=dataset.class_names,
         evaluation=evaluation,
-        determinism=determinism,
+        determinism=certificate,
+        fixed_rows=subject.fixed_rows,
+        sweep=points,
         runtime=runtime.describe(),
         machine=describe_machine(),
     )
-    print_json(report.to_dict()) if as_json else show_eval(report)
-    return 0 if determinism.deterministic else 1
+
+
+def _sweep(model: "Module", test: "Split", sizes: tuple[int, ...]) -> "tuple[SweepPoint, ...]":
+    from bncli.cli.progress import DataReporter
+    from bncli.evaluation import sweep_batch_sizes
+
+    reporter = DataReporter()
+    return sweep_batch_sizes(
+        model,
+        test.images,
+        test.labels,
+        sizes,
+        progress=lambda done, total: reporter("passes over the test split", done, total),
+    )
+
+
+def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
+    import hashlib
+
+    from bncli.checkpoint import write_atomically
+    from bncli.errors import BncliError
+    from bncli.serialization import to_json
+
+    with checkpoint.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    text = to_json(report.certificate_dict(digest), indent=2) + "\n"
+    try:
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except OSError as error:
+        raise BncliError(f"{path}: cannot write the certificate: {error.strerror or error}") from error
+    print_note(f"wrote {path}")
+
+
+def _plot(report: "EvalReport", path: Path) -> None:
+    from bncli.cli.plot_sweep import plot_sweep
+
+    num_images, runtime = report.evaluation.num_images, report.runtime
+    plot_sweep(
+        report.sweep,
+        path,
+        source=f"{report.dataset}, {num_images:,} test images, epoch {report.epoch}, {runtime['precision']}."
+        " Bands: 95 % confidence intervals.",
+        num_classes=len(report.class_names),
+    )
+    print_note(f"wrote {path}")
 
 
 def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:

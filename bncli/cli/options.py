@@ -1,9 +1,11 @@
-"""Options that several commands share."""
+"""Options that several commands share, and how their values are read."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bncli.errors import BncliError, ConfigError
 
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file of `bncli train`.")]
 SetOption = Annotated[
@@ -11,3 +13,26 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=3; repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+BatchInvariantOption = Annotated[
+    bool,
+    typer.Option("--batch-invariant", help="Compute every image in batches of one fixed number of rows."),
+]
+
+
+def parse_sizes(text: str, option: str) -> tuple[int, ...]:
+    """Batch sizes such as "1,2,4", in rising order, each once.
+
+    Raises ConfigError, naming the option, for anything but whole numbers of 1 or more.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
+        raise ConfigError(option, [f"expected batch sizes such as 1,2,4,8, found {text!r}"])
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def check_writable(path: Path) -> None:
+    """Raise BncliError where a file clearly cannot be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise BncliError(f"{path}: cannot be written: it is a directory")
+    if not path.parent.is_dir():
+        raise BncliError(f"{path}: cannot be written: there is no directory {path.parent}")

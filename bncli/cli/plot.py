@@ -7,24 +7,23 @@ ones have room; what could not be drawn, and what is wrong with a layer, stands 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bncli.cli.figure import GRID, NOTE, check_suffix, save_figure
 from bncli.errors import BncliError
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from bncli.stats.layers import LayerStats
 
-SUFFIXES = (".png", ".svg")
-
 DOT, BAR, MEDIAN, FLAGGED = "#7fa8d1", "#2f6199", "#0b2545", "#c0392b"
-BAND, GRID, NOTE = "#f4f6f9", "#dde3ea", "#5b6670"
+BAND = "#f4f6f9"
 ROW_HEIGHT, MARGINS = 0.27, 1.55  # inches; margins hold the title and the axis labels
 WIDTH, NOTES_WIDTH = 11.0, 2.0  # inches
 MAX_PIXELS = 60_000  # matplotlib's limit is 65,535 to a side
@@ -48,44 +47,26 @@ def plot_running_stats(layers: Sequence[LayerStats], path: Path) -> None:
 
     Raises BncliError for no layers, another suffix, or a path that cannot be written.
     """
-    kind = path.suffix.lower()
-    if kind not in SUFFIXES:
-        raise BncliError(f"{path}: cannot draw {kind or 'a file without suffix'}: use .png or .svg")
-    if not layers:
-        raise BncliError(f"{path}: nothing to draw: there are no BatchNorm layers")
-    try:
-        path.write_bytes(_render(layers, kind))
-    except OSError as error:
-        raise BncliError(f"{path}: cannot write the plot: {error.strerror or error}") from error
-
-
-def _render(layers: Sequence[LayerStats], kind: str) -> bytes:
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     from bncli.stats.audit import layer_flags
 
+    check_suffix(path)
+    if not layers:
+        raise BncliError(f"{path}: nothing to draw: there are no BatchNorm layers")
     columns = _columns(layers)
     flags = [layer_flags(layer) for layer in layers]
     notes = _notes(columns, flags)
-    # the user's matplotlibrc must not change the picture; the salt fixes the ids inside an SVG
-    style = {"svg.hashsalt": "bncli", "font.size": 9, "text.parse_math": False}
     width = WIDTH + (NOTES_WIDTH if any(notes) else 0.0)
     height = MARGINS + ROW_HEIGHT * len(layers)
-    with matplotlib.style.context(["default", style]):
-        figure = Figure(figsize=(width, height), dpi=min(150, MAX_PIXELS / height))
-        FigureCanvasAgg(figure)
+
+    def draw(figure: Figure) -> None:
         figure.set_layout_engine("constrained", wspace=0.03)
         figure.suptitle(_title(layers, flags), fontsize=12, fontweight="bold")
         axes = figure.subplots(1, len(columns), sharey=True)
         for axis, column in zip(axes, columns, strict=True):
             _draw_column(axis, column, flags)
         _label_rows(axes[0], axes[-1], layers, flags, notes)
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if kind == ".svg" else {"Software": None}
-        figure.savefig(buffer, format=kind[1:], metadata=metadata)
-    return buffer.getvalue()
+
+    save_figure(path, (width, height), draw, dpi=min(150, MAX_PIXELS / height))
 
 
 def _notes(columns: list[_Column], flags: list[tuple[str, ...]]) -> list[str]:

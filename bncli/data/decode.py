@@ -1,10 +1,17 @@
 """One image file's bytes to uint8 RGB pixels of a fixed size, with PIL."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from bncli.errors import DataError
 
 VERSION = 1  # part of every cache key: raise it when the same file gives other pixels
 
@@ -25,6 +32,39 @@ def decode(content: bytes, image_size: int) -> npt.NDArray[np.uint8]:
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def read_image(content: bytes, image_size: int) -> Tensor:
+    """Decode a single image to (3, image_size, image_size) uint8, as `decode` does.
+
+    Raises:
+        DataError: it is no image, or one of more than 89 million pixels.
+    """
+    with bombs_refused(), explained():
+        return torch.from_numpy(decode(content, image_size))
+
+
+@contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Make PIL refuse images of so many pixels that they may be meant to exhaust the memory.
+
+    Enter it in the main thread, for all that decode inside: filters belong to the process.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+@contextmanager
+def explained(*, before: str = "", after: str = "") -> Iterator[None]:
+    """Raise whatever PIL raises as a DataError that says so between `before` and `after`."""
+    try:
+        yield
+    except UnidentifiedImageError as error:  # its own message shows an address in memory
+        raise DataError(f"{before}not a readable image: no known format{after}") from error
+    except Exception as error:  # PIL's decoders raise many types, none of them documented
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{before}not a readable image: {reason}{after}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

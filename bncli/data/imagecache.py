@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bncli.data import decode
@@ -157,15 +155,10 @@ def _decode_files(
         content = _read(path)
         if hashlib.sha256(content).hexdigest() != hashes[index]:
             raise DataError(f"{path}: changed while it was being read; start again")
-        try:
+        with decode.explained(before=f"{path}: ", after="; repair or remove it"):
             return decode.decode(content, image_size).tobytes()
-        except Exception as error:  # PIL's decoders raise many types, none of them documented
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{path}: not a readable image: {reason}; repair or remove it") from error
 
-    with warnings.catch_warnings():
-        # set in this thread for all, because filters belong to the process
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with decode.bombs_refused():
         yield from _in_parallel("decode images", decode_file, len(files), progress)
 
 

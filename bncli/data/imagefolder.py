@@ -49,6 +49,21 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
     )
 
 
+def list_images(folder: Path) -> list[str]:
+    """Return the paths of the images in a folder, at any depth, sorted by folder and then by name.
+
+    Raises:
+        DataError: the folder holds none, or cannot be listed.
+    """
+    try:
+        found = sorted(_walk(folder, str(folder), ()))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error}") from error
+    if not found:
+        raise DataError(f"{folder}: no images ({', '.join(EXTENSIONS)}) in it")
+    return [file.path for _, file in found]
+
+
 def _list_split(root: Path, split: str) -> _Listing:
     layout = f"expected {root}/{{train,test}}/CLASS/*.png (or .jpg, .jpeg, .webp)"
     folder = root / split

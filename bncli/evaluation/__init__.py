@@ -12,6 +12,8 @@ from bncli.evaluation.certificate import (
 from bncli.evaluation.claim import Claim
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.fixed_shape import DEFAULT_ROWS, FixedShape
+from bncli.evaluation.predict import ClassProbability, predict
+from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 
 __all__ = [
     "BATCH_SIZES",
@@ -20,10 +22,14 @@ __all__ = [
     "Certificate",
     "Claim",
     "Claims",
+    "ClassProbability",
     "Evaluation",
     "FixedShape",
+    "SweepPoint",
     "TrainModeContrast",
     "certify",
     "check_determinism",
     "evaluate",
+    "predict",
+    "sweep_batch_sizes",
 ]
