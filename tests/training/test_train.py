@@ -135,6 +135,17 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
             assert whole[key] == resumed[key]
 
 
+def test_the_whitening_filters_are_fitted_before_training_and_never_trained(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["model.whitening=true"])
+    fitted = prepare(config).model.whiten.conv.weight
+    train(config, tmp_path / "run")
+    trained = load_model(tmp_path / "run" / "last.pt").whiten.conv.weight
+    assert torch.equal(fitted, trained)
+    assert fitted.abs().max() > 0.5  # fitted: PyTorch's initial weights are below 0.3
+
+
 def test_a_run_interrupted_in_its_first_epoch_starts_again(tiny_config: Path, tmp_path: Path) -> None:
     config = load_config(tiny_config)
 
