@@ -61,7 +61,14 @@ def evaluate_checkpoint(
 
 
 def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
-    """The classes must be those that the network was trained on, in the same order."""
+    """Classes and image size must be those that the network was trained on."""
+    height, width = dataset.test.images.shape[2:]
+    if height != checkpoint.image_size or width != checkpoint.image_size:
+        side = checkpoint.image_size
+        raise DataError(
+            f"{dataset.name}: its images are {height}x{width} pixels, but the checkpoint was trained on"
+            f" {side}x{side}; for image folders set data.image_size={side}"
+        )
     if dataset.class_names != checkpoint.class_names:
         raise DataError(
             f"{dataset.name}: its classes are {', '.join(dataset.class_names)}, but the checkpoint was"
