@@ -108,6 +108,22 @@ def test_a_step_is_that_of_plain_pytorch(tiny_config: Path) -> None:
         torch.testing.assert_close(run.model.state_dict()[key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_every_epoch_sees_the_same_images_in_another_order(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def recording(run: Run, images: torch.Tensor, labels: torch.Tensor):
+        seen[run.epoch].append(labels)
+        return training_step(run, images, labels)
+
+    monkeypatch.setattr("bncli.training.loop.training_step", recording)
+    train(load_config(tiny_config), tmp_path / "run")
+    first, second = (torch.cat(batches) for batches in seen.values())
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
