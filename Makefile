@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+RUN_DIR := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -12,17 +13,16 @@ help:  ## list these commands
 
 install: $(INSTALLED)  ## build .venv with the tested versions and the development tools
 
-# torch alone and pinned first: where pip may choose, it takes a CUDA build of several gigabytes
+# the extra `tested` pins torch: left to choose, pip may take a CUDA build of several gigabytes
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tested,dev]'
 	touch $@
 
 run: $(INSTALLED)  ## train, evaluate and inspect on the embedded data set
-	@rm -rf runs/quickstart
-	$(BIN)/bncli train configs/quickstart.yaml --run-dir runs/quickstart
-	$(BIN)/bncli eval runs/quickstart/last.pt
-	$(BIN)/bncli inspect-stats runs/quickstart/last.pt
+	$(BIN)/bncli train configs/quickstart.yaml --run-dir $(RUN_DIR)
+	$(BIN)/bncli eval $(RUN_DIR)/last.pt
+	$(BIN)/bncli inspect-stats $(RUN_DIR)/last.pt
 
 test: $(INSTALLED)  ## run the quick tests
 	$(BIN)/python -m pytest

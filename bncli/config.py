@@ -74,6 +74,7 @@ class ModelConfig(Section):
     pool_after: Literal["first", "last"] = "first"  # the block of each stage that is followed by pooling
     head_pool: Literal["max", "avg"] = "max"
     logit_scale: float = Field(1.0, gt=0, le=100)
+    whitening: bool = False  # a first layer, fixed, that whitens 2x2 patches of the training images
     init: Literal["kaiming", "dirac"] = "kaiming"
     batch_norm: BatchNormConfig = BatchNormConfig()
 

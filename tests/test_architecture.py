@@ -19,7 +19,7 @@ LAYERS = [
     {"stats", "model"},
     {"config_file", "runtime", "torchvision_compat"},
     {"config", "serialization"},
-    {"errors"},
+    {"errors", "atomic_file"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {

@@ -156,6 +156,7 @@ def test_a_dumped_configuration_is_read_back_equal_by_any_yaml_reader(
 ) -> None:
     values = {"model": {"batch_norm": {"eps": eps, "momentum": momentum}, "widths": widths}}
     config = config_from_dict(values, source="test")
+    assert "!!" not in dump_config(config)  # a tag would be correct, but nothing to show a person
     plain = yaml.safe_load(dump_config(config))
     assert math.isclose(plain["model"]["batch_norm"]["eps"], eps, rel_tol=0)
     assert config_from_dict(plain, source="test") == config

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from bncli.config import BatchNormConfig, ModelConfig
 from bncli.errors import ConfigError
-from bncli.model import Normalize, build_model, measure_layers, smallest_map
+from bncli.model import Normalize, Whitening, build_model, measure_layers, smallest_map
 
 CONFIG = ModelConfig(widths=(8, 12), blocks_per_stage=2)
 
@@ -91,6 +91,29 @@ def test_images_too_small_for_the_stages_are_refused_with_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"model\.widths: 4 stages .* allow 3"):
         build(ModelConfig(widths=(4, 4, 4, 4)), image_size=8)
     build(ModelConfig(widths=(4, 4, 4)), image_size=8)
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance() -> None:
+    pixels = torch.rand(40, 3, 1, 1) + 0.2 * torch.rand(40, 3, 9, 9)  # neighbours are correlated
+    images = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / 0.3
+    whiten = Whitening(3)
+    whiten.fit(images)
+    features = whiten.conv(images).double().transpose(0, 1).reshape(24, -1)
+    covariance = features[:12] @ features[:12].T / features.shape[1]
+    # the largest directions are whitened; the constant 5e-4 keeps the smallest below 1
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-4
+    assert covariance.diag().max() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(features[12:], -features[:12])
+    assert not any(parameter.requires_grad for parameter in whiten.parameters())
+
+
+def test_a_whitened_network_sees_patches_and_keeps_its_filters_in_the_state_dict() -> None:
+    config = ModelConfig(widths=(8, 8), blocks_per_stage=1, whitening=True)
+    model = build(config, image_size=9)
+    assert model(torch.zeros(2, 3, 9, 9, dtype=torch.uint8)).shape == (2, 10)
+    assert model.state_dict()["whiten.conv.weight"].shape == (24, 3, 2, 2)
+    with pytest.raises(ConfigError, match="3x3 pixels allow 1"):
+        build(config, image_size=4)
 
 
 def test_dirac_filters_copy_their_input_channels() -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: one file from which every command but `train` works."""
 
-from bncli.checkpoint.files import read_torch_file, write_atomically
 from bncli.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from bncli.checkpoint.reader import read_torch_file
 
 __all__ = [
     "Checkpoint",
@@ -9,5 +9,4 @@ __all__ = [
     "load_model",
     "read_torch_file",
     "save_checkpoint",
-    "write_atomically",
 ]

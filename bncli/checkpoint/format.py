@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.checkpoint.files import read_torch_file, write_atomically
+from bncli.atomic_file import atomic_file
+from bncli.checkpoint.reader import read_torch_file
 from bncli.config import Config
 from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError
@@ -53,7 +54,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content["config"] = checkpoint.config.model_dump(mode="json")
     content["normalization"] = {"mean": content.pop("mean"), "std": content.pop("std")}
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
-    write_atomically(path, lambda file: torch.save(content, file))
+    with atomic_file(path) as file:
+        torch.save(content, file)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

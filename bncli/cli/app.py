@@ -75,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError:
         print_error("out of memory; try smaller batches or images")
         return 2
+    except ImportError as error:
+        print_error(f"{error} (install torch and torchvision versions that belong together)")
+        return 2
     except Exception as error:
         if os.environ.get("BNCLI_TRACEBACK"):
             raise

@@ -132,7 +132,7 @@ def _sweep(model: "Module", test: "Split", sizes: tuple[int, ...]) -> "tuple[Swe
 def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
     import hashlib
 
-    from bncli.checkpoint import write_atomically
+    from bncli.atomic_file import atomic_file
     from bncli.errors import BncliError
     from bncli.serialization import to_json
 
@@ -140,7 +140,8 @@ def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> Non
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     text = to_json(report.certificate_dict(digest), indent=2) + "\n"
     try:
-        write_atomically(path, lambda file: file.write(text.encode()))
+        with atomic_file(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise BncliError(f"{path}: cannot write the certificate: {error.strerror or error}") from error
     print_note(f"wrote {path}")
@@ -161,7 +162,14 @@ def _plot(report: "EvalReport", path: Path) -> None:
 
 
 def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
-    """The classes must be those that the network was trained on, in the same order."""
+    """Classes and image size must be those that the network was trained on."""
+    height, width = dataset.test.images.shape[2:]
+    if height != checkpoint.image_size or width != checkpoint.image_size:
+        side = checkpoint.image_size
+        raise DataError(
+            f"{dataset.name}: its images are {height}x{width} pixels, but the checkpoint was trained on"
+            f" {side}x{side}; for image folders set data.image_size={side}"
+        )
     if dataset.class_names != checkpoint.class_names:
         raise DataError(
             f"{dataset.name}: its classes are {', '.join(dataset.class_names)}, but the checkpoint was"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bncli.atomic_file import atomic_file
 from bncli.errors import BncliError
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without matplotlib
@@ -32,7 +33,9 @@ def save_figure(
     """
     check_suffix(path)
     try:
-        path.write_bytes(_render(path.suffix.lower(), size, draw, dpi))
+        content = _render(path.suffix.lower(), size, draw, dpi)
+        with atomic_file(path) as file:
+            file.write(content)
     except OSError as error:
         raise BncliError(f"{path}: cannot write the plot: {error.strerror or error}") from error
 

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bncli.atomic_file import atomic_file
 from bncli.data import decode
 from bncli.data.dataset import Progress
 from bncli.errors import DataError
@@ -117,21 +117,13 @@ def _map(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its place when everything is on disk."""
-    temporary = None
+    """Open a file of the cache that appears when everything is on disk."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
-            temporary = Path(file.name)
+        with atomic_file(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
         raise DataError(f"data.cache: cannot write {path}: {error}; choose another folder") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _hash_files(root: Path, files: list[ImageFile], progress: Progress | None) -> list[str]:

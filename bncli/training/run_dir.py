@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bncli.checkpoint import write_atomically
+from bncli.atomic_file import atomic_file
 from bncli.config import Config
 from bncli.config_file import dump_config
 from bncli.errors import RunError
@@ -52,8 +52,8 @@ def create_run_dir(path: Path, config: Config) -> None:
                 f"{path}: the run directory is not empty; choose another, or continue it with"
                 f" `bncli train --resume {path}`"
             )
-        text = dump_config(config).encode()
-        write_atomically(path / "config.yaml", lambda file: file.write(text))
+        with atomic_file(path / "config.yaml") as file:
+            file.write(dump_config(config).encode())
 
 
 @contextlib.contextmanager
@@ -96,5 +96,5 @@ def keep_metrics_until(path: Path, epoch: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             break
-    content = "".join(kept).encode()
-    write_atomically(path, lambda file: file.write(content))
+    with atomic_file(path) as file:
+        file.write("".join(kept).encode())

@@ -15,6 +15,8 @@ from bncli.data import (
 from bncli.model import ConvNet, build_model, smallest_map
 from bncli.runtime import Runtime, resolve_runtime
 
+NUM_WHITENING_IMAGES = 1_000  # a million 2x2 patches at 32x32; more only take memory
+
 
 @dataclass(frozen=True, eq=False)
 class Setup:
@@ -57,6 +59,10 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         std=normalization.std,
         seed=config.train.seed,
     )
+    if model.whiten is not None:
+        # evenly spaced, because an image folder comes sorted by class
+        stride = max(1, len(dataset.train) // NUM_WHITENING_IMAGES)
+        model.whiten.fit(model.normalize(dataset.train.images[::stride][:NUM_WHITENING_IMAGES]))
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1

@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 from dataclasses import replace
@@ -12,7 +11,6 @@ from bncli.checkpoint import (
     load_model,
     read_torch_file,
     save_checkpoint,
-    write_atomically,
 )
 from bncli.errors import CheckpointError
 
@@ -127,26 +125,3 @@ def test_tensors_that_do_not_fit_the_configuration_are_refused(finished_run: Pat
     torch.save(content, tmp_path / "changed.pt")
     with pytest.raises(CheckpointError, match="do not fit its configuration"):
         load_model(tmp_path / "changed.pt")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file: io.BufferedIOBase) -> None:
-        file.write(b"half of the n")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-
-
-@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
-def test_a_written_file_has_the_mode_that_open_gives(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "ours", lambda file: file.write(b"x"))
-    (tmp_path / "usual").write_bytes(b"x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode

@@ -70,6 +70,27 @@ def test_data_of_other_classes_is_refused(bncli: Bncli, finished_run: Path, tmp_
     assert "cat, dog" in outcome.err
 
 
+def test_images_of_another_size_are_refused_with_the_fix(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in load_checkpoint(finished_run / "last.pt").class_names:
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), "red").save(folder / "0.png")
+    arguments = [
+        *("eval", finished_run / "last.pt", "--num-images", 5),
+        *("--set", "data.name=imagefolder"),
+        *("--set", f"data.root={tmp_path / 'images'}"),
+        *("--set", f"data.cache={tmp_path / 'cache'}"),
+    ]
+    outcome = bncli(*arguments, "--set", "data.image_size=16")
+    assert outcome.code == 2
+    assert "data.image_size=32" in outcome.err
+
+
 def test_a_network_whose_predictions_depend_on_the_batch_exits_with_1(
     bncli: Bncli, tiny_config: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,22 @@ def test_a_step_is_that_of_plain_pytorch(tiny_config: Path) -> None:
         torch.testing.assert_close(run.model.state_dict()[key], value, rtol=1e-3, atol=1e-5)
 
 
+def test_every_epoch_sees_the_same_images_in_another_order(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def recording(run: Run, images: torch.Tensor, labels: torch.Tensor):
+        seen[run.epoch].append(labels)
+        return training_step(run, images, labels)
+
+    monkeypatch.setattr("bncli.training.loop.training_step", recording)
+    train(load_config(tiny_config), tmp_path / "run")
+    first, second = (torch.cat(batches) for batches in seen.values())
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, second.sort().values)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
@@ -133,6 +149,17 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     for whole, resumed in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "resumed"), strict=True):
         for key in ("epoch", "step", "train_loss", "test_accuracy", "layers"):
             assert whole[key] == resumed[key]
+
+
+def test_the_whitening_filters_are_fitted_before_training_and_never_trained(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["model.whitening=true"])
+    fitted = prepare(config).model.whiten.conv.weight
+    train(config, tmp_path / "run")
+    trained = load_model(tmp_path / "run" / "last.pt").whiten.conv.weight
+    assert torch.equal(fitted, trained)
+    assert fitted.abs().max() > 0.5  # fitted: PyTorch's initial weights are below 0.3
 
 
 def test_a_run_interrupted_in_its_first_epoch_starts_again(tiny_config: Path, tmp_path: Path) -> None:

@@ -1,54 +1,12 @@
-"""Writing files so that a crash leaves the old or the new one, and reading torch files safely."""
+"""Reading files of `torch.save` without trusting them."""
 
-import os
 import pickle
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from bncli.errors import CheckpointError
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
-
-    File and directory are flushed to the disk before the call returns.
-
-    Raises:
-        OSError: when the file cannot be written; `path` is then what it was before.
-    """
-    # the leading dot and suffix keep it out of `*.pt`; the same directory makes the rename atomic
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def _sync_directory(directory: Path) -> None:
-    if os.name != "posix":  # Windows cannot open a directory
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_torch_file(path: str | Path) -> Any:

@@ -1,0 +1,50 @@
+"""Writing a file so that a crash leaves the old one or the new one, never half of it."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its place when the block ends well.
+
+    File and directory are flushed to the disk first. When the block raises, whatever it is, `path` is what
+    it was before and the temporary file is gone.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
+    # the leading dot and the suffix keep it out of `*.pt`; the same directory makes the rename atomic
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a directory
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
