@@ -89,6 +89,23 @@ class Whitening(nn.Sequential):
         self.conv.weight.copy_(torch.cat([filters, -filters]))
 
 
+class AlignedLinear(nn.Linear):
+    """`nn.Linear` whose answer for a row does not depend, in the last bits, on the row's place in the batch.
+
+    Rows are filled up with zeros to a multiple of 64 bytes, so that all of them begin at one. Where they do
+    not (measured: MKL, float32, in_features no multiple of 4, 10 classes or fewer), the matrix product adds
+    the numbers of different rows in different order.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (N, in_features) to (N, out_features)."""
+        missing = -self.in_features % (64 // features.element_size())
+        if missing == 0:
+            return super().forward(features)
+        pad = nn.functional.pad
+        return nn.functional.linear(pad(features, (0, missing)), pad(self.weight, (0, missing)), self.bias)
+
+
 class ConvNet(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes), float32."""
 
@@ -109,7 +126,7 @@ class ConvNet(nn.Module):
                 channels = width
             self.stages.append(stage)
         self.head_pool = HEAD_POOLS[config.head_pool](1)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = AlignedLinear(channels, num_classes)
         self.logit_scale = config.logit_scale
 
     def forward(self, images: Tensor) -> Tensor:

@@ -25,13 +25,14 @@ def one_by_one(num_images: int) -> Tensor:
 
 
 def consecutive(num_images: int, batch_size: int) -> Tensor:
-    """At least two batches (num_batches, batch_size) that show every image, starting again at the end.
+    """At least two batches (num_batches, batch_size) that show every image, of two or more.
 
-    Images at one place of different batches are always different ones, given two images or more.
+    The images follow each other, and after the last one they start again. Where they all fit into one
+    batch, the second one has the first two images in turn.
     """
     places = torch.arange(batch_size)
-    if batch_size >= num_images:  # all images in both batches, in the second one further on
-        return (places + torch.arange(2)[:, None]) % num_images
+    if batch_size >= num_images:
+        return torch.stack([places % num_images, (places + 1) % 2])
     num_batches = -(-num_images // batch_size)
     return (places + batch_size * torch.arange(num_batches)[:, None]) % num_images
 
@@ -39,7 +40,7 @@ def consecutive(num_images: int, batch_size: int) -> Tensor:
 def with_other_neighbours(images: Tensor) -> Rearranged:
     """Every image moves p batches on, where p is its place: the place stays, the companions change.
 
-    Of `num_batches` images that stand together only those at places p, p + num_batches, ... stay together.
+    Takes what `consecutive` gives: there no image ends up in a batch of the same images as before.
     """
     num_batches, batch_size = images.shape
     places = torch.arange(batch_size)

@@ -183,7 +183,8 @@ def _contrast(
         reference_size = 2
         _seed(model, seed)
         reference = Pass.of(model, images, consecutive(len(images), 2))
-    together = Pass.of(model, images, consecutive(len(images), batch_size))
+    num_batches = -(-len(images) // batch_size)  # a further one would only hold two images in turn
+    together = Pass.of(model, images, consecutive(len(images), batch_size)[:num_batches])
     rows = torch.empty(len(images), dtype=torch.int64)  # where the reference has each image
     rows[reference.index.flatten()] = torch.arange(reference.index.numel())
     difference, num_flips = differ([Pairing(together, reference, rows[together.index], num_images)])

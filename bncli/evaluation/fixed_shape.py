@@ -16,6 +16,8 @@ from bncli.errors import BncliError
 # Small enough for single images, each of which costs as much as a whole chunk.
 DEFAULT_ROWS = 64
 
+ALIGNMENT = 64  # bytes; kernels may add the numbers at other addresses in another order
+
 
 class FixedShape(nn.Module):
     """Any module in eval mode, computed in chunks of exactly `rows` rows.
@@ -79,9 +81,15 @@ class FixedShape(nn.Module):
         return self._filled(batch.split(self.rows)[index]), place
 
     def _filled(self, chunk: Tensor) -> Tensor:
-        if len(chunk) == self.rows:
+        """The chunk itself where a kernel sees nothing else in it than in every other; otherwise a copy.
+
+        Shape is not all that a kernel looks at: also whether memory is aligned, and the memory format,
+        which PyTorch reads off the strides. A single image as `batch[i][None]` has another first stride.
+        """
+        usual = chunk.data_ptr() % ALIGNMENT == 0 and chunk.stride(0) == chunk[0].numel()
+        if len(chunk) == self.rows and usual:
             return chunk
-        # indexing keeps the memory format, by which kernels are chosen too
+        # indexing keeps the order of the other strides, so the memory format too
         return chunk[torch.arange(self.rows, device=chunk.device).clamp(max=len(chunk) - 1)]
 
     def _rows_of(self, chunk: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.errors import DataError
-from bncli.evaluation.certificate import Certificate, certify
+from bncli.evaluation.certificate import Certificate, certify, check_determinism
 from bncli.stats.modes import buffers_digest
 
 SIZES = (2, 7, 16)
@@ -84,7 +85,7 @@ def test_a_conv_bn_relu_net_passes_up_to_rounding() -> None:
     assert result.running_stats_unchanged
     assert result.num_images == 16
     for check, size in zip(result.batch_sizes, SIZES, strict=True):
-        assert (check.batch_size, check.requested_batch_sizes) == (size, (size,))
+        assert check.batch_size == size
         assert check.prediction_flips == 0
         assert check.max_abs_diff < 1e-5
         assert check.bitwise_equal == (check.max_abs_diff == 0)
@@ -128,7 +129,7 @@ def test_differences_and_flips_are_counted_exactly() -> None:
     batch = images()
     result = restored(AddsRowIndex(), batch)
     assert [check.max_abs_diff for check in result.batch_sizes] == pytest.approx([100, 600, 1500])
-    # in batches of 16, all but the image in row 0 are forced to class 0, in the given order or the other
+    # in batches of 16, every image is once in another row than 0, and there it is forced to class 0
     num_not_class_0 = int((Flat()(batch).argmax(1) != 0).sum())
     assert result.batch_sizes[-1].prediction_flips == num_not_class_0
 
@@ -224,11 +225,18 @@ def test_other_precisions_work(dtype: torch.dtype) -> None:
     assert result.train_mode.max_abs_diff > 0
 
 
-def test_sizes_beyond_the_images_come_down_to_one_check() -> None:
-    result = certify(Flat(), images(5), batch_sizes=(64, 3, 256, 3))
-    found = [(check.batch_size, check.requested_batch_sizes) for check in result.batch_sizes]
-    assert found == [(3, (3,)), (5, (64, 256))]
-    assert result.train_mode.batch_size == 5
+def test_sizes_beyond_the_images_are_filled_from_their_start_again() -> None:
+    seen = []
+
+    class Records(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(len(inputs))
+            return super().forward(inputs)
+
+    result = certify(Records(), images(5), batch_sizes=(64, 3, 1, 256, 3))
+    assert [check.batch_size for check in result.batch_sizes] == [1, 3, 64, 256]
+    assert set(seen) == {1, 3, 64, 256}
+    assert result.train_mode.batch_size == 256
 
 
 @pytest.mark.parametrize("count", [6, 7])
@@ -242,10 +250,22 @@ def test_where_train_mode_refuses_one_image_it_is_given_two(count: int) -> None:
     assert result.deterministic
 
 
-def test_one_image_that_train_mode_refuses_leaves_no_contrast() -> None:
+def test_a_single_image_gets_a_blank_companion_that_is_not_judged() -> None:
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192))
     net(torch.randn(16, 3, 8, 8))
-    assert certify(net, images(1)).train_mode is None
+    result = certify(net, images(1))
+    assert result.num_images == 1
+    assert result.bitwise_equal
+    assert result.train_mode.reference_batch_size == 2
+
+    class FlipsBlanks(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits = super().forward(inputs)
+            logits[(inputs == 0).flatten(1).all(1)] = len(inputs) * torch.tensor([-1.0, 0.0, 1.0])
+            return logits
+
+    assert certify(FlipsBlanks(), images(1)).bitwise_equal
+    assert not certify(AddsBatchMean(), images(1)).claims.neighbours.bitwise_equal
 
 
 def test_a_model_that_changes_a_buffer_in_eval_mode_is_caught_and_put_right() -> None:
@@ -261,7 +281,7 @@ def test_a_model_that_changes_a_buffer_in_eval_mode_is_caught_and_put_right() ->
     assert not restored(Counter(), images()).running_stats_unchanged
 
 
-@pytest.mark.parametrize("calls", [5, 40])  # in eval mode; in train mode
+@pytest.mark.parametrize("calls", [5, 45])  # in eval mode; in train mode
 def test_everything_is_restored_when_the_model_raises(calls: int) -> None:
     class Raises(nn.Module):
         def __init__(self) -> None:
@@ -314,3 +334,21 @@ def test_no_images_and_no_batch_sizes_are_errors() -> None:
     for sizes in ((), (0, 2), (-1,)):
         with pytest.raises(ValueError, match="must be 1 or more"):
             certify(Flat(), images(), batch_sizes=sizes)
+    with pytest.raises(ValueError, match="not all be 1"):
+        certify(Flat(), images(), batch_sizes=(1, 1))
+
+
+def test_the_older_name_gives_the_same_certificate() -> None:
+    net, batch = conv_net(), images()
+    assert check_determinism(net, batch, batch_sizes=SIZES) == certify(net, batch, batch_sizes=SIZES)
+    sizes = [check.batch_size for check in check_determinism(net, batch).batch_sizes]
+    assert sizes == [2, 7, 64, 256]
+
+
+def test_the_digest_is_that_of_the_logits_of_every_image_alone() -> None:
+    net, batch = conv_net().eval(), images(5)
+    with torch.no_grad():
+        alone = torch.cat([net(image[None]) for image in batch])
+    digest = hashlib.sha256(alone.numpy().tobytes()).hexdigest()
+    assert restored(net, batch).logits_sha256 == digest
+    assert restored(net, batch.flip(0)).logits_sha256 != digest
