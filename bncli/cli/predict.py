@@ -92,8 +92,8 @@ def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, A
         content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from error
-    image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])[0]
+    image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])
     with subject.runtime.autocast():
-        found = predict(subject.model, image, top=top)
+        (found,) = predict(subject.model, image, top=top)
     names = subject.checkpoint.class_names
     return [{"class": names[item.label], "probability": item.probability} for item in found]

@@ -28,13 +28,15 @@ class Difference:
         same = (wide_first == wide_second) | (first.isnan() & second.isnan())
         diff = (wide_first - wide_second).abs().masked_fill(same, 0.0)
         diff = diff.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        scale = torch.maximum(wide_first.abs(), wide_second.abs()).nan_to_num(nan=0.0)
+        scale = torch.maximum(wide_first.abs(), wide_second.abs()).nan_to_num(nan=0.0, posinf=torch.inf)
         # where a row differs, its scale is positive: a zero there would mean no difference
         relative = (diff.amax(1) / scale.amax(1)).masked_fill(diff.amax(1) == 0, 0.0)
         return cls(
             bitwise_equal=bitwise_equal(first, second),
             max_abs_diff=float(diff.max()) if len(diff) else 0.0,
-            max_rel_diff=float(relative.nan_to_num(nan=torch.inf).max()) if len(diff) else 0.0,
+            max_rel_diff=float(relative.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+            if len(diff)
+            else 0.0,
             max_ulp=max_ulp_diff(first, second) if first.dtype == second.dtype else None,
             flips=predictions(first) != predictions(second),
         )

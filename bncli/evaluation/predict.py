@@ -1,4 +1,4 @@
-"""The answer for one image: its most probable classes."""
+"""The answer for single images: their most probable classes."""
 
 from dataclasses import dataclass
 
@@ -18,20 +18,23 @@ class ClassProbability:
     probability: float  # softmax of the logits, taken in float64
 
 
-def predict(model: nn.Module, image: Tensor, *, top: int = 1) -> tuple[ClassProbability, ...]:
-    """The `top` most probable classes of one image (...), or all if there are fewer, the best first.
+def predict(model: nn.Module, images: Tensor, *, top: int = 1) -> tuple[tuple[ClassProbability, ...], ...]:
+    """For each of images (N, ...) its `top` most probable classes, the best first, or all if fewer exist.
 
-    The image is computed in a batch of its own, in eval mode, so no other can have a part in the answer.
+    Every image is computed in a batch of its own, in eval mode, so no other can have a part in its answer.
     Of equally probable classes the first one leads. The model is left as it was.
 
     Raises ValueError for `top` below 1, DataError where a logit is NaN.
     """
     if top < 1:
         raise ValueError(f"top must be 1 or more, got {top}")
+    answers = []
     with eval_mode(model), preserved_buffers(model), torch.no_grad():
-        logits = forward(model, image[None])[0].cpu().double()  # (num_classes,)
-    if logits.isnan().any():
-        raise DataError("the network answers NaN; look for NaN in its weights and running statistics")
-    probabilities, labels = logits.softmax(0).sort(descending=True, stable=True)
-    best = zip(labels[:top].tolist(), probabilities[:top].tolist(), strict=True)
-    return tuple(ClassProbability(label, probability) for label, probability in best)
+        for index in range(len(images)):
+            logits = forward(model, images[[index]])[0].cpu().double()  # (num_classes,)
+            if logits.isnan().any():
+                raise DataError("the network answers NaN; look for it in its weights and running statistics")
+            probabilities, labels = logits.softmax(0).sort(descending=True, stable=True)
+            best = zip(labels[:top].tolist(), probabilities[:top].tolist(), strict=True)
+            answers.append(tuple(ClassProbability(label, probability) for label, probability in best))
+    return tuple(answers)
