@@ -17,11 +17,12 @@ CLAIMS = {
     "batch_size": "alone, and in batches of every size below",
 }
 MEASURES = {
-    "relative": "the largest difference over the image's largest logit",
-    "ulp": "units in the last place, between two logits, at most",
+    "absolute": "the largest difference between two logits",
+    "relative": "the largest, over the largest logit of the same image",
+    "ulp": "the largest, in units in the last place",
     "flips": "images whose prediction changes",
 }
-COLUMNS = ("same bits", "largest diff", "ulp", "flips")
+COLUMNS = ("same bits", "absolute", "ulp", "flips")
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def show_eval(report: EvalReport) -> None:
 def _show_claims(console: Console, found: Certificate) -> None:
     console.print()
     title = f"Logits of the same {found.num_images} images in eval mode"
-    table = table_of(title, "claim", "same bits", "largest diff", "relative", "ulp", "flips", "first in")
+    table = table_of(title, "claim", "same bits", "absolute", "relative", "ulp", "flips", "first in")
     for name in CLAIMS:
         claim = getattr(found.claims, name)
         table.add_row(

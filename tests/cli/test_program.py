@@ -23,7 +23,7 @@ def test_version_and_help_answer(bncli: Bncli) -> None:
     for arguments in ((), ("--help",), ("-h",)):
         outcome = bncli(*arguments)
         assert outcome.code == 0
-        assert all(name in outcome.out for name in ("train", "eval", "inspect-stats"))
+        assert all(name in outcome.out for name in ("train", "eval", "predict", "inspect-stats"))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ def test_version_and_help_answer(bncli: Bncli) -> None:
         ("eval",),
         ("train", "x.yaml", "--resume", "y"),
         ("train", "--resume", "y", "--run-dir", "z"),
+        ("predict", "x.pt"),
         ("eval", "x.pt", "--num-images", "many"),
         ("eval", "x.pt", "--num-images", "0"),
     ],
