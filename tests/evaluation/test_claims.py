@@ -103,6 +103,24 @@ def test_the_measures_of_a_claim_are_those_of_the_worst_pair() -> None:
     assert certify(net(NumRows()), batch, batch_sizes=(2,)).claims.batch_size.prediction_flips == 20
 
 
+def test_what_does_not_repeat_in_company_only_fails_repeat_too() -> None:
+    class Moody(Counter):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if len(x) == 7 else x
+
+    found = certify(net(Moody()), images(), batch_sizes=SIZES)
+    assert failing(found) == dict.fromkeys(CLAIMS, "spoiler")
+
+
+def test_a_layer_that_changes_its_input_in_place_is_named_and_not_the_one_before() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sub_(3 * x.mean(0))
+
+    found = certify(net(InPlace()), images(), batch_sizes=SIZES)
+    assert failing(found) == {"neighbours": "spoiler", "batch_size": "spoiler"}
+
+
 def test_batch_norm_that_stays_in_train_mode_fails_and_is_named() -> None:
     class Stubborn(nn.BatchNorm2d):
         def train(self, mode: bool = True) -> nn.Module:
@@ -170,7 +188,8 @@ def test_tensors_that_are_no_part_of_an_image_do_not_mislead() -> None:
         """Gives (positions, batch): a row of it is not one of the images."""
 
         def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-            return torch.arange(5.0), {"x": x}, [torch.tensor(1.0), torch.full((3, 1), float(len(x)))]
+            total = x.sum()
+            return torch.arange(5.0), {"x": x}, [total, total * torch.ones(3, 1), len(x) * torch.ones(3)]
 
     class Take(nn.Module):
         def forward(self, x: tuple) -> Tensor:
