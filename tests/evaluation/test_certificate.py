@@ -107,6 +107,21 @@ def test_in_train_mode_the_same_net_depends_on_the_batch() -> None:
     assert result.train_mode.prediction_flips == flips
 
 
+def test_the_contrast_is_between_the_images_alone_and_the_batches_that_they_make() -> None:
+    seen = []
+
+    class Records(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.training:
+                seen.append(inputs)
+            return super().forward(inputs)
+
+    batch = images(5)
+    certify(Records(), batch, batch_sizes=(2, 5))
+    assert [len(inputs) for inputs in seen] == [1, 1, 1, 1, 1, 5]
+    assert torch.equal(seen[-1], batch)
+
+
 def test_exact_arithmetic_is_bitwise_equal_in_every_order() -> None:
     result = restored(Flat(), images())
     assert all(check.bitwise_equal and check.shuffled_bitwise_equal for check in result.batch_sizes)
@@ -257,6 +272,11 @@ def test_a_single_image_gets_a_blank_companion_that_is_not_judged() -> None:
     assert result.num_images == 1
     assert result.bitwise_equal
     assert result.train_mode.reference_batch_size == 2
+
+    with torch.no_grad():
+        logits = net.eval()(images(1) * 0 + 3)
+    digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+    assert certify(net, images(1) * 0 + 3).logits_sha256 == digest
 
     class FlipsBlanks(Flat):
         def forward(self, inputs: Tensor) -> Tensor:
