@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bncli.evaluation.certificate
 import bncli.evaluation.fixed_shape
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import ModelConfig
 from bncli.errors import BncliError
 from bncli.evaluation import FixedShape, certify
 from bncli.model import build_model
@@ -233,14 +233,14 @@ def test_a_single_image_cut_out_of_a_channels_last_batch_keeps_that_format() -> 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_networks_that_bncli_trains_keep_all_four_claims(precision: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)  # conftest sets it back
-    config = ModelConfig(widths=(16, 32), blocks_per_stage=2, batch_norm=BatchNormConfig())
-    net = build_model(config, 10, image_size=16)
-    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    # few passes: beside a busy process two threads that wait for each other are many times slower
+    net = build_model(ModelConfig(widths=(16, 30), blocks_per_stage=1), 10, image_size=16)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         net.train()(images)
-    model = FixedShape(net, rows=8).to(memory_format=torch.channels_last)
+    model = FixedShape(net, rows=4).to(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        found = certify(model, images.to(memory_format=torch.channels_last), batch_sizes=(2, 17))
+        found = certify(model, images.to(memory_format=torch.channels_last), batch_sizes=(3, 6))
     assert found.bitwise_equal
     assert found.train_mode.max_abs_diff > 0.01
     assert found.running_stats_unchanged
