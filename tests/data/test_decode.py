@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bncli.data import decode
+from bncli.errors import DataError
 
 
 def png(image: Image.Image, **options: object) -> bytes:
@@ -58,3 +60,13 @@ def test_resizing_is_bilinear_with_antialiasing(rng, size):
     source = torch.from_numpy(pixels).permute(2, 0, 1)[None].double()
     resized = F.interpolate(source, (32, 32), mode="bilinear", antialias=True)[0].numpy()
     assert np.abs(decode.decode(png(Image.fromarray(pixels)), 32) - resized).max() <= 1
+
+
+def test_a_single_image_of_too_many_pixels_is_refused_also_where_warnings_are_ignored(monkeypatch):
+    content = png(Image.new("RGB", (80, 80)))
+    assert decode.read_image(content, 8).shape == (3, 8, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)  # PIL only warns up to twice as many
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="not a readable image: Image size"):
+            decode.read_image(content, 8)

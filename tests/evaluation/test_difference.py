@@ -49,3 +49,9 @@ def test_logits_of_different_types_have_no_distance_in_bits() -> None:
 
 def test_a_row_with_a_nan_predicts_nothing() -> None:
     assert predictions(torch.tensor([[0.0, 2.0], [math.nan, 1.0]])).tolist() == [1, -1]
+
+
+def test_an_infinity_against_a_number_is_infinitely_far_though_they_have_a_distance_in_bits() -> None:
+    found = Difference.between(torch.tensor([[math.inf, 0.0]]), torch.tensor([[1.0, 0.0]]))
+    assert (found.max_abs_diff, found.max_rel_diff) == (math.inf, math.inf)
+    assert found.max_ulp == 0x7F800000 - 0x3F800000

@@ -180,5 +180,9 @@ def test_independent_batches_keep_the_plain_interval() -> None:
     hits = Hits(torch.tensor([3.0, 3.0, 3.0]), torch.tensor([4.0, 4.0, 4.0]))
     assert hits.design_effect() == 1
     assert hits.interval() == wilson_interval(0.75, 12)
+    # right 4, 0 and 2 of 4: sum of squares 8, times 3 / 2, over 12 * 0.5 * 0.5
+    together = Hits(torch.tensor([4.0, 0.0, 2.0]), torch.tensor([4.0, 4.0, 4.0]))
+    assert together.design_effect() == 4
+    assert together.interval() == wilson_interval(0.5, 3)
     assert Hits(torch.tensor([5.0]), torch.tensor([5.0])).design_effect() == 1
     assert Hits(torch.tensor([1.0]), torch.tensor([5.0])).design_effect() == 1
