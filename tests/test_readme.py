@@ -20,12 +20,9 @@ def blocks(language: str) -> list[str]:
 
 
 def shell_lines() -> list[str]:
-    found = []
-    for block in blocks("sh") + blocks("console"):
-        for line in block.replace("\\\n", " ").splitlines():
-            text = line.removeprefix("$ ").strip()
-            if text.startswith(("bncli ", ".venv/bin/bncli ")):
-                found.append(text.split("  #")[0])
+    shell = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    typed = [line[2:] for block in blocks("console") for line in block.splitlines() if line[:2] == "$ "]
+    found = [line.strip().split("  #")[0] for line in shell + typed if line.strip().startswith("bncli ")]
     return found
 
 
