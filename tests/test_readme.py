@@ -22,8 +22,7 @@ def blocks(language: str) -> list[str]:
 def shell_lines() -> list[str]:
     shell = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     typed = [line[2:] for block in blocks("console") for line in block.splitlines() if line[:2] == "$ "]
-    found = [line.strip().split("  #")[0] for line in shell + typed if line.strip().startswith("bncli ")]
-    return found
+    return [line.strip().split("  #")[0] for line in shell + typed if line.strip().startswith("bncli ")]
 
 
 @pytest.mark.parametrize("line", shell_lines())
