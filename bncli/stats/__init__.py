@@ -1,7 +1,7 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
 from bncli.stats.audit import dead_channels, layer_flags
-from bncli.stats.layers import LayerStats, batch_norm_layers, read_running_stats
+from bncli.stats.layers import Hyperparameters, LayerStats, batch_norm_layers, read_running_stats
 from bncli.stats.modes import (
     batch_statistics_mode,
     buffers_digest,
@@ -14,6 +14,7 @@ from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
 __all__ = [
     "EpochStatistics",
+    "Hyperparameters",
     "LayerEpoch",
     "LayerStats",
     "Summary",

@@ -6,11 +6,21 @@ changing a result.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a BatchNorm module knows beside its tensors; a whole pickled module has them, a state dict not."""
+
+    num_features: int
+    eps: float
+    momentum: float | None  # weight of the new batch; None: cumulative average
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +34,8 @@ class LayerStats:
 
     name: str
     num_features: int
-    num_batches_tracked: int | None
+    num_batches_tracked: int | None  # rounded down where the counter is not a whole number
+    counter_dtype: torch.dtype | None  # of num_batches_tracked: torch.int64 in every model PyTorch makes
     momentum: float | None  # weight of the new batch; None with hyperparameters_known: cumulative
     eps: float | None
     hyperparameters_known: bool  # False from a state dict, which stores neither momentum nor eps
@@ -44,13 +55,16 @@ def batch_norm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
 
 def read_running_stats(
     model_or_state_dict: nn.Module | Mapping[str, object],
+    hyperparameters: Mapping[str, Hyperparameters] | None = None,
 ) -> tuple[LayerStats, ...]:
     """Read all BatchNorm layers, in model order, without changing anything.
 
     In a state dict a layer is recognised by `running_mean` and `running_var` of one shape (C,) under one
     prefix. Three things look alike there: InstanceNorm with `track_running_stats=True` and frozen
     BatchNorm variants have the same keys, so they are listed; a layer without running statistics leaves
-    no trace, so it is not; and a module shared under two names is listed under both.
+    no trace, so it is not; and a module shared under two names is listed under both. `hyperparameters`
+    tells, by layer name, what a state dict cannot; a layer that is only named there comes last, without
+    running statistics.
 
     Raises TypeError for anything but a module or a mapping.
     """
@@ -58,7 +72,7 @@ def read_running_stats(
         layers = batch_norm_layers(model_or_state_dict)
         return tuple(_read_module(name, module) for name, module in layers)
     if isinstance(model_or_state_dict, Mapping):
-        return _read_state_dict(model_or_state_dict)
+        return _read_state_dict(model_or_state_dict, hyperparameters or {})
     kind = type(model_or_state_dict).__name__
     raise TypeError(f"expected an nn.Module or a state dict (Mapping[str, Tensor]), got {kind}")
 
@@ -68,6 +82,7 @@ def _read_module(name: str, module: _BatchNorm) -> LayerStats:
         name=name,
         num_features=module.num_features,
         num_batches_tracked=_count(module.num_batches_tracked),
+        counter_dtype=_dtype(module.num_batches_tracked),
         momentum=module.momentum,
         eps=module.eps,
         hyperparameters_known=True,
@@ -78,7 +93,9 @@ def _read_module(name: str, module: _BatchNorm) -> LayerStats:
     )
 
 
-def _read_state_dict(state: Mapping[str, object]) -> tuple[LayerStats, ...]:
+def _read_state_dict(
+    state: Mapping[str, object], hyperparameters: Mapping[str, Hyperparameters]
+) -> tuple[LayerStats, ...]:
     layers = []
     for key, mean in state.items():
         if not isinstance(key, str) or not isinstance(mean, Tensor) or mean.dim() != 1:
@@ -87,26 +104,42 @@ def _read_state_dict(state: Mapping[str, object]) -> tuple[LayerStats, ...]:
         var = state.get(f"{prefix}{dot}running_var")
         if leaf != "running_mean" or not isinstance(var, Tensor) or var.shape != mean.shape:
             continue
-        weight, bias = state.get(f"{prefix}{dot}weight"), state.get(f"{prefix}{dot}bias")
-        layers.append(
-            LayerStats(
-                name=prefix,
-                num_features=mean.numel(),
-                num_batches_tracked=_count(state.get(f"{prefix}{dot}num_batches_tracked")),
-                momentum=None,
-                eps=None,
-                hyperparameters_known=False,
-                running_mean=_copy(mean),
-                running_var=_copy(var),
-                weight=_copy(weight) if _has_shape(weight, mean) else None,
-                bias=_copy(bias) if _has_shape(bias, mean) else None,
-            )
-        )
+        layers.append(_read_tensors(state, prefix, mean, var, mean.numel(), hyperparameters.get(prefix)))
+    read = {layer.name for layer in layers}
+    for name, known in hyperparameters.items():
+        if name not in read:
+            layers.append(_read_tensors(state, name, None, None, known.num_features, known))
     return tuple(layers)
 
 
-def _has_shape(value: object, like: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == like.shape
+def _read_tensors(
+    state: Mapping[str, object],
+    name: str,
+    mean: Tensor | None,
+    var: Tensor | None,
+    num_features: int,
+    known: Hyperparameters | None,
+) -> LayerStats:
+    path = f"{name}." if name else ""
+    counter = state.get(f"{path}num_batches_tracked")
+    weight, bias = (_if_shaped(state.get(f"{path}{leaf}"), (num_features,)) for leaf in ("weight", "bias"))
+    return LayerStats(
+        name=name,
+        num_features=num_features,
+        num_batches_tracked=_count(counter),
+        counter_dtype=_dtype(counter),
+        momentum=known.momentum if known else None,
+        eps=known.eps if known else None,
+        hyperparameters_known=known is not None,
+        running_mean=_copy(mean),
+        running_var=_copy(var),
+        weight=_copy(weight),
+        bias=_copy(bias),
+    )
+
+
+def _if_shaped(value: object, shape: tuple[int, ...]) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.shape == shape else None
 
 
 def _copy(value: object) -> Tensor | None:
@@ -118,6 +151,12 @@ def _copy(value: object) -> Tensor | None:
 
 
 def _count(value: object) -> int | None:
+    """The counter's value; None for a missing one and for one that is no finite number."""
     if not isinstance(value, Tensor) or is_lazy(value) or value.numel() != 1:
         return None
-    return int(value.item())
+    number = value.item()
+    return int(number) if isfinite(number) else None
+
+
+def _dtype(value: object) -> torch.dtype | None:
+    return None if not isinstance(value, Tensor) or is_lazy(value) else value.dtype

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.stats.layers import batch_norm_layers, read_running_stats
+from bncli.stats.layers import Hyperparameters, batch_norm_layers, read_running_stats
 from bncli.stats.modes import buffers_digest
 
 
@@ -133,3 +133,34 @@ def test_a_state_dict_is_read_by_keys_and_shapes_and_strangers_are_skipped() -> 
 def test_anything_else_is_a_type_error(wrong: object) -> None:
     with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
         read_running_stats(wrong)
+
+
+def test_hyperparameters_tell_a_state_dict_what_only_the_module_knew() -> None:
+    net = small_net()
+    net.add_module("bare", nn.BatchNorm2d(5, track_running_stats=False))
+    modules = batch_norm_layers(net)
+    known = {
+        name: Hyperparameters(module.num_features, module.eps, module.momentum) for name, module in modules
+    }
+    layers = read_running_stats(net.state_dict(), known)
+    expected = [(name, module.num_features, module.eps, module.momentum) for name, module in modules]
+    assert [(x.name, x.num_features, x.eps, x.momentum) for x in layers] == expected
+    assert layers[2].running_mean is None
+    assert torch.equal(layers[2].weight, net.bare.weight)
+
+
+@pytest.mark.parametrize(
+    ("counter", "count", "dtype"),
+    [
+        (torch.tensor(7), 7, torch.int64),
+        (torch.tensor(7.75), 7, torch.float32),
+        (torch.tensor(float("nan")), None, torch.float32),
+        (torch.tensor([1, 2]), None, torch.int64),
+        (3, None, None),
+    ],
+)
+def test_a_counter_of_any_type_is_read_with_its_type(
+    counter: object, count: int | None, dtype: torch.dtype | None
+) -> None:
+    (layer,) = read_running_stats({**nn.BatchNorm2d(2).state_dict(), "num_batches_tracked": counter})
+    assert (layer.num_batches_tracked, layer.counter_dtype) == (count, dtype)
