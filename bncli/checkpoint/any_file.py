@@ -4,6 +4,7 @@ Formats are recognised by their first bytes, whatever the file is called. Nothin
 and nothing is written to it; only the tensors of BatchNorm are read.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class OpenCheckpoint:
         }
         features = sum(hyperparameters.num_features for hyperparameters in known.values())
         size = sum(tensor.num_elements * tensor.dtype.itemsize for tensor in wanted.values())
-        with _named(self.source):
+        with _named(self.source), _without_collector():
             if max(size, 4 * features) > MAX_BYTES_OF_LAYERS:
                 raise UnreadableFileError("its BatchNorm layers are far larger than those of any network")
             state = {name: tensor.read() for name, tensor in wanted.items()}
@@ -98,16 +99,17 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
     source = str(source)
     with ExitStack() as stack:
         file = stack.enter_context(open_source(source))
-        with _named(source):
+        with _named(source), _without_collector():
             kind, content = _read(file, stack)
             found = find_state_dicts(content)
-            chosen = choose(_with_own_hyperparameters(found, content), key)
-            chosen = strip_prefixes(chosen)
+            chosen = strip_prefixes(choose(_with_own_hyperparameters(found, content), key))
+            candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
+            del content, found  # all but the chosen tensors
         yield OpenCheckpoint(
             source=source,
             kind=kind,
             key=chosen.key,
-            candidates=tuple(state_dict.candidate for state_dict in found if state_dict.layer_names),
+            candidates=candidates,
             tensors=chosen.tensors,
             hyperparameters=chosen.hyperparameters,
             layer_names=tuple(chosen.layer_names),
@@ -175,3 +177,15 @@ def _named(source: str) -> Iterator[None]:
         yield
     except UnreadableFileError as error:
         raise CheckpointError(f"{source}: {error}") from None
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the collector of cycles: among the many new objects it would search for ever and find none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

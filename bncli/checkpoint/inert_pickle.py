@@ -12,59 +12,12 @@ the digits of a number. Bytes are skipped, since no tensor of a checkpoint lies 
 import io
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from bncli.checkpoint.byte_source import UnreadableFileError
+from bncli.checkpoint.pickle_machine import MAX_LONG, MAX_OPERATIONS, Global, Inert, Machine, PickleMeanings
 
-# A tensor takes about 30 operations: 4 million are some 130,000 tensors. An operation keeps at most about
-# 140 bytes (an entry of the memo), which bounds memory to 560 MB.
-MAX_OPERATIONS = 4_000_000
-MAX_TEXT = 32 * 2**20  # characters in all
-MAX_LINE = 2**16
-MAX_LONG = 1024  # bytes of a whole number
 MAX_PROTOCOL = 5
-
-
-class Global(NamedTuple):
-    """The name of a class or function that the pickle refers to."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        """As it stands in an import."""
-        return f"{self.module}.{self.name}"
-
-
-class Inert:
-    """An object that was not made: its class, the arguments, what it would have been filled with."""
-
-    __slots__ = ("arguments", "items", "kind", "state")
-
-    def __init__(self, kind: Global | None, arguments: object = ()) -> None:
-        self.kind = kind  # None where the pickle calls something that is no name
-        self.arguments = arguments
-        self.state: object = None  # as `__setstate__` would have got it
-        self.items: dict[str, object] | None = None  # of subclasses of dict
-
-    @property
-    def attributes(self) -> dict[str, object]:
-        """The object's `__dict__`, as far as the pickle tells."""
-        state = self.state
-        if type(state) is tuple and len(state) == 2:  # (__dict__, __slots__)
-            state = state[0]
-        return state if isinstance(state, dict) else {}
-
-
-class PickleMeanings(Protocol):
-    """What calls and persistent ids mean; both only make values, or give `Inert`."""
-
-    def call(self, function: Global, arguments: tuple[object, ...]) -> object:
-        """The value of `function(*arguments)`."""
-
-    def find_persistent(self, key: object) -> object:
-        """The value of a persistent id."""
 
 
 def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings) -> Any:
@@ -76,111 +29,39 @@ def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings
     Raises:
         UnreadableFileError: on a damaged pickle, and on one that exceeds the limits.
     """
-    machine = _Machine(stream, meanings)
     try:
-        return machine.run()
+        return _run(Machine(stream, meanings))
     except (IndexError, KeyError, TypeError, ValueError, struct.error, OverflowError) as error:
         raise UnreadableFileError(f"a damaged pickle ({type(error).__name__})") from None
 
 
-class _Machine:
-    def __init__(self, stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings) -> None:
-        self.stream = stream
-        self.meanings = meanings
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.num_characters = 0
-        self.num_odd_keys = 0
-
-    def run(self) -> Any:
-        read = self.stream.read
-        operations = _OPERATIONS
-        for _ in range(MAX_OPERATIONS):
-            code = read(1)
-            if code == b".":
-                return self.stack.pop()
-            operation = operations.get(code)
-            if operation is None:
-                raise UnreadableFileError("a damaged or truncated pickle, or one with a foreign opcode")
-            operation(self, code)
-        raise UnreadableFileError(
-            f"a pickle of more than {MAX_OPERATIONS:,} operations, which bncli does not read"
-        )
-
-    def take(self, size: int) -> bytes:
-        """The next `size` bytes; `size` is checked by the caller or fixed."""
-        data = self.stream.read(size)
-        if len(data) != size:
-            raise UnreadableFileError("a truncated pickle")
-        return data
-
-    def take_line(self) -> bytes:
-        line = self.stream.readline(MAX_LINE)
-        if not line.endswith(b"\n"):
-            raise UnreadableFileError("a damaged pickle: a line without an end")
-        return line[:-1]
-
-    def take_length(self, num_bytes: int) -> int:
-        return int.from_bytes(self.take(num_bytes), "little")
-
-    def text(self, size: int, encoding: str = "utf-8") -> str:
-        self.num_characters += size
-        if self.num_characters > MAX_TEXT:
-            raise UnreadableFileError(f"a pickle with more than {MAX_TEXT:,} characters of text")
-        # pickles hold lone surrogates, which strict UTF-8 does not allow
-        return self.take(size).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
-
-    def line_of_text(self, encoding: str = "utf-8") -> str:
-        line = self.take_line()
-        self.num_characters += len(line)
-        if self.num_characters > MAX_TEXT:
-            raise UnreadableFileError(f"a pickle with more than {MAX_TEXT:,} characters of text")
-        return line.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
-
-    def pop_to_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    def remember(self, index: int) -> None:
-        if not 0 <= index < MAX_OPERATIONS:
-            raise UnreadableFileError("a damaged pickle: a memo without bounds")
-        self.memo[index] = self.stack[-1]
-
-    def key(self, value: object) -> str:
-        """Text for any key: hashing what a stranger chose can take for ever, or overflow the C stack."""
-        if type(value) is str:
-            return value
-        if type(value) is int and -(2**63) <= value < 2**63:
-            return str(value)
-        self.num_odd_keys += 1
-        return f"<{type(value).__name__} {self.num_odd_keys}>"
-
-    def set_items(self, target: object, items: list[Any]) -> None:
-        if isinstance(target, Inert):
-            target.items = target.items if target.items is not None else {}
-            target = target.items
-        if isinstance(target, dict):
-            for position in range(0, len(items) - 1, 2):
-                target[self.key(items[position])] = items[position + 1]
-
-    def extend(self, target: object, items: list[Any]) -> None:
-        if isinstance(target, list):
-            target.extend(items)
-
-    def call(self, function: object, arguments: object) -> object:
-        if not isinstance(function, Global) or type(arguments) is not tuple:
-            return Inert(None, arguments)
-        return self.meanings.call(function, arguments)
-
-    def build(self, state: object) -> None:
-        if isinstance(self.stack[-1], Inert):  # on a dict or a tensor: attributes that nothing shows
-            self.stack[-1].state = state
+def _run(machine: Machine) -> Any:
+    read, stack, memo = machine.stream.read, machine.stack, machine.memo
+    operations = _OPERATIONS
+    for _ in range(MAX_OPERATIONS):
+        code = read(1)
+        operation = operations.get(code)
+        if operation is not None:
+            operation(machine, code)
+        # two thirds of a checkpoint's operations are these; they stand here for speed
+        elif code == b"h":
+            stack.append(memo[read(1)[0]])
+        elif code == b"j":
+            stack.append(memo[int.from_bytes(machine.take(4), "little")])
+        elif code == b"q":
+            memo[read(1)[0]] = stack[-1]
+        elif code == b"r":
+            machine.remember(int.from_bytes(machine.take(4), "little"))
+        elif code == b".":
+            return stack.pop()
+        else:
+            raise UnreadableFileError("a damaged or truncated pickle, or one with a foreign opcode")
+    raise UnreadableFileError(
+        f"a pickle of more than {MAX_OPERATIONS:,} operations, which bncli does not read"
+    )
 
 
-_Operation = Callable[[_Machine, bytes], None]
+_Operation = Callable[[Machine, bytes], None]
 _OPERATIONS: dict[bytes, _Operation] = {}
 
 
@@ -200,32 +81,31 @@ _TEXT = {b"X": 4, b"\x8c": 1, b"\x8d": 8}  # opcode: bytes of its length
 _TEXT_OF_PYTHON_2 = {b"U": 1, b"T": 4}
 _BYTES = {b"C": 1, b"B": 4, b"\x8e": 8, b"\x96": 8}
 _LONGS = {b"\x8a": 1, b"\x8b": 4}
-_INDICES = {b"h": 1, b"j": 4, b"q": 1, b"r": 4}
 
 
 @_operation(*_CONSTANTS)
-def _constant(machine: _Machine, code: bytes) -> None:
+def _constant(machine: Machine, code: bytes) -> None:
     machine.stack.append(_CONSTANTS[code])
 
 
 @_operation(*_NUMBERS)
-def _number(machine: _Machine, code: bytes) -> None:
+def _number(machine: Machine, code: bytes) -> None:
     form = _NUMBERS[code]
     machine.stack.append(form.unpack(machine.take(form.size))[0])
 
 
 @_operation(*_TEXT)
-def _text(machine: _Machine, code: bytes) -> None:
+def _text(machine: Machine, code: bytes) -> None:
     machine.stack.append(machine.text(machine.take_length(_TEXT[code])))
 
 
 @_operation(*_TEXT_OF_PYTHON_2)
-def _text_of_python_2(machine: _Machine, code: bytes) -> None:
+def _text_of_python_2(machine: Machine, code: bytes) -> None:
     machine.stack.append(machine.text(machine.take_length(_TEXT_OF_PYTHON_2[code]), "latin-1"))
 
 
 @_operation(*_BYTES)
-def _bytes(machine: _Machine, code: bytes) -> None:
+def _bytes(machine: Machine, code: bytes) -> None:
     size = machine.take_length(_BYTES[code])
     if size >= 2**62:
         raise UnreadableFileError("a damaged pickle: bytes without bounds")
@@ -236,7 +116,7 @@ def _bytes(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(*_LONGS)
-def _long(machine: _Machine, code: bytes) -> None:
+def _long(machine: Machine, code: bytes) -> None:
     size = machine.take_length(_LONGS[code])
     if size > MAX_LONG:
         raise UnreadableFileError(f"a pickle with a whole number of {size:,} bytes")
@@ -244,7 +124,7 @@ def _long(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"I", b"L", b"F")
-def _number_in_digits(machine: _Machine, code: bytes) -> None:
+def _number_in_digits(machine: Machine, code: bytes) -> None:
     line = machine.take_line()
     if len(line) > MAX_LONG:
         raise UnreadableFileError(f"a pickle with a number of {len(line):,} digits")
@@ -255,24 +135,24 @@ def _number_in_digits(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"S", b"V")
-def _line_of_text(machine: _Machine, code: bytes) -> None:
+def _line_of_text(machine: Machine, code: bytes) -> None:
     text = machine.line_of_text("latin-1")
     # escapes are left as they are: no name of a tensor has any
     machine.stack.append(text[1:-1] if code == b"S" else text)
 
 
 @_operation(b"]", b"}", b"\x8f")
-def _empty(machine: _Machine, code: bytes) -> None:
+def _empty(machine: Machine, code: bytes) -> None:
     machine.stack.append({} if code == b"}" else [])
 
 
 @_operation(b"(")
-def _mark(machine: _Machine, _: bytes) -> None:
+def _mark(machine: Machine, _: bytes) -> None:
     machine.marks.append(len(machine.stack))
 
 
 @_operation(b"t", b"l", b"d", b"\x91")
-def _collect(machine: _Machine, code: bytes) -> None:
+def _collect(machine: Machine, code: bytes) -> None:
     items = machine.pop_to_mark()
     if code == b"d":
         content: dict[str, object] = {}
@@ -283,7 +163,7 @@ def _collect(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"\x85", b"\x86", b"\x87")
-def _short_tuple(machine: _Machine, code: bytes) -> None:
+def _short_tuple(machine: Machine, code: bytes) -> None:
     size = code[0] - 0x84
     if len(machine.stack) < size:
         raise IndexError
@@ -293,19 +173,19 @@ def _short_tuple(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"a", b"e", b"\x90")
-def _append(machine: _Machine, code: bytes) -> None:
+def _append(machine: Machine, code: bytes) -> None:
     items = [machine.stack.pop()] if code == b"a" else machine.pop_to_mark()
     machine.extend(machine.stack[-1], items)
 
 
 @_operation(b"s", b"u")
-def _set(machine: _Machine, code: bytes) -> None:
+def _set(machine: Machine, code: bytes) -> None:
     items = [machine.stack.pop(-2), machine.stack.pop()] if code == b"s" else machine.pop_to_mark()
     machine.set_items(machine.stack[-1], items)
 
 
 @_operation(b"0", b"1", b"2")
-def _shuffle(machine: _Machine, code: bytes) -> None:
+def _shuffle(machine: Machine, code: bytes) -> None:
     if code == b"0":
         machine.stack.pop()
     elif code == b"1":
@@ -314,20 +194,20 @@ def _shuffle(machine: _Machine, code: bytes) -> None:
         machine.stack.append(machine.stack[-1])
 
 
-@_operation(b"g", b"h", b"j", b"p", b"q", b"r", b"\x94")
-def _use_memo(machine: _Machine, code: bytes) -> None:
+@_operation(b"g", b"p", b"\x94")
+def _use_memo(machine: Machine, code: bytes) -> None:
     if code == b"\x94":
         machine.remember(len(machine.memo))
         return
-    index = int(machine.take_line()[:20]) if code in b"gp" else machine.take_length(_INDICES[code])
-    if code in b"pqr":
+    index = int(machine.take_line()[:20])
+    if code == b"p":
         machine.remember(index)
     else:
         machine.stack.append(machine.memo[index])
 
 
 @_operation(b"c", b"i", b"\x93")
-def _name(machine: _Machine, code: bytes) -> None:
+def _name(machine: Machine, code: bytes) -> None:
     if code == b"\x93":
         name, module = machine.stack.pop(), machine.stack.pop()
         if type(name) is not str or type(module) is not str:
@@ -339,7 +219,7 @@ def _name(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"R", b"\x81", b"\x92", b"o")
-def _call(machine: _Machine, code: bytes) -> None:
+def _call(machine: Machine, code: bytes) -> None:
     if code == b"o":
         function, *arguments = machine.pop_to_mark()
         machine.stack.append(machine.call(function, tuple(arguments)))
@@ -351,18 +231,18 @@ def _call(machine: _Machine, code: bytes) -> None:
 
 
 @_operation(b"b")
-def _build(machine: _Machine, _: bytes) -> None:
+def _build(machine: Machine, _: bytes) -> None:
     machine.build(machine.stack.pop())
 
 
 @_operation(b"P", b"Q")
-def _persistent(machine: _Machine, code: bytes) -> None:
+def _persistent(machine: Machine, code: bytes) -> None:
     key = machine.line_of_text() if code == b"P" else machine.stack.pop()
     machine.stack.append(machine.meanings.find_persistent(key))
 
 
 @_operation(b"\x80", b"\x95")
-def _header(machine: _Machine, code: bytes) -> None:
+def _header(machine: Machine, code: bytes) -> None:
     if code == b"\x95":
         machine.take(8)  # the length of a frame, which only helps buffering
     elif machine.take(1)[0] > MAX_PROTOCOL:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 
 from bncli.checkpoint.byte_source import UnreadableFileError
-from bncli.checkpoint.inert_pickle import Inert
+from bncli.checkpoint.pickle_machine import Inert
 from bncli.checkpoint.pickled_module import is_module, read_module
 from bncli.checkpoint.stored_tensor import StoredTensor
 from bncli.stats import Hyperparameters

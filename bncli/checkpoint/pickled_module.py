@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from bncli.checkpoint.byte_source import UnreadableFileError
-from bncli.checkpoint.inert_pickle import Inert
+from bncli.checkpoint.pickle_machine import Inert
 from bncli.checkpoint.stored_tensor import StoredTensor
 from bncli.stats import Hyperparameters
 

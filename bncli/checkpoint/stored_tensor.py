@@ -86,7 +86,10 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last, both included, of a view that is not empty."""
-    return 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
+    last = 0
+    for length, step in zip(shape, stride, strict=True):
+        last += (length - 1) * step
+    return 1 + last
 
 
 def _is_size(value: object) -> bool:
@@ -94,4 +97,4 @@ def _is_size(value: object) -> bool:
 
 
 def _are_sizes(values: object) -> bool:
-    return isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS and all(map(_is_size, values))
+    return isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS and all(map(_is_size, values))

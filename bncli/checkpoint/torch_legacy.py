@@ -5,7 +5,8 @@ The storages follow in the order of the keys, each a count of elements (8 bytes)
 """
 
 from bncli.checkpoint.byte_source import ByteSource, UnreadableFileError
-from bncli.checkpoint.inert_pickle import Inert, read_pickle
+from bncli.checkpoint.inert_pickle import read_pickle
+from bncli.checkpoint.pickle_machine import Inert
 from bncli.checkpoint.stored_tensor import Storage
 from bncli.checkpoint.torch_pickle import TorchMeanings
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from bncli.checkpoint.byte_source import UnreadableFileError
-from bncli.checkpoint.inert_pickle import MAX_OPERATIONS, Global, Inert
+from bncli.checkpoint.pickle_machine import MAX_OPERATIONS, Global, Inert
 from bncli.checkpoint.stored_tensor import Storage, stored_tensor
 
 # torch.FloatStorage and its kin: the type that a storage of torch.save has

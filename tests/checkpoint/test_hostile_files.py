@@ -22,7 +22,7 @@ from tests.conftest import Bncli
 MAX_MEMORY = 2**30  # bytes
 
 # the bombs that take seconds
-LARGE = ["endless lists", "endless memo", "nested tuples", "nested tuple as a key", "nested lists"]
+LARGE = ["endless lists", "endless memo", "nested tuples"]
 
 BatchNorm = nn.BatchNorm2d(4).state_dict()
 
@@ -202,8 +202,8 @@ def bombs() -> dict[str, bytes]:
         "endless lists": b"]" * 6_000_000,
         "endless memo": b"N" + b"\x94" * 6_000_000,
         "nested tuples": b")" + b"\x85" * 3_000_000,
-        "nested tuple as a key": b"})" + b"\x85" * 1_000_000 + b"Ns",
-        "nested lists": b"]" + b"]" * 1_000_000 + b"a" * 1_000_000,
+        "nested tuple as a key": b"})" + b"\x85" * 200_000 + b"Ns",
+        "nested lists": b"]" + b"]" * 200_000 + b"a" * 200_000,
         "nested dicts": b"}" + b"}" * 100 + b"".join(b"K\x00" for _ in range(100)),
         "nested calls": b"cm\nf\n" + b"(" * 1 + b"tR" + b"\x85cm\nf\n0" * 1000,
         "keys that collide": b"}("
