@@ -325,3 +325,18 @@ def test_bombs_stay_below_a_gibibyte(tmp_path: Path) -> None:
         [sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < MAX_MEMORY
+
+
+@pytest.mark.parametrize(("length", "code"), [(4, 0), (5, 2)])
+def test_a_tensor_reaches_no_byte_beyond_its_storage(
+    bncli: Bncli, tmp_path: Path, length: int, code: int
+) -> None:
+    shape = b"K" + bytes([length]) + b"\x85"
+    layer = b"}(" + b"".join(
+        text(name) + tensor(shape, b"K\x01\x85") for name in ("running_mean", "running_var")
+    )
+    content = zip_of(b"\x80\x02" + layer + b"u.", {"0": bytes(16), "1": bytes(16)})
+    (tmp_path / "model.pt").write_bytes(content)
+    outcome = bncli("inspect-stats", tmp_path / "model.pt", "--json")
+    assert outcome.code == code
+    assert ("reaches beyond its storage" in outcome.err) == (code == 2)
