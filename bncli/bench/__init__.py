@@ -1,5 +1,12 @@
-"""Benchmarks that stay with the project: every speed claim is a ratio measured in one run."""
+"""Benchmarks that stay with the project: what a speed claim rests on is measured in one run."""
 
+from bncli.bench.inspection import Inspection, InspectionBench, bench_inspection
 from bncli.bench.training_step import TrainingStepBench, bench_training_step
 
-__all__ = ["TrainingStepBench", "bench_training_step"]
+__all__ = [
+    "Inspection",
+    "InspectionBench",
+    "TrainingStepBench",
+    "bench_inspection",
+    "bench_training_step",
+]

@@ -1,12 +1,19 @@
 """Checkpoints: one file from which every command but `train` works."""
 
+from bncli.checkpoint.any_file import OpenCheckpoint, open_checkpoint
 from bncli.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from bncli.checkpoint.locate import Candidate
 from bncli.checkpoint.reader import read_torch_file
+from bncli.checkpoint.stored_tensor import StoredTensor
 
 __all__ = [
+    "Candidate",
     "Checkpoint",
+    "OpenCheckpoint",
+    "StoredTensor",
     "load_checkpoint",
     "load_model",
+    "open_checkpoint",
     "read_torch_file",
     "save_checkpoint",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bncli.checkpoint.byte_source import hint_for_directory
 from bncli.errors import CheckpointError
 
 
@@ -17,7 +18,7 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, not a checkpoint{_checkpoints_in(path)}")
+        raise CheckpointError(f"{path}: a directory, not a checkpoint{hint_for_directory(path)}")
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -37,9 +38,3 @@ def read_torch_file(path: str | Path) -> Any:
         # on damaged and foreign files torch.load raises IndexError, EOFError, RuntimeError, OSError, ...
         what = "a damaged or truncated one" if is_zip else "no file of torch.save"
         raise CheckpointError(f"{path}: not a checkpoint: {what} ({type(error).__name__})") from None
-
-
-def _checkpoints_in(directory: Path) -> str:
-    """The hint for somebody who gave the run directory instead of a file in it."""
-    names = [name for name in ("last.pt", "best.pt") if (directory / name).is_file()]
-    return f"; did you mean {directory / names[0]}?" if names else ""
