@@ -58,7 +58,7 @@ def plot_running_stats(layers: Sequence[LayerStats], path: Path) -> None:
     def draw(figure: Figure) -> None:
         names = [row_name(layer.name, layer.num_features) for layer in layers]
         figure.set_layout_engine("constrained", wspace=0.03)
-        above, below = figure.subfigures(2, 1, height_ratios=heights).flat
+        ((above,), (below,)) = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)
         above.suptitle(_title(layers, flags), fontsize=12, fontweight="bold")
         axes = above.subplots(1, len(columns), sharey=True)
         for axis, column in zip(axes, columns, strict=True):

@@ -35,7 +35,8 @@ SHORT = {
 def plot_comparison(comparison: Comparison, path: Path, *, first: str, second: str) -> None:
     """Draw mean shift, variance ratio and KL divergence of every channel.
 
-    `first` and `second` name the files. The suffix of `path` selects PNG or SVG. The same comparison gives the same bytes.
+    `first` and `second` name the files. The suffix of `path` selects PNG or SVG.
+    The same comparison gives the same bytes.
 
     Raises BncliError for no layers, another suffix, or a path that cannot be written.
     """

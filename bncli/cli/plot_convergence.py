@@ -78,7 +78,10 @@ def _set_axes(axis: Axes, histories: Sequence[LayerHistory], title: str, label: 
 
     epochs = [point.epoch for history in histories for point in history.epochs]
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    low, high = axis.dataLim.intervaly
+    narrow = not low > 0 or high < 10 * low
+    subs = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if narrow else (1, 2, 5)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
