@@ -94,7 +94,7 @@ def _frame(axis: Axes, heat_map: HeatMap, *, damaged: bool, missing: bool) -> No
     axis.tick_params(which="both", length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    meanings = {NO_NUMBER: "no number", MISSING: "no running statistics"}
+    meanings = {NO_NUMBER: "not finite, or a variance ≤ 0", MISSING: "no running statistics"}
     shown = [colour for colour, there in ((NO_NUMBER, damaged), (MISSING, missing)) if there]
     if shown:
         from matplotlib.patches import Patch
@@ -114,7 +114,10 @@ def _limits(numbers: Tensor, middle: float | None) -> tuple[float, float, Any]:
     margin = len(ordered) // 200  # half a per cent on each side
     low, high = float(ordered[margin]), float(ordered[-1 - margin])
     if middle is not None:
+        # a few channels that stand on eps alone are hundreds of deviations away
+        typical = float((ordered - middle).abs().median())
         reach = max(abs(low - middle), abs(high - middle), 1e-6)
+        reach = min(reach, 10 * typical) if typical > 0 else reach
         low, high = middle - reach, middle + reach
     elif high - low < 1e-6:
         low, high = low - 0.5, high + 0.5

@@ -86,10 +86,10 @@ def _plural(count: int, noun: str) -> str:
 
 
 def _columns(layers: Sequence[LayerStats]) -> list[Column]:
-    assumed = "" if all(layer.eps is not None for layer in layers) else ", eps = 1e-5 assumed"
+    assumed = "" if all(layer.eps is not None for layer in layers) else "; eps = 1e-5 assumed"
     means = [layer.running_mean for layer in layers]
     variances = [layer.running_var for layer in layers]
-    gain = f"|weight| / sqrt(running_var + eps){assumed}\n1 / activation units, log scale"
+    gain = f"|weight| / sqrt(running_var + eps)\n1 / activation units, log scale{assumed}"
     return [
         make_column("running_mean", "activation units", False, means),
         make_column("running_var", "activation units², log scale", True, variances),

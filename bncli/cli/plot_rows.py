@@ -101,8 +101,11 @@ def _set_log_scale(axis: Axes, values: list[Tensor]) -> None:
 
     drawn = [float(bound) for numbers in values if numbers.numel() for bound in numbers.aminmax()]
     narrow = not drawn or max(drawn) < 100 * min(drawn)
+    subs: tuple[float, ...] = (1, 2, 5) if narrow else (1,)
+    if narrow and (not drawn or max(drawn) < 4 * min(drawn)):
+        subs = (1, 1.2, 1.5, 2, 3, 5, 7, 8.5)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=8))
+    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
