@@ -108,7 +108,8 @@ def summarize_divergence(found: Divergence) -> DivergenceSummary:
 def _excess(one: Tensor, two: Tensor) -> Tensor:
     """r - 1 - ln r for r = two / one, which is never negative."""
     above = (two - one) / one  # r - 1 without the rounding of r: near 1 that would be all there is
-    return (above - above.log1p()).clamp(min=0)
+    logarithm = torch.where(above.abs() < 0.5, above.log1p(), (two / one).log())  # near 0, r itself is exact
+    return (above - logarithm).clamp(min=0)
 
 
 def _eps(first: LayerStats, second: LayerStats) -> tuple[float, float]:
