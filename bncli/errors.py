@@ -35,3 +35,7 @@ class RunError(BncliError):
 
 class DeviceError(BncliError):
     """A device or precision that this machine does not have."""
+
+
+class IncomparableError(BncliError):
+    """Two checkpoints that have no BatchNorm layer in common."""

@@ -1,6 +1,8 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
 from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.compare import Comparison, Contents, LayerComparison, ReadableTensor, compare
+from bncli.stats.divergence import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.stats.layers import Hyperparameters, LayerStats, batch_norm_layers, read_running_stats
 from bncli.stats.modes import (
     batch_statistics_mode,
@@ -13,19 +15,28 @@ from bncli.stats.summary import Summary, summarize
 from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
 __all__ = [
+    "Comparison",
+    "Contents",
+    "Divergence",
+    "DivergenceSummary",
     "EpochStatistics",
     "Hyperparameters",
+    "LayerComparison",
     "LayerEpoch",
     "LayerStats",
+    "ReadableTensor",
     "Summary",
     "batch_norm_layers",
     "batch_statistics_mode",
     "buffers_digest",
+    "compare",
     "dead_channels",
+    "diverge",
     "eval_mode",
     "layer_flags",
     "preserved_buffers",
     "read_running_stats",
     "summarize",
+    "summarize_divergence",
     "train_mode",
 ]
