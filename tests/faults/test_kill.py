@@ -93,13 +93,13 @@ def test_a_run_killed_at_any_moment_of_any_write_ends_like_one_that_was_not(
 ) -> None:
     """Before and after every mkdir, rename and fsync, in every temporary file, and half-way through writes.
 
-    The quick suite takes every 7th moment, the slow one the others.
+    The quick suite takes every 17th moment, the slow one the others.
     """
     total = num_moments(zygote, tmp_path / "counted")
     assert total > 100
     assert same_run(whole_run, tmp_path / "counted")
     for moment in range(1, total + 1):
-        if (moment % 7 == 0) == (part == 0):
+        if (moment % 17 == 0) == (part == 0):
             kill_at(zygote, tmp_path / f"run-{moment}", moment)
             assert same_run(whole_run, tmp_path / f"run-{moment}"), moment
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from bncli.config_file import load_config
-from bncli.training import StepDone, train
+from bncli.runtime import describe_machine
+from bncli.training import StepDone, prepare, train
+from bncli.training.run import Run
 
 torch.set_num_threads(1)  # no thread exists yet, so that forking is safe
 
@@ -79,6 +81,15 @@ def run_child(request: dict) -> None:
 
 
 def main() -> None:
+    # what is imported late is imported once, here
+    Run.start(
+        prepare(
+            load_config(
+                None, ["data.name=synthetic", "data.num_train=10", "data.num_test=10", "train.batch_size=5"]
+            )
+        )
+    )
+    describe_machine()
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
