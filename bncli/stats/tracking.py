@@ -52,22 +52,26 @@ class EpochStatistics:
     def __init__(self, model: nn.Module) -> None:
         """Take the running statistics as they are now for the epoch's start."""
         self._layers = [_Layer(name, module) for name, module in batch_norm_layers(model)]
-        self._num_steps = 0
+        self.num_steps = 0
 
     def observe(self) -> None:
         """Add the running statistics, as this step left them, to the sums."""
-        self._num_steps += 1
+        self.num_steps += 1
         for layer in self._layers:
             layer.observe()
 
     def finish(self) -> tuple[LayerEpoch, ...]:
         """The epoch's statistics of every layer, in model order."""
-        return tuple(layer.finish(self._num_steps) for layer in self._layers)
+        return tuple(layer.finish(self.num_steps) for layer in self._layers)
+
+    def sums(self) -> list[Tensor]:
+        """The tensors that `observe` adds to, for a caller who may have to undo it (with `num_steps`)."""
+        return [total for layer in self._layers for total in layer.sums]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything observed so far as tensors and plain values: a copy."""
         layers = {layer.name: layer.state_dict() for layer in self._layers}
-        return {"num_steps": self._num_steps, "layers": layers}
+        return {"num_steps": self.num_steps, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state` as if the steps before it had been observed here, bit for bit.
@@ -77,7 +81,7 @@ class EpochStatistics:
         """
         if list(state["layers"]) != [layer.name for layer in self._layers]:
             raise ValueError(f"epoch statistics of other layers: {', '.join(state['layers'])}")
-        self._num_steps = int(state["num_steps"])
+        self.num_steps = int(state["num_steps"])
         for layer in self._layers:
             layer.load_state_dict(state["layers"][layer.name])
 

@@ -18,9 +18,10 @@ def all_finite(model: nn.Module, loss: Tensor) -> bool:
     """
     with torch.no_grad():
         tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
-        # the largest magnitude, which is NaN or infinite exactly if one of the numbers is
-        largest = nn.utils.get_total_norm([loss, *tensors], norm_type=float("inf"))
-        return bool(largest.isfinite())
+        # not finite if one number is not; it may also overflow, so only then each number is looked at
+        if bool(nn.utils.get_total_norm([loss, *tensors]).isfinite()):
+            return True
+        return all(bool(tensor.isfinite().all()) for tensor in (loss, *tensors))
 
 
 def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:

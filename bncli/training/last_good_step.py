@@ -6,7 +6,6 @@ broken off at any instruction, is undone by writing that state back, in place an
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +14,15 @@ from bncli.training.run import Run
 
 
 class LastGoodStep:
-    """A copy of everything in a run that a step changes."""
+    """A copy of everything in a run that a step of its running epoch changes."""
 
     def __init__(self, run: Run) -> None:
         """Make room for the copy; nothing is kept yet."""
         self._run = run
-        self._tensors = [*run.model.parameters(), *run.model.buffers()]
+        self._tensors = [*run.model.parameters(), *run.model.buffers(), *run.running_epoch.tensors()]
         self._copies = [torch.empty_like(tensor) for tensor in self._tensors]
-        self._momenta: dict[Tensor, Tensor] = {}  # by parameter; empty before the first step
-        self._epoch: dict[str, Any] = {}
-        self._step = 0
+        self._momenta: list[Tensor] = []  # empty before the first step, as the optimiser's are
+        self._counts = (0, run.running_epoch.counts)
 
     @contextlib.contextmanager
     def or_nothing(self) -> Iterator[None]:
@@ -45,26 +43,18 @@ class LastGoodStep:
 
     @torch.no_grad()
     def _keep(self) -> None:
-        for kept, tensor in zip(self._copies, self._tensors, strict=True):
-            kept.copy_(tensor)
-        for parameter, state in self._run.optimizer.state.items():
-            momentum = state.get("momentum_buffer")
-            if momentum is not None:
-                if parameter in self._momenta:
-                    self._momenta[parameter].copy_(momentum)
-                else:
-                    self._momenta[parameter] = momentum.clone()
-        self._epoch = self._run.running_epoch.state_dict()
-        self._step = self._run.step
+        momenta = self._run.momenta()
+        if len(self._momenta) != len(momenta):
+            self._momenta = [torch.empty_like(momentum) for momentum in momenta]
+        # one call for all: the copies of a small network take longer to start than to make
+        torch._foreach_copy_([*self._copies, *self._momenta], [*self._tensors, *momenta])
+        self._counts = (self._run.step, self._run.running_epoch.counts)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        for tensor, kept in zip(self._tensors, self._copies, strict=True):
-            tensor.copy_(kept)
-        for parameter, state in list(self._run.optimizer.state.items()):
-            if parameter in self._momenta:
-                state["momentum_buffer"].copy_(self._momenta[parameter])
-            else:  # there was none before the first step
-                del self._run.optimizer.state[parameter]
-        self._run.running_epoch.load_state_dict(self._epoch)
-        self._run.step = self._step
+        torch._foreach_copy_(self._tensors, self._copies)
+        if self._momenta:
+            torch._foreach_copy_(self._run.momenta(), self._momenta)
+        else:
+            self._run.optimizer.state.clear()
+        self._run.step, self._run.running_epoch.counts = self._counts

@@ -116,8 +116,8 @@ def train(
 def _train_to_the_end(run: Run, run_dir: Path, report: Report, stop: Callable[[], bool]) -> None:
     """All epochs that are left, from the running one's next step on."""
     config = run.setup.config.train
-    last_good = LastGoodStep(run)
     while run.epoch < config.epochs:
+        last_good = LastGoodStep(run)
         run.model.train()
         for images, labels in run.batches():
             take_step(run, last_good, images, labels)

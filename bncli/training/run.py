@@ -78,6 +78,11 @@ class Run:
         """Of the step taken last."""
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def momenta(self) -> list[Tensor]:
+        """The optimiser's own tensors, one for each trained weight; none before the first step."""
+        states = self.optimizer.state.values()
+        return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left of the running epoch."""
         config = self.setup.config

@@ -28,6 +28,19 @@ class RunningEpoch:
         self.num_images += num_images
         self.num_steps += 1
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes in place."""
+        return [self.loss_sum, self.num_correct, *self.statistics.sums()]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """All else that a step changes."""
+        return self.num_steps, self.num_images, self.statistics.num_steps
+
+    @counts.setter
+    def counts(self, counts: tuple[int, int, int]) -> None:
+        self.num_steps, self.num_images, self.statistics.num_steps = counts
+
     def metrics(self) -> dict[str, Any]:
         """The training half of the epoch's line in metrics.jsonl, but for its times."""
         return {
