@@ -39,3 +39,13 @@ class DeviceError(BncliError):
 
 class IncomparableError(BncliError):
     """Two checkpoints that have no BatchNorm layer in common."""
+
+
+class DivergedError(RunError):
+    """A run that reached a number that is not finite."""
+
+
+class StoppedError(BncliError):
+    """A run that was asked to stop, and has saved its state; resuming it continues bit for bit."""
+
+    exit_code = 130

@@ -2,6 +2,7 @@
 
 from bncli.checkpoint.any_file import OpenCheckpoint, open_checkpoint
 from bncli.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from bncli.checkpoint.integrity import Integrity, check_integrity
 from bncli.checkpoint.locate import Candidate
 from bncli.checkpoint.reader import read_torch_file
 from bncli.checkpoint.stored_tensor import StoredTensor
@@ -9,8 +10,10 @@ from bncli.checkpoint.stored_tensor import StoredTensor
 __all__ = [
     "Candidate",
     "Checkpoint",
+    "Integrity",
     "OpenCheckpoint",
     "StoredTensor",
+    "check_integrity",
     "load_checkpoint",
     "load_model",
     "open_checkpoint",
