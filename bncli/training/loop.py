@@ -118,7 +118,8 @@ def train(
             save_checkpoint(last, run_dir / "last.pt")
         report(EpochDone(metrics))
 
-    assert last is not None  # every configuration has at least one epoch
+    # every configuration has at least one epoch, and its end is evaluated
+    assert last is not None and last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(
         run_dir=run_dir,
         checkpoint=run_dir / "last.pt",
