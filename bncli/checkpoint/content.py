@@ -56,7 +56,9 @@ def check_content(content: Mapping[str, Any], source: str) -> None:
         if not holds:
             found = repr(content[key])
             found = found if len(found) <= 60 else found[:57] + "..."
-            raise CheckpointError(f"{source}: not a usable checkpoint: {key}: expected {expected}, found {found}")
+            raise CheckpointError(
+                f"{source}: not a usable checkpoint: {key}: expected {expected}, found {found}"
+            )
 
 
 def check_tensors(checkpoint: "Checkpoint", source: str) -> None:

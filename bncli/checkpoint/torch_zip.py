@@ -6,8 +6,8 @@ or read behind a record. Here every size is compared with the bytes that are the
 allocated, only the few names that `torch.save` needs for plain tensors have a meaning, and every record's
 CRC-32 is checked. What is read is never larger than the file.
 
-Assumes the zip format that torch.save writes since version 1.6, with plain tensors that each lie contiguous in
-memory. The pickle inside is protocol 2: https://github.com/python/cpython/blob/main/Lib/pickletools.py.
+Assumes the zip format that torch.save writes since version 1.6, with plain tensors that repeat no value. The
+pickle inside is protocol 2: https://github.com/python/cpython/blob/main/Lib/pickletools.py.
 """
 
 import io
@@ -41,11 +41,14 @@ _DTYPES = {
     "BoolStorage": torch.bool,
 }
 # what torch.save writes for tensors, texts, numbers and containers; no other instruction is followed
-_OPCODES = frozenset(
-    "PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_DICT EMPTY_LIST"
-    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET"
-    " GLOBAL REDUCE BUILD BINPERSID".split()
-)
+_OPCODES = frozenset({
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE",
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2",
+    "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT",
+    "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD",
+    "BINPERSID",
+})  # fmt: skip
 
 
 class _ForeignObjectError(Exception):
@@ -74,7 +77,9 @@ def read_torch_zip(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: {reason}; save model.state_dict() instead") from None
     except Exception as error:  # zipfile and pickle raise a dozen types on damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        message = f"not a checkpoint: a damaged or truncated one ({type(error).__name__.strip('_')}: {reason})"
+        message = (
+            f"not a checkpoint: a damaged or truncated one ({type(error).__name__.strip('_')}: {reason})"
+        )
         raise CheckpointError(f"{path}: {message}") from None
 
 
@@ -114,7 +119,7 @@ def _check_program(program: bytes) -> None:
         if opcode.name not in _OPCODES:
             raise _ForeignObjectError(f"pickle's {opcode.name}")
         # the unpickler makes room for as many objects as the largest number says
-        if opcode.name in {"LONG_BINPUT", "LONG_BINGET"} and int(argument) > len(program):
+        if opcode.name in {"LONG_BINPUT", "LONG_BINGET"} and int(argument or 0) > len(program):
             raise _DamageError(f"object number {argument}")
 
 
@@ -172,7 +177,7 @@ def _rebuild_tensor(
 
 
 def _check_extent(content: Any) -> None:
-    """Refuse deep, huge and endless nesting, and strip what hides behind dicts: all that follows may recurse."""
+    """Refuse deep, huge and endless nesting: all that follows may recurse."""
     level, num_values = [content], 0
     for _ in range(MAX_DEPTH):
         num_values += len(level)

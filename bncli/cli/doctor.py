@@ -1,7 +1,7 @@
 """`bncli doctor`: what is installed, what this machine can do, and what would keep a run from starting.
 
-It must answer when everything else is broken: nothing beyond the standard library and typer is imported at the
-top, and each check tells its own failure.
+It must answer when everything else is broken: nothing beyond the standard library and typer (with what that
+needs itself) is imported at the top, and each check tells its own failure.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from bncli.cli.messages import one_line
 from bncli.cli.options import JsonOption, SetOption
 from bncli.errors import BncliError, ConfigError
 
-LIBRARIES = "numpy pydantic yaml PIL rich typer matplotlib safetensors fsspec".split()
+LIBRARIES = ("numpy", "pydantic", "yaml", "PIL", "rich", "typer", "matplotlib", "safetensors", "fsspec")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has another name
 _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
 
@@ -66,7 +66,7 @@ def _of_machine(overrides: list[str] | None) -> list[Check]:
     questions: list[tuple[str, Callable[[], Check]]] = [
         ("torch", _torch),
         ("torchvision", _torchvision),
-        *((name, lambda name=name: _library(name)) for name in LIBRARIES),  # type: ignore[misc]
+        *((name, lambda name=name: _library(name)) for name in LIBRARIES),
         ("devices", _devices),
         ("CPU", _cpu),
         ("bfloat16", _bfloat16),
@@ -97,7 +97,7 @@ def _torch() -> Check:
         fix = "install it: pip install 'torch>=2.10'"
         return Check("torch", "problem", f"cannot be imported: {_reason(error)}", fix)
     found = f"{version}, built for {'CUDA ' + cuda if cuda else 'the CPU'}"
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 10):
+    if tuple(int(part) for part in version.split(".", 2)[:2]) < (2, 10):
         return Check("torch", "problem", found, "reading checkpoints was exploitable before 2.10; upgrade it")
     return Check("torch", "ok", found)
 
@@ -203,7 +203,9 @@ def _disk() -> Check:
     return Check("disk", "ok", found)
 
 
-def _writable(name: str, folder: Path, fix: str = "give train --run-dir a folder that you may write") -> Check:
+def _writable(
+    name: str, folder: Path, fix: str = "give train --run-dir a folder that you may write"
+) -> Check:
     """Try it, for permissions do not tell of read-only file systems; nothing is left behind."""
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:

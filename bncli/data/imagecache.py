@@ -131,7 +131,7 @@ def _remembered(pointer: Path, manifest: str) -> str | None:
 def _map(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
     """Map a cache entry into memory; None if it is missing or damaged, then it is made again."""
     try:
-        if not entry.is_file() or not np.lib.format.MAGIC_PREFIX == _first_bytes(entry):
+        if not entry.is_file() or _first_bytes(entry) != np.lib.format.MAGIC_PREFIX:
             return None
         pixels = np.load(entry, mmap_mode="c", allow_pickle=False)
     except Exception:  # numpy evaluates the header as a literal, which may go wrong in many ways

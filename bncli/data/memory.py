@@ -66,7 +66,7 @@ def _of_system() -> int | None:
 
 
 def _of_cgroup() -> int | None:
-    """What is left of the container's allowance (cgroup v2, as seen from inside); its page cache counts as free."""
+    """What is left of the container's allowance (cgroup v2); its page cache counts as free."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         limit = int((_CGROUP / "memory.max").read_text())
         used = int((_CGROUP / "memory.current").read_text())

@@ -17,7 +17,7 @@ def doctor(*arguments: str, stub: Path, **environment: str) -> tuple[int, dict[s
     path = os.pathsep.join([str(stub), str(Path(__file__).parents[2])])
     done = subprocess.run(
         [sys.executable, "-m", "bncli", "doctor", "--json", *arguments],
-        capture_output=True, text=True, check=False, cwd=stub, env=os.environ | {"PYTHONPATH": path, **environment},
+        capture_output=True, text=True, check=False, cwd=stub, env=os.environ | {"PYTHONPATH": path, **environment},  # noqa: E501
     )  # fmt: skip
     assert done.stderr == ""
     answer = json.loads(done.stdout)
@@ -49,7 +49,9 @@ def test_a_healthy_machine_is_described_in_one_paste(
         ("matplotlib", "raise ImportError('broken')"),
     ],
 )
-def test_a_library_that_cannot_be_imported_is_named_with_the_fix(tmp_path: Path, module: str, code: str) -> None:
+def test_a_library_that_cannot_be_imported_is_named_with_the_fix(
+    tmp_path: Path, module: str, code: str
+) -> None:
     (tmp_path / module).mkdir()
     (tmp_path / module / "__init__.py").write_text(code)
     exit_code, checks = doctor(stub=tmp_path)
@@ -61,9 +63,7 @@ def test_a_library_that_cannot_be_imported_is_named_with_the_fix(tmp_path: Path,
     assert checks["bncli"]["verdict"] == checks["disk"]["verdict"] == "ok"
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem(
-    bncli: Bncli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_a_problem(bncli: Bncli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/proc")  # where even root cannot write
     outcome = bncli("doctor", "--json")
     verdicts = {check["name"]: check["verdict"] for check in outcome.json["checks"]}

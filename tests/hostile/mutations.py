@@ -8,7 +8,7 @@ import torch
 
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**40, 0.0, -0.5, 1e308, 5e-324, float("nan"),
-    float("inf"), float("-inf"), "", "0", "\x1b[31mred\x07", "[bold]x[/bold]", "a\nb\rc", "\udcff", "‮", "x" * 5000,
+    float("inf"), float("-inf"), "", "0", "\x1b[31mred\x07", "[bold]x[/bold]", "a\nb\rc", "\udcff", "\u202e", "x" * 5000,  # noqa: E501
     "../../etc/passwd", "/dev/zero", "file:///etc/passwd", [], {}, [[]], [1, "a", None], {"": {}}, {"a": [1]},
 )  # fmt: skip
 
@@ -22,7 +22,9 @@ def nasty_tensor(rng: random.Random, like: Any = None) -> Any:
     return rng.choice(
         [
             lambda: torch.full(shape, float("nan")),
-            lambda: torch.zeros(shape, dtype=rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16])),
+            lambda: torch.zeros(
+                shape, dtype=rng.choice([torch.float64, torch.int64, torch.bool, torch.bfloat16])
+            ),
             lambda: torch.zeros(*shape, 1),
             lambda: torch.zeros(0),
             lambda: torch.zeros(1).expand(1 << rng.randrange(20, 50)),
@@ -84,7 +86,9 @@ def with_changed_bytes(content: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             changed[place:place] = changed[place : place + rng.randrange(1, 40)]
         elif kind == 4:
-            changed[place : place + 4] = rng.choice([b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"])
+            changed[place : place + 4] = rng.choice(
+                [b"\xff" * 4, b"\x00" * 4, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f"]
+            )
         elif rng.random() < 0.3:
             del changed[place:]
     return bytes(changed)

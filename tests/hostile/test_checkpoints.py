@@ -58,7 +58,9 @@ def test_honest_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(4, 6, generator=generator)
     content = {
-        "types": [torch.arange(3).to(dtype) for dtype in (torch.uint8, torch.int64, torch.bfloat16, torch.bool)],
+        "types": [
+            torch.arange(3).to(dtype) for dtype in (torch.uint8, torch.int64, torch.bfloat16, torch.bool)
+        ],
         "strided": torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last),
         "views": (values, values[1:3, ::2], values.T),
         "scalar": torch.tensor(3.5),
@@ -109,7 +111,7 @@ def test_a_tensor_whose_sizes_lie_is_refused_before_it_exists(
         (pickle.dumps("x" * 300, 4), "pickle's"),
         (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "nested deeper"),
         (b"\x80\x02]q\x00h\x00a.", "nested deeper"),
-        (b"\x80\x02]q\x00" + b"".join(b"]q%c(" % i + b"h%c" % (i - 1) * 10 + b"e" for i in range(1, 40)) + b".",
+        (b"\x80\x02]q\x00" + b"".join(b"]q%c(" % i + b"h%c" % (i - 1) * 10 + b"e" for i in range(1, 40)) + b".",  # noqa: E501
          "more than 2,000,000 values"),
         (b"\x80\x02.", "damaged"),
         (b"", "damaged"),
@@ -165,7 +167,7 @@ def test_a_network_that_the_file_cannot_hold_is_never_built(smallest_run: Path, 
         content["config"]["model"] |= {"widths": [8192] * 5, "blocks_per_stage": 64}
 
     path = signed(smallest_run, tmp_path / "giant.pt", change)
-    with pytest.raises(CheckpointError, match="do not fit its configuration: stages.0.0.conv.weight: expected"):
+    with pytest.raises(CheckpointError, match=r"fit its configuration: stages\.0\.0\.conv\.weight: expected"):
         load_model(path)
 
 
@@ -175,7 +177,7 @@ def test_a_network_that_the_file_cannot_hold_is_never_built(smallest_run: Path, 
         ("epoch", "1"), ("epoch", -1), ("epoch", 1.5), ("epoch", True), ("step", None), ("image_size", 0),
         ("image_size", 1 << 30), ("image_size", "32"), ("class_names", [1, 2]), ("class_names", []),
         ("class_names", "abc"), ("class_names", ["a", "a"]), ("seconds", float("nan")), ("seconds", -1.0),
-        ("test_accuracy", 1.5), ("test_accuracy", "0.5"), ("best_accuracy", float("nan")), ("test_loss", "low"),
+        ("test_accuracy", 1.5), ("test_accuracy", "0.5"), ("best_accuracy", float("nan")), ("test_loss", "low"),  # noqa: E501
         ("normalization", None), ("normalization", {"mean": [0.5, 0.5], "std": [1.0, 1.0, 1.0]}),
         ("normalization", {"mean": [0.5] * 3, "std": [1.0, 1.0, 0.0]}),
         ("normalization", {"mean": [0.5] * 3, "std": [1.0, 1.0, -1.0]}),
@@ -189,7 +191,9 @@ def test_a_part_of_another_type_or_range_is_named(
     smallest_run: Path, tmp_path: Path, key: str, value: object
 ) -> None:
     path = signed(smallest_run, tmp_path / "changed.pt", lambda content: content.update({key: value}))
-    with pytest.raises(CheckpointError, match=re.escape(key) if key != "config" else "configuration|incomplete"):
+    with pytest.raises(
+        CheckpointError, match=re.escape(key) if key != "config" else "configuration|incomplete"
+    ):
         load_checkpoint(path)
 
 
@@ -217,7 +221,7 @@ def test_only_plain_tensors_of_the_right_shape_and_type_become_weights(
 def test_names_from_a_checkpoint_cannot_steer_the_terminal(
     bncli: Bncli, smallest_run: Path, tmp_path: Path
 ) -> None:
-    evil = ["\x1b[2J\x1b]0;owned\x07", "[red]x[/red]", "a\nb", "‮tac", "\udcff", "\x9b31m", *"defg"]
+    evil = ["\x1b[2J\x1b]0;owned\x07", "[red]x[/red]", "a\nb", "\u202etac", "\udcff", "\x9b31m", *"defg"]
     path = signed(smallest_run, tmp_path / "evil.pt", lambda content: content.update(class_names=evil))
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
     for command in (
@@ -229,7 +233,7 @@ def test_names_from_a_checkpoint_cannot_steer_the_terminal(
     ):
         outcome = bncli(*command)
         for text in (outcome.out, outcome.err):
-            assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f‮\ud800-\udfff]", text), command
+            assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\ud800-\udfff]", text), command
     assert "[red]x[/red]" in bncli("predict", path, tmp_path / "image.png", "--top", 10).out
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from tests.conftest import Bncli
 
-LAUGHS = "a: &a [x, x]\n" + "".join(f"{new}: &{new} [*{old}, *{old}]\n" for old, new in zip("abcdefgh", "bcdefghi"))  # noqa: B905
+LAUGHS = "a: &a [x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,8 @@ def test_a_hostile_configuration_is_named_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "value", ["!!python/name:os.system", "[" * 5000, "9" * 5000, "*a", "&a [*a]", "\0", "\udcff", "2001-99-99"]
+    "value",
+    ["!!python/name:os.system", "[" * 5000, "9" * 5000, "*a", "&a [*a]", "\0", "\udcff", "2001-99-99"],
 )
 def test_a_hostile_override_is_named_in_one_line(bncli: Bncli, smallest_config: Path, value: str) -> None:
     outcome = bncli("train", smallest_config, "--dry-run", "--set", f"train.epochs={value}")

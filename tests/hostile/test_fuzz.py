@@ -137,8 +137,8 @@ def test_no_mutated_image_breaks_predict(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 4), np.uint8)
     wholes = []
-    for mode, kind in (("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),
-                       ("RGB", "WEBP"), ("RGBA", "WEBP"), ("I;16", "PNG"), ("RGB", "GIF"), ("RGB", "TIFF")):  # fmt: skip
+    for mode, kind in (("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("P", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),  # noqa: E501
+                       ("RGB", "WEBP"), ("RGBA", "WEBP"), ("I;16", "PNG"), ("RGB", "GIF"), ("RGB", "TIFF")):  # fmt: skip  # noqa: E501
         image = Image.fromarray(pixels).convert("RGB" if mode == "I;16" else mode)
         image = image.convert("L").convert("I").convert("I;16") if mode == "I;16" else image
         file = io.BytesIO()

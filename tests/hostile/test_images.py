@@ -138,7 +138,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("target", ["*.npy", "*.json"])
-@pytest.mark.parametrize("how", ["object", "pickle", "npz", "header", "deep", "empty", "cut", "pipe", "elsewhere"])
+@pytest.mark.parametrize(
+    "how", ["object", "pickle", "npz", "header", "deep", "empty", "cut", "pipe", "elsewhere"]
+)
 def test_a_planted_cache_file_is_made_again_and_never_executed(
     images: Path, monkeypatch: pytest.MonkeyPatch, target: str, how: str
 ) -> None:

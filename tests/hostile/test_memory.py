@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bncli.data.memory as memory
 from bncli.config import SyntheticConfig
+from bncli.data import memory
 from bncli.data.synthetic import load_synthetic
 from bncli.errors import DataError
 from tests.hostile.conftest import SMALLEST
@@ -88,7 +88,7 @@ def test_an_image_folder_is_mapped_so_that_training_fills_no_memory_with_it(tmp_
     code = (
         "import threading, time, torch, bncli.training\n"
         "from bncli.cli.app import main\n"
-        "def now(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"
+        "def now(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon'))\n"  # noqa: E501
         "start, most = now(), [0]\n"
         "def watch():\n"
         "    while True: most[0] = max(most[0], now()); time.sleep(0.01)\n"
