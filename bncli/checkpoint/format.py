@@ -19,7 +19,7 @@ from torch import Tensor
 from bncli.atomic_file import atomic_file
 from bncli.checkpoint.content import check_content, check_tensors
 from bncli.checkpoint.digest import digest_parts, find_damage
-from bncli.checkpoint.torch_zip import read_torch_zip
+from bncli.checkpoint.own_zip import read_own_zip
 from bncli.config import Config
 from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError
@@ -98,7 +98,7 @@ def load_content(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when the file cannot be read, is none, or has a newer format.
     """
-    content = read_torch_zip(path)
+    content = read_own_zip(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
     version = content.get("format_version")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from bncli.checkpoint import load_checkpoint, load_model
 from bncli.checkpoint.digest import digest_parts
-from bncli.checkpoint.torch_zip import read_torch_zip
+from bncli.checkpoint.own_zip import read_own_zip
 from bncli.errors import CheckpointError
 from tests.conftest import Bncli
 
@@ -49,7 +49,7 @@ def refused(tmp_path: Path, content: bytes) -> str:
     path = tmp_path / "hostile.pt"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
-        read_torch_zip(path)
+        read_own_zip(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -68,7 +68,7 @@ def test_honest_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
         "plain": OrderedDict(a=1, b=-1.5, c=None, d=True, e="ü", f=(1, [2]), g=2**70),
     }
     torch.save(content, tmp_path / "file.pt")
-    ours = read_torch_zip(tmp_path / "file.pt")
+    ours = read_own_zip(tmp_path / "file.pt")
     theirs = torch.load(tmp_path / "file.pt", weights_only=True)
     assert digest_parts(ours) == digest_parts(theirs) == digest_parts(content)
     assert ours["strided"].stride() == content["strided"].stride()
@@ -77,7 +77,7 @@ def test_honest_files_are_read_as_torch_reads_them(tmp_path: Path) -> None:
 def test_the_tensor_program_of_these_tests_is_an_honest_one_when_its_sizes_are(tmp_path: Path) -> None:
     path = tmp_path / "file.pt"
     path.write_bytes(zip_with(tensor_program(4, 2, 2, 1), {"data/0": np.arange(4, dtype="f4").tobytes()}))
-    assert read_torch_zip(path).tolist() == [1, 3]
+    assert read_own_zip(path).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_attributes_of_a_dict_cannot_stand_in_for_its_methods(tmp_path: Path) ->
     path = tmp_path / "file.pt"
     program = b"\x80\x02ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x01sb."
     path.write_bytes(zip_with(program, {}))
-    assert list(read_torch_zip(path).items()) == []
+    assert list(read_own_zip(path).items()) == []
 
 
 def test_a_compressed_archive_is_refused_unread(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class _DamageError(Exception):
     """What stands in the file contradicts itself."""
 
 
-def read_torch_zip(path: str | Path) -> Any:
+def read_own_zip(path: str | Path) -> Any:
     """What `torch.save` wrote: containers, plain values and contiguous tensors, on the CPU.
 
     Raises:
