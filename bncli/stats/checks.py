@@ -141,8 +141,8 @@ def dead_channel(_: Sequence[LayerStats], channels: Channels, limits: Limits) ->
 def exploding_gain(_: Sequence[LayerStats], channels: Channels, limits: Limits) -> Iterator[Hit]:
     """Which channels are far steeper than their layer, or too steep for float16."""
     gains = gain(channels)
-    alive = ~dead(channels, limits["dead_variance"])
-    found = alive & (gains > limits["gain"]) & gains.isfinite()
+    judged = (channels.running_var > 0) & ~dead(channels, limits["dead_variance"])  # below 0 is BN004's
+    found = judged & (gains > limits["gain"]) & gains.isfinite()
     if not bool(found.any()):
         return
     medians = torch.full_like(gains, torch.inf)

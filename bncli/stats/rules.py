@@ -4,7 +4,7 @@ This is the only place where they are described. `bncli inspect-stats --explain`
 the findings themselves are made from it; `checks.py` has the tests that go with the names.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from bncli.errors import BncliError
@@ -72,8 +72,8 @@ RULES = (
                 "residue",
                 0.01,
                 "largest fraction of (0, 1) left",
-                "at 1 % the error of the deviation is at most half a percent where the true variance is 2 "
-                "and less than the scatter of a moving average; momentum 0.1 needs 44 updates for it",
+                "1 % of the initial 1 moves the deviation by 0.25 % beside a variance of 2, by 4 % beside "
+                "0.1, about as much as a moving average scatters; momentum 0.1 needs 44 updates for it",
             ),
         ),
     ),
@@ -235,3 +235,8 @@ def find_rule(code_or_name: str) -> Rule:
             return rule
     known = ", ".join(f"{rule.code} {rule.name}" for rule in RULES)
     raise BncliError(f"there is no rule {code_or_name.strip()!r}; there are {known}")
+
+
+def describe_rule(rule: Rule) -> dict[str, object]:
+    """The rule as plain values, with its theory and source."""
+    return {**asdict(rule), "theory": rule.theory, "source": rule.source}
