@@ -19,7 +19,7 @@ DROPPED_FIRST = (
     "weight\nmin, max",
     "eps",
     "momentum",
-    "num_batches_tracked",
+    "num_batches\n_tracked",
     "channels",
     "running_mean\nmin, median, max",
 )
@@ -118,7 +118,11 @@ def _columns(
     columns = {
         "layer": [one_line(layer.name) for layer in shown],
         "channels": [str(layer.num_features) for layer in shown],
-        **{name: [text(layer) for layer in shown] for name, text in common.items() if name not in uniform},
+        **{
+            name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
+            for name, text in common.items()
+            if name not in uniform
+        },
         "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
         "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
         "weight\nmin, max": ["-" if w is None else f"{number(w.min)} {number(w.max)}" for w in weights],
@@ -137,7 +141,7 @@ def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[
     for name in DROPPED_FIRST:
         if sum(widths[column] + 2 for column in kept) - 2 > console.width:
             kept.pop(name, None)
-    if lost := [name.split("\n", maxsplit=1)[0] for name in columns if name not in kept]:
+    if lost := [name.split("\nm")[0].replace("\n", "") for name in columns if name not in kept]:
         console.print(f"Too narrow for: {', '.join(lost)}")
     return kept
 

@@ -161,7 +161,7 @@ def exploding_gain(_: Sequence[LayerStats], channels: Channels, limits: Limits) 
 def switched_off(_: Sequence[LayerStats], channels: Channels, limits: Limits) -> Iterator[Hit]:
     """Which channels are hardly ever above 0, under a normal model."""
     share = active_share(channels)
-    alive = ~dead(channels, limits["dead_variance"])
+    alive = channels.bias.isfinite() & ~dead(channels, limits["dead_variance"])
     found = (share < limits["active_share"]) & (channels.bias <= -limits["off_bias"]) & alive
 
     def describe(where: Tensor) -> tuple[Values, str]:
