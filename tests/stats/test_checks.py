@@ -209,6 +209,11 @@ def test_a_module_called_twice_and_averaged_weights_are_found_in_real_networks()
     assert "counter_type" in names
 
 
+def test_an_untouched_layer_with_few_updates_is_reported_once() -> None:
+    fresh = layer(num_batches_tracked=5, running_mean=[0.0] * 4, running_var=[1.0] * 4)
+    assert found(fresh) == [("never_updated", "norm", ())]
+
+
 def test_a_threshold_moves_the_limit() -> None:
     subject = layer(running_mean=[0.0, 0.0, 10.0, 0.0])
     assert found(subject) == []
