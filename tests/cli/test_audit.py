@@ -47,6 +47,7 @@ def save(tmp_path: Path) -> Save:
         ("error", (), 1),
         ("error", ("--fail-on", "never"), 0),
         ("error", ("--fail-on", "warning"), 1),
+        ("error", ("--fail-on", "warning", "--select", "BN004"), 1),
         ("error", ("--ignore", "negative_variance"), 0),
         ("error", ("--select", "BN006,bn004"), 1),
         ("error", ("--layer", "0"), 0),

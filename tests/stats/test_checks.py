@@ -67,6 +67,7 @@ TRIGGERS = [
     ("counter_type", {"counter_dtype": torch.int32}, ()),
     ("far_mean", {"running_mean": [0.0, 0.0, -64.1, 0.0], "running_var": [2.0, 1.0, 1.0, 1.0]}, (2,)),
     ("no_running_stats", {"running_mean": None, "running_var": None}, ()),
+    ("no_running_stats", {"running_var": None}, ()),
 ]
 
 
