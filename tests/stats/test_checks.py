@@ -277,7 +277,9 @@ def test_a_freshly_trained_torchvision_resnet_has_no_finding(zero_init: bool) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_100", "regnety_002", "resnet50"])
 def test_a_freshly_trained_timm_network_has_no_finding(name: str) -> None:
-    timm = pytest.importorskip("timm")
+    import_torchvision()  # timm imports it, and finds it broken beside a CPU-only torch
+    import timm
+
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -287,4 +289,6 @@ def test_a_freshly_trained_timm_network_has_no_finding(name: str) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    assert audit(read_running_stats(model)) == ()
+    # efficientnet has SiLU and no ReLU: `switched_off` finds a channel that is not off, as --explain warns
+    ignore = ["switched_off"] if name == "efficientnet_b0" else []
+    assert audit(read_running_stats(model), ignore=ignore) == ()
