@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bncli.data import load_dataset
     from bncli.errors import BncliError
     from bncli.evaluation import FixedShape, certify, check_determinism, evaluate
-    from bncli.stats import read_running_stats
+    from bncli.stats import audit, read_running_stats
     from bncli.training import train
 
 _HOMES = {
@@ -23,6 +23,7 @@ _HOMES = {
     "Checkpoint": "bncli.checkpoint",
     "Config": "bncli.config",
     "FixedShape": "bncli.evaluation",
+    "audit": "bncli.stats",
     "certify": "bncli.evaluation",
     "check_determinism": "bncli.evaluation",
     "evaluate": "bncli.evaluation",
@@ -39,6 +40,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "FixedShape",
+    "audit",
     "certify",
     "check_determinism",
     "evaluate",

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from bncli.cli.app import app
 from bncli.config import Cifar10Config, Config, ImageFolderConfig, SyntheticConfig
+from bncli.stats import RULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -109,3 +110,17 @@ def test_the_table_of_keys_is_complete_and_gives_the_defaults(data: type[BaseMod
         text = str(list(default)) if isinstance(default, tuple) else str(default)
         text = words.get(text, text)
         assert table[key].strip("`") == text, key
+
+
+def rules_table() -> str:
+    """The README's list of rules, made from the table that findings and --explain are made from."""
+    lines = ["| code | rule | severity | finds | thresholds |", "|---|---|---|---|---|"]
+    for rule in RULES:
+        limits = ", ".join(f"`{limit.name}={limit.default:.6g}`" for limit in rule.thresholds)
+        summary = rule.summary.replace("|", "\\|")
+        lines.append(f"| {rule.code} | `{rule.name}` | {rule.severity} | {summary} | {limits} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_list_of_rules_is_the_table_in_the_code() -> None:
+    assert rules_table() in README, f"put this into the README:\n{rules_table()}"

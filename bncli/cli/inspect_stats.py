@@ -6,6 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bncli.cli.audit_options import (
+    AllOption,
+    ExplainOption,
+    FailOnOption,
+    IgnoreOption,
+    SelectOption,
+    SortOption,
+    ThresholdOption,
+    fails,
+    parse_rules,
+    parse_thresholds,
+    sort_layers,
+)
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption
 from bncli.errors import ConfigError
@@ -17,10 +30,16 @@ if TYPE_CHECKING:
 
 def inspect_stats(
     source: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT|RUN_DIR", help="A file of any kind, a URL, or a run.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN_DIR", help="A file of any kind, a URL, or a run.", show_default=False
+        ),
+    ] = None,
     second: Annotated[
-        str | None, typer.Argument(metavar="[SECOND]", help="A checkpoint to compare the first with.")
+        str | None,
+        typer.Argument(
+            metavar="[SECOND]", help="A checkpoint to compare the first with.", show_default=False
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
@@ -33,19 +52,32 @@ def inspect_stats(
     key: Annotated[
         str | None, typer.Option(metavar="KEY", help="Where the state dict lies, as in 'ema'.")
     ] = None,
+    select: SelectOption = None,
+    ignore: IgnoreOption = None,
+    fail_on: FailOnOption = "error",
+    threshold: ThresholdOption = None,
+    sort: SortOption = "model",
+    show_all: AllOption = False,
+    explain: ExplainOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show the running statistics of every BatchNorm layer. The file is only read.
+    """Show the running statistics of every BatchNorm layer, and what is wrong with them.
 
-    Of two checkpoints: how far they moved, with exit code 1 if anything differs. Of the directory of a run:
-    how they came to match the batches, epoch by epoch.
+    The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. Of two
+    checkpoints: how far they moved, with exit code 1 if anything differs. Of the directory of a run: how they
+    came to match the batches, epoch by epoch.
     """
+    if explain is not None:
+        return _explain(explain, as_json=as_json)
+    if source is None:
+        raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     from bncli.cli.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.csv_layers import layer_rows
     from bncli.cli.inspect_pair import inspect_pair
     from bncli.cli.inspect_run import inspect_run, is_run_dir
     from bncli.cli.render import print_json
     from bncli.cli.render_layers import describe_layers, show_channels, show_layers
+    from bncli.stats.audit import audit, check_thresholds, selected_rules
 
     check_csv_option(csv, as_json=as_json)
     if second is not None:
@@ -54,13 +86,21 @@ def inspect_stats(
         )
     if is_run_dir(Path(source)):
         return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
+    chosen, ignored = parse_rules(select), parse_rules(ignore) or []
+    rules = selected_rules(chosen, ignored)
+    limits = check_thresholds(parse_thresholds(threshold))
     layers, checkpoint = _read_layers(source, key)
+    # all layers, before --layer: their counters are compared with each other
+    findings = audit(layers, thresholds=limits, select=chosen, ignore=ignored)
     if layer is not None:
         found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
         if not found:
             names = ", ".join(item.name for item in layers)
             raise ConfigError("--layer", [f"no BatchNorm layer matches {layer!r}; there are {names}"])
         layers = found
+        shown = {item.name for item in found}
+        findings = tuple(finding for finding in findings if finding.layer in shown)
+    layers = sort_layers(layers, findings, sort)
     if plot is not None:
         from bncli.cli.plot import plot_running_stats
 
@@ -69,16 +109,31 @@ def inspect_stats(
     if csv is not None:
         write_csv(layer_rows(layers, channels=channels), csv)
     if as_json:
-        described = describe_layers(source, layers, channels=channels)
+        described = describe_layers(source, layers, findings, channels=channels)
         described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
         print_json({**described, "num_tensors": len(checkpoint.tensors)})
     elif csv == STDOUT:
         pass
     elif channels:
-        show_channels(layers)
+        show_channels(layers, findings, num_rules=len(rules), everything=show_all)
     else:
         found_in_all = f"{len(checkpoint.layer_names)} BatchNorm layers in {len(checkpoint.tensors)} tensors"
-        show_layers(f"{source}: found {found_in_all}", layers)
+        headline = f"{source}: found {found_in_all}"
+        show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
+    return 1 if fails(findings, fail_on) else 0
+
+
+def _explain(wanted: str, *, as_json: bool) -> int:
+    from bncli.cli.render import print_json
+    from bncli.cli.render_findings import show_explanation
+    from bncli.stats import RULES, find_rule
+    from bncli.stats.rules import describe_rule
+
+    rules = RULES if wanted == "all" else (find_rule(wanted),)
+    if as_json:
+        print_json({"rules": [describe_rule(rule) for rule in rules]})
+    else:
+        show_explanation(rules)
     return 0
 
 

@@ -1,26 +1,55 @@
 """The output of `bncli inspect-stats`."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from bncli.cli.messages import one_line
 from bncli.cli.render import console_for_results, number, table_of
-from bncli.stats import LayerStats, dead_channels, layer_flags, summarize
+from bncli.cli.render_findings import show_findings
+from bncli.stats import Finding, LayerStats, dead_channels, summarize
+
+MAX_ROWS = 200  # more are shown only when asked for
+MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
+DROPPED_FIRST = (
+    "weight\nmin, max",
+    "eps",
+    "momentum",
+    "num_batches\n_tracked",
+    "channels",
+    "running_mean\nmin, median, max",
+)
 
 
-def describe_layers(checkpoint: str, layers: Sequence[LayerStats], *, channels: bool) -> dict[str, Any]:
+def describe_layers(
+    checkpoint: str, layers: Sequence[LayerStats], findings: Sequence[Finding], *, channels: bool
+) -> dict[str, Any]:
     """The JSON document of `bncli inspect-stats`."""
+    flags = _flags(findings)
+    num_errors = sum(finding.severity == "error" for finding in findings)
     return {
         "checkpoint": checkpoint,
         "num_layers": len(layers),
-        "layers": [_describe_layer(layer, channels=channels) for layer in layers],
+        "num_errors": num_errors,
+        "num_warnings": len(findings) - num_errors,
+        "layers": [_describe_layer(layer, flags[layer.name], channels=channels) for layer in layers],
+        "findings": findings,
     }
 
 
-def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
+def _flags(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    """Per layer, the names of the rules that found something in it."""
+    flags: dict[str, list[str]] = defaultdict(list)
+    for finding in findings:
+        flags[finding.layer].append(finding.name)
+    return flags
+
+
+def _describe_layer(layer: LayerStats, flags: list[str], *, channels: bool) -> dict[str, Any]:
     tensors = {
         "running_mean": layer.running_mean,
         "running_var": layer.running_var,
@@ -35,7 +64,7 @@ def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
         "eps": layer.eps,
         "hyperparameters_known": layer.hyperparameters_known,
         **{name: summarize(tensor) for name, tensor in tensors.items()},
-        "flags": layer_flags(layer),
+        "flags": flags,
         "dead_channels": torch.nonzero(dead_channels(layer)).flatten(),
     }
     if channels:
@@ -43,60 +72,81 @@ def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
     return described
 
 
-def show_layers(headline: str, layers: Sequence[LayerStats]) -> None:
-    """One row per BatchNorm layer; a number that is the same in all of them stands above the table."""
+def show_layers(
+    headline: str,
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    *,
+    num_rules: int,
+    everything: bool = False,
+) -> None:
+    """The headline, one row per BatchNorm layer, then the findings."""
     console = console_for_results()
+    flags = _flags(findings)
+    shown = list(layers)
+    if len(layers) > MAX_ROWS and not everything:
+        shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
     console.print(one_line(headline), style="bold")
-    common = {
-        "num_batches_tracked": [_count(layer.num_batches_tracked) for layer in layers],
-        "momentum": [_momentum(layer) for layer in layers],
-        "eps": [_eps(layer) for layer in layers],
-    }
-    uniform = [f"{name} {values[0]}" for name, values in common.items() if len(set(values)) == 1]
-    if uniform:
-        console.print(f"In every layer: {', '.join(uniform)}")
-    differing = {name: values for name, values in common.items() if len(set(values)) > 1}
-    table = table_of(
-        None,
-        "layer",
-        "channels",
-        *differing,
-        "running_mean\nmin, median, max",
-        "running_var\nmin, median, max",
-        "weight\nmin, max",
-    )
-    means = _three_columns([layer.running_mean for layer in layers])
-    variances = _three_columns([layer.running_var for layer in layers])
-    for index, layer in enumerate(layers):
-        weight = summarize(layer.weight)
-        table.add_row(
-            one_line(layer.name),
-            str(layer.num_features),
-            *(values[index] for values in differing.values()),
-            means[index],
-            variances[index],
-            "-" if weight is None else f"{number(weight.min)} {number(weight.max)}",
-            style="bold red" if layer_flags(layer) else None,
-        )
+    columns = _columns(console, layers, shown)
+    table = table_of(None, *columns)
+    for column in table.columns[1:]:
+        column.no_wrap = True  # a number over two lines could not be read
+    for layer, row in zip(shown, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*row, style="bold red" if layer.name in flags else None)
     console.print(table)
+    if len(shown) < len(layers):
+        console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
     console.print()
-    flagged = [(layer, layer_flags(layer)) for layer in layers if layer_flags(layer)]
-    for layer, flags in flagged:
-        console.print(f"{one_line(layer.name)}: {', '.join(flags)}{_dead(layer)}", style="bold red")
-    if not flagged:
-        console.print("Flags: none. Every layer was updated, is finite and has no dead channel.")
+    show_findings(console, findings, num_rules=num_rules, everything=everything)
+
+
+def _columns(
+    console: Console, layers: Sequence[LayerStats], shown: Sequence[LayerStats]
+) -> dict[str, list[str]]:
+    """Header to cells; says above the table what is the same in all layers, and what found no room."""
+    common: dict[str, Callable[[LayerStats], str]] = {
+        "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
+        "momentum": _momentum,
+        "eps": _eps,
+    }
+    uniform = {name: text(layers[0]) for name, text in common.items() if len(set(map(text, layers))) == 1}
+    if uniform:
+        line = ", ".join(f"{name} {value}" for name, value in uniform.items())
+        console.print(f"In every layer: {line}")
+    weights = [summarize(layer.weight) for layer in shown]
+    columns = {
+        "layer": [one_line(layer.name) for layer in shown],
+        "channels": [str(layer.num_features) for layer in shown],
+        **{
+            name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
+            for name, text in common.items()
+            if name not in uniform
+        },
+        "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
+        "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
+        "weight\nmin, max": ["-" if w is None else f"{number(w.min)} {number(w.max)}" for w in weights],
+    }
+    return _fitting(console, columns)
+
+
+def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """As many columns as a narrow terminal has room for, beside names that may fold."""
+    widths = {
+        name: max(map(len, [*name.split("\n"), *(line for cell in cells for line in cell.split("\n"))]))
+        for name, cells in columns.items()
+    }
+    widths["layer"] = min(widths["layer"], MIN_NAME)
+    kept = dict(columns)
+    for name in DROPPED_FIRST:
+        if sum(widths[column] + 2 for column in kept) - 2 > console.width:
+            kept.pop(name, None)
+    if lost := [name.split("\nm")[0].replace("\n", "") for name in columns if name not in kept]:
+        console.print(f"Too narrow for: {', '.join(lost)}")
+    return kept
 
 
 def _count(number: int | None) -> str:
     return "unknown" if number is None else str(number)
-
-
-def _dead(layer: LayerStats) -> str:
-    dead = torch.nonzero(dead_channels(layer)).flatten().tolist()
-    if not dead:
-        return ""
-    shown = ", ".join(map(str, dead[:8])) + (", ..." if len(dead) > 8 else "")
-    return f" ({len(dead)} of {layer.num_features} channels dead: {shown})"
 
 
 def _momentum(layer: LayerStats) -> str:
@@ -117,9 +167,15 @@ def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
     return [" ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
-def show_channels(layers: Sequence[LayerStats]) -> None:
-    """One table per layer with one row per channel."""
+def show_channels(
+    layers: Sequence[LayerStats], findings: Sequence[Finding], *, num_rules: int, everything: bool = False
+) -> None:
+    """One table per layer with one row per channel, then the findings."""
     console = console_for_results()
+    codes: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for finding in findings:
+        for channel in finding.channels:
+            codes[finding.layer, channel].append(finding.code)
     for layer in layers:
         table = table_of(
             f"{one_line(layer.name)}: momentum {_momentum(layer)}, eps {_eps(layer)}",
@@ -128,14 +184,14 @@ def show_channels(layers: Sequence[LayerStats]) -> None:
             "running_var",
             "weight",
             "bias",
-            "flag",
+            "findings",
             left=0,
         )
-        dead = dead_channels(layer).tolist()
         tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
         columns = [[None] * layer.num_features if t is None else t.tolist() for t in tensors]
         for channel, values in enumerate(zip(*columns, strict=True)):
-            flag = "dead" if dead[channel] else ""
             numbers = ("-" if value is None else f"{value:.4g}" for value in values)
-            table.add_row(str(channel), *numbers, flag)
+            table.add_row(str(channel), *numbers, " ".join(codes[layer.name, channel]))
         console.print(table)
+    console.print()
+    show_findings(console, findings, num_rules=num_rules, everything=everything)

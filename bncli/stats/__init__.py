@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
-from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.audit import Finding, audit, dead_channels, layer_flags
 from bncli.stats.compare import Comparison, Contents, LayerComparison, ReadableTensor, compare
 from bncli.stats.divergence import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.stats.layers import Hyperparameters, LayerStats, batch_norm_layers, read_running_stats
@@ -11,21 +11,27 @@ from bncli.stats.modes import (
     preserved_buffers,
     train_mode,
 )
+from bncli.stats.rules import RULES, Rule, Threshold, find_rule
 from bncli.stats.summary import Summary, summarize
 from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
 __all__ = [
+    "RULES",
     "Comparison",
     "Contents",
     "Divergence",
     "DivergenceSummary",
     "EpochStatistics",
+    "Finding",
     "Hyperparameters",
     "LayerComparison",
     "LayerEpoch",
     "LayerStats",
     "ReadableTensor",
+    "Rule",
     "Summary",
+    "Threshold",
+    "audit",
     "batch_norm_layers",
     "batch_statistics_mode",
     "buffers_digest",
@@ -33,6 +39,7 @@ __all__ = [
     "dead_channels",
     "diverge",
     "eval_mode",
+    "find_rule",
     "layer_flags",
     "preserved_buffers",
     "read_running_stats",

@@ -1,66 +1,110 @@
-"""What is wrong with one BatchNorm layer, judged from its numbers alone.
+"""What is wrong with the BatchNorm layers of a network, judged from their numbers alone.
 
-A flag is a claim about the layer as it is; a healthy trained network has none.
+A finding is a claim about a layer as it is; a healthy trained network has none. The rules are in `rules.py`.
 """
 
-import torch
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from bncli.errors import BncliError
+from bncli.stats.channels import channels_of, dead
+from bncli.stats.checks import CHECKS, Hit, Values
 from bncli.stats.layers import LayerStats
+from bncli.stats.rules import DEFAULT_THRESHOLDS, PYTORCH_EPS, RULES, Rule, Severity, find_rule
 
-DEFAULT_EPS = 1e-5  # torch.nn.BatchNorm2d's; assumed where a state dict leaves eps unknown
+DEFAULT_EPS = PYTORCH_EPS
 
-# A channel's normalised input has the standard deviation s = sqrt(var / (var + eps)): 1 when var rules,
-# 0 when eps does. Below var = eps / 100, s is under 0.1: BatchNorm, whose purpose is s = 1, hands on less
-# than a tenth of a standard deviation, and the channel is nearly its bias whatever the image shows.
-DEAD_VARIANCE_PER_EPS = 0.01
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule found in one layer."""
+
+    code: str
+    name: str
+    severity: Severity
+    layer: str
+    channels: tuple[int, ...]  # empty: the layer as a whole
+    values: Values  # the numbers found
+    thresholds: dict[str, float]  # what they were compared with
+    message: str  # one line, with the numbers
+    advice: str
+
+
+def audit(
+    layers: Sequence[LayerStats],
+    *,
+    thresholds: Mapping[str, float] | None = None,
+    select: Collection[str] | None = None,
+    ignore: Collection[str] = (),
+) -> tuple[Finding, ...]:
+    """Judge layers by the rules: by code, then in the order of the layers.
+
+    Give it all layers of a network: their counters are compared with each other. `select` (default: all
+    rules) and `ignore` take codes or names, `thresholds` replaces defaults by name.
+
+    Raises BncliError for a rule or threshold that does not exist, and for a threshold that is no number.
+    """
+    limits = DEFAULT_THRESHOLDS | check_thresholds(thresholds or {})
+    channels = channels_of(layers)
+    return tuple(
+        _finding(rule, hit, layers[hit.index], limits)
+        for rule in selected_rules(select, ignore)
+        for hit in CHECKS[rule.name](layers, channels, limits)
+    )
+
+
+def selected_rules(select: Collection[str] | None = None, ignore: Collection[str] = ()) -> tuple[Rule, ...]:
+    """The rules that remain, by code.
+
+    Raises BncliError for a code or name that does not exist.
+    """
+    chosen = RULES if select is None else [find_rule(name) for name in select]
+    dropped = [find_rule(name) for name in ignore]
+    return tuple(rule for rule in RULES if rule in chosen and rule not in dropped)
+
+
+def check_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
+    """The thresholds, if all of them exist and are numbers.
+
+    Raises BncliError otherwise.
+    """
+    for name, value in thresholds.items():
+        if name not in DEFAULT_THRESHOLDS:
+            raise BncliError(f"there is no threshold {name!r}; there are {', '.join(DEFAULT_THRESHOLDS)}")
+        if not value >= 0:
+            raise BncliError(f"threshold {name}: expected a number of 0 or more, found {value!r}")
+    return dict(thresholds)
 
 
 def layer_flags(layer: LayerStats) -> tuple[str, ...]:
-    """The layer's flags, always in this order.
-
-    - 'no_running_stats': no running mean or variance; eval mode then uses batch statistics.
-    - 'never_updated': the buffers hold exactly their initial values, mean 0 and variance 1. The counter
-      `num_batches_tracked` is not asked: it is 0 in every model that was loaded from a checkpoint
-      without it (PyTorch before 0.4.1, converted weights), and it counts on when momentum is 0.
-    - 'non_finite': NaN or infinity in running_mean, running_var, weight or bias.
-    - 'negative_variance': a running_var below 0, which no average of variances can reach.
-    - 'dead_channel': at least one of `dead_channels`.
-    """
-    tests = {
-        "no_running_stats": layer.running_mean is None or layer.running_var is None,
-        "never_updated": _holds_initial_values(layer),
-        "non_finite": _has_non_finite(layer),
-        "negative_variance": layer.running_var is not None and bool((layer.running_var < 0).any()),
-        "dead_channel": bool(dead_channels(layer).any()),
-    }
-    return tuple(flag for flag, found in tests.items() if found)
+    """The names of the rules that find something in this one layer, by code."""
+    return tuple(finding.name for finding in audit((layer,)))
 
 
 def dead_channels(layer: LayerStats) -> Tensor:
-    """Which channels give (nearly) the same output for every image: bool (C,).
-
-    Dead is a channel whose weight is exactly 0, or whose running_var lies in [0, eps / 100) (see
-    `DEAD_VARIANCE_PER_EPS`; eps is taken to be 1e-5 where unknown). A NaN or negative variance is another
-    fault and not called dead. The last BatchNorm of a residual block may start with weight 0 on purpose.
-    """
-    dead = torch.zeros(layer.num_features, dtype=torch.bool)
-    if layer.weight is not None:
-        dead |= layer.weight == 0
-    if layer.running_var is not None:
-        variance = layer.running_var.double()  # float16 would round the threshold to its subnormals
-        eps = DEFAULT_EPS if layer.eps is None else layer.eps
-        # variance == 0 stands apart for layers whose eps is 0
-        dead |= (variance == 0) | ((variance > 0) & (variance < DEAD_VARIANCE_PER_EPS * eps))
-    return dead
+    """Which channels give (nearly) the same output for every image: bool (C,); see BN006."""
+    return dead(channels_of((layer,)), DEFAULT_THRESHOLDS["dead_variance"])
 
 
-def _holds_initial_values(layer: LayerStats) -> bool:
-    if layer.running_mean is None or layer.running_var is None:
-        return False
-    return bool((layer.running_mean == 0).all()) and bool((layer.running_var == 1).all())
+def _finding(rule: Rule, hit: Hit, layer: LayerStats, limits: Mapping[str, float]) -> Finding:
+    where = f"{_channels(hit.channels, layer.num_features)}: " if hit.channels else ""
+    return Finding(
+        code=rule.code,
+        name=rule.name,
+        severity=rule.severity,
+        layer=layer.name,
+        channels=hit.channels,
+        values=hit.values,
+        thresholds={threshold.name: limits[threshold.name] for threshold in rule.thresholds},
+        message=where + hit.text,
+        advice=rule.advice,
+    )
 
 
-def _has_non_finite(layer: LayerStats) -> bool:
-    tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
-    return any(not bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+def _channels(numbers: tuple[int, ...], num_features: int) -> str:
+    if len(numbers) == 1:
+        return f"channel {numbers[0]} of {num_features}"
+    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"{len(numbers)} of {num_features} channels ({shown})"

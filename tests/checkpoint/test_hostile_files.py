@@ -125,7 +125,7 @@ def test_no_code_in_a_pickle_is_executed(bncli: Bncli, tmp_path: Path, name: str
     hostile = payloads(str(canary))[name]
     path = tmp_path / "hostile.pt"
     torch.save({"payload": hostile, "state_dict": BatchNorm}, path, _use_new_zipfile_serialization=as_zip)
-    outcome = bncli("inspect-stats", path, "--json")
+    outcome = bncli("inspect-stats", path, "--json", "--fail-on", "never")
     assert not canary.exists()
     assert "antigravity" not in sys.modules
     # the layers beside the payload are read all the same

@@ -1,3 +1,4 @@
+import re
 import statistics
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def test_inspect_stats_keeps_its_contract(bncli: Bncli, finished_run: Path) -> N
     assert result["num_layers"] == 2
     for layer in result["layers"]:
         assert layer["num_batches_tracked"] == 20
-        assert (layer["momentum"], layer["eps"], layer["flags"]) == (0.1, 1e-5, [])
+        assert (layer["momentum"], layer["eps"]) == (0.1, 1e-5)
+        assert layer["flags"] == ["initial_residue"]  # 0.9 ** 20 is 12 %
         for which in ("running_mean", "running_var", "weight", "bias"):
             values = state[f"{layer['name']}.{which}"].tolist()
             assert len(values) == layer["num_features"]
@@ -27,16 +29,18 @@ def test_inspect_stats_keeps_its_contract(bncli: Bncli, finished_run: Path) -> N
             }
 
 
-def test_every_layer_has_a_row_and_a_healthy_network_no_flag(bncli: Bncli, finished_run: Path) -> None:
-    outcome = bncli("inspect-stats", finished_run / "last.pt")
+def test_every_layer_has_a_row_and_a_healthy_network_no_finding(bncli: Bncli, finished_run: Path) -> None:
+    outcome = bncli("inspect-stats", finished_run / "last.pt", "--ignore", "BN002")
     rows = [line for line in outcome.out.splitlines() if line.startswith("stages.")]
     assert [row.split()[:2] for row in rows] == [["stages.0.0.norm", "8"], ["stages.1.0.norm", "16"]]
     assert "num_batches_tracked 20, momentum 0.1, eps 1e-05" in outcome.out
-    assert "Flags: none" in outcome.out
+    assert "No findings: 12 rules checked." in outcome.out
 
 
 def test_a_glob_selects_layers_and_channels_are_shown_one_by_one(bncli: Bncli, finished_run: Path) -> None:
-    outcome = bncli("inspect-stats", finished_run / "last.pt", "--layer", "*.1.*", "--channels")
+    outcome = bncli(
+        "inspect-stats", finished_run / "last.pt", "--layer", "*.1.*", "--channels", "--ignore", "BN002"
+    )
     assert "stages.1.0.norm" in outcome.out
     assert "stages.0.0.norm" not in outcome.out
     assert sum(line.strip()[:1].isdigit() for line in outcome.out.splitlines()) == 16
@@ -66,9 +70,13 @@ def test_what_is_wrong_with_a_layer_is_flagged(
     content = torch.load(finished_run / "last.pt", weights_only=True)
     content["state_dict"][f"stages.1.0.norm.{key}"][3] = value
     save_as_if_whole(content, tmp_path / "bad.pt")
-    layers = bncli("inspect-stats", tmp_path / "bad.pt", "--json").json["layers"]
-    assert [layer["flags"] for layer in layers] == [[], [flag]]
-    assert f"stages.1.0.norm: {flag}" in bncli("inspect-stats", tmp_path / "bad.pt").out
+    arguments = ("inspect-stats", tmp_path / "bad.pt", "--ignore", "BN002")
+    found = bncli(*arguments, "--json")
+    assert [layer["flags"] for layer in found.json["layers"]] == [[], [flag]]
+    assert [finding["channels"] for finding in found.json["findings"]] == [[3]]
+    assert found.code == (0 if flag == "dead_channel" else 1)
+    shown = bncli(*arguments).out
+    assert re.search(rf"BN\d\d\d {flag} \((error|warning)\): stages.1.0.norm\n  channel 3 of 16: ", shown)
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])

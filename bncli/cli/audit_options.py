@@ -1,0 +1,92 @@
+"""The options of the audit, and how their values are read."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bncli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bncli.stats import Finding, LayerStats
+
+FailOn = Literal["error", "warning", "never"]
+SortBy = Literal["model", "name", "findings", "gain", "mean", "variance"]
+
+SelectOption = Annotated[
+    str | None, typer.Option("--select", metavar="CODES", help="Only these rules, as in BN003,dead_channel.")
+]
+IgnoreOption = Annotated[str | None, typer.Option("--ignore", metavar="CODES", help="All but these rules.")]
+FailOnOption = Annotated[
+    FailOn, typer.Option("--fail-on", help="Exit with 1 on findings of at least this severity.")
+]
+ExplainOption = Annotated[
+    str | None,
+    typer.Option("--explain", metavar="RULE", help="Explain a rule by code or name, or all; no checkpoint."),
+]
+ThresholdOption = Annotated[
+    list[str] | None,
+    typer.Option("--threshold", metavar="NAME=VALUE", help="Change a limit, as in gain=50; repeatable."),
+]
+SortOption = Annotated[
+    SortBy,
+    typer.Option(
+        "--sort", help="By name, or worst first: most findings, largest gain, farthest mean, least variance."
+    ),
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, however many.")]
+
+
+def parse_rules(text: str | None) -> list[str] | None:
+    """The codes or names between commas; None for no option."""
+    return None if text is None else [part for part in text.split(",") if part.strip()]
+
+
+def parse_thresholds(items: Sequence[str] | None) -> dict[str, float]:
+    """Limits by name.
+
+    Raises ConfigError for anything but NAME=NUMBER.
+    """
+    found = {}
+    for item in items or ():
+        name, _, value = item.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(
+                "--threshold", [f"expected NAME=NUMBER such as gain=50, found {item!r}"]
+            ) from None
+    return found
+
+
+def fails(findings: "Sequence[Finding]", fail_on: FailOn) -> bool:
+    """Whether a finding is at least as severe as asked for."""
+    counted = {"error": {"error"}, "warning": {"error", "warning"}, "never": set[str]()}[fail_on]
+    return any(finding.severity in counted for finding in findings)
+
+
+def sort_layers(
+    layers: "Sequence[LayerStats]", findings: "Sequence[Finding]", by: SortBy
+) -> "list[LayerStats]":
+    """The layers by name, or the worst first; layers without the quantity come last."""
+    from collections import Counter
+
+    from bncli.stats.channels import channels_of, gain, mean_in_deviations
+
+    if by == "model":
+        return list(layers)
+    if by == "name":
+        return sorted(layers, key=lambda layer: layer.name)
+    if by == "findings":
+        number = Counter(finding.layer for finding in findings)
+        return sorted(layers, key=lambda layer: -number[layer.name])
+    channels = channels_of(layers)
+    if by == "gain":
+        quantity = gain(channels)
+    else:
+        quantity = mean_in_deviations(channels) if by == "mean" else -channels.running_var
+    parts = quantity.nan_to_num(-math.inf).split([layer.num_features for layer in layers])
+    worst = [float(part.max()) if len(part) else -math.inf for part in parts]
+    order = sorted(range(len(layers)), key=lambda index: -worst[index])
+    return [layers[index] for index in order]
