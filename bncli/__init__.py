@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bncli.data import load_dataset
     from bncli.errors import BncliError
     from bncli.evaluation import FixedShape, certify, check_determinism, evaluate
-    from bncli.stats import read_running_stats
+    from bncli.stats import Moments, measure_population, read_running_stats, recalibrate
     from bncli.training import train
 
 _HOMES = {
@@ -30,6 +30,9 @@ _HOMES = {
     "load_config": "bncli.config_file",
     "load_dataset": "bncli.data",
     "load_model": "bncli.checkpoint",
+    "Moments": "bncli.stats",
+    "measure_population": "bncli.stats",
+    "recalibrate": "bncli.stats",
     "read_running_stats": "bncli.stats",
     "train": "bncli.training",
 }
@@ -39,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "FixedShape",
+    "Moments",
     "certify",
     "check_determinism",
     "evaluate",
@@ -46,7 +50,9 @@ __all__ = [
     "load_config",
     "load_dataset",
     "load_model",
+    "measure_population",
     "read_running_stats",
+    "recalibrate",
     "train",
 ]
 

@@ -1,6 +1,7 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
 from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.fixed_point import LayerConsistency, verify_fixed_point
 from bncli.stats.layers import Hyperparameters, LayerStats, batch_norm_layers, read_running_stats
 from bncli.stats.modes import (
     batch_statistics_mode,
@@ -9,23 +10,38 @@ from bncli.stats.modes import (
     preserved_buffers,
     train_mode,
 )
+from bncli.stats.moments import Moments
+from bncli.stats.population import LayerPopulation, Population, measure_population
+from bncli.stats.recalibrate import LayerChange, Recalibration, apply_population, recalibrate
+from bncli.stats.selection import SkippedLayer
 from bncli.stats.summary import Summary, summarize
 from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
 __all__ = [
     "EpochStatistics",
     "Hyperparameters",
+    "LayerChange",
+    "LayerConsistency",
     "LayerEpoch",
+    "LayerPopulation",
     "LayerStats",
+    "Moments",
+    "Population",
+    "Recalibration",
+    "SkippedLayer",
     "Summary",
+    "apply_population",
     "batch_norm_layers",
     "batch_statistics_mode",
     "buffers_digest",
     "dead_channels",
     "eval_mode",
     "layer_flags",
+    "measure_population",
     "preserved_buffers",
     "read_running_stats",
+    "recalibrate",
     "summarize",
     "train_mode",
+    "verify_fixed_point",
 ]
