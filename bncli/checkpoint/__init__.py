@@ -1,10 +1,11 @@
 """Checkpoints: one file from which every command but `train` works."""
 
 from bncli.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint
-from bncli.checkpoint.reader import read_torch_file
+from bncli.checkpoint.reader import file_sha256, read_torch_file
 
 __all__ = [
     "Checkpoint",
+    "file_sha256",
     "load_checkpoint",
     "load_model",
     "read_torch_file",

@@ -42,6 +42,7 @@ class Checkpoint:
     runtime: dict[str, Any]  # device, precision, memory format, threads
     machine: dict[str, Any]  # versions and hardware
     optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
+    recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

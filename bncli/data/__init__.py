@@ -5,6 +5,7 @@ from bncli.data.dataset import Dataset, Progress, Split
 from bncli.data.load import load_dataset
 from bncli.data.loader import BatchPlan, sequential_batches, training_batches
 from bncli.data.normalization import Normalization, measure_normalization
+from bncli.data.sample import sample_batches
 
 __all__ = [
     "BatchPlan",
@@ -16,6 +17,7 @@ __all__ = [
     "check_augmentation",
     "load_dataset",
     "measure_normalization",
+    "sample_batches",
     "sequential_batches",
     "training_batches",
 ]
