@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,9 +29,10 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error tells more than that the directory is gone
+            temporary.unlink()
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _umask() -> int:
@@ -40,7 +41,12 @@ def _umask() -> int:
     return umask
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Flush the names in a directory to the disk, so that a new file is found after a power failure.
+
+    Raises:
+        OSError: when it cannot be opened.
+    """
     if os.name != "posix":  # Windows cannot open a directory
         return
     handle = os.open(directory, os.O_RDONLY)

@@ -93,6 +93,8 @@ class TrainConfig(Section):
     decay: Literal["linear", "cosine", "none"] = "linear"  # after the warm-up, to 0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
+    checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps
+    checkpoint_unit: Literal["epochs", "steps"] = "epochs"  # steps: and at the end of every epoch
 
 
 class RuntimeConfig(Section):

@@ -35,3 +35,13 @@ class RunError(BncliError):
 
 class DeviceError(BncliError):
     """A device or precision that this machine does not have."""
+
+
+class DivergedError(RunError):
+    """A run that reached a number that is not finite."""
+
+
+class StoppedError(BncliError):
+    """A run that was asked to stop, and has saved its state; resuming it continues bit for bit."""
+
+    exit_code = 130

@@ -3,8 +3,12 @@
 A checkpoint is a dict of tensors and plain values, so that `torch.load(path, weights_only=True)` reads
 it without bncli. Its `state_dict` holds the weights and, for every BatchNorm layer, `running_mean`,
 `running_var` and `num_batches_tracked`.
+
+Version 2 adds `digests` (see `bncli.checkpoint.digest`), `data_digest` and `running_epoch`; a file of version
+1 is read as one without them.
 """
 
+import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bncli.atomic_file import atomic_file
+from bncli.checkpoint.digest import digest_parts, find_damage
 from bncli.checkpoint.reader import read_torch_file
 from bncli.config import Config
 from bncli.config_file import config_from_dict
@@ -20,7 +25,7 @@ from bncli.errors import BncliError, CheckpointError, ConfigError
 from bncli.model import ConvNet, build_model
 
 FORMAT = "bncli.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # written; older ones are read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +40,16 @@ class Checkpoint:
     image_size: int  # height and width in pixels
     epoch: int  # epochs finished
     step: int  # training steps finished
-    test_accuracy: float  # of these weights in eval mode, as a fraction
-    test_loss: float  # nats
+    # of these weights in eval mode, as a fraction; None in the midst of an epoch: they were not evaluated
+    test_accuracy: float | None
+    test_loss: float | None  # nats
     best_accuracy: float  # of all epochs so far
     seconds: float  # of training so far, over all sessions
     runtime: dict[str, Any]  # device, precision, memory format, threads
     machine: dict[str, Any]  # versions and hardware
     optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
+    running_epoch: dict[str, Any] | None = None  # the sums of an unfinished epoch; None at its end
+    data_digest: str | None = None  # SHA-256 of the images and labels; None in files of version 1
     recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
 
 
@@ -55,24 +63,22 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     content["config"] = checkpoint.config.model_dump(mode="json")
     content["normalization"] = {"mean": content.pop("mean"), "std": content.pop("std")}
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    content["digests"] = digest_parts(content)
+    # into memory first: on a full disk torch.save raises a RuntimeError that does not tell the reason
+    memory = io.BytesIO()
+    torch.save(content, memory)
     with atomic_file(path) as file:
-        torch.save(content, file)
+        file.write(memory.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint that bncli wrote; no code in it is executed.
 
     Raises:
-        CheckpointError: naming the file and what is wrong with it.
+        CheckpointError: naming the file and what is wrong with it, a damaged tensor by its name.
     """
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
-    version = content.get("format_version")
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint format {version!r}, but this bncli reads {FORMAT_VERSION}; upgrade bncli"
-        )
+    content = load_content(path)
+    _check_digests(content, path)
     try:
         config = config_from_dict(content["config"], source=f"{path} (its configuration)")
         values = {field.name: content[field.name] for field in fields(Checkpoint) if field.name in content}
@@ -83,6 +89,45 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: an incomplete bncli checkpoint ({error})") from None
+
+
+def load_content(path: str | Path) -> dict[str, Any]:
+    """The dict in a checkpoint of bncli, as it stands there.
+
+    Raises:
+        CheckpointError: when the file cannot be read, is none, or has a newer format.
+    """
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
+    version = content.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version!r}; this bncli reads up to {FORMAT_VERSION}; upgrade bncli"
+        )
+    return content
+
+
+def find_damaged_parts(content: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names of the parts that are not what was saved; None for a file of version 1, without digests."""
+    rest = {key: value for key, value in content.items() if key != "digests"}
+    digests = content.get("digests")
+    if not isinstance(digests, dict):
+        return None if digests is None and content["format_version"] == 1 else ("digests",)
+    try:
+        return find_damage(rest, digests)
+    except (ValueError, RuntimeError, TypeError, RecursionError) as error:
+        return (" ".join(str(error).split()) or type(error).__name__,)
+
+
+def _check_digests(content: dict[str, Any], path: str | Path) -> None:
+    damaged = find_damaged_parts(content)
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise CheckpointError(
+            f"{path}: damaged: its SHA-256 is not the one that was saved, in {', '.join(damaged[:3])}{more};"
+            " restore the file from a copy, or train again"
+        )
 
 
 def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:

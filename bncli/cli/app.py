@@ -1,7 +1,7 @@
 """The `bncli` program: its commands, and the one place where errors become messages and exit codes.
 
-Exit codes: 0 done, 1 the check's answer is no, 2 cannot run, 130 interrupted. Nothing here imports torch,
-so that `--help` answers at once.
+Exit codes: 0 done, 1 the check's answer is no, 2 cannot run, 130 interrupted, 143 terminated. Nothing here
+imports torch, so that `--help` answers at once.
 """
 
 import os

@@ -97,14 +97,16 @@ class TrainReporter:
             f" ({runtime['device']}, {runtime['precision']}, {runtime['memory_format']},"
             f" {runtime['threads']} threads) into {event.run_dir}"
         )
-        if event.epoch:
+        if event.step > event.epoch * setup.plan.num_steps:
+            self._line(
+                f"Resuming after step {event.step:,} of {setup.num_steps:,}, in epoch {event.epoch + 1}"
+            )
+        elif event.epoch:
             self._line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
         self._line(HEADER)
         if self._console.is_terminal:
             self._bar = _bar(self._console)
-            self._bar.add_task(
-                "", total=setup.num_steps, completed=event.epoch * setup.plan.num_steps, speed=""
-            )
+            self._bar.add_task("", total=setup.num_steps, completed=event.step, speed="")
             self._bar.start()
         self._start = time.monotonic()
 

@@ -1,5 +1,6 @@
 """`bncli train`: from a YAML file to checkpoints."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,8 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption, SetOption
-from bncli.errors import ConfigError
+from bncli.cli.stop_signals import StopSignals
+from bncli.errors import ConfigError, StoppedError
 
 
 def train_config(
@@ -37,7 +39,7 @@ def train_config(
     from bncli.cli.render import print_json
     from bncli.cli.render_train import show_dry_run, show_training
     from bncli.config_file import load_config
-    from bncli.training import describe_setup, prepare, train
+    from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
     from bncli.training.run_dir import default_run_dir, find_config
 
     loaded = load_config(find_config(resume) if resume else config, overrides)
@@ -47,11 +49,29 @@ def train_config(
         return 0
 
     target = resume or run_dir or default_run_dir(config)
-    with TrainReporter() as reporter:
+    with TrainReporter() as reporter, StopSignals() as signals:
+
+        def report(event: Started | StepDone | EpochDone) -> None:
+            if isinstance(event, Started):
+                signals.defer()  # from here on a stop saves
+            reporter(event)
+
         try:
-            result = train(loaded, target, resume=bool(resume), report=reporter, data_progress=DataReporter())
+            result = train(
+                loaded,
+                target,
+                resume=bool(resume),
+                report=report,
+                stop=signals.stop_requested,
+                data_progress=DataReporter(),
+            )
+        except StoppedError as stopped:
+            print_note(str(stopped))
+            return signals.exit_code
         except KeyboardInterrupt:
-            print_note(f"stopped; continue with: bncli train --resume {target}")
-            raise
+            begun = (target / "config.yaml").is_file()
+            hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if begun else ""
+            print_note(f"interrupted{hint}")
+            return signals.exit_code
     print_json(result) if as_json else show_training(result)
     return 0

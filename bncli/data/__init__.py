@@ -2,6 +2,7 @@
 
 from bncli.data.augment import augment, check_augmentation
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.digest import digest_dataset
 from bncli.data.load import load_dataset
 from bncli.data.loader import BatchPlan, sequential_batches, training_batches
 from bncli.data.normalization import Normalization, measure_normalization
@@ -15,6 +16,7 @@ __all__ = [
     "Split",
     "augment",
     "check_augmentation",
+    "digest_dataset",
     "load_dataset",
     "measure_normalization",
     "sample_batches",

@@ -13,6 +13,7 @@ Precision: the buffers' own rounding, divided by m: about 1e-6 relative in float
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +52,38 @@ class EpochStatistics:
     def __init__(self, model: nn.Module) -> None:
         """Take the running statistics as they are now for the epoch's start."""
         self._layers = [_Layer(name, module) for name, module in batch_norm_layers(model)]
-        self._num_steps = 0
+        self.num_steps = 0
 
     def observe(self) -> None:
         """Add the running statistics, as this step left them, to the sums."""
-        self._num_steps += 1
+        self.num_steps += 1
         for layer in self._layers:
             layer.observe()
 
     def finish(self) -> tuple[LayerEpoch, ...]:
         """The epoch's statistics of every layer, in model order."""
-        return tuple(layer.finish(self._num_steps) for layer in self._layers)
+        return tuple(layer.finish(self.num_steps) for layer in self._layers)
+
+    def sums(self) -> list[Tensor]:
+        """The tensors that `observe` adds to, for a caller who may have to undo it (with `num_steps`)."""
+        return [total for layer in self._layers for total in layer.sums]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything observed so far as tensors and plain values: a copy."""
+        layers = {layer.name: layer.state_dict() for layer in self._layers}
+        return {"num_steps": self.num_steps, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` as if the steps before it had been observed here, bit for bit.
+
+        Raises:
+            KeyError, ValueError: when it is the state of a model with other layers.
+        """
+        if list(state["layers"]) != [layer.name for layer in self._layers]:
+            raise ValueError(f"epoch statistics of other layers: {', '.join(state['layers'])}")
+        self.num_steps = int(state["num_steps"])
+        for layer in self._layers:
+            layer.load_state_dict(state["layers"][layer.name])
 
 
 class _Layer:
@@ -82,6 +104,23 @@ class _Layer:
             return  # start and end say all
         for total, buffer in zip(self.sums, _buffers(self.module), strict=True):
             total.add_(buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "momentum": self.momentum,
+            "momentum_constant": self.momentum_constant,
+            "num_batches": self.num_batches,
+            "start": [tensor.clone() for tensor in self.start],
+            "sums": [total.clone() for total in self.sums],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.momentum = state["momentum"]
+        self.momentum_constant = bool(state["momentum_constant"])
+        self.num_batches = int(state["num_batches"])
+        for name, tensors in (("start", self.start), ("sums", self.sums)):
+            for tensor, saved in zip(tensors, state[name], strict=True):
+                tensor.copy_(saved)
 
     def finish(self, num_steps: int) -> LayerEpoch:
         end = _float64_copies(self.module)

@@ -4,27 +4,26 @@ The order of the images and their augmentation are functions of (seed, epoch, st
 learning rate. Nothing else is random, so a run that was interrupted continues bit for bit.
 """
 
-import math
-import time
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bncli.checkpoint import save_checkpoint
-from bncli.config import Config
+from bncli.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
-from bncli.data import training_batches
-from bncli.errors import RunError
-from bncli.stats import EpochStatistics
+from bncli.errors import DivergedError, StoppedError
+from bncli.training.bad_numbers import all_finite, find_origin
+from bncli.training.last_good_step import LastGoodStep
+from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
-from bncli.training.run import Run, load_last
-from bncli.training.run_dir import append_metrics, create_run_dir, keep_metrics_until, writing
-from bncli.training.setup import Setup, prepare
+from bncli.training.run import Run
+from bncli.training.run_dir import append_metrics, writing
+from bncli.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Started:
     setup: Setup
     run_dir: Path
     epoch: int  # epochs finished already: 0, or more in a resumed run
+    step: int  # steps finished already
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class EpochDone:
-    """Reported after every epoch, once its checkpoint is on the disk."""
+    """Reported after every epoch, once its metrics and its checkpoint, if one is due, are on the disk."""
 
     metrics: dict[str, Any]  # the line of metrics.jsonl
 
@@ -76,49 +76,134 @@ def train(
     *,
     resume: bool = False,
     report: Report = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
     data_progress: DataProgress | None = None,
 ) -> TrainResult:
     """Train the configured network and write its checkpoints into `run_dir`.
 
-    With `resume` the run in `run_dir` continues after its last finished epoch; on a CPU it ends with
-    the same bits as an uninterrupted one.
+    With `resume` the run in `run_dir` continues after its last saved step; on a CPU it ends with the same
+    bits as an uninterrupted one. `stop` is asked after every step and before every test batch; when it
+    says True, or on KeyboardInterrupt, the last step taken is saved first. (A KeyboardInterrupt while
+    `stop` says True already is not kept waiting: the checkpoint before stays the last.)
 
     Raises:
-        BncliError: on a configuration, data or directory that cannot be used, and when the loss stops
-            being finite.
+        StoppedError: when `stop` said so.
+        DivergedError: when a loss, gradient, weight or running statistic stops being finite; saved is the
+            last good step.
+        BncliError: on a configuration, data or directory that cannot be used.
     """
     run_dir = Path(run_dir)
-    last = load_last(run_dir, config) if resume else None
-    setup = prepare(config, progress=data_progress)
-    if not resume:
-        create_run_dir(run_dir, config)
-    run = Run.restore(setup, last) if last else Run.start(setup)
-    with writing(run_dir):
-        keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)
+    with open_run(run_dir, config, resume=resume, data_progress=data_progress) as run:
+        report(Started(run.setup, run_dir, run.epoch, run.step))
+        try:
+            _train_to_the_end(run, run_dir, report, stop)
+        except StoppedError:
+            _save_last_step(run, run_dir)
+            raise StoppedError(
+                f"stopped after step {run.step} of {run.setup.num_steps}; continue with:"
+                f" bncli train --resume {shlex.quote(str(run_dir))}"
+            ) from None
+        except DivergedError:
+            _save_last_step(run, run_dir)
+            raise
+        except KeyboardInterrupt:
+            if not stop():
+                _save_last_step(run, run_dir)
+            raise
+        return _result_of(run, run_dir)
 
-    report(Started(setup, run_dir, run.epoch))
-    while run.epoch < config.train.epochs:
-        start = time.perf_counter()
-        metrics = _train_epoch(run, report)
-        evaluation = run.evaluate()
-        is_best = evaluation.accuracy > run.best_accuracy or run.epoch == 0
-        run.best_accuracy = max(run.best_accuracy, evaluation.accuracy)
-        run.epoch += 1
-        run.seconds += time.perf_counter() - start
+
+def _train_to_the_end(run: Run, run_dir: Path, report: Report, stop: Callable[[], bool]) -> None:
+    """All epochs that are left, from the running one's next step on."""
+    config = run.setup.config.train
+    while run.epoch < config.epochs:
+        last_good = LastGoodStep(run)
+        run.model.train()
+        for images, labels in run.batches():
+            take_step(run, last_good, images, labels)
+            report(StepDone(run.epoch + 1, run.step, len(labels)))
+            if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
+                _save_last(run, run.checkpoint(None), run_dir)
+            if stop():
+                raise StoppedError
+        metrics = _training_metrics(run)
+        evaluation = run.evaluate(stop)
+
+        run.is_whole = False
+        is_best = run.end_epoch(evaluation)
         metrics |= {
             "test_loss": evaluation.loss,
             "test_accuracy": evaluation.accuracy,
             "seconds": run.seconds,
         }
+        # last.pt comes last: it says that the epoch is done, so everything else of it must be on the disk
         with writing(run_dir):
             append_metrics(run_dir / "metrics.jsonl", metrics)
             last = run.checkpoint(evaluation)
             if is_best:
                 save_checkpoint(replace(last, optimizer=None), run_dir / "best.pt")
-            save_checkpoint(last, run_dir / "last.pt")
+        if _ends_interval(run.epoch, config):
+            _save_last(run, last, run_dir)
+        run.is_whole = True
         report(EpochDone(metrics))
+    # here the weights are final: what is done to them once, after the last epoch, belongs here
 
-    assert last is not None  # every configuration has at least one epoch
+
+def take_step(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
+    """One training step and its place in the epoch's sums, or nothing.
+
+    Raises:
+        DivergedError: with the step, the learning rate and the layer, when a number is not finite; the
+            run is as it was before the step.
+    """
+    try:
+        with last_good.or_nothing():
+            loss, num_correct = training_step(run, images, labels)
+            if not all_finite(run.model, loss):
+                raise DivergedError
+            run.running_epoch.add(loss, num_correct, len(labels))
+    except DivergedError:
+        raise DivergedError(
+            f"not a finite number in step {run.step + 1} (epoch {run.epoch + 1}), at a learning rate of"
+            f" {run.learning_rate:.3g}: {find_origin(run, images, labels)}; step {run.step}, the last good"
+            " one, is saved; start again with a lower train.learning_rate"
+        ) from None
+
+
+def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
+    with writing(run_dir):
+        save_checkpoint(checkpoint, run_dir / "last.pt")
+    run.saved_step = run.step
+
+
+def _save_last_step(run: Run, run_dir: Path) -> None:
+    """Save a run that ends before its time, unless its last step is saved already."""
+    if run.is_whole and run.saved_step != run.step:
+        _save_last(run, run.checkpoint(None), run_dir)
+
+
+def _ends_interval(epoch: int, config: TrainConfig) -> bool:
+    every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
+    return epoch % every == 0 or epoch == config.epochs
+
+
+def _training_metrics(run: Run) -> dict[str, Any]:
+    """The training half of the epoch's line in metrics.jsonl."""
+    run.tick()
+    epoch = run.running_epoch
+    return {
+        "epoch": run.epoch + 1,
+        "step": run.step,
+        "learning_rate": learning_rate_at(run.step - 1, run.setup.num_steps, run.setup.config.train),
+        "images_per_second": epoch.num_images / epoch.seconds,
+        **epoch.metrics(),
+    }
+
+
+def _result_of(run: Run, run_dir: Path) -> TrainResult:
+    last = load_checkpoint(run_dir / "last.pt")
+    # every configuration has at least one epoch, and the end of the last one is evaluated
+    assert last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(
         run_dir=run_dir,
         checkpoint=run_dir / "last.pt",
@@ -128,63 +213,8 @@ def train(
         best_accuracy=last.best_accuracy,
         epochs=last.epoch,
         seconds=last.seconds,
-        images_per_second=last.epoch * setup.plan.num_images_per_epoch / last.seconds,
+        images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
     )
-
-
-def _train_epoch(run: Run, report: Report) -> dict[str, Any]:
-    """One pass over the training images; returns the training half of the epoch's metrics.
-
-    Raises:
-        RunError: when the loss is no longer a finite number.
-    """
-    setup, config = run.setup, run.setup.config
-    statistics = EpochStatistics(run.model)
-    loss_sum = torch.zeros((), device=setup.runtime.device)
-    num_correct = torch.zeros((), dtype=torch.int64, device=setup.runtime.device)
-    num_images = 0
-    run.model.train()
-    start = time.perf_counter()
-    batches = training_batches(
-        setup.dataset.train,
-        setup.plan,
-        config.augment,
-        seed=config.train.seed,
-        epoch=run.epoch,
-        fill=setup.normalization.mean,
-    )
-    for images, labels in batches:
-        loss, hits = training_step(run, images, labels)
-        statistics.observe()
-        # sums stay on the device: reading them would make it wait in every step
-        loss_sum += loss * len(labels)
-        num_correct += hits
-        num_images += len(labels)
-        report(StepDone(run.epoch + 1, run.step, len(labels)))
-    train_loss = loss_sum.item() / num_images
-    if not math.isfinite(train_loss):
-        raise RunError(
-            f"the loss became {train_loss} in epoch {run.epoch + 1}, at a learning rate of"
-            f" {run.learning_rate:.3g}; lower train.learning_rate (earlier checkpoints are kept)"
-        )
-    return {
-        "epoch": run.epoch + 1,
-        "step": run.step,
-        "learning_rate": run.learning_rate,
-        "train_loss": train_loss,
-        "train_accuracy": num_correct.item() / num_images,
-        "images_per_second": num_images / (time.perf_counter() - start),
-        "layers": [
-            {
-                "name": layer.name,
-                "running_mean_norm": layer.running_mean_norm,
-                "running_var_norm": layer.running_var_norm,
-                "mean_shift": layer.mean_shift,
-                "var_ratio": layer.var_ratio,
-            }
-            for layer in statistics.finish()
-        ],
-    }
 
 
 def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

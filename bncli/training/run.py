@@ -1,23 +1,21 @@
 """The state of a run: what a checkpoint saves and a resumed run restores."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from bncli.checkpoint import Checkpoint, load_checkpoint
-from bncli.config import Config
-from bncli.data import sequential_batches
-from bncli.errors import CheckpointError, RunError
+from bncli.checkpoint import Checkpoint
+from bncli.data import sequential_batches, training_batches
+from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine
 from bncli.training.optimizer import build_optimizer
-from bncli.training.run_dir import find_config
+from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
-
-# what may change when a run is resumed: where the data lies, how it is computed, how long it goes on
-CHANGEABLE = ("data.root", "data.url", "data.archive", "data.cache", "runtime.", "train.epochs")
 
 
 @dataclass
@@ -27,36 +25,51 @@ class Run:
     setup: Setup
     model: ConvNet
     optimizer: torch.optim.SGD
+    running_epoch: RunningEpoch
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
     best_accuracy: float = 0.0  # on the test split, of all epochs, as a fraction
     seconds: float = 0.0  # of training, evaluation and checkpoints, over all sessions
+    saved_step: int = -1  # the step that last.pt holds
+    # False while a step or the end of an epoch is under way, when saving would save half of it
+    is_whole: bool = True
+    last_tick: float = field(default_factory=time.perf_counter)
 
     @classmethod
     def start(cls, setup: Setup) -> "Run":
         """A run before its first step."""
-        return cls(setup, setup.model, build_optimizer(setup.model, setup.config.train))
+        optimizer = build_optimizer(setup.model, setup.config.train)
+        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
         """The run as it was when it saved `last`.
 
         Raises:
-            CheckpointError: when the checkpoint does not fit the network or its training data.
+            CheckpointError: when the checkpoint does not fit the network.
+            RunError: when the data are not those of the checkpoint.
         """
         run = cls.start(setup)
+        if last.data_digest not in {None, setup.data_digest}:
+            raise RunError(
+                f"cannot resume: the images or labels are not those of the checkpoint (SHA-256 was"
+                f" {last.data_digest}, now {setup.data_digest}); check data.root"
+            )
         if (last.mean, last.std) != (setup.normalization.mean, setup.normalization.std):
-            raise CheckpointError(
-                f"cannot resume: the training images are not those of the checkpoint (pixel means"
-                f" {setup.normalization.mean}, were {last.mean}); check data.root"
+            raise RunError(
+                f"cannot resume: the training images are not those of the checkpoint (pixel means were"
+                f" {last.mean}, now {setup.normalization.mean}); check data.root"
             )
         try:
             run.model.load_state_dict(last.state_dict)
             run.optimizer.load_state_dict(last.optimizer or {})
-        except (RuntimeError, ValueError, KeyError) as error:
+            run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
+            if last.running_epoch is not None:
+                run.running_epoch.load_state_dict(last.running_epoch)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from None
-        run.epoch, run.step = last.epoch, last.step
+        run.epoch, run.step, run.saved_step = last.epoch, last.step, last.step
         run.best_accuracy, run.seconds = last.best_accuracy, last.seconds
         return run
 
@@ -65,15 +78,61 @@ class Run:
         """Of the step taken last."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def evaluate(self) -> Evaluation:
-        """Accuracy and loss on the test split, in eval mode."""
-        runtime = self.setup.runtime
-        batches = sequential_batches(self.setup.dataset.test, self.setup.config.runtime.eval_batch_size)
-        with runtime.autocast():
-            return evaluate(self.model, ((runtime.place(images), labels) for images, labels in batches))
+    def momenta(self) -> list[Tensor]:
+        """The optimiser's own tensors, one for each trained weight; none before the first step."""
+        states = self.optimizer.state.values()
+        return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
 
-    def checkpoint(self, evaluation: Evaluation) -> Checkpoint:
-        """The run as it is now; `evaluation` is of its present weights."""
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches that are left of the running epoch."""
+        config = self.setup.config
+        return training_batches(
+            self.setup.dataset.train,
+            self.setup.plan,
+            config.augment,
+            seed=config.train.seed,
+            epoch=self.epoch,
+            fill=self.setup.normalization.mean,
+            start_step=self.running_epoch.num_steps,
+        )
+
+    def evaluate(self, stop: Callable[[], bool]) -> Evaluation:
+        """Accuracy and loss on the test split, in eval mode.
+
+        Raises:
+            StoppedError: when `stop`, which is asked before every batch, says so.
+        """
+        runtime = self.setup.runtime
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            size = self.setup.config.runtime.eval_batch_size
+            for images, labels in sequential_batches(self.setup.dataset.test, size):
+                if stop():
+                    raise StoppedError
+                yield runtime.place(images), labels
+
+        with runtime.autocast():
+            return evaluate(self.model, batches())
+
+    def end_epoch(self, evaluation: Evaluation) -> bool:
+        """Count the epoch, and begin the next one; whether it was the best so far."""
+        is_best = evaluation.accuracy > self.best_accuracy or self.epoch == 0
+        self.best_accuracy = max(self.best_accuracy, evaluation.accuracy)
+        self.tick()
+        self.epoch += 1
+        self.running_epoch = RunningEpoch(self.model, self.setup.runtime.device)
+        return is_best
+
+    def tick(self) -> None:
+        """Add the time since the last tick to the run and to its running epoch."""
+        now = time.perf_counter()
+        self.seconds += now - self.last_tick
+        self.running_epoch.seconds += now - self.last_tick
+        self.last_tick = now
+
+    def checkpoint(self, evaluation: Evaluation | None) -> Checkpoint:
+        """The run as it is now; `evaluation` is of its present weights, None in the midst of an epoch."""
+        self.tick()
         return Checkpoint(
             config=self.setup.config,
             state_dict={key: value.cpu() for key, value in self.model.state_dict().items()},
@@ -83,39 +142,13 @@ class Run:
             image_size=self.setup.image_shape[-1],
             epoch=self.epoch,
             step=self.step,
-            test_accuracy=evaluation.accuracy,
-            test_loss=evaluation.loss,
+            test_accuracy=evaluation.accuracy if evaluation else None,
+            test_loss=evaluation.loss if evaluation else None,
             best_accuracy=self.best_accuracy,
             seconds=self.seconds,
             runtime=self.setup.runtime.describe(),
             machine=describe_machine(),
             optimizer=self.optimizer.state_dict(),
+            running_epoch=None if evaluation else self.running_epoch.state_dict(),
+            data_digest=self.setup.data_digest,
         )
-
-
-def load_last(run_dir: Path, config: Config) -> Checkpoint | None:
-    """The checkpoint to resume from; None for a run that was interrupted in its first epoch.
-
-    Raises:
-        RunError: when there is no run in the directory, or its configuration was another one.
-        CheckpointError: when the checkpoint cannot be read.
-    """
-    find_config(run_dir)
-    if not (run_dir / "last.pt").exists():
-        return None
-    last = load_checkpoint(run_dir / "last.pt")
-    differences = _differences(last.config.model_dump(), config.model_dump())
-    refused = [text for key, text in differences.items() if not key.startswith(CHANGEABLE)]
-    if refused:
-        raise RunError(f"{run_dir}: cannot resume with another configuration: {'; '.join(refused)}")
-    return last
-
-
-def _differences(before: object, after: object, key: str = "") -> dict[str, str]:
-    """Dotted keys whose values differ, each with a text that shows both."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        found: dict[str, str] = {}
-        for name in before | after:
-            found |= _differences(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
-        return found
-    return {} if before == after else {key: f"{key} was {before!r}, now {after!r}"}

@@ -1,18 +1,24 @@
-"""The directory of a run: config.yaml, metrics.jsonl, last.pt, best.pt. Never overwritten."""
+"""The directory of a run: config.yaml, metrics.jsonl, last.pt, best.pt, .lock. Never overwritten."""
 
 import contextlib
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bncli.atomic_file import atomic_file
+from bncli.atomic_file import atomic_file, sync_directory
 from bncli.config import Config
 from bncli.config_file import dump_config
 from bncli.errors import RunError
 from bncli.serialization import to_json
+from bncli.training.lock import LOCK_NAME, locked
+
+# what `atomic_file` leaves behind when the process is killed in its midst
+_LEFTOVER = re.compile(r"\.(config\.yaml|metrics\.jsonl|last\.pt|best\.pt)\.[a-z0-9_]{8}\.tmp")
 
 
 def default_run_dir(config_path: str | Path | None) -> Path:
@@ -28,32 +34,53 @@ def default_run_dir(config_path: str | Path | None) -> Path:
 
 
 def find_config(run_dir: Path) -> Path:
-    """The configuration that `create_run_dir` wrote.
+    """The configuration of the run in a directory.
 
     Raises:
         RunError: when there is no run in the directory.
     """
     path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise RunError(f"{run_dir}: no run to resume (it has no config.yaml)")
-    return path
+    if path.is_file():
+        return path
+    hint = ""
+    if run_dir.is_dir() and not _foreign_files(run_dir):
+        hint = f"; start it with `bncli train CONFIG.yaml --run-dir {shlex.quote(str(run_dir))}`"
+    raise RunError(f"{run_dir}: no run to resume (it has no config.yaml){hint}")
 
 
-def create_run_dir(path: Path, config: Config) -> None:
-    """Make the directory and write the resolved configuration into it.
+@contextlib.contextmanager
+def created(path: Path, config: Config) -> Iterator[None]:
+    """Make the directory and write the resolved configuration into it; the block holds its lock.
 
     Raises:
-        RunError: when there is something already, or nothing can be written.
+        RunError: when there is something already, nothing can be written, or another run is writing.
     """
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise RunError(
-                f"{path}: the run directory is not empty; choose another, or continue it with"
-                f" `bncli train --resume {path}`"
-            )
-        with atomic_file(path / "config.yaml") as file:
-            file.write(dump_config(config).encode())
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if not (path / LOCK_NAME).exists():  # leave no lock in a directory that is none of ours
+                _check_unused(path)
+            stack.enter_context(locked(path))
+            _check_unused(path)
+            _remove_leftovers(path)
+            save_config(path, config)
+            sync_directory(path.parent)
+        yield
+
+
+@contextlib.contextmanager
+def reopened(path: Path) -> Iterator[None]:
+    """Take the lock of a run's directory for the block, and clear away what a killed process left.
+
+    Raises:
+        RunError: when there is no run, it cannot be written, or another process is writing it.
+    """
+    find_config(path)
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            stack.enter_context(locked(path))
+            _remove_leftovers(path)
+        yield
 
 
 @contextlib.contextmanager
@@ -66,7 +93,21 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error} (the checkpoint before is intact)"
+            if (path / "last.pt").is_file()
+            else f"{path}: cannot be written: {error.strerror or error}"
+        ) from None
+
+
+def save_config(run_dir: Path, config: Config) -> None:
+    """Write config.yaml.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    with atomic_file(run_dir / "config.yaml") as file:
+        file.write(dump_config(config).encode())
 
 
 def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
@@ -82,19 +123,46 @@ def append_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 
 def keep_metrics_until(path: Path, epoch: int) -> None:
-    """Drop the lines of later epochs, and a torn last line: their epochs are run again.
+    """Drop the lines of later epochs, and a torn line: their epochs are run again.
+
+    A line is on the disk before the checkpoint that ends its epoch, so none of an earlier one is missing.
 
     Raises:
         OSError: when it cannot be read or written.
     """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["epoch"] <= epoch:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            break
-    with atomic_file(path) as file:
-        file.write("".join(kept).encode())
+    before = path.read_bytes() if path.exists() else b""
+    kept = b"".join(line + b"\n" for line in before.split(b"\n") if _epoch_of(line) <= epoch)
+    if kept != before:
+        with atomic_file(path) as file:
+            file.write(kept)
+
+
+def _epoch_of(line: bytes) -> float:
+    """Of a line of metrics; infinite where it is none."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _check_unused(path: Path) -> None:
+    if _foreign_files(path):
+        raise RunError(
+            f"{path}: the run directory is not empty; choose another, or continue it with"
+            f" `bncli train --resume {shlex.quote(str(path))}`"
+        )
+
+
+def _foreign_files(path: Path) -> list[str]:
+    """Everything but what a run leaves that was killed before it had a config.yaml."""
+    return [
+        entry.name
+        for entry in path.iterdir()
+        if entry.name != LOCK_NAME and not _LEFTOVER.fullmatch(entry.name)
+    ]
+
+
+def _remove_leftovers(path: Path) -> None:
+    for entry in path.iterdir():
+        if _LEFTOVER.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)

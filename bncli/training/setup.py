@@ -1,6 +1,7 @@
 """Everything a run decides before its first step: data, network, batches, device."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from bncli.config import Config
 from bncli.data import (
@@ -9,6 +10,7 @@ from bncli.data import (
     Normalization,
     Progress,
     check_augmentation,
+    digest_dataset,
     load_dataset,
     measure_normalization,
 )
@@ -34,6 +36,11 @@ class Setup:
         """Of one image: (channels, height, width)."""
         _, channels, height, width = self.dataset.train.images.shape
         return channels, height, width
+
+    @cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the images and labels."""
+        return digest_dataset(self.dataset)
 
     @property
     def num_steps(self) -> int:

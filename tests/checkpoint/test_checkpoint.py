@@ -12,9 +12,16 @@ from bncli.checkpoint import (
     read_torch_file,
     save_checkpoint,
 )
+from bncli.checkpoint.digest import digest_parts
 from bncli.errors import CheckpointError
 
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")
+
+
+def save_as_if_whole(content: dict[str, object], path: Path) -> None:
+    """With digests that match, as a program would write it that means what it writes."""
+    content.pop("digests")
+    torch.save({**content, "digests": digest_parts(content)}, path)
 
 
 class Hostile:
@@ -105,7 +112,7 @@ def test_a_checkpoint_with_wrong_contents_is_refused(
     finished_run: Path, tmp_path: Path, change: dict[str, object], expected: str
 ) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
-    torch.save({**content, **change}, tmp_path / "changed.pt")
+    save_as_if_whole({**content, **change}, tmp_path / "changed.pt")
     with pytest.raises(CheckpointError, match=expected):
         load_checkpoint(tmp_path / "changed.pt")
 
@@ -114,7 +121,7 @@ def test_a_checkpoint_with_wrong_contents_is_refused(
 def test_a_checkpoint_that_lacks_a_part_is_refused(finished_run: Path, tmp_path: Path, key: str) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     del content[key]
-    torch.save(content, tmp_path / "changed.pt")
+    save_as_if_whole(content, tmp_path / "changed.pt")
     with pytest.raises(CheckpointError, match="incomplete"):
         load_checkpoint(tmp_path / "changed.pt")
 
@@ -122,6 +129,6 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(finished_run: Path, tmp_path:
 def test_tensors_that_do_not_fit_the_configuration_are_refused(finished_run: Path, tmp_path: Path) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     content["config"]["model"]["widths"] = [8, 17]
-    torch.save(content, tmp_path / "changed.pt")
+    save_as_if_whole(content, tmp_path / "changed.pt")
     with pytest.raises(CheckpointError, match="do not fit its configuration"):
         load_model(tmp_path / "changed.pt")

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from bncli.checkpoint import load_checkpoint, load_model
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import load_dataset, training_batches
-from bncli.errors import BncliError, ConfigError, RunError
+from bncli.errors import ConfigError, RunError
 from bncli.model import build_model
 from bncli.training import EpochDone, Started, StepDone, prepare, train
 from bncli.training.loop import training_step
@@ -40,6 +41,7 @@ def test_a_run_leaves_its_configuration_metrics_and_two_checkpoints(
         "metrics.jsonl",
         "last.pt",
         "best.pt",
+        ".lock",
     }
     assert load_config(finished_run / "config.yaml") == load_config(tiny_config)
     metrics = metrics_of(finished_run)
@@ -247,25 +249,16 @@ def test_a_batch_size_that_batch_norm_cannot_take_is_refused_before_the_first_st
     prepare(load_config(tiny_config, ["train.batch_size=1"]))  # maps of 16x16: one image is enough
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_earlier_checkpoints(
-    tiny_config: Path, tmp_path: Path
-) -> None:
-    # nothing normalises the logits: a huge scale makes the very first loss infinite
-    config = load_config(tiny_config, ["train.learning_rate=1e30", "train.warmup=0"])
-    with pytest.raises(RunError, match="the loss became nan in epoch 1"):
-        train(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "best.pt").exists()
-
-
 def test_other_training_images_are_noticed_on_resume(
     finished_run: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = load_config(tiny_config)
     setup = prepare(config)
     other = prepare(load_config(tiny_config, ["data.seed=7"]))
+    last = load_checkpoint(finished_run / "last.pt")
     object.__setattr__(setup, "normalization", other.normalization)
-    with pytest.raises(BncliError, match="not those of the checkpoint"):
-        Run.restore(setup, load_checkpoint(finished_run / "last.pt"))
+    with pytest.raises(RunError, match="pixel means were"):  # all that a file of version 1 can tell
+        Run.restore(setup, replace(last, data_digest=None))
 
 
 @pytest.mark.slow

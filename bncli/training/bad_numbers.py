@@ -1,0 +1,78 @@
+"""NaN and infinity in training: noticed in the step that makes them, and traced to where they began.
+
+`all_finite` is the one place that waits for the device; everything else of a step is asynchronous.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bncli.stats.modes import preserved_buffers
+from bncli.training.run import Run
+
+
+def all_finite(model: nn.Module, loss: Tensor) -> bool:
+    """Whether the loss, every weight and every running statistic is finite, after a step.
+
+    A gradient that is not makes the weights it is subtracted from the same, so it is covered.
+    """
+    with torch.no_grad():
+        tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+        # not finite if one number is not; it may also overflow, so only then each number is looked at
+        if bool(nn.utils.get_total_norm([loss, *tensors]).isfinite()):
+            return True
+        return all(bool(tensor.isfinite().all()) for tensor in (loss, *tensors))
+
+
+def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:
+    """In words, where the next step of `run`, on this batch, makes a number that is not finite.
+
+    The batch is computed once more, from the state before the step; buffers and weights are left alone.
+    """
+    for name, tensor in (*run.model.named_parameters(), *run.model.named_buffers()):
+        if not bool(tensor.isfinite().all()):
+            return f"{name} was not finite before the step"
+    outputs: list[str] = []
+    handles = [
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: (
+                outputs.append(name) if not bool(output.isfinite().all()) else None
+            )
+        )
+        for name, module in run.model.named_modules()
+        if not list(module.children())
+    ]
+    try:
+        with preserved_buffers(run.model):
+            loss = _loss_of(run, images, labels)
+            if outputs:
+                return f"it began in the output of {outputs[0]}"
+            if not bool(loss.isfinite()):
+                return "it began in the loss: the logits are too large"
+            buffers = [
+                name for name, buffer in run.model.named_buffers() if not bool(buffer.isfinite().all())
+            ]
+            if buffers:
+                return f"it began in {buffers[0]}"
+            # inside the block: writing the buffers back would invalidate the graph
+            return _origin_behind_the_loss(run, loss)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _origin_behind_the_loss(run: Run, loss: Tensor) -> str:
+    parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    pairs = zip(parameters, gradients, strict=True)
+    bad = [name for name, gradient in pairs if not bool(gradient.isfinite().all())]
+    # gradients are computed from the last layer to the first
+    return f"it began in the gradient of {bad[-1]}" if bad else "it began in the update of the weights"
+
+
+def _loss_of(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+    runtime = run.setup.runtime
+    with runtime.autocast():
+        logits = run.model(runtime.place(images))
+    smoothing = run.setup.config.train.label_smoothing
+    return F.cross_entropy(logits, labels.to(runtime.device), label_smoothing=smoothing)

@@ -1,0 +1,85 @@
+"""A run made ready: a new one in a new directory, or one that continues where its last checkpoint is."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from bncli.checkpoint import Checkpoint, load_checkpoint
+from bncli.config import Config
+from bncli.config_file import load_config
+from bncli.data import Progress
+from bncli.errors import RunError
+from bncli.training.run import Run
+from bncli.training.run_dir import created, keep_metrics_until, reopened, save_config, writing
+from bncli.training.setup import prepare
+
+# what may change when a run is resumed: where the data lies, how it is computed, how long it goes on, and
+# how often it is saved
+CHANGEABLE = (
+    "data.root",
+    "data.url",
+    "data.archive",
+    "data.cache",
+    "runtime.",
+    "train.epochs",
+    "train.checkpoint_every",
+    "train.checkpoint_unit",
+)
+
+
+@contextlib.contextmanager
+def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Progress | None) -> Iterator[Run]:
+    """The run, alone in its directory for as long as the block lasts.
+
+    Raises:
+        BncliError: on a configuration, data or directory that cannot be used or is in use, and when
+            `resume` would continue another run than the one that is there.
+    """
+    if not resume:
+        setup = prepare(config, progress=data_progress)  # first: what cannot run leaves no directory
+        with created(run_dir, config):
+            yield Run.start(setup)
+        return
+    with reopened(run_dir):
+        last = _load_last(run_dir, config)
+        setup = prepare(config, progress=data_progress)
+        run = Run.restore(setup, last) if last else Run.start(setup)
+        with writing(run_dir):
+            save_config(run_dir, config)  # resumed once more, it goes on as it was told now
+            keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)
+        yield run
+
+
+def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
+    """The checkpoint to resume from; None for a run that was killed before its first one.
+
+    Raises:
+        RunError: when its configuration was another one.
+        CheckpointError: when the checkpoint cannot be read.
+    """
+    path = run_dir / "last.pt"
+    last = load_checkpoint(path) if path.exists() else None
+    former = last.config if last else load_config(run_dir / "config.yaml")
+    differences = _differences(former.model_dump(), config.model_dump())
+    refused = [text for key, text in differences.items() if not key.startswith(CHANGEABLE)]
+    if refused:
+        raise RunError(f"{run_dir}: cannot resume with another configuration: {'; '.join(refused)}")
+    if last and config.train.epochs < last.epoch + (last.running_epoch is not None):
+        raise RunError(
+            f"{run_dir}: cannot resume with train.epochs={config.train.epochs}: it is in epoch"
+            f" {last.epoch + 1} already"
+            if last.running_epoch is not None
+            else f"{run_dir}: cannot resume with train.epochs={config.train.epochs}: it has finished"
+            f" {last.epoch} already"
+        )
+    return last
+
+
+def _differences(before: object, after: object, key: str = "") -> dict[str, str]:
+    """Dotted keys whose values differ, each with a text that shows both."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found: dict[str, str] = {}
+        for name in before | after:
+            found |= _differences(before.get(name), after.get(name), f"{key}.{name}".lstrip("."))
+        return found
+    return {} if before == after else {key: f"{key} was {before!r}, now {after!r}"}
