@@ -8,12 +8,12 @@ import typer
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption, SetOption
 
-bench_app = typer.Typer(help="Measure speed, always as a ratio to a rival in the same run.")
+bench_app = typer.Typer(help="Measure against rivals, always in the same run.")
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure speed, always as a ratio to a rival in the same run."""
+    """Measure against rivals, always in the same run."""
 
 
 @bench_app.command("train")
@@ -41,4 +41,28 @@ def bench_train(
         report=print_note,
     )
     print_json(result) if as_json else show_training_step_bench(result)
+    return 0
+
+
+@bench_app.command("population")
+def bench_population_statistics(
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 5,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 64,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare population statistics with fvcore's and update_bn's: how right, and how fast."""
+    from bncli.bench import bench_population
+    from bncli.cli.render import print_json
+    from bncli.cli.render_population import show_population_bench
+
+    result = bench_population(
+        num_rounds=rounds,
+        num_images=images,
+        batch_size=batch_size,
+        image_size=image_size,
+        report=print_note,
+    )
+    print_json(result) if as_json else show_population_bench(result)
     return 0
