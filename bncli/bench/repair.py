@@ -158,7 +158,7 @@ def _averaged_weights(model: ConvNet, scene: _Scene) -> None:
         continued = copy.deepcopy(model)
         _train_on(continued, scene, seed)
         for total, parameter in zip(sums, continued.parameters(), strict=True):
-            total += parameter.detach() / NUM_CONTINUATIONS
+            total.add_(parameter.detach(), alpha=1 / NUM_CONTINUATIONS)
     with torch.no_grad():
         for parameter, mean in zip(model.parameters(), sums, strict=True):
             parameter.copy_(mean)

@@ -4,7 +4,7 @@ import sys
 import time
 from types import TracebackType
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import one_line, print_note
 
 
 class PhaseReporter:
@@ -39,6 +39,12 @@ class PhaseReporter:
         if self._is_terminal and now - self._shown > 0.1:
             self._shown = now
             self._write(f"\r\x1b[K{self._line()}")
+
+    def note(self, message: str) -> None:
+        """Say something between two passes."""
+        self._finish(is_whole=True)
+        self._phase = None
+        print_note(message)
 
     def _finish(self, *, is_whole: bool) -> None:
         if self._is_terminal:

@@ -76,10 +76,13 @@ def gap_verdict(gap: Gap) -> str:
         )
     if gap.explained.is_loss:
         return (
-            f"No gain, BatchNorm is not to blame: exact population statistics would lose, {change}; the"
-            " running statistics suit the test images better."
+            f"No gain: exact population statistics would lose accuracy, {change}; the running statistics"
+            " suit the test images better, and BatchNorm is not to blame."
         )
-    return f"No gain, BatchNorm is not to blame: exact population statistics give {change}."
+    return (
+        f"No gain beyond chance: exact population statistics give {change}; nothing here says that"
+        " BatchNorm is to blame."
+    )
 
 
 def _culprit(gap: Gap) -> str:

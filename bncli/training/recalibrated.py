@@ -7,18 +7,23 @@ computed as `bncli eval` computes it, autocast included, since that is where the
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from bncli.checkpoint import Checkpoint, load_model
+from bncli.checkpoint import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
 from bncli.data import Dataset, sample_batches, sequential_batches
+from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.model import ConvNet
 from bncli.runtime import Runtime, describe_machine
 from bncli.stats import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.stats.passes import Batches
+from bncli.training.run import Run
+from bncli.training.run_dir import writing
 
+RECALIBRATED = "recalibrated.pt"  # beside last.pt, from which training can still go on
 RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
 
@@ -96,9 +101,37 @@ def recalibrate_checkpoint(
         test_accuracy=after.score.accuracy,
         test_loss=after.score.loss,
         optimizer=None,
+        running_epoch=None,
         recalibration=record,
     )
     return RecalibratedCheckpoint(made, done, before.score, after.score, difference)
+
+
+def save_recalibrated(
+    run: Run, run_dir: Path, method: Literal["precise", "exact"], stop: Callable[[], bool]
+) -> None:
+    """Recalibrate last.pt of a finished run, in batches of the training's size, into a file beside it.
+
+    Raises StoppedError when `stop`, which is asked after every batch, says so.
+    """
+
+    def ask(phase: str, num_images: int) -> None:
+        if stop():
+            raise StoppedError
+
+    setup, path = run.setup, run_dir / "last.pt"
+    made = recalibrate_checkpoint(
+        load_checkpoint(path),
+        setup.dataset,
+        setup.runtime,
+        source={"file": path.name, "sha256": file_sha256(path)},
+        eval_batch_size=setup.config.runtime.eval_batch_size,
+        method=method,
+        batch_size=setup.config.train.batch_size,
+        progress=ask,
+    )
+    with writing(run_dir):
+        save_checkpoint(made.checkpoint, run_dir / RECALIBRATED)
 
 
 def _running_stats(model: ConvNet) -> dict[str, Tensor]:
