@@ -187,14 +187,18 @@ def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> Non
 
 
 def _plot(report: "EvalReport", path: Path) -> None:
+    from bncli.cli.plot_gap import plot_gap
     from bncli.cli.plot_sweep import plot_sweep
 
-    num_images, runtime = report.evaluation.num_images, report.runtime
-    plot_sweep(
-        report.sweep,
-        path,
-        source=f"{report.dataset}, {num_images:,} test images, epoch {report.epoch}, {runtime['precision']}."
-        " Bands: 95 % confidence intervals.",
-        num_classes=len(report.class_names),
+    source = (
+        f"{report.dataset}, {report.evaluation.num_images:,} test images, epoch {report.epoch},"
+        f" {report.runtime['precision']}."
     )
+    if report.gap is not None:
+        calibration = f"Population statistics of {report.gap.num_calibration_images:,} training images."
+        plot_gap(report.gap, path, source=f"{source} {calibration}")
+    else:
+        bands = "Bands: 95 % confidence intervals."
+        num_classes = len(report.class_names)
+        plot_sweep(report.sweep, path, source=f"{source} {bands}", num_classes=num_classes)
     print_note(f"wrote {path}")

@@ -90,7 +90,7 @@ def _culprit(gap: Gap) -> str:
     if worst is None or worst.recovered is None:
         return "no repair of a single layer recovers any of it"
     recovered = f"{100 * worst.recovered:.1f}"
-    if worst.recovered >= gap.explained.accuracy / 2:
+    if worst.recovered >= 0.9 * gap.explained.accuracy:
         return f"layer {one_line(worst.name)} is stale: its repair alone recovers {recovered}"
     return (
         f"several layers are stale, {one_line(worst.name)} most of all: its repair alone recovers {recovered}"

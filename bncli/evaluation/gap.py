@@ -69,7 +69,7 @@ class Gap:
 
     num_images: int
     num_calibration_images: int  # training images that the population statistics were measured on
-    num_trial_images: int  # test images on which single layers were repaired
+    num_trial_images: int  # test images on which single layers were repaired; 0: no reason to try
     running: Score
     batch: Score
     precise: Score
@@ -133,12 +133,13 @@ def measure_gap(
             for method in ("precise", "exact")
         )
         explained = compare_outcomes(running, exact)
+        num_trial_images = 0
         if explained.is_gain:
-            consistency = _try_repairs(consistency, layers, found, running, test)
+            consistency, num_trial_images = _try_repairs(consistency, layers, found, running, test)
     return Gap(
         num_images=len(running.right),
         num_calibration_images=seen.num_images,
-        num_trial_images=NUM_TRIAL_IMAGES if explained.is_gain else 0,
+        num_trial_images=num_trial_images,
         running=running.score,
         batch=batch.score,
         precise=precise.score,
@@ -203,10 +204,10 @@ def _try_repairs(
     found: dict[str, Moments],
     running: Outcomes,
     test: Callable[[str, int], Outcomes],
-) -> list[LayerGap]:
-    """The same list, with what the repair of each shortlisted layer alone recovers."""
+) -> tuple[list[LayerGap], int]:
+    """The same list, with what the repair of each shortlisted layer alone recovers, and on how many images."""
     shortlist = _shortlist(consistency)
-    tried = []
+    tried, num_images = [], 0
     for gap in consistency:
         moments = found[gap.name]
         recovered = None
@@ -214,10 +215,11 @@ def _try_repairs(
             with preserved_buffers(layers[gap.name]):
                 write_statistics(layers[gap.name], moments)
                 outcomes = test(f"test images with {gap.name} repaired", NUM_TRIAL_IMAGES)
-            before = Outcomes(running.right[: len(outcomes.right)], running.losses[: len(outcomes.right)])
+            num_images = len(outcomes.right)
+            before = Outcomes(running.right[:num_images], running.losses[:num_images])
             recovered = compare_outcomes(before, outcomes).accuracy
         tried.append(replace(gap, recovered=recovered))
-    return tried
+    return tried, num_images
 
 
 def _shortlist(consistency: list[LayerGap]) -> set[str]:
