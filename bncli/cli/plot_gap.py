@@ -73,7 +73,7 @@ def _draw_layers(axis: Axes, layers: list[LayerGap], gap: Gap) -> None:
     top = max([*(score for score in scores if isfinite(score)), 1e-9])
     shown = [score if isfinite(score) else top for score in scores]
     _draw_bars(axis, [one_line(layer.name) for layer in layers], shown, colours, list(map(_label, layers)))
-    axis.set_xlim(0, 1.35 * top)
+    axis.set_xlim(0, 1.45 * top)  # room for the words behind the longest bar
     axis.set_xlabel("distance from the layer's real input in eval mode; 0 is self-consistent", color=NOTE)
     axis.set_title(
         "How stale each layer's running statistics are", fontsize=10, fontweight="bold", loc="left"

@@ -9,9 +9,10 @@ explains, and what `bncli.stats.recalibrate` would bring.
 A layer is self-consistent if what enters it in eval mode has the mean and variance that it normalises by.
 Behind a stale layer others look stale too, so the score does not name the culprit; a trial does. Each layer
 is repaired alone, with the moments of its real input while all others stay as they are: one pass measures
-that for all layers at once, and each trial is one pass over some test images. If there are many layers, only
-the least consistent are tried, and the first inconsistent one: what lies before it is in order, so it is
-stale by its own fault.
+that for all layers at once, and each trial is one pass over some test images. The repair of a later layer can
+make up for an earlier fault (a deviation that is too large, say, scales everything behind it), so of layers
+whose repairs do equally well the earliest is named. If there are many layers, only the least consistent are
+tried, and the first inconsistent one: what lies before it is in order, so it is stale by its own fault.
 """
 
 from collections.abc import Callable, Iterable
@@ -76,8 +77,10 @@ class Gap:
     exact: Score
     explained: PairedDifference  # exact against running statistics: what BatchNorm is to blame for
     beyond: PairedDifference  # batch against exact population statistics: what recalibration cannot bring
-    layers: tuple[LayerGap, ...]  # in model order
-    worst_layer: str | None  # whose repair alone recovers most; None where BatchNorm is not to blame
+    layers: tuple[LayerGap, ...]  # in order of execution
+    worst_layer: (
+        str | None
+    )  # whose repair alone recovers most; None: nothing to recover, or none recovers any
 
     @property
     def batch_norm_is_to_blame(self) -> bool:
@@ -127,19 +130,18 @@ def measure_gap(
             progress=lambda done: progress("training images, every layer as it is", done),
         )
         found = {name: tree.total() for name, tree in seen.trees.items()}
-        consistency = [_consistency(name, layers[name], found[name]) for name in layers if name in found]
+        consistency = [_consistency(name, layers[name], moments) for name, moments in found.items()]
         precise, exact = (
             _under_population(model, training_batches, method, test, progress)
             for method in ("precise", "exact")
         )
         explained = compare_outcomes(running, exact)
-        num_trial_images = 0
-        if explained.is_gain:
-            consistency, num_trial_images = _try_repairs(consistency, layers, found, running, test)
+        trials = _try_repairs(consistency, layers, found, test) if explained.is_gain else {}
+    consistency = _with_recovered(consistency, running, trials)
     return Gap(
         num_images=len(running.right),
         num_calibration_images=seen.num_images,
-        num_trial_images=num_trial_images,
+        num_trial_images=max((len(trial.right) for trial in trials.values()), default=0),
         running=running.score,
         batch=batch.score,
         precise=precise.score,
@@ -147,7 +149,7 @@ def measure_gap(
         explained=explained,
         beyond=compare_outcomes(exact, batch),
         layers=tuple(consistency),
-        worst_layer=_worst(consistency),
+        worst_layer=_worst(consistency, trials),
     )
 
 
@@ -202,24 +204,17 @@ def _try_repairs(
     consistency: list[LayerGap],
     layers: dict[str, _BatchNorm],
     found: dict[str, Moments],
-    running: Outcomes,
     test: Callable[[str, int], Outcomes],
-) -> tuple[list[LayerGap], int]:
-    """The same list, with what the repair of each shortlisted layer alone recovers, and on how many images."""
+) -> dict[str, Outcomes]:
+    """The first test images with each shortlisted layer repaired alone, in order of execution."""
     shortlist = _shortlist(consistency)
-    tried, num_images = [], 0
-    for gap in consistency:
-        moments = found[gap.name]
-        recovered = None
-        if gap.name in shortlist and bool((moments.mean + moments.m2).isfinite().all()):
-            with preserved_buffers(layers[gap.name]):
-                write_statistics(layers[gap.name], moments)
-                outcomes = test(f"test images with {gap.name} repaired", NUM_TRIAL_IMAGES)
-            num_images = len(outcomes.right)
-            before = Outcomes(running.right[:num_images], running.losses[:num_images])
-            recovered = compare_outcomes(before, outcomes).accuracy
-        tried.append(replace(gap, recovered=recovered))
-    return tried, num_images
+    trials = {}
+    for name, moments in found.items():
+        if name in shortlist and bool((moments.mean + moments.m2).isfinite().all()):
+            with preserved_buffers(layers[name]):
+                write_statistics(layers[name], moments)
+                trials[name] = test(f"test images with {name} repaired", NUM_TRIAL_IMAGES)
+    return trials
 
 
 def _shortlist(consistency: list[LayerGap]) -> set[str]:
@@ -229,12 +224,43 @@ def _shortlist(consistency: list[LayerGap]) -> set[str]:
     return {gap.name for gap in (first + by_score)[:MAX_TRIALS]}
 
 
+def _with_recovered(
+    consistency: list[LayerGap], running: Outcomes, trials: dict[str, Outcomes]
+) -> list[LayerGap]:
+    """The same layers, with what the repair of each alone recovered."""
+    return [
+        replace(gap, recovered=compare_outcomes(_first(running, trials[gap.name]), trials[gap.name]).accuracy)
+        if gap.name in trials
+        else gap
+        for gap in consistency
+    ]
+
+
+def _worst(consistency: list[LayerGap], trials: dict[str, Outcomes]) -> str | None:
+    """The layer whose repair alone recovers most; of those that chance cannot tell apart, the earliest.
+
+    The repair of a later layer can make up for an earlier fault, never the other way round. Layers that are
+    ten times as consistent as the worst are out of the question.
+    """
+    worst_score = max((_rank(gap.self_consistency) for gap in consistency), default=0.0)
+    suspects = [
+        gap for gap in consistency if gap.recovered and _rank(gap.self_consistency) >= worst_score / 10
+    ]
+    best = max(suspects, key=lambda gap: gap.recovered or 0.0, default=None)
+    if best is None or (best.recovered or 0.0) <= 0:
+        return None
+    as_good = (
+        gap.name
+        for gap in suspects
+        if (gap.recovered or 0.0) > 0 and not compare_outcomes(trials[gap.name], trials[best.name]).is_gain
+    )
+    return next(as_good)
+
+
+def _first(outcomes: Outcomes, like: Outcomes) -> Outcomes:
+    """As many images from the start as the other has."""
+    return Outcomes(outcomes.right[: len(like.right)], outcomes.losses[: len(like.right)])
+
+
 def _rank(score: float) -> float:
     return float("inf") if isnan(score) else score
-
-
-def _worst(consistency: list[LayerGap]) -> str | None:
-    """The layer whose repair recovers most; of several, the least consistent."""
-    tried = [gap for gap in consistency if gap.recovered]
-    best = max(tried, key=lambda gap: (gap.recovered, _rank(gap.self_consistency)), default=None)
-    return None if best is None or best.recovered is None or best.recovered <= 0 else best.name
