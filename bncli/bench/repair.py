@@ -7,7 +7,7 @@ averaging. What `bncli eval --gap` and `bncli recalibrate` make of it is measure
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +185,11 @@ def _track(
 
 
 def _images(scene: _Scene, batch_size: int) -> Iterator[Tensor]:
+    """Training images without end, however few there are."""
     train = scene.dataset.train
-    return (scene.runtime.place(images) for images, _ in sample_batches(train, batch_size, len(train)))
+    while True:
+        for images, _ in sample_batches(train, batch_size, len(train)):
+            yield scene.runtime.place(images)
 
 
 def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
@@ -194,11 +197,14 @@ def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
     config, train, runtime = scene.config, scene.dataset.train, scene.runtime
     optimizer = build_optimizer(model, config.train)
     plan = BatchPlan(len(train), config.train.batch_size, "keep", min_batch=min(2, config.train.batch_size))
-    batches = training_batches(
-        train, plan, config.augment, seed=seed, epoch=0, fill=scene.checkpoint.mean
+    epochs = (
+        training_batches(
+            train, plan, config.augment, seed=seed, epoch=epoch, fill=scene.checkpoint.mean
+        )
+        for epoch in count()
     )  # fmt: skip
     model.train()
-    for images, labels in islice(batches, NUM_CONTINUED_STEPS):
+    for images, labels in islice(chain.from_iterable(epochs), NUM_CONTINUED_STEPS):
         with runtime.autocast():
             logits = model(runtime.place(images))
         loss = F.cross_entropy(

@@ -269,3 +269,23 @@ def test_a_network_without_running_statistics_is_refused() -> None:
         gap_of(model)
     with pytest.raises(DataError):
         measure_gap(nn.Sequential(nn.BatchNorm2d(2)), lambda: iter(()), training_batches)
+
+
+class Backwards(nn.Module):
+    """Registers its layers in another order than it runs them."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        super().__init__()
+        self.head = copy.deepcopy(trained[3:])
+        self.third, self.second, self.first = (copy.deepcopy(trained[index]) for index in (2, 1, 0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(images))))
+
+
+def test_earlier_means_run_earlier_not_registered_earlier(trained: nn.Module) -> None:
+    model = Backwards(trained).eval()
+    model.second[1].running_var *= 400
+    gap = gap_of(model)
+    assert [layer.name for layer in gap.layers] == ["first.1", "second.1", "third.1"]
+    assert gap.worst_layer == "second.1"
