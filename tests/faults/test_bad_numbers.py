@@ -49,7 +49,8 @@ def break_gradient(model: nn.Module) -> None:
         seen = int(model.stages[1][0].norm.num_batches_tracked)
         return gradient * float("nan") if seen == GOOD_STEPS + 1 else None
 
-    model.stages[1][0].conv.weight.register_hook(to_nan)
+    for block in (model.stages[0][0], model.stages[1][0]):  # it flows on to the earlier layer
+        block.conv.weight.register_hook(to_nan)
 
 
 def break_loss(model: nn.Module) -> None:

@@ -15,7 +15,8 @@ from bncli.checkpoint import check_integrity, load_checkpoint
 from bncli.cli.progress import DataReporter, TrainReporter
 from bncli.config_file import load_config
 from bncli.errors import StoppedError
-from bncli.training import StepDone, train
+from bncli.stats import EpochStatistics
+from bncli.training import EpochDone, StepDone, train
 from tests.conftest import Bncli
 from tests.faults.conftest import content_of, same_run
 
@@ -84,6 +85,40 @@ def test_a_keyboard_interrupt_within_a_step_loses_no_finished_step(
     assert {key for key in found if found[key] != expected[key]} <= {"plain values"}
     train(config, tmp_path / "run", resume=True)
     assert same_run(whole_run, tmp_path / "run")
+
+
+def test_a_keyboard_interrupt_while_a_step_is_counted_counts_it_once(
+    faulty_config: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, calls = load_config(faulty_config), iter(range(1, 100))
+    original = EpochStatistics.observe
+
+    def observe(self: EpochStatistics) -> None:
+        original(self)
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochStatistics, "observe", observe)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last.pt").step == 5
+    train(config, tmp_path / "run", resume=True)
+    assert same_run(whole_run, tmp_path / "run")
+
+
+def test_an_interrupt_after_an_epoch_keeps_its_evaluated_checkpoint(
+    faulty_config: Path, tmp_path: Path
+) -> None:
+    def interrupt(event: object) -> None:
+        if isinstance(event, EpochDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(faulty_config), tmp_path / "run", report=interrupt)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last.step, last.epoch, last.running_epoch) == (4, 1, None)
+    assert last.test_accuracy is not None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
