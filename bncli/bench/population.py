@@ -9,6 +9,7 @@ torchvision's ResNet-18. Ratios are taken within a round.
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -113,7 +114,9 @@ def bench_population(
 
 def _fvcore() -> Callable[..., object]:
     try:
-        from fvcore.nn.precise_bn import update_bn_stats
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fvcore's own, of torch.jit.script
+            from fvcore.nn.precise_bn import update_bn_stats
     except ImportError as error:
         raise BncliError("fvcore is not installed, which this compares with: pip install fvcore") from error
     function: Callable[..., object] = update_bn_stats

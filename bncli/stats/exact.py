@@ -27,7 +27,6 @@ from bncli.stats.passes import Batches, SameImages, check_repeatable, inputs_of
 from bncli.stats.stages import Stage, plan_stages
 
 MAX_REPEATS = 50  # of a pass over layers whose input depends on their own output
-_SETTLED = 1e-8  # relative change between two repeats that ends them
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +128,8 @@ class _Passes:
         for _ in range(MAX_REPEATS):
             self._num_stages += 1
             before, trees = trees, self._measure(stage, by_batch=False)
-            if all(_distance(before[name].total(), trees[name].total()) <= _SETTLED for name in trees):
+            pairs = ((self._layers[name], before[name].total(), trees[name].total()) for name in trees)
+            if all(_is_settled(*pair) for pair in pairs):
                 return trees
         names = ", ".join(stage.layers)
         raise BncliError(
@@ -187,10 +187,11 @@ def write_statistics(layer: _BatchNorm, moments: Moments) -> None:
         layer.running_var.copy_(moments.variance())
 
 
-def _distance(before: Moments, after: Moments) -> float:
-    """The largest change of a channel: of the mean in deviations, of the variance relative to it."""
-    variance = after.variance()
-    tiny = torch.finfo(torch.float64).tiny
-    shifts = (after.mean - before.mean).abs() / (variance + tiny).sqrt()
-    ratios = (variance - before.variance()).abs() / (variance + tiny)
-    return float(torch.cat([shifts, ratios]).max())
+def _is_settled(layer: _BatchNorm, before: Moments, after: Moments) -> bool:
+    """Whether two repeats agree, as far as the buffers between them can tell."""
+    assert layer.running_var is not None
+    tolerance = max(1e-10, 2 * torch.finfo(layer.running_var.dtype).eps)
+    variance = after.variance() + layer.eps
+    shifts = (after.mean - before.mean).abs() / torch.maximum(after.mean.abs(), variance.sqrt())
+    ratios = (after.variance() - before.variance()).abs() / variance
+    return float(torch.cat([shifts, ratios]).max()) <= tolerance

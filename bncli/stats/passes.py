@@ -56,7 +56,7 @@ class SameImages:
         self._now = (
             num_images + len(inputs),
             total + float(wide.sum()),
-            magnitude + float(wide.abs_().sum()),
+            magnitude + float(wide.abs().sum()),
         )
 
     def end_pass(self) -> None:
