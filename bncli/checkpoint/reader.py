@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from bncli.checkpoint.byte_source import hint_for_directory
 from bncli.errors import CheckpointError
 
 
@@ -18,7 +19,7 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, not a checkpoint{_checkpoints_in(path)}")
+        raise CheckpointError(f"{path}: a directory, not a checkpoint{hint_for_directory(path)}")
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -44,9 +45,3 @@ def file_sha256(path: str | Path) -> str:
     """The digest of a file's bytes, hexadecimal. Raises OSError when it cannot be read."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checkpoints_in(directory: Path) -> str:
-    """The hint for somebody who gave the run directory instead of a file in it."""
-    names = [name for name in ("last.pt", "best.pt") if (directory / name).is_file()]
-    return f"; did you mean {directory / names[0]}?" if names else ""

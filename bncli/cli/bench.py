@@ -8,12 +8,12 @@ import typer
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, make_empty_dir
 
-bench_app = typer.Typer(help="Measure against rivals, always in the same run.")
+bench_app = typer.Typer(help="Measure what the README claims, beside rivals in the same run.")
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure against rivals, always in the same run."""
+    """Measure what the README claims, beside rivals in the same run."""
 
 
 @bench_app.command("train")
@@ -107,4 +107,23 @@ def bench_repair_statistics(
             progress=progress,
         )
     print_json(describe_repair_bench(result)) if as_json else show_repair_bench(result)
+    return 0
+
+
+@bench_app.command("inspect")
+def bench_inspect(
+    gib: Annotated[float, typer.Option(min=0.001, max=1000, help="Size of the large files, in GiB.")] = 8.0,
+    layers: Annotated[int, typer.Option(min=1, max=10_000, help="BatchNorm layers in them.")] = 200,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the files are written, and removed again.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Time inspect-stats on large files, and on one of 10,000 layers; with its peak of memory."""
+    from bncli.bench import bench_inspection
+    from bncli.cli.render import print_json
+    from bncli.cli.render_train import show_inspection_bench
+
+    result = bench_inspection(gib=gib, num_layers=layers, directory=directory, report=print_note)
+    print_json(result) if as_json else show_inspection_bench(result)
     return 0

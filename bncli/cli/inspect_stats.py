@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.messages import print_note
-from bncli.cli.options import CheckpointArgument, JsonOption
-from bncli.errors import CheckpointError, ConfigError
+from bncli.cli.options import JsonOption
+from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from bncli.checkpoint import OpenCheckpoint
     from bncli.stats import LayerStats
 
 
 def inspect_stats(
-    checkpoint: CheckpointArgument,
+    source: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.")],
     layer: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
     ] = None,
@@ -23,13 +24,16 @@ def inspect_stats(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the distributions to a .png or .svg file.")
     ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where the state dict lies, as in 'ema'.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Show the running statistics of every BatchNorm layer. The file is only read."""
     from bncli.cli.render import print_json
     from bncli.cli.render_layers import describe_layers, show_channels, show_layers
 
-    layers = _read_layers(checkpoint)
+    layers, checkpoint = _read_layers(source, key)
     if layer is not None:
         found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
         if not found:
@@ -42,28 +46,25 @@ def inspect_stats(
         plot_running_stats(layers, plot)
         print_note(f"wrote {plot}")
     if as_json:
-        print_json(describe_layers(str(checkpoint), layers, channels=channels))
+        described = describe_layers(source, layers, channels=channels)
+        described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
+        print_json({**described, "num_tensors": len(checkpoint.tensors)})
     elif channels:
         show_channels(layers)
     else:
-        show_layers(str(checkpoint), layers)
+        found_in_all = f"{len(checkpoint.layer_names)} BatchNorm layers in {len(checkpoint.tensors)} tensors"
+        show_layers(f"{source}: found {found_in_all}", layers)
     return 0
 
 
-def _read_layers(path: Path) -> "list[LayerStats]":
-    """From a checkpoint of bncli's with momentum and eps; from another state dict without them."""
-    from collections.abc import Mapping
+def _read_layers(source: str, key: str | None) -> "tuple[list[LayerStats], OpenCheckpoint]":
+    """The layers, and the checkpoint they come from, closed again: its numbers are read."""
+    from bncli.checkpoint import open_checkpoint
 
-    from bncli.checkpoint import load_model, read_torch_file
-    from bncli.checkpoint.format import FORMAT
-    from bncli.stats import read_running_stats
-
-    content = read_torch_file(path)
-    if isinstance(content, Mapping) and content.get("format") == FORMAT:
-        return list(read_running_stats(load_model(path)))
-    if isinstance(content, Mapping):
-        for state in (content, *(content.get(key) for key in ("state_dict", "model"))):
-            layers = read_running_stats(state) if isinstance(state, Mapping) else ()
-            if layers:
-                return list(layers)
-    raise CheckpointError(f"{path}: a torch file, but no BatchNorm layer with running statistics in it")
+    with open_checkpoint(source, key) as checkpoint:
+        layers = list(checkpoint.layers())
+    keys = [candidate.key for candidate in checkpoint.candidates]
+    if len(keys) > 1 and key is None:
+        listed = ", ".join(name or "the top" for name in keys[:8])
+        print_note(f"BatchNorm layers under {listed}; took {checkpoint.key or 'the top'} (--key chooses)")
+    return layers, checkpoint

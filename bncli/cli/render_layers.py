@@ -43,10 +43,10 @@ def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
     return described
 
 
-def show_layers(checkpoint: str, layers: Sequence[LayerStats]) -> None:
+def show_layers(headline: str, layers: Sequence[LayerStats]) -> None:
     """One row per BatchNorm layer; a number that is the same in all of them stands above the table."""
     console = console_for_results()
-    console.print(f"{one_line(checkpoint)}: {len(layers)} BatchNorm layers", style="bold")
+    console.print(one_line(headline), style="bold")
     common = {
         "num_batches_tracked": [_count(layer.num_batches_tracked) for layer in layers],
         "momentum": [_momentum(layer) for layer in layers],

@@ -1,6 +1,6 @@
-"""The output of `bncli train`, `train --dry-run` and `bench train`."""
+"""The output of `bncli train`, `train --dry-run` and `bench`."""
 
-from bncli.bench import TrainingStepBench
+from bncli.bench import InspectionBench, TrainingStepBench
 from bncli.cli.render import console_for_results, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
 from bncli.training import SetupDescription, TrainResult
@@ -71,3 +71,19 @@ def show_training_step_bench(result: TrainingStepBench) -> None:
         f" {result.peak_gflops_per_second:,.0f} GFLOP/s, the best 2048x2048 matrix product)",
     }
     show_lines(console_for_results(), lines)
+
+
+def show_inspection_bench(result: InspectionBench) -> None:
+    """One row per file; the first row is what any program with torch needs."""
+    console = console_for_results()
+    table = table_of(None, "file", "GiB", "layers", "tensors", "seconds", "peak MiB")
+    seconds, peak = f"{result.import_torch_seconds:.2f}", f"{result.import_torch_peak_mib:.0f}"
+    table.add_row("(import torch)", "", "", "", seconds, peak)
+    for done in result.inspections:
+        counts = (f"{done.num_layers:,}", f"{done.num_tensors:,}")
+        table.add_row(done.file, f"{done.gib:.2f}", *counts, f"{done.seconds:.2f}", f"{done.peak_mib:.0f}")
+    console.print(table)
+    machine = result.machine
+    console.print(
+        f"{machine['cpu']}, {machine['num_cpus']} CPUs; torch {machine['torch']}, Python {machine['python']}"
+    )

@@ -1,0 +1,155 @@
+"""`bncli inspect-stats` on files far larger than what it has to read: seconds, and peak of memory.
+
+The files are written as sparse files where the file system can: the weights are holes that read as zeros,
+which is as good, since nobody reads them. Each is inspected by a process of its own.
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncli.errors import BncliError
+from bncli.runtime import describe_machine
+
+CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One file, inspected once in a process of its own that had imported nothing yet."""
+
+    file: str  # its format
+    gib: float  # size of the file
+    num_layers: int
+    num_tensors: int
+    seconds: float  # wall-clock, with starting Python and importing torch
+    peak_mib: float  # resident memory of the process
+
+
+@dataclass(frozen=True)
+class InspectionBench:
+    """What was measured, and what the same machine needs for `import torch` alone."""
+
+    import_torch_seconds: float
+    import_torch_peak_mib: float
+    inspections: tuple[Inspection, ...]
+    machine: dict[str, Any]
+
+
+def bench_inspection(
+    *,
+    gib: float = 8.0,
+    num_layers: int = 200,
+    many_layers: int = 10_000,
+    directory: Path | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> InspectionBench:
+    """Write, inspect and remove three files: two large ones, and one with many small layers.
+
+    Raises:
+        BncliError: when they cannot be written or inspected.
+    """
+    seconds, peak = _run([sys.executable, "-c", "import torch"])[:2]
+    small = many_layers * CHANNELS * 8 / 2**30  # weights of the many layers: 8 bytes a channel
+    cases = [
+        ("torch zip", gib, num_layers),
+        ("safetensors", gib, num_layers),
+        ("torch zip", small, many_layers),
+    ]
+    inspections = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as folder:
+            for kind, size, layers in cases:
+                path = Path(folder) / "model.pt"
+                write = _write_torch_zip if kind == "torch zip" else _write_safetensors
+                write(path, _state_dict(layers, int(size * 2**30)))
+                inspections.append(_inspect(path, kind))
+                path.unlink()
+                report(f"{kind} of {inspections[-1].gib:.2f} GiB: {inspections[-1].seconds:.2f} s")
+    except OSError as error:
+        raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
+    return InspectionBench(seconds, peak, tuple(inspections), describe_machine())
+
+
+def _inspect(path: Path, kind: str) -> Inspection:
+    gib = path.stat().st_size / 2**30
+    seconds, peak, output = _run([sys.executable, "-m", "bncli", "inspect-stats", str(path), "--json"])
+    found = json.loads(output)
+    return Inspection(kind, gib, found["num_layers"], found["num_tensors"], seconds, peak)
+
+
+def _run(command: list[str]) -> tuple[float, float, str]:
+    """Seconds, peak of resident memory in MiB, and what it printed."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE)  # one line at most
+        # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.stderr is not None
+        with process.stderr as stream:
+            message = stream.read().decode(errors="replace").strip()
+        if process.returncode not in (0, 1):
+            raise BncliError(f"inspecting ended with {process.returncode}: {message[-500:]}")
+        output.seek(0)
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        return seconds, usage.ru_maxrss * unit / 2**20, output.read().decode()
+
+
+def _state_dict(num_layers: int, num_bytes: int) -> dict[str, Tensor]:
+    """A convolution's weight, never touched and so without memory, and a BatchNorm in every layer."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for layer in range(num_layers):
+        state[f"layers.{layer}.conv.weight"] = torch.empty(max(1, num_bytes // num_layers // 4))
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            state[f"layers.{layer}.norm.{leaf}"] = torch.rand(CHANNELS, generator=generator) + 0.5
+        state[f"layers.{layer}.norm.num_batches_tracked"] = torch.tensor(1000)
+    return state
+
+
+def _write_torch_zip(path: Path, state: dict[str, Tensor]) -> None:
+    """By `torch.save`, which leaves room for the numbers; BatchNorm's are then put in."""
+    with torch.serialization.skip_data():
+        torch.save(state, path)
+    with zipfile.ZipFile(path) as archive, path.open("r+b") as file:
+        entries = [archive.getinfo(f"{path.stem}/data/{index}") for index in range(len(state))]
+        for entry, (name, tensor) in zip(entries, state.items(), strict=True):
+            if ".norm." in name:
+                file.seek(entry.header_offset + 26)
+                name_length, padding = struct.unpack("<HH", file.read(4))
+                file.seek(entry.header_offset + 30 + name_length + padding)
+                file.write(tensor.numpy().tobytes())
+
+
+def _write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
+    header: dict[str, dict[str, Any]] = {}
+    position = 0
+    for name, tensor in state.items():
+        end = position + tensor.numel() * tensor.itemsize
+        kind = "I64" if tensor.dtype == torch.int64 else "F32"
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        start = file.tell()
+        for name, tensor in state.items():
+            if ".norm." in name:
+                file.seek(start + header[name]["data_offsets"][0])
+                file.write(tensor.numpy().tobytes())
+        file.truncate(start + position)

@@ -1,0 +1,146 @@
+"""Where a file's bytes come from: a local file, or a URL that fsspec opens.
+
+Bytes are read by position, so that a file of many gigabytes costs only what is asked for. Opened for
+reading, never for writing.
+"""
+
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bncli.errors import CheckpointError
+
+# Nothing that is read at once comes near this: a zip directory of 200,000 entries is 16 MiB, and the tensors
+# of a BatchNorm layer are kilobytes. A length that a hostile file claims stops here.
+MAX_READ = 64 * 2**20
+MAX_READ_IN_ALL = 2**31  # of one source: many tensors of a hostile file may lie in the same bytes
+
+
+class UnreadableFileError(Exception):
+    """What is wrong with a file's content, without its name, which `open_checkpoint` adds."""
+
+
+@dataclass
+class ByteSource:
+    """A file of `size` bytes that is read by position."""
+
+    name: str
+    size: int
+    read_range: Callable[[int, int], bytes]  # start, size
+    num_read: int = 0  # bytes so far
+
+    def read_at(self, start: int, size: int) -> bytes:
+        """Exactly `size` bytes from `start`.
+
+        Raises:
+            UnreadableFileError: where the file ends before that, or far too much is asked for.
+        """
+        if start < 0 or size < 0 or start + size > self.size:
+            raise UnreadableFileError("a damaged or truncated file: it ends before what it claims to hold")
+        if size > MAX_READ:
+            raise UnreadableFileError(f"it wants {size:,} bytes read at once; bncli stops at {MAX_READ:,}")
+        self.num_read += size
+        if self.num_read > MAX_READ_IN_ALL:
+            raise UnreadableFileError(f"more than {MAX_READ_IN_ALL:,} bytes of it would have to be read")
+        data = self.read_range(start, size)
+        if len(data) != size:
+            raise UnreadableFileError(f"{size:,} bytes were asked for and {len(data):,} came")
+        return data
+
+    def stream(self, start: int = 0, end: int | None = None) -> io.BufferedReader:
+        """The bytes from `start` to `end` as a file object."""
+        return io.BufferedReader(_Window(self, start, self.size if end is None else end), 2**18)
+
+
+class _Window(io.RawIOBase):
+    """A part of a source as an unbuffered file."""
+
+    def __init__(self, source: ByteSource, start: int, end: int) -> None:
+        super().__init__()
+        self._source, self._start, self._end, self._position = source, start, end, start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: self._start, io.SEEK_CUR: self._position, io.SEEK_END: self._end}[whence]
+        if base + offset < self._start:
+            raise UnreadableFileError("a damaged file: it points before its own beginning")
+        self._position = base + offset
+        return self.tell()
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        size = max(0, min(len(buffer), self._end - self._position))
+        buffer[:size] = self._source.read_at(self._position, size) if size else b""
+        self._position += size
+        return size
+
+
+@contextmanager
+def open_source(source: str) -> Iterator[ByteSource]:
+    """Open a path, or a URL such as `s3://bucket/model.pt`, for reading by position.
+
+    Raises:
+        CheckpointError: naming it, when it cannot be read.
+    """
+    if "://" in source:
+        yield _open_url(source)
+        return
+    path = Path(source)
+    if path.is_dir():
+        raise CheckpointError(f"{source}: a directory, not a checkpoint{hint_for_directory(path)}")
+    try:
+        # a pipe would block in open() until somebody writes to it
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{source}: neither a file nor a URL")
+        descriptor = os.open(path, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{source}: cannot be read: {reason}") from None
+    try:
+        yield ByteSource(
+            source, os.fstat(descriptor).st_size, lambda start, size: os.pread(descriptor, size, start)
+        )
+    finally:
+        os.close(descriptor)
+
+
+def _open_url(url: str) -> ByteSource:
+    try:
+        import fsspec
+
+        file_system, path = fsspec.core.url_to_fs(url)  # type: ignore[no-untyped-call]
+        size = file_system.info(path)["size"]
+    except Exception as error:  # every file system of fsspec raises its own
+        raise CheckpointError(f"{url}: cannot be read: {_describe(error)}") from None
+    if not isinstance(size, int):
+        raise CheckpointError(f"{url}: cannot be read: its server does not tell its size; download it first")
+
+    def read_range(start: int, count: int) -> bytes:
+        try:
+            return bytes(file_system.cat_file(path, start=start, end=start + count))
+        except Exception as error:
+            raise UnreadableFileError(f"cannot be read: {_describe(error)}") from None
+
+    return ByteSource(url, size, read_range)
+
+
+def _describe(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def hint_for_directory(directory: Path) -> str:
+    """The hint for somebody who gave the run directory instead of a file in it."""
+    names = [name for name in ("last.pt", "best.pt") if (directory / name).is_file()]
+    return f"; did you mean {directory / names[0]}?" if names else ""
