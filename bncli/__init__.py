@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bncli.config_file import load_config
     from bncli.data import load_dataset
     from bncli.errors import BncliError
-    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate
+    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate, measure_gap
     from bncli.stats import Moments, measure_population, read_running_stats, recalibrate
     from bncli.training import train
 
@@ -30,6 +30,7 @@ _HOMES = {
     "load_config": "bncli.config_file",
     "load_dataset": "bncli.data",
     "load_model": "bncli.checkpoint",
+    "measure_gap": "bncli.evaluation",
     "Moments": "bncli.stats",
     "measure_population": "bncli.stats",
     "recalibrate": "bncli.stats",
@@ -50,6 +51,7 @@ __all__ = [
     "load_config",
     "load_dataset",
     "load_model",
+    "measure_gap",
     "measure_population",
     "read_running_stats",
     "recalibrate",

@@ -90,6 +90,8 @@ def _culprit(gap: Gap) -> str:
     if worst is None or worst.recovered is None:
         return "no repair of a single layer recovers any of it"
     recovered = f"{100 * worst.recovered:.1f}"
+    if gap.num_trial_images < gap.num_images:
+        recovered += f" on {gap.num_trial_images:,} of the images"
     if worst.recovered >= 0.9 * gap.explained.accuracy:
         return f"layer {one_line(worst.name)} is stale: its repair alone recovers {recovered}"
     return (

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,8 @@ def test_the_verdict_is_one_honest_sentence() -> None:
         "BatchNorm explains 31.2 of 31.2 points; layer second is stale: its repair alone recovers 31.0;"
         " run bncli recalibrate."
     )
+    fewer = replace(gap_with(gain, none, 0.31), num_trial_images=100)
+    assert "alone recovers 31.0 on 100 of the images; run" in gap_verdict(fewer)
     assert "several layers are stale, second most of all" in gap_verdict(gap_with(gain, none, 0.1))
     assert "no repair of a single layer" in gap_verdict(gap_with(gain, none))
     assert gap_verdict(gap_with(none, none)).startswith("No gain beyond chance")

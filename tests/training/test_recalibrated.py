@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from bncli.checkpoint import load_checkpoint
+from bncli.config_file import load_config
+from bncli.errors import StoppedError
+from bncli.training import EpochDone, train
 from tests.conftest import Bncli
 
 
@@ -82,3 +85,29 @@ def test_it_is_not_part_of_the_metrics(bncli: Bncli, tiny_config: Path, tmp_path
     bncli("train", tiny_config, "--run-dir", tmp_path / "run", "--set", "train.recalibrate=exact")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_a_run_stopped_while_it_is_recalibrated_is_complete_but_for_that(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    run, events = tmp_path / "run", []
+
+    def stop() -> bool:
+        return len(events) == 2  # both epochs are reported: what is left is the recalibration
+
+    config = load_config(tiny_config, ["train.recalibrate=exact"])
+    with pytest.raises(StoppedError, match="continue with"):
+        train(
+            config,
+            run,
+            report=lambda event: events.append(event) if isinstance(event, EpochDone) else None,
+            stop=stop,
+        )
+    assert sorted(path.name for path in run.iterdir() if path.name[0] != ".") == [
+        "best.pt",
+        "config.yaml",
+        "last.pt",
+        "metrics.jsonl",
+    ]
+    assert load_checkpoint(run / "last.pt").epoch == 2
+    assert train(config, run, resume=True).checkpoint == run / "recalibrated.pt"
