@@ -181,6 +181,16 @@ def test_self_consistency_is_the_distance_from_the_real_input_in_eval_mode(model
         assert found.var_ratio == pytest.approx(float(ratio.log().mean().exp()), rel=1e-6)
 
 
+def test_what_a_repair_recovers_is_that_of_one_layer_replaced_by_hand(model: nn.Module) -> None:
+    for name in LAYERS:
+        spoil(model, name, "shifted")
+    before, _ = score_by_hand(model)
+    for found in gap_of(model).layers:
+        alone = copy.deepcopy(model)
+        put(alone, found.name, capture(alone, (found.name,))[found.name])
+        assert found.recovered == pytest.approx(score_by_hand(alone)[0] - before, abs=1e-9)
+
+
 def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
     spoil(model, "1.1", "too wide")
     model.train()
@@ -272,20 +282,20 @@ def test_a_network_without_running_statistics_is_refused() -> None:
 
 
 class Backwards(nn.Module):
-    """Registers its layers in another order than it runs them."""
+    """Registers its layers in another order than it runs them, which is that of their names."""
 
     def __init__(self, trained: nn.Module) -> None:
         super().__init__()
         self.head = copy.deepcopy(trained[3:])
-        self.third, self.second, self.first = (copy.deepcopy(trained[index]) for index in (2, 1, 0))
+        self.apex, self.body, self.stem = (copy.deepcopy(trained[index]) for index in (2, 1, 0))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.third(self.second(self.first(images))))
+        return self.head(self.apex(self.body(self.stem(images))))
 
 
 def test_earlier_means_run_earlier_not_registered_earlier(trained: nn.Module) -> None:
     model = Backwards(trained).eval()
-    model.second[1].running_var *= 400
+    model.body[1].running_var *= 400
     gap = gap_of(model)
-    assert [layer.name for layer in gap.layers] == ["first.1", "second.1", "third.1"]
-    assert gap.worst_layer == "second.1"
+    assert [layer.name for layer in gap.layers] == ["stem.1", "body.1", "apex.1"]
+    assert gap.worst_layer == "body.1"
