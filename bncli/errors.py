@@ -37,6 +37,10 @@ class DeviceError(BncliError):
     """A device or precision that this machine does not have."""
 
 
+class IncomparableError(BncliError):
+    """Two checkpoints that have no BatchNorm layer in common."""
+
+
 class DivergedError(RunError):
     """A run that reached a number that is not finite."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bncli.checkpoint.digest import digest_parts
 from bncli.cli.app import main
 
 # Networks this small gain nothing from a second thread, and beside another busy process two threads
@@ -38,6 +39,12 @@ class Outcome:
 
 
 Bncli = Callable[..., Outcome]
+
+
+def save_as_if_whole(content: dict[str, object], path: Path) -> None:
+    """With digests that match, as a program would write it that means what it writes."""
+    content = {key: value for key, value in content.items() if key != "digests"}
+    torch.save({**content, "digests": digest_parts(content)}, path)
 
 
 @pytest.fixture(autouse=True)

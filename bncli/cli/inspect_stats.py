@@ -16,23 +16,44 @@ if TYPE_CHECKING:
 
 
 def inspect_stats(
-    source: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.")],
+    source: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT|RUN_DIR", help="A file of any kind, a URL, or a run.")
+    ],
+    second: Annotated[
+        str | None, typer.Argument(metavar="[SECOND]", help="A checkpoint to compare the first with.")
+    ] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
     ] = None,
     channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the distributions to a .png or .svg file.")
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
     ] = None,
     key: Annotated[
         str | None, typer.Option(metavar="KEY", help="Where the state dict lies, as in 'ema'.")
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show the running statistics of every BatchNorm layer. The file is only read."""
+    """Show the running statistics of every BatchNorm layer. The file is only read.
+
+    Of two checkpoints: how far they moved, with exit code 1 if anything differs. Of the directory of a run:
+    how they came to match the batches, epoch by epoch.
+    """
+    from bncli.cli.csv_file import STDOUT, check_csv_option, write_csv
+    from bncli.cli.csv_layers import layer_rows
+    from bncli.cli.inspect_pair import inspect_pair
+    from bncli.cli.inspect_run import inspect_run, is_run_dir
     from bncli.cli.render import print_json
     from bncli.cli.render_layers import describe_layers, show_channels, show_layers
 
+    check_csv_option(csv, as_json=as_json)
+    if second is not None:
+        return inspect_pair(
+            source, second, key=key, layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json
+        )
+    if is_run_dir(Path(source)):
+        return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
     layers, checkpoint = _read_layers(source, key)
     if layer is not None:
         found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
@@ -45,10 +66,14 @@ def inspect_stats(
 
         plot_running_stats(layers, plot)
         print_note(f"wrote {plot}")
+    if csv is not None:
+        write_csv(layer_rows(layers, channels=channels), csv)
     if as_json:
         described = describe_layers(source, layers, channels=channels)
         described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
         print_json({**described, "num_tensors": len(checkpoint.tensors)})
+    elif csv == STDOUT:
+        pass
     elif channels:
         show_channels(layers)
     else:

@@ -1,6 +1,8 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
 from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.compare import Comparison, Contents, LayerComparison, ReadableTensor, compare
+from bncli.stats.divergence import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.stats.fixed_point import LayerConsistency, verify_fixed_point
 from bncli.stats.layers import Hyperparameters, LayerStats, batch_norm_layers, read_running_stats
 from bncli.stats.modes import (
@@ -18,15 +20,21 @@ from bncli.stats.summary import Summary, summarize
 from bncli.stats.tracking import EpochStatistics, LayerEpoch
 
 __all__ = [
+    "Comparison",
+    "Contents",
+    "Divergence",
+    "DivergenceSummary",
     "EpochStatistics",
     "Hyperparameters",
     "LayerChange",
+    "LayerComparison",
     "LayerConsistency",
     "LayerEpoch",
     "LayerPopulation",
     "LayerStats",
     "Moments",
     "Population",
+    "ReadableTensor",
     "Recalibration",
     "SkippedLayer",
     "Summary",
@@ -34,7 +42,9 @@ __all__ = [
     "batch_norm_layers",
     "batch_statistics_mode",
     "buffers_digest",
+    "compare",
     "dead_channels",
+    "diverge",
     "eval_mode",
     "layer_flags",
     "measure_population",
@@ -42,6 +52,7 @@ __all__ = [
     "read_running_stats",
     "recalibrate",
     "summarize",
+    "summarize_divergence",
     "train_mode",
     "verify_fixed_point",
 ]

@@ -12,16 +12,10 @@ from bncli.checkpoint import (
     read_torch_file,
     save_checkpoint,
 )
-from bncli.checkpoint.digest import digest_parts
 from bncli.errors import CheckpointError
+from tests.conftest import save_as_if_whole
 
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")
-
-
-def save_as_if_whole(content: dict[str, object], path: Path) -> None:
-    """With digests that match, as a program would write it that means what it writes."""
-    content.pop("digests")
-    torch.save({**content, "digests": digest_parts(content)}, path)
 
 
 class Hostile:

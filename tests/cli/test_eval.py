@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bncli.checkpoint import load_checkpoint
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 
 def test_eval_keeps_its_contract_and_agrees_with_the_run(bncli: Bncli, finished_run: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_checkpoint_with_nan_is_evaluated_honestly(
 ) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     content["state_dict"]["stages.0.0.norm.running_var"][0] = float("nan")
-    torch.save(content, tmp_path / "nan.pt")
+    save_as_if_whole(content, tmp_path / "nan.pt")
     result = bncli("eval", tmp_path / "nan.pt", "--json", "--num-images", 5).json
     assert result["accuracy"] == 0
     assert result["loss"] is None

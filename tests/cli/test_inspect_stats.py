@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 
 def test_inspect_stats_keeps_its_contract(bncli: Bncli, finished_run: Path) -> None:
@@ -65,7 +65,7 @@ def test_what_is_wrong_with_a_layer_is_flagged(
 ) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     content["state_dict"][f"stages.1.0.norm.{key}"][3] = value
-    torch.save(content, tmp_path / "bad.pt")
+    save_as_if_whole(content, tmp_path / "bad.pt")
     layers = bncli("inspect-stats", tmp_path / "bad.pt", "--json").json["layers"]
     assert [layer["flags"] for layer in layers] == [[], [flag]]
     assert f"stages.1.0.norm: {flag}" in bncli("inspect-stats", tmp_path / "bad.pt").out

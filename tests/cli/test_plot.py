@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bncli.cli import plot
+from bncli.cli import plot, plot_rows
 from bncli.cli.plot import plot_running_stats
 from bncli.errors import BncliError
 from bncli.stats.layers import LayerStats, read_running_stats
@@ -77,15 +77,15 @@ def test_flagged_layers_are_marked_and_lost_values_counted(tmp_path: Path) -> No
     for row, flagged in enumerate([True, True, True, False]):
         label = re.search(rf"<!-- {row}  \(16\) -->\s*<g[^>]*>", svg)
         assert label is not None
-        assert (plot.FLAGGED in label.group()) == flagged
-    for colour in (plot.FLAGGED, plot.BAR):
+        assert (plot_rows.FLAGGED in label.group()) == flagged
+    for colour in (plot_rows.FLAGGED, plot_rows.BAR):
         assert f"stroke: {colour}" in svg
 
 
 def test_a_healthy_model_shows_no_warning_colour(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     plot_running_stats(layers(), path)
-    assert plot.FLAGGED not in path.read_text()
+    assert plot_rows.FLAGGED not in path.read_text()
     assert "flagged" not in " ".join(texts(path))
 
 

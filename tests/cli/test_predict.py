@@ -14,7 +14,7 @@ from bncli.checkpoint import load_checkpoint, load_model
 from bncli.config_file import config_from_dict
 from bncli.data import load_dataset
 from bncli.evaluation import FixedShape
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 SIDE = 32
 
@@ -269,7 +269,7 @@ def test_a_network_that_answers_nan_says_so(
 ) -> None:
     content = torch.load(finished_run / "last.pt", weights_only=True)
     content["state_dict"]["stages.0.0.norm.running_var"][0] = float("nan")
-    torch.save(content, tmp_path / "nan.pt")
+    save_as_if_whole(content, tmp_path / "nan.pt")
     path = save(pixels[0], tmp_path / "0.png")
     outcome = bncli("predict", tmp_path / "nan.pt", path)
     assert outcome.code == 2

@@ -1,0 +1,45 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bncli.errors import RunError
+from bncli.training.convergence import read_convergence
+
+
+def line(epoch: int, **layers: float | None) -> str:
+    entries = [{"name": name, "mean_shift": shift, "var_ratio": 2.0} for name, shift in layers.items()]
+    return json.dumps({"epoch": epoch, "layers": entries}) + "\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_layers_come_with_their_epochs_in_order(tmp_path: Path) -> None:
+    run = write(tmp_path, line(1, a=0.5, b=None) + line(2, a=0.25, c=1.0) + line(2, a=0.125))
+    found = {x.name: [(p.epoch, p.mean_shift, p.var_ratio) for p in x.epochs] for x in read_convergence(run)}
+    assert found == {"a": [(1, 0.5, 2.0), (2, 0.125, 2.0)], "b": [(1, None, 2.0)], "c": [(2, 1.0, 2.0)]}
+    assert list(found) == ["a", "b", "c"]
+    assert read_convergence(run)[0].epochs[0].running_var_norm is None
+
+
+@pytest.mark.parametrize("length", [1, 10, 40, 60])
+def test_a_torn_last_line_is_left_out(tmp_path: Path, length: int) -> None:
+    run = write(tmp_path, line(1, a=0.5) + line(2, a=0.25)[:length])
+    assert [p.epoch for p in read_convergence(run)[0].epochs] == [1]
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", "7", '{"epoch": 1}', '{"epoch": "x", "layers": []}', "\x00"])
+def test_a_bad_line_before_the_last_is_named(tmp_path: Path, bad: str) -> None:
+    with pytest.raises(RunError, match="line 2: no line of bncli's metrics"):
+        read_convergence(write(tmp_path, line(1, a=0.5) + bad + "\n" + line(2, a=0.5)))
+
+
+def test_no_metrics_and_no_layers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no epoch of this run has ended"):
+        read_convergence(tmp_path)
+    for text in ("", line(1)):
+        with pytest.raises(RunError, match="no finished epoch with a BatchNorm layer"):
+            read_convergence(write(tmp_path, text))
