@@ -11,7 +11,7 @@ Behind a stale layer others look stale too, so the score does not name the culpr
 is repaired alone, with the moments of its real input while all others stay as they are: one pass measures
 that for all layers at once, and each trial is one pass over some test images. The repair of a later layer can
 make up for an earlier fault (a deviation that is too large, say, scales everything behind it), so of layers
-whose repairs do equally well the earliest is named. If there are many layers, only the least consistent are
+whose repairs do about equally well the earliest is named. If there are many layers, only the least consistent are
 tried, and the first inconsistent one: what lies before it is in order, so it is stale by its own fault.
 """
 
@@ -149,7 +149,7 @@ def measure_gap(
         explained=explained,
         beyond=compare_outcomes(exact, batch),
         layers=tuple(consistency),
-        worst_layer=_worst(consistency, trials),
+        worst_layer=_worst(consistency),
     )
 
 
@@ -236,25 +236,20 @@ def _with_recovered(
     ]
 
 
-def _worst(consistency: list[LayerGap], trials: dict[str, Outcomes]) -> str | None:
-    """The layer whose repair alone recovers most; of those that chance cannot tell apart, the earliest.
+def _worst(consistency: list[LayerGap]) -> str | None:
+    """The layer whose repair alone recovers most; of those within a tenth of it, the earliest.
 
     The repair of a later layer can make up for an earlier fault, never the other way round. Layers that are
     ten times as consistent as the worst are out of the question.
     """
     worst_score = max((_rank(gap.self_consistency) for gap in consistency), default=0.0)
-    suspects = [
-        gap for gap in consistency if gap.recovered and _rank(gap.self_consistency) >= worst_score / 10
-    ]
-    best = max(suspects, key=lambda gap: gap.recovered or 0.0, default=None)
-    if best is None or (best.recovered or 0.0) <= 0:
-        return None
-    as_good = (
-        gap.name
-        for gap in suspects
-        if (gap.recovered or 0.0) > 0 and not compare_outcomes(trials[gap.name], trials[best.name]).is_gain
-    )
-    return next(as_good)
+    suspects = {
+        gap.name: gap.recovered
+        for gap in consistency
+        if gap.recovered is not None and _rank(gap.self_consistency) >= worst_score / 10
+    }
+    most = max(suspects.values(), default=0.0)
+    return next((name for name, part in suspects.items() if part >= 0.9 * most), None) if most > 0 else None
 
 
 def _first(outcomes: Outcomes, like: Outcomes) -> Outcomes:

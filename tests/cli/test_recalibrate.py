@@ -162,6 +162,17 @@ def test_exact_is_verified_and_the_original_is_not(bncli: Bncli, stale: Path, tm
     assert bncli("recalibrate", stale, "--verify", "--max-error", 100).code == 0
 
 
+def test_only_the_layers_that_were_recalibrated_are_verified(
+    bncli: Bncli, stale: Path, tmp_path: Path
+) -> None:
+    new = tmp_path / "new.pt"
+    assert bncli("recalibrate", stale, "-o", new, "--layers", "stages.0.*", "--verify").code == 0
+    again = bncli("recalibrate", new, "--verify", "--json")
+    assert again.code == 0
+    assert [layer["name"] for layer in again.json["layers"]] == ["stages.0.0.norm"]
+    assert bncli("recalibrate", new, "--verify", "--layers", "*").code == 1
+
+
 def test_precise_is_no_fixed_point_and_verify_says_so(bncli: Bncli, stale: Path, tmp_path: Path) -> None:
     outcome = bncli("recalibrate", stale, "-o", tmp_path / "new.pt", "--method", "precise", "--verify")
     assert outcome.code == 1

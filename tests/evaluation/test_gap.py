@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bncli.errors import BncliError, DataError
-from bncli.evaluation import Gap, LayerGap, Outcomes, measure_gap
+from bncli.evaluation import Gap, LayerGap, measure_gap
 from bncli.evaluation import gap as gap_module
 from bncli.stats import buffers_digest, recalibrate
 
@@ -241,25 +241,19 @@ def test_many_layers_are_shortlisted_with_the_first_inconsistent_one() -> None:
     assert chosen - {"1"} <= worst
 
 
-def trial(num_right: int) -> Outcomes:
-    return Outcomes(torch.arange(1000) < num_right, torch.zeros(1000, dtype=torch.float64))
+def worst_of(*layers: tuple[str, float, float | None]) -> str | None:
+    """Of layers with name, self-consistency, and what their repair recovers."""
+    return gap_module._worst([LayerGap(name, score, 0, 1, recovered) for name, score, recovered in layers])
 
 
-def worst_of(*layers: tuple[str, float, int]) -> str | None:
-    """Of layers with name, self-consistency, and how many of 1,000 are right after repair, from 500 on."""
-    trials = {name: trial(num_right) for name, _, num_right in layers}
-    gaps = [LayerGap(name, score, 0, 1, (right - 500) / 1000) for name, score, right in layers]
-    return gap_module._worst(gaps, trials)
-
-
-def test_the_layer_whose_repair_recovers_most_is_named_or_the_earliest_within_chance() -> None:
-    assert worst_of(("a", 0.5, 600), ("b", 0.5, 700), ("c", 0.5, 650)) == "b"
-    assert worst_of(("a", 0.5, 500), ("b", 0.5, 698), ("c", 0.5, 700)) == "b"
-    assert worst_of(("a", 0.5, 600), ("b", 0.5, 606)) == "b"  # 6 of 6 are beyond chance
-    assert worst_of(("a", 0.5, 600), ("b", 0.5, 605)) == "a"
-    assert worst_of(("a", 0.04, 700), ("b", 0.5, 700)) == "b"  # a is ten times as consistent
-    assert worst_of(("a", float("nan"), 600), ("b", 0.5, 700)) == "a"
-    assert worst_of(("a", 1.0, 500), ("b", 1.0, 490)) is None
+def test_the_layer_whose_repair_recovers_most_is_named_or_the_earliest_of_about_equals() -> None:
+    assert worst_of(("a", 0.5, 0.1), ("b", 0.5, 0.2), ("c", 0.5, 0.15)) == "b"
+    assert worst_of(("a", 0.5, 0.0), ("b", 0.5, 0.198), ("c", 0.5, 0.2)) == "b"
+    assert worst_of(("a", 0.5, 0.185), ("b", 0.5, 0.2)) == "a"
+    assert worst_of(("a", 0.5, 0.175), ("b", 0.5, 0.2)) == "b"
+    assert worst_of(("a", 0.04, 0.2), ("b", 0.5, 0.2)) == "b"  # a is ten times as consistent
+    assert worst_of(("a", float("nan"), 0.1), ("b", 0.5, 0.2)) == "a"
+    assert worst_of(("a", 1.0, 0.0), ("b", 1.0, -0.1), ("c", 1.0, None)) is None
     assert worst_of() is None
 
 
