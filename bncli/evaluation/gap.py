@@ -11,8 +11,9 @@ Behind a stale layer others look stale too, so the score does not name the culpr
 is repaired alone, with the moments of its real input while all others stay as they are: one pass measures
 that for all layers at once, and each trial is one pass over some test images. The repair of a later layer can
 make up for an earlier fault (a deviation that is too large, say, scales everything behind it), so of layers
-whose repairs do about equally well the earliest is named. If there are many layers, only the least consistent are
-tried, and the first inconsistent one: what lies before it is in order, so it is stale by its own fault.
+whose repairs do about equally well the earliest is named. If there are many layers, only the least
+consistent are tried, and the first inconsistent one: what lies before it is in order, so it is stale by its
+own fault.
 """
 
 from collections.abc import Callable, Iterable

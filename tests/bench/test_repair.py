@@ -45,6 +45,8 @@ def test_the_accidents_are_what_they_are_called(bncli: Bncli, finished_run: Path
     assert changed("short_average") == {"running_mean", "running_var"}  # as many steps as in training
     assert changed("batches_of_2") == {"running_mean", "running_var", "num_batches_tracked"}
     assert changed("averaged_weights") == {"weight", "bias"}
+    weights = [ruins["averaged_weights"].state_dict[f"stages.{n}.0.norm.weight"].mean() for n in (0, 1)]
+    assert all(0.7 < float(weight) < 1.3 for weight in weights)  # an average, no sum: they start at 1
     short = ruins["short_average"]
     assert short.config.model.batch_norm.momentum == 0.001
     assert int(short.state_dict["stages.0.0.norm.num_batches_tracked"]) == 20
