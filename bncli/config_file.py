@@ -16,6 +16,8 @@ from bncli.config import Config, DataConfig
 from bncli.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_VALUE_LENGTH = 4096  # characters; the longest path of Linux
+MAX_DEPTH = 20
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -49,7 +51,30 @@ def dump_config(config: Config) -> str:
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, with two traps removed: `1e-5` is a number, and a key that
-    stands twice is an error."""
+    stands twice is an error.
+
+    What no configuration needs is refused while the text is read, before anything is built: tags, aliases
+    (ten lines can stand for a billion values), and nesting or values beyond any use.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        self.depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"the alias *{event.anchor}; write the value out"
+        elif getattr(event, "tag", None) is not None:
+            problem = f"the tag {event.tag}; remove it"
+        elif isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_VALUE_LENGTH:
+            problem = f"a value of {len(event.value):,} characters; at most {MAX_VALUE_LENGTH:,}"
+        elif self.depth > MAX_DEPTH:
+            problem = f"nested deeper than {MAX_DEPTH} levels"
+        else:
+            node: yaml.Node | None = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+        raise yaml.composer.ComposerError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
@@ -88,12 +113,16 @@ _Dumper.add_representer(float, _represent_float)
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
+        if not path.is_file() and path.exists() and not path.is_dir():
+            raise ConfigError(str(path), ["a pipe or a device; write the configuration into a file"])
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
             raise ConfigError(str(path), [f"larger than {MAX_CONFIG_BYTES:,} bytes: no configuration"])
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+        values = yaml.load(content.decode("utf-8"), Loader=_Loader)  # a SafeLoader
     except OSError as error:
         raise ConfigError(str(path), [f"cannot be read: {error.strerror or error}"]) from None
-    except (UnicodeDecodeError, RecursionError):
+    except UnicodeDecodeError:
         raise ConfigError(str(path), ["no YAML text"]) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(str(path), [f"no valid YAML: {_one_line(error)}"]) from None
@@ -162,8 +191,7 @@ def _describe(problem: Any) -> str:
         section = _section_at(location[:-1])
     key = ".".join(location) or "the configuration"
     kind, context = problem["type"], problem.get("ctx", {})
-    found = repr(problem.get("input"))
-    found = found if len(found) <= 60 else found[:57] + "..."
+    found = _shown(problem.get("input"))
     if kind == "extra_forbidden":
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -178,6 +206,15 @@ def _describe(problem: Any) -> str:
     message = str(problem["msg"])
     message = message.removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "a list")
     return f"{key}: expected {message}, found {found}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the user may have written it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _data_models() -> dict[str, type[BaseModel]]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bncli.atomic_file import atomic_file
+from bncli.checkpoint.content import check_content, check_tensors
 from bncli.checkpoint.digest import digest_parts, find_damage
-from bncli.checkpoint.reader import read_torch_file
+from bncli.checkpoint.own_zip import read_own_zip
 from bncli.config import Config
 from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError
@@ -80,6 +81,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     content = load_content(path)
     _check_digests(content, path)
     try:
+        check_content(content, str(path))
         config = config_from_dict(content["config"], source=f"{path} (its configuration)")
         values = {field.name: content[field.name] for field in fields(Checkpoint) if field.name in content}
         normalization = {key: tuple(content["normalization"][key]) for key in ("mean", "std")}
@@ -97,7 +99,7 @@ def load_content(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when the file cannot be read, is none, or has a newer format.
     """
-    content = read_torch_file(path)
+    content = read_own_zip(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
     version = content.get("format_version")
@@ -143,6 +145,7 @@ def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     try:
+        check_tensors(checkpoint, source)
         model = build_model(
             checkpoint.config.model,
             len(checkpoint.class_names),
@@ -151,6 +154,8 @@ def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
             std=checkpoint.std,
         )
         model.load_state_dict(checkpoint.state_dict)
+    except CheckpointError:
+        raise
     except (BncliError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None

@@ -2,13 +2,15 @@
 
 import hashlib
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bncli.checkpoint.byte_source import hint_for_directory
 from bncli.errors import CheckpointError
+
+ZIP_START = b"PK\x03\x04"
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -18,16 +20,7 @@ def read_torch_file(path: str | Path) -> Any:
         CheckpointError: on anything that is no such file, or holds more than tensors and plain values.
     """
     path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, not a checkpoint{hint_for_directory(path)}")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if not start:
-        raise CheckpointError(f"{path}: an empty file, not a checkpoint")
-    is_zip = start == b"PK\x03\x04"  # how torch.save writes since version 1.6
+    is_zip = first_bytes(path) == ZIP_START  # how torch.save writes since version 1.6
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -45,3 +38,30 @@ def file_sha256(path: str | Path) -> str:
     """The digest of a file's bytes, hexadecimal. Raises OSError when it cannot be read."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_bytes(path: Path) -> bytes:
+    """The first four bytes of a file that may be a checkpoint.
+
+    Raises:
+        CheckpointError: it is empty, cannot be read, or is no file (a pipe could be waited for without end).
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a directory, not a checkpoint{_checkpoints_in(path)}")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: a pipe or a device, not a checkpoint; copy it into a file")
+        with path.open("rb") as file:
+            start = file.read(4)
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    if not start:
+        raise CheckpointError(f"{path}: an empty file, not a checkpoint")
+    return start
+
+
+def _checkpoints_in(directory: Path) -> str:
+    """The hint for somebody who gave the run directory instead of a file in it."""
+    names = [name for name in ("last.pt", "best.pt") if (directory / name).is_file()]
+    return f"; did you mean {directory / names[0]}?" if names else ""

@@ -12,6 +12,7 @@ import typer
 
 import bncli
 from bncli.cli.bench import bench_app
+from bncli.cli.doctor import examine
 from bncli.cli.eval import evaluate_checkpoint
 from bncli.cli.inspect_stats import inspect_stats
 from bncli.cli.messages import one_line, print_error
@@ -53,6 +54,7 @@ app.command("eval")(evaluate_checkpoint)
 app.command("predict")(predict_images)
 app.command("inspect-stats")(inspect_stats)
 app.command("recalibrate")(recalibrate_checkpoint)
+app.command("doctor")(examine)
 app.add_typer(bench_app, name="bench")
 
 

@@ -85,13 +85,14 @@ def _answer(
 
 
 def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, Any]]:
-    from bncli.data.decode import read_image
+    from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file, read_image
     from bncli.evaluation import predict
 
-    try:
-        content = sys.stdin.buffer.read() if source == STDIN else Path(source).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}") from error
+    if source == STDIN:
+        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        check_size(content)
+    else:
+        content = read_file(Path(source))
     image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])
     with subject.runtime.autocast():
         (found,) = predict(subject.model, image, top=top)

@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bncli.cli.messages import one_line
 from bncli.training import EpochDone, Started, StepDone
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
@@ -95,7 +96,7 @@ class TrainReporter:
         self._line(
             f"Training on {len(setup.dataset.train):,} images of {setup.dataset.name}"
             f" ({runtime['device']}, {runtime['precision']}, {runtime['memory_format']},"
-            f" {runtime['threads']} threads) into {event.run_dir}"
+            f" {runtime['threads']} threads) into {one_line(str(event.run_dir))}"
         )
         if event.step > event.epoch * setup.plan.num_steps:
             self._line(

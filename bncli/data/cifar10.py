@@ -25,10 +25,12 @@ import torch
 
 from bncli.config import Cifar10Config
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.memory import require_memory
 from bncli.errors import DataError
 from bncli.torchvision_compat import import_torchvision
 
 _CHUNK = 1 << 20  # bytes
+_ARCHIVE_BYTES = 170_498_071  # of cifar-10-python.tar.gz
 _TIMEOUT = 30.0  # seconds without a single byte
 _BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, OSError)
 
@@ -39,6 +41,8 @@ def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dat
     Raises:
         DataError: the data is neither in `root` nor to be had from `archive` or `url`, or it is damaged.
     """
+    # torchvision keeps the pieces, the whole, and the whole transposed of a split
+    require_memory(4 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
     root = Path(config.root).expanduser()
     reader = import_torchvision().datasets.CIFAR10
     dataset = _read(reader, root)
@@ -96,6 +100,8 @@ def _provide(reader: Any, root: Path, config: Cifar10Config, progress: Progress 
 
 def _check_md5(archive: Path, expected: str) -> None:
     try:
+        if archive.exists() and not archive.is_file():
+            raise OSError("not a file")  # a pipe could be waited for without end
         found = _md5(archive)
     except OSError as error:
         raise DataError(f"data.archive: cannot read {archive}: {_reason(error)}") from error
@@ -129,9 +135,12 @@ def _download(url: str, archive: Path, md5: str, folder: Path, progress: Progres
 def _stream(url: str, file: IO[bytes], progress: Progress | None) -> str:
     """Copy `url` to `file`; return the MD5 of what came."""
     digest = hashlib.md5(usedforsecurity=False)
+    if not url.lower().startswith(("http://", "https://")):
+        raise ValueError("data.url must begin with http:// or https://; for a file there is data.archive")
     request = urllib.request.Request(url, headers={"User-Agent": "bncli"})
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        # a redirection to any other scheme finds no handler that would follow it
+        response = _opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()  # it holds the connection, and our exception would hold it
         raise
@@ -142,11 +151,29 @@ def _stream(url: str, file: IO[bytes], progress: Progress | None) -> str:
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
+            if done > _ARCHIVE_BYTES:  # a host that never ends would fill the disk
+                raise OSError(f"it sends more than the archive's {_ARCHIVE_BYTES:,} bytes")
             if progress is not None:
                 progress("download CIFAR-10 (bytes)", done, max(total, done))
     if done < total:
         raise OSError(f"the connection broke off after {done} of {total} bytes")
     return digest.hexdigest()
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Opens http and https, and nothing else: no files, no ftp, no data in the address itself."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    return opener
 
 
 def _cannot_download(url: str, reason: str, md5: str) -> str:

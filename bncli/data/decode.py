@@ -1,9 +1,11 @@
 """One image file's bytes to uint8 RGB pixels of a fixed size, with PIL."""
 
 import io
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,8 @@ from torch import Tensor
 
 from bncli.errors import DataError
 
+FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the file's name says; PIL's other decoders are less tried
+MAX_FILE_BYTES = 512 << 20
 VERSION = 1  # part of every cache key: raise it when the same file gives other pixels
 
 
@@ -26,12 +30,36 @@ def decode(content: bytes, image_size: int) -> npt.NDArray[np.uint8]:
     Raises:
         Exception: whatever PIL raises; the types are many and undocumented.
     """
-    with Image.open(io.BytesIO(content)) as opened:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         opened.load()
         image = _to_rgb(ImageOps.exif_transpose(opened))
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def read_file(path: Path) -> bytes:
+    """Read an image file whole.
+
+    Raises:
+        DataError: it cannot be read, is too large for an image, or is no file: a pipe that nobody writes
+            to would be waited for without end, and a device such as /dev/zero has none.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
+            raise DataError("cannot be read: a pipe or a device, not a file")
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    check_size(content)
+    return content
+
+
+def check_size(content: bytes) -> None:
+    """Raise DataError where `content` is larger than any image should be."""
+    if len(content) > MAX_FILE_BYTES:
+        raise DataError(f"larger than {MAX_FILE_BYTES >> 20} MiB: not read as an image")
 
 
 def read_image(content: bytes, image_size: int) -> Tensor:
@@ -61,7 +89,7 @@ def explained(*, before: str = "", after: str = "") -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError as error:  # its own message shows an address in memory
-        raise DataError(f"{before}not a readable image: no known format{after}") from error
+        raise DataError(f"{before}not a readable image: no PNG, JPEG or WebP{after}") from error
     except Exception as error:  # PIL's decoders raise many types, none of them documented
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{before}not a readable image: {reason}{after}") from error

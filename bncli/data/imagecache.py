@@ -8,16 +8,22 @@ Two levels, so that starting is quick and an edit is never missed:
    that were only touched, copied or moved as a whole are not decoded again.
 
 Files appear whole or not at all (temporary file, fsync, rename). Nothing in the folder is ever needed: it
-may be deleted at any time, and old entries are not removed.
+may be deleted at any time; entries that no run used for 90 days are removed when another is written.
+
+Damaged files are made again, and no code in one is executed. But an entry is trusted to be what bncli wrote:
+whoever may write into the folder can change the pixels, as whoever may write into the images' own folder.
 """
 
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
@@ -28,9 +34,15 @@ from torch import Tensor
 from bncli.atomic_file import atomic_file
 from bncli.data import decode
 from bncli.data.dataset import Progress
+from bncli.data.memory import require_address_space
 from bncli.errors import DataError
 
 _T = TypeVar("_T")
+_KEPT_SECONDS = 90 * 24 * 3600
+_MAX_POINTER_BYTES = 4096
+_KEY = re.compile(r"[0-9a-f]{64}")
+_ENTRY = re.compile(r"[0-9a-f]{64}\.npy")
+_POINTER = re.compile(r"[0-9a-f]{32}-\d+\.json")
 _CHUNK = 512  # files at a time: bounds the memory, and how often progress is told
 
 
@@ -64,11 +76,17 @@ def cached_images(
         DataError: a file cannot be read or decoded, or the cache cannot be written.
     """
     shape = (len(files), 3, image_size, image_size)
+    require_address_space(
+        math.prod(shape),
+        what=f"data: mapping {len(files):,} images of {image_size}x{image_size} pixels",
+        fix="raise the limit, or set data.image_size lower",
+    )
     manifest = _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
     pointer = folder / f"{_digest([str(root.resolve())])[:32]}-{image_size}.json"
     content = _remembered(pointer, manifest)
     images = None if content is None else _map(folder / f"{content}.npy", shape)
     if images is not None:
+        _touch(pointer, folder / f"{content}.npy")
         return images
     hashes = _hash_files(root, files, progress)
     named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
@@ -77,6 +95,7 @@ def cached_images(
     images = _map(entry, shape)
     if images is None:
         pixels = _decode_files(root, files, hashes, image_size, progress)
+        _evict(folder)
         with _written(entry) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -98,21 +117,49 @@ def _digest(parts: Iterable[str]) -> str:
 def _remembered(pointer: Path, manifest: str) -> str | None:
     """Return the content key of the last run, if the manifest is the same; a damaged file means none."""
     try:
-        found = json.loads(pointer.read_bytes())
-        return str(found["content"]) if found["manifest"] == manifest else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if not pointer.is_file():  # nobody may be writing into a pipe
+            return None
+        with pointer.open("rb") as file:
+            found = json.loads(file.read(_MAX_POINTER_BYTES))
+        if found["manifest"] != manifest or not _KEY.fullmatch(found["content"]):
+            return None
+        return str(found["content"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _map(entry: Path, shape: tuple[int, ...]) -> Tensor | None:
     """Map a cache entry into memory; None if it is missing or damaged, then it is made again."""
     try:
+        if not entry.is_file() or _first_bytes(entry) != np.lib.format.MAGIC_PREFIX:
+            return None
         pixels = np.load(entry, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:  # numpy evaluates the header as a literal, which may go wrong in many ways
         return None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != shape:
         return None
     return torch.from_numpy(pixels) if pixels.flags.c_contiguous else None
+
+
+def _first_bytes(entry: Path) -> bytes:
+    with entry.open("rb") as file:
+        return file.read(len(np.lib.format.MAGIC_PREFIX))
+
+
+def _touch(*paths: Path) -> None:
+    """Note that files were used now; a cache that may only be read stays as it is."""
+    with suppress(OSError):
+        for path in paths:
+            os.utime(path)
+
+
+def _evict(folder: Path) -> None:
+    """Remove what no run used for a long time; a run that has a file mapped keeps it until its end."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            is_ours = _ENTRY.fullmatch(path.name) or _POINTER.fullmatch(path.name)
+            if is_ours and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -166,6 +213,6 @@ def _in_parallel(what: str, work: Callable[[int], _T], total: int, progress: Pro
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from error
+        return decode.read_file(path)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -22,6 +22,7 @@ import torch
 
 from bncli.config import SyntheticConfig
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.memory import require_memory
 from bncli.data.randomness import Stream, generator
 
 Field = npt.NDArray[np.float32]  # (n, 32, 32), or (n, 1, 1): one value per image
@@ -50,6 +51,11 @@ def load_synthetic(config: SyntheticConfig, progress: Progress | None = None) ->
     """Draw the data set; the same bits for the same `config.seed`, whatever the number of threads."""
     num_images = {Stream.SYNTHETIC_TRAIN: config.num_train, Stream.SYNTHETIC_TEST: config.num_test}
     total, done = sum(num_images.values()), 0
+    require_memory(
+        total * (3 * _SIZE * _SIZE + 8),
+        what=f"data: drawing {total:,} images",
+        fix="set data.num_train or data.num_test lower",
+    )
     splits = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for stream, num in num_images.items():

@@ -99,7 +99,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
         ({"format": "other"}, "no bncli checkpoint"),
         ({"format_version": 99}, "upgrade bncli"),
         ({"config": {"train": {"epochs": -1}}}, r"train\.epochs"),
-        ({"class_names": None}, "incomplete"),
+        ({"class_names": None}, "class_names: expected"),
     ],
 )
 def test_a_checkpoint_with_wrong_contents_is_refused(

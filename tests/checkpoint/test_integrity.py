@@ -9,6 +9,7 @@ import torch
 
 from bncli.checkpoint import check_integrity, load_checkpoint, save_checkpoint
 from bncli.checkpoint.digest import digest_parts
+from bncli.checkpoint.format import load_content
 from bncli.errors import CheckpointError
 
 KERNEL = "state_dict.stages.0.0.conv.weight"
@@ -77,7 +78,8 @@ def test_no_flipped_bit_is_ever_loaded_as_another_checkpoint(finished_run: Path,
             assert str(path) in str(error)
             num_found += 1
         else:
-            assert digest_parts(content_of(path)) == expected, f"byte {place}"
+            # with bncli's reader: torch's own refuses some bytes of the container that mean nothing
+            assert digest_parts(load_content(path)) == expected, f"byte {place}"
     assert num_found > 150
 
 
@@ -128,6 +130,6 @@ def test_a_tensor_that_pretends_to_be_huge_is_refused_without_being_expanded(
     content = content_of(finished_run / "last.pt")
     content["state_dict"]["head.bias"] = torch.zeros(1).expand(1 << 40)
     torch.save(content, tmp_path / "huge.pt")
-    with pytest.raises(CheckpointError, match=r"head\.bias is no plain tensor"):
-        load_checkpoint(tmp_path / "huge.pt")
-    assert check_integrity(tmp_path / "huge.pt").digest_matches is False
+    for read in (load_checkpoint, check_integrity):
+        with pytest.raises(CheckpointError, match=r"\(1099511627776,\) does not fit its storage of 1 values"):
+            read(tmp_path / "huge.pt")

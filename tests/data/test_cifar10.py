@@ -195,7 +195,7 @@ def test_offline_the_error_names_the_three_ways_out(tiny, tmp_path):
         assert way in message
 
 
-@pytest.mark.parametrize(("url", "reason"), [("{}.missing", "404"), ("no address", "unknown url")])
+@pytest.mark.parametrize(("url", "reason"), [("{}.missing", "404"), ("no address", "must begin with http")])
 def test_a_wrong_address_is_named(tiny, server, tmp_path, url, reason):
     url = url.format(server.url)
     message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=url))

@@ -1,0 +1,322 @@
+"""`bncli doctor`: what is installed, what this machine can do, and what would keep a run from starting.
+
+It must answer when everything else is broken: nothing beyond the standard library and typer (with what that
+needs itself) is imported at the top, and each check tells its own failure.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import bncli
+from bncli.cli.messages import one_line
+from bncli.cli.options import JsonOption, SetOption
+from bncli.errors import BncliError, ConfigError
+
+LIBRARIES = ("numpy", "pydantic", "yaml", "PIL", "rich", "typer", "matplotlib", "safetensors", "fsspec")
+_DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has another name
+_LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    verdict: Literal["ok", "warning", "problem"]
+    found: str
+    fix: str | None = None  # what to do about a warning or a problem
+
+
+def examine(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what is installed and whether training can start here, or whether a checkpoint is whole.
+
+    Exit code 1 if something is wrong. The answer names no user: paste it into a bug report.
+    """
+    if checkpoint is not None and overrides:
+        raise ConfigError("bncli doctor", ["--set says where data lies; leave it out beside a CHECKPOINT"])
+    checks = _of_machine(overrides) if checkpoint is None else _of_checkpoint(checkpoint)
+    checks = [Check(c.name, c.verdict, _anonymous(c.found), c.fix and _anonymous(c.fix)) for c in checks]
+    is_well = all(check.verdict != "problem" for check in checks)
+    (_print_json if as_json else _print_lines)(checks, is_well=is_well)
+    return 0 if is_well else 1
+
+
+def _of_machine(overrides: list[str] | None) -> list[Check]:
+    checks = [
+        Check("bncli", "ok", bncli.__version__),
+        Check("Python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
+    ]
+    questions: list[tuple[str, Callable[[], Check]]] = [
+        ("torch", _torch),
+        ("torchvision", _torchvision),
+        *((name, lambda name=name: _library(name)) for name in LIBRARIES),
+        ("devices", _devices),
+        ("CPU", _cpu),
+        ("bfloat16", _bfloat16),
+        ("threads", _threads),
+        ("memory", _memory),
+        ("disk", _disk),
+        ("this folder", lambda: _writable("this folder", Path())),
+        ("runs", lambda: _writable("runs", Path("runs"))),
+        ("cache", _cache),
+        ("data", lambda: _data(overrides or [])),
+    ]
+    return checks + [_answered(name, ask) for name, ask in questions]
+
+
+def _answered(name: str, ask: Callable[[], Check]) -> Check:
+    try:
+        return ask()
+    except (Exception, SystemExit) as error:  # a broken library may do anything while it is imported
+        return Check(name, "problem", f"cannot be told: {_reason(error)}", "see the problems above")
+
+
+def _torch() -> Check:
+    try:
+        torch = importlib.import_module("torch")
+        version = str(torch.__version__)
+        cuda = torch.version.cuda
+    except Exception as error:
+        fix = "install it: pip install 'torch>=2.10'"
+        return Check("torch", "problem", f"cannot be imported: {_reason(error)}", fix)
+    found = f"{version}, built for {'CUDA ' + cuda if cuda else 'the CPU'}"
+    if tuple(int(part) for part in version.split(".", 2)[:2]) < (2, 10):
+        return Check("torch", "problem", found, "reading checkpoints was exploitable before 2.10; upgrade it")
+    return Check("torch", "ok", found)
+
+
+def _torchvision() -> Check:
+    try:
+        importlib.import_module("torch")
+    except Exception:
+        return Check("torchvision", "problem", "not tried: it needs torch", "install torch first")
+    try:
+        compat = importlib.import_module("bncli.torchvision_compat")
+        version = str(compat.import_torchvision().__version__)
+        declared = bool(compat._declarations)
+    except Exception as error:
+        fix = "install the version that belongs to your torch; without it there is no cifar10"
+        return Check("torchvision", "problem", f"cannot be imported: {_reason(error)}", fix)
+    if not declared:
+        return Check("torchvision", "ok", version)
+    fix = "nothing for bncli, which uses no operator of it; for others install a CPU build of it"
+    found = f"{version}, its operators built for another torch; bncli declares them"
+    return Check("torchvision", "warning", found, fix)
+
+
+def _library(name: str) -> Check:
+    distribution = _DISTRIBUTIONS.get(name, name)
+    try:
+        importlib.import_module(name)
+        return Check(distribution, "ok", importlib.metadata.version(distribution))
+    except Exception as error:
+        fix = f"install it: pip install {distribution}"
+        return Check(distribution, "problem", f"cannot be imported: {_reason(error)}", fix)
+
+
+def _devices() -> Check:
+    torch = importlib.import_module("torch")
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return Check("devices", "ok", "; ".join(found))
+
+
+def _cpu() -> Check:
+    machine = importlib.import_module("bncli.runtime").describe_machine()
+    found = f"{machine['cpu']}, {machine['num_cpus']} CPUs, PyTorch uses {machine['cpu_capability']}"
+    return Check("CPU", "ok", found)
+
+
+def _bfloat16() -> Check:
+    torch = importlib.import_module("torch")
+    runtime = importlib.import_module("bncli.runtime")
+    device = runtime.resolve_runtime(importlib.import_module("bncli.config").RuntimeConfig()).device
+    fast = runtime.has_fast_bfloat16(device)
+    source = "its compute capability" if device.type == "cuda" else "the processor's features"
+    ratio = _bfloat16_ratio(torch) if device.type == "cpu" else ""
+    kind = "fast" if fast else "emulated or unknown: float32 is used"
+    return Check("bfloat16", "ok", f"{kind} on {device} (read from {source}){ratio}")
+
+
+def _bfloat16_ratio(torch: Any) -> str:
+    """Measured: how much faster one product of two 512x512 matrices is, the best of five each."""
+    import time
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(512, 512, dtype=dtype)
+        matrix @ matrix
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            matrix @ matrix
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return f"; measured {seconds[torch.float32] / seconds[torch.bfloat16]:.1f} times as fast as float32"
+
+
+def _threads() -> Check:
+    num_threads = importlib.import_module("torch").get_num_threads()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = f"{num_threads} of PyTorch, {usable} CPUs for this process"
+    if num_threads > usable:
+        return Check("threads", "warning", found, f"set runtime.threads to {usable}")
+    return Check("threads", "ok", found)
+
+
+def _memory() -> Check:
+    available = importlib.import_module("bncli.data.memory").available_memory()
+    if available is None:
+        return Check("memory", "ok", "this system does not tell")
+    found = f"{available / 1e9:.1f} GB available"
+    if available < _LITTLE_SPACE:
+        return Check("memory", "warning", found, "end other programs, or use small batches")
+    return Check("memory", "ok", found)
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(Path()).free
+    found = f"{free / 1e9:.1f} GB free in this folder"
+    if free < _LITTLE_SPACE:
+        return Check("disk", "warning", found, "checkpoints may not fit; give train --run-dir elsewhere")
+    return Check("disk", "ok", found)
+
+
+def _writable(
+    name: str, folder: Path, fix: str = "give train --run-dir a folder that you may write"
+) -> Check:
+    """Try it, for permissions do not tell of read-only file systems; nothing is left behind."""
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".bncli-doctor-"):
+            pass
+    except OSError as error:
+        return Check(name, "problem", f"{folder.absolute()} cannot be written: {_reason(error)}", fix)
+    made = "" if folder.exists() else " (not there yet, can be made)"
+    return Check(name, "ok", f"{folder.absolute()} can be written{made}")
+
+
+def _cache() -> Check:
+    folder = importlib.import_module("bncli.data.imagecache").default_cache()
+    found = _writable("cache", folder, "set data.cache to a folder that you may write")
+    # only image folders need it
+    return Check(found.name, "warning" if found.fix else "ok", found.found, found.fix)
+
+
+def _data(overrides: list[str]) -> Check:
+    """CIFAR-10, or the image folder that --set names; found means that the files are there."""
+    named = any(text.partition("=")[0].strip() == "data.name" for text in overrides)
+    chosen = overrides if named else ["data.name=cifar10", *overrides]
+    config = importlib.import_module("bncli.config_file").load_config(None, chosen).data
+    if config.name == "synthetic":
+        return Check("data", "ok", "synthetic: drawn in code, needs no files")
+    root = Path(config.root).expanduser()
+    asked = bool(overrides)  # without a word from the user missing data are no problem
+    if config.name == "imagefolder":
+        missing = [split for split in ("train", "test") if not (root / split).is_dir()]
+        fix = "set data.root to the folder above train and test"
+        described = f"imagefolder in {root.absolute()}"
+    else:
+        names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]
+        missing = [name for name in names if not (root / "cifar-10-batches-py" / name).is_file()]
+        fix = "--set data.root=FOLDER; train configs/cifar10.yaml downloads it otherwise"
+        described = f"CIFAR-10 in {root.absolute()}"
+    if missing:
+        verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
+        return Check("data", verdict, f"{described}: {', '.join(missing)} not found", fix)
+    return Check("data", "ok", f"{described}: all files found (train checks their content)")
+
+
+def _of_checkpoint(path: Path) -> list[Check]:
+    """Whether every part of a checkpoint of bncli is what was saved."""
+    from bncli.checkpoint import check_integrity, load_model, read_torch_file
+    from bncli.errors import CheckpointError
+
+    try:
+        found = check_integrity(path)
+    except CheckpointError as error:
+        if "no bncli checkpoint" not in str(error):
+            return [Check("file", "problem", str(error), "restore it from a copy, or train again")]
+        read_torch_file(path)
+        fix = "inspect-stats reads its running statistics; eval and predict need a file of bncli train"
+        return [Check("file", "warning", "a foreign torch file: it holds no digest to compare with", fix)]
+    progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
+    checks = [Check("file", "ok", f"{path}: {progress}")]
+    compared = f"of {found.num_tensors} tensors and of all other values"
+    if not found.digest_stored:
+        checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
+    elif found.damaged:
+        damaged = f"differs from what was saved in {', '.join(found.damaged[:5])}"
+        checks.append(Check("SHA-256", "problem", damaged, "restore it from a copy, or train again"))
+    else:
+        checks.append(Check("SHA-256", "ok", f"the stored ones {compared} match"))
+    if found.non_finite:
+        what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
+        checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
+    else:
+        checks.append(Check("numbers", "ok", f"all numbers of {found.num_tensors} tensors are finite"))
+    try:
+        load_model(path)
+        checks.append(Check("network", "ok", "the tensors are those of the stored configuration"))
+    except BncliError as error:
+        checks.append(Check("network", "problem", str(error), "restore it from a copy, or train again"))
+    return checks
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised: loaders of libraries print pages."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return one_line(text if len(text) <= 200 else text[:197] + "...")
+
+
+def _anonymous(text: str) -> str:
+    """The text without control characters, and without the home directory, which names its owner."""
+    home = os.environ.get("HOME") or os.environ.get("USERPROFILE") or ""
+    return one_line(text.replace(home, "~") if len(home) > 1 else text)
+
+
+def _print_json(checks: list[Check], *, is_well: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    # not render.print_json: it needs pydantic, which may be what is broken
+    print(json.dumps({"well": is_well, "checks": [asdict(check) for check in checks]}, indent=2))
+
+
+def _print_lines(checks: list[Check], *, is_well: bool) -> None:
+    import textwrap
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    names = max(len(check.name) for check in checks)
+    for check in checks:
+        lines = [check.found] + ([f"-> {check.fix}"] if check.fix else [])
+        start = f"{check.verdict:<7}  {check.name:<{names}}  "
+        for line in lines:
+            indent = " " * len(start)
+            print(textwrap.fill(line, width, initial_indent=start, subsequent_indent=indent))
+            start = indent
+    print("All well." if is_well else "Something is wrong: see the problems above.")

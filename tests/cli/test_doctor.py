@@ -1,0 +1,104 @@
+"""`bncli doctor`: also where torch or another library is broken."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Bncli
+
+
+def doctor(*arguments: str, stub: Path, **environment: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """The program in a process of its own, whose imports are found in `stub` first."""
+    path = os.pathsep.join([str(stub), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-m", "bncli", "doctor", "--json", *arguments],
+        capture_output=True, text=True, check=False, cwd=stub, env=os.environ | {"PYTHONPATH": path, **environment},  # noqa: E501
+    )  # fmt: skip
+    assert done.stderr == ""
+    answer = json.loads(done.stdout)
+    assert answer["well"] == (done.returncode == 0)
+    return done.returncode, {check["name"]: check for check in answer["checks"]}
+
+
+def test_a_healthy_machine_is_described_in_one_paste(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outcome = bncli("doctor")
+    assert outcome.code == 0, outcome.out
+    assert torch.__version__ in outcome.out
+    assert "All well." in outcome.out
+    assert str(tmp_path) not in outcome.out
+    assert "~/runs can be written (not there yet, can be made)" in outcome.out
+    assert {path.name for path in tmp_path.iterdir()} <= {".config"}  # which importing matplotlib makes
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')"),
+        ("torchvision", "raise RuntimeError('ABI mismatch')"),
+        ("yaml", "raise ImportError('broken')"),
+        ("numpy", "raise ImportError('broken')"),
+        ("matplotlib", "raise ImportError('broken')"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_named_with_the_fix(
+    tmp_path: Path, module: str, code: str
+) -> None:
+    (tmp_path / module).mkdir()
+    (tmp_path / module / "__init__.py").write_text(code)
+    exit_code, checks = doctor(stub=tmp_path)
+    name = {"yaml": "pyyaml"}.get(module, module)
+    assert exit_code == 1
+    assert checks[name]["verdict"] == "problem"
+    assert "cannot be imported" in checks[name]["found"]
+    assert "install" in checks[name]["fix"]
+    assert checks["bncli"]["verdict"] == checks["disk"]["verdict"] == "ok"
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(bncli: Bncli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/proc")  # where even root cannot write
+    outcome = bncli("doctor", "--json")
+    verdicts = {check["name"]: check["verdict"] for check in outcome.json["checks"]}
+    assert outcome.code == 1
+    assert verdicts["this folder"] == verdicts["runs"] == "problem"
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagefolder"])
+def test_data_are_found_where_set_says(bncli: Bncli, tmp_path: Path, name: str) -> None:
+    arguments = ("doctor", "--json", "--set", f"data.name={name}", "--set", f"data.root={tmp_path}")
+    data = next(check for check in bncli(*arguments).json["checks"] if check["name"] == "data")
+    assert data["verdict"] == "problem"
+    assert "not found" in data["found"]
+    for folder in ("train", "test", "cifar-10-batches-py"):
+        (tmp_path / folder).mkdir()
+    for file in ("test_batch", "batches.meta", *(f"data_batch_{number}" for number in range(1, 6))):
+        (tmp_path / "cifar-10-batches-py" / file).touch()
+    data = next(check for check in bncli(*arguments).json["checks"] if check["name"] == "data")
+    assert data["verdict"] == "ok"
+
+
+def test_a_checkpoint_is_checked_part_by_part(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    whole = bncli("doctor", finished_run / "last.pt", "--json")
+    assert whole.code == 0
+    assert [check["verdict"] for check in whole.json["checks"]] == ["ok"] * 4
+    content = torch.load(finished_run / "last.pt", weights_only=True)
+    content["state_dict"]["head.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "damaged.pt")
+    damaged = bncli("doctor", tmp_path / "damaged.pt")
+    assert damaged.code == 1
+    assert "differs from what was saved in state_dict.head.bias" in damaged.out
+    assert "NaN or infinity in state_dict.head.bias" in damaged.out
+    torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pt")
+    foreign = bncli("doctor", tmp_path / "foreign.pt")
+    assert foreign.code == 0
+    assert "a foreign torch file" in foreign.out
+    (tmp_path / "cut.pt").write_bytes((finished_run / "last.pt").read_bytes()[:-500])
+    assert bncli("doctor", tmp_path / "cut.pt").code == 1
