@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from bncli.config_file import load_config
     from bncli.data import load_dataset
     from bncli.errors import BncliError
-    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate
-    from bncli.stats import audit, read_running_stats
+    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate, measure_gap
+    from bncli.stats import Moments, audit, measure_population, read_running_stats, recalibrate
     from bncli.training import train
 
 _HOMES = {
@@ -31,6 +31,10 @@ _HOMES = {
     "load_config": "bncli.config_file",
     "load_dataset": "bncli.data",
     "load_model": "bncli.checkpoint",
+    "measure_gap": "bncli.evaluation",
+    "Moments": "bncli.stats",
+    "measure_population": "bncli.stats",
+    "recalibrate": "bncli.stats",
     "read_running_stats": "bncli.stats",
     "train": "bncli.training",
 }
@@ -40,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "Config",
     "FixedShape",
+    "Moments",
     "audit",
     "certify",
     "check_determinism",
@@ -48,7 +53,10 @@ __all__ = [
     "load_config",
     "load_dataset",
     "load_model",
+    "measure_gap",
+    "measure_population",
     "read_running_stats",
+    "recalibrate",
     "train",
 ]
 

@@ -95,6 +95,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps
     checkpoint_unit: Literal["epochs", "steps"] = "epochs"  # steps: and at the end of every epoch
+    recalibrate: Literal["none", "precise", "exact"] = "none"  # at the end, into recalibrated.pt
 
 
 class RuntimeConfig(Section):

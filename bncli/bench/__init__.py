@@ -1,12 +1,18 @@
 """Benchmarks that stay with the project: what a speed claim rests on is measured in one run."""
 
 from bncli.bench.inspection import Inspection, InspectionBench, bench_inspection
+from bncli.bench.population import PopulationBench, bench_population
+from bncli.bench.repair import RepairBench, bench_repair
 from bncli.bench.training_step import TrainingStepBench, bench_training_step
 
 __all__ = [
     "Inspection",
     "InspectionBench",
+    "PopulationBench",
+    "RepairBench",
     "TrainingStepBench",
     "bench_inspection",
+    "bench_population",
+    "bench_repair",
     "bench_training_step",
 ]

@@ -4,7 +4,7 @@ from bncli.checkpoint.any_file import OpenCheckpoint, open_checkpoint
 from bncli.checkpoint.format import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from bncli.checkpoint.integrity import Integrity, check_integrity
 from bncli.checkpoint.locate import Candidate
-from bncli.checkpoint.reader import read_torch_file
+from bncli.checkpoint.reader import file_sha256, read_torch_file
 from bncli.checkpoint.stored_tensor import StoredTensor
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "OpenCheckpoint",
     "StoredTensor",
     "check_integrity",
+    "file_sha256",
     "load_checkpoint",
     "load_model",
     "open_checkpoint",

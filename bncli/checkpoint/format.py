@@ -51,6 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
     running_epoch: dict[str, Any] | None = None  # the sums of an unfinished epoch; None at its end
     data_digest: str | None = None  # SHA-256 of the images and labels; None in files of version 1
+    recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

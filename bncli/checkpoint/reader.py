@@ -1,5 +1,6 @@
 """Reading files of `torch.save` without trusting them."""
 
+import hashlib
 import pickle
 import stat
 from pathlib import Path
@@ -31,6 +32,12 @@ def read_torch_file(path: str | Path) -> Any:
         # on damaged and foreign files torch.load raises IndexError, EOFError, RuntimeError, OSError, ...
         what = "a damaged or truncated one" if is_zip else "no file of torch.save"
         raise CheckpointError(f"{path}: not a checkpoint: {what} ({type(error).__name__})") from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """The digest of a file's bytes, hexadecimal. Raises OSError when it cannot be read."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_bytes(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from bncli.cli.eval import evaluate_checkpoint
 from bncli.cli.inspect_stats import inspect_stats
 from bncli.cli.messages import one_line, print_error
 from bncli.cli.predict import predict_images
+from bncli.cli.recalibrate import recalibrate_checkpoint
 from bncli.cli.train import train_config
 from bncli.errors import BncliError
 
@@ -52,6 +53,7 @@ app.command("train")(train_config)
 app.command("eval")(evaluate_checkpoint)
 app.command("predict")(predict_images)
 app.command("inspect-stats")(inspect_stats)
+app.command("recalibrate")(recalibrate_checkpoint)
 app.command("doctor")(examine)
 app.add_typer(bench_app, name="bench")
 

@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, SetOption
+from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, make_empty_dir
 
-bench_app = typer.Typer(help="Measure the speed that the README claims.")
+bench_app = typer.Typer(help="Measure what the README claims, beside rivals in the same run.")
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Measure the speed that the README claims."""
+    """Measure what the README claims, beside rivals in the same run."""
 
 
 @bench_app.command("train")
@@ -41,6 +41,72 @@ def bench_train(
         report=print_note,
     )
     print_json(result) if as_json else show_training_step_bench(result)
+    return 0
+
+
+@bench_app.command("population")
+def bench_population_statistics(
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 5,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 64,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare population statistics with fvcore's and update_bn's: how right, and how fast."""
+    from bncli.bench import bench_population
+    from bncli.cli.render import print_json
+    from bncli.cli.render_population import show_population_bench
+
+    result = bench_population(
+        num_rounds=rounds,
+        num_images=images,
+        batch_size=batch_size,
+        image_size=image_size,
+        report=print_note,
+    )
+    print_json(result) if as_json else show_population_bench(result)
+    return 0
+
+
+@bench_app.command("repair")
+def bench_repair_statistics(
+    checkpoint: CheckpointArgument,
+    overrides: SetOption = None,
+    num_images: Annotated[
+        int, typer.Option(min=2, help="Training images that population statistics are measured on.")
+    ] = 5_000,
+    save_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the ruined checkpoints in this new directory.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Ruin a trained network's running statistics in four ways; diagnose and repair each."""
+    from bncli.bench import bench_repair
+    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.render import print_json
+    from bncli.cli.render_repair import describe_repair_bench, show_repair_bench
+    from bncli.cli.subject import check_dataset, open_subject
+    from bncli.data import load_dataset
+
+    subject = open_subject(checkpoint, overrides, batch_invariant=False)
+    if save_dir is not None:
+        make_empty_dir(save_dir)
+    dataset = load_dataset(subject.config.data, progress=DataReporter())
+    check_dataset(subject.checkpoint, dataset)
+    with PhaseReporter() as progress:
+        result = bench_repair(
+            checkpoint,
+            subject.checkpoint,
+            subject.config,
+            dataset,
+            subject.runtime,
+            num_images=num_images,
+            save_dir=save_dir,
+            report=progress.note,
+            progress=progress,
+        )
+    print_json(describe_repair_bench(result)) if as_json else show_repair_bench(result)
     return 0
 
 

@@ -14,17 +14,16 @@ from bncli.cli.options import (
     check_writable,
     parse_sizes,
 )
-from bncli.cli.subject import open_subject
-from bncli.errors import ConfigError, DataError
+from bncli.cli.subject import check_dataset, open_subject
+from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from bncli.checkpoint import Checkpoint
     from bncli.cli.render_eval import EvalReport
     from bncli.cli.subject import Subject
     from bncli.data import Dataset, Split
-    from bncli.evaluation import SweepPoint
+    from bncli.evaluation import Gap, SweepPoint
 
 
 def evaluate_checkpoint(
@@ -42,8 +41,14 @@ def evaluate_checkpoint(
         str | None,
         typer.Option(metavar="N,N,...", help="Measure accuracy in batches of these sizes, in both modes."),
     ] = None,
+    gap: Annotated[
+        bool, typer.Option("--gap", help="Take the gap between train and eval mode apart: is it BatchNorm?")
+    ] = False,
+    num_calibration_images: Annotated[
+        int, typer.Option(min=2, help="Training images that --gap measures population statistics on.")
+    ] = 10_000,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the sweep to a .png or .svg file.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the sweep or the gap to a .png or .svg file.")
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -58,9 +63,10 @@ def evaluate_checkpoint(
     if max(sizes) == 1:
         raise ConfigError("--batch-sizes", ["expected a size above 1: an image alone has no neighbours"])
     sweep_sizes = None if sweep is None else parse_sizes(sweep, "--sweep")
-    _check_outputs(save, plot, sweep_sizes)
+    _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
-    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or ())
+    calibration = num_calibration_images if gap else None
+    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration)
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
@@ -69,21 +75,31 @@ def evaluate_checkpoint(
     return 0 if report.passed else 1
 
 
-def _check_outputs(save: Path | None, plot: Path | None, sweep_sizes: tuple[int, ...] | None) -> None:
+def _check_outputs(save: Path | None, plot: Path | None, *, sweep: bool, gap: bool) -> None:
     """Refuse before the work begins what could not be written after it."""
     if save is not None:
         check_writable(save)
     if plot is not None:
         from bncli.cli.figure import check_suffix
 
-        if sweep_sizes is None:
-            raise ConfigError("--plot", ["draws the sweep, so add --sweep 1,2,4,8,16,32,64,128,256"])
+        if sweep == gap:
+            wanted = (
+                "draws one picture, so leave out --gap or --sweep"
+                if gap
+                else ("draws the sweep or the gap, so add --sweep 1,2,4,8,16,32,64,128,256, or --gap")
+            )
+            raise ConfigError("--plot", [wanted])
         check_suffix(plot)
         check_writable(plot)
 
 
 def _examine(
-    path: Path, subject: "Subject", num_images: int, batch_sizes: tuple[int, ...], sweep: tuple[int, ...]
+    path: Path,
+    subject: "Subject",
+    num_images: int,
+    batch_sizes: tuple[int, ...],
+    sweep: tuple[int, ...],
+    num_calibration_images: int | None,
 ) -> "EvalReport":
     from bncli.cli.progress import DataReporter
     from bncli.cli.render_eval import EvalReport
@@ -93,7 +109,7 @@ def _examine(
 
     model, runtime, rows = subject.model, subject.runtime, subject.fixed_rows or 1
     dataset = load_dataset(subject.config.data, progress=DataReporter())
-    _check_dataset(subject.checkpoint, dataset)
+    check_dataset(subject.checkpoint, dataset)
     test, batch_size = dataset.test, subject.config.runtime.eval_batch_size
     batch_size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
     with runtime.autocast():
@@ -101,6 +117,9 @@ def _examine(
         evaluation = evaluate(model, ((runtime.place(images), labels) for images, labels in batches))
         certificate = certify(model, runtime.place(test.images[:num_images]), batch_sizes=batch_sizes)
         points = _sweep(model, test, sweep) if sweep else ()
+        gap = None
+        if num_calibration_images is not None:
+            gap = _measure_gap(subject, dataset, num_calibration_images)
     return EvalReport(
         checkpoint=str(path),
         epoch=subject.checkpoint.epoch,
@@ -110,6 +129,7 @@ def _examine(
         determinism=certificate,
         fixed_rows=subject.fixed_rows,
         sweep=points,
+        gap=gap,
         runtime=runtime.describe(),
         machine=describe_machine(),
     )
@@ -129,16 +149,35 @@ def _sweep(model: "Module", test: "Split", sizes: tuple[int, ...]) -> "tuple[Swe
     )
 
 
-def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
-    import hashlib
+def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Gap":
+    """The test images and a sample of the training images, both in random order."""
+    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.data import sample_batches
+    from bncli.evaluation import measure_gap
+    from bncli.evaluation.fixed_shape import without_fixed_shape
+    from bncli.training import training_sample
 
+    runtime, test = subject.runtime, dataset.test
+    batch_size = max(2, subject.config.runtime.eval_batch_size)  # one image alone may have no variance
+    with PhaseReporter() as progress:
+        return measure_gap(
+            without_fixed_shape(subject.model),
+            lambda: (
+                (runtime.place(images), labels)
+                for images, labels in sample_batches(test, batch_size, len(test))
+            ),
+            training_sample(dataset, runtime, batch_size, num_images),
+            progress=progress,
+        )
+
+
+def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
     from bncli.atomic_file import atomic_file
+    from bncli.checkpoint import file_sha256
     from bncli.errors import BncliError
     from bncli.serialization import to_json
 
-    with checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    text = to_json(report.certificate_dict(digest), indent=2) + "\n"
+    text = to_json(report.certificate_dict(file_sha256(checkpoint)), indent=2) + "\n"
     try:
         with atomic_file(path) as file:
             file.write(text.encode())
@@ -148,30 +187,18 @@ def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> Non
 
 
 def _plot(report: "EvalReport", path: Path) -> None:
+    from bncli.cli.plot_gap import plot_gap
     from bncli.cli.plot_sweep import plot_sweep
 
-    num_images, runtime = report.evaluation.num_images, report.runtime
-    plot_sweep(
-        report.sweep,
-        path,
-        source=f"{report.dataset}, {num_images:,} test images, epoch {report.epoch}, {runtime['precision']}."
-        " Bands: 95 % confidence intervals.",
-        num_classes=len(report.class_names),
+    source = (
+        f"{report.dataset}, {report.evaluation.num_images:,} test images, epoch {report.epoch},"
+        f" {report.runtime['precision']}."
     )
+    if report.gap is not None:
+        calibration = f"Population statistics of {report.gap.num_calibration_images:,} training images."
+        plot_gap(report.gap, path, source=f"{source} {calibration}")
+    else:
+        bands = "Bands: 95 % confidence intervals."
+        num_classes = len(report.class_names)
+        plot_sweep(report.sweep, path, source=f"{source} {bands}", num_classes=num_classes)
     print_note(f"wrote {path}")
-
-
-def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
-    """Classes and image size must be those that the network was trained on."""
-    height, width = dataset.test.images.shape[2:]
-    if height != checkpoint.image_size or width != checkpoint.image_size:
-        side = checkpoint.image_size
-        raise DataError(
-            f"{dataset.name}: its images are {height}x{width} pixels, but the checkpoint was trained on"
-            f" {side}x{side}; for image folders set data.image_size={side}"
-        )
-    if dataset.class_names != checkpoint.class_names:
-        raise DataError(
-            f"{dataset.name}: its classes are {', '.join(dataset.class_names)}, but the checkpoint was"
-            f" trained on {', '.join(checkpoint.class_names)}"
-        )

@@ -36,3 +36,13 @@ def check_writable(path: Path) -> None:
         raise BncliError(f"{path}: cannot be written: it is a directory")
     if not path.parent.is_dir():
         raise BncliError(f"{path}: cannot be written: there is no directory {path.parent}")
+
+
+def make_empty_dir(path: Path) -> None:
+    """Create a directory for results. Raises BncliError where it holds something, or cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise BncliError(f"{path}: the directory is not empty; choose another")
+    except OSError as error:
+        raise BncliError(f"{path}: cannot be made: {error.strerror or error}") from None

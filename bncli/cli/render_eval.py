@@ -8,7 +8,8 @@ from rich.console import Console
 
 from bncli.cli.messages import one_line
 from bncli.cli.render import console_for_results, number, runtime_line, show_lines, table_of
-from bncli.evaluation import Certificate, Evaluation, SweepPoint
+from bncli.cli.render_gap import describe_gap, gap_verdict, show_gap
+from bncli.evaluation import Certificate, Evaluation, Gap, SweepPoint
 
 CLAIMS = {
     "repeat": "the same batch, computed twice",
@@ -37,6 +38,7 @@ class EvalReport:
     determinism: Certificate
     fixed_rows: int | None  # of --batch-invariant; None without it
     sweep: tuple[SweepPoint, ...]  # empty without --sweep
+    gap: Gap | None  # None without --gap
     runtime: dict[str, Any]
     machine: dict[str, Any]
 
@@ -62,6 +64,7 @@ class EvalReport:
             "per_class_accuracy": dict(zip(self.class_names, per_class, strict=True)),
             **self._findings(),
             "sweep": [asdict(point) for point in self.sweep],
+            "gap": None if self.gap is None else describe_gap(self.gap),
         }
 
     def certificate_dict(self, checkpoint_sha256: str) -> dict[str, Any]:
@@ -109,8 +112,13 @@ def show_eval(report: EvalReport) -> None:
     _show_batch_sizes(console, report.determinism)
     if report.sweep:
         _show_sweep(console, report.sweep)
+    if report.gap is not None:
+        show_gap(console, report.gap)
     console.print()
     console.print(textwrap.fill(_verdict(report), 80, break_on_hyphens=False), style="bold")
+    if report.gap is not None:
+        console.print()
+        console.print(textwrap.fill(gap_verdict(report.gap), 80, break_on_hyphens=False), style="bold")
 
 
 def _show_claims(console: Console, found: Certificate) -> None:

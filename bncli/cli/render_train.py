@@ -39,14 +39,19 @@ def show_dry_run(setup: SetupDescription) -> None:
 
 def show_training(result: TrainResult) -> None:
     """What a finished run leaves behind."""
+    accuracy = f"{result.test_accuracy:.2%} after epoch {result.epochs}, in eval mode"
+    if result.recalibration is not None:
+        before = result.recalibration["before"]["accuracy"]
+        accuracy += f", recalibrated ({before:.2%} before)"
     lines = {
-        "test accuracy": f"{result.test_accuracy:.2%} after epoch {result.epochs}, in eval mode"
-        f" (best epoch {result.best_accuracy:.2%})",
+        "test accuracy": f"{accuracy} (best epoch {result.best_accuracy:.2%})",
         "time": f"{result.seconds:.1f} s, {result.images_per_second:,.0f} training images/s"
         " with evaluation and checkpoints",
         "checkpoint": str(result.checkpoint),
         "best": str(result.best_checkpoint),
     }
+    if result.checkpoint != result.last_checkpoint:
+        lines["last"] = f"{result.last_checkpoint}, to resume from"
     show_lines(console_for_results(), lines)
 
 

@@ -1,14 +1,17 @@
-"""What `eval` and `predict` begin with: a checkpoint's network, ready to compute in eval mode."""
+"""What commands begin with: a checkpoint's network, ready to compute in eval mode, and its data set."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bncli.errors import DataError
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
     from bncli.checkpoint import Checkpoint
     from bncli.config import Config
+    from bncli.data import Dataset
     from bncli.runtime import Runtime
 
 
@@ -41,3 +44,19 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
         return Subject(checkpoint, config, runtime, network, None)
     fixed = FixedShape(network)
     return Subject(checkpoint, config, runtime, fixed, fixed.rows)
+
+
+def check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
+    """Raise DataError unless classes and image size are those that the network was trained on."""
+    height, width = dataset.test.images.shape[2:]
+    if height != checkpoint.image_size or width != checkpoint.image_size:
+        side = checkpoint.image_size
+        raise DataError(
+            f"{dataset.name}: its images are {height}x{width} pixels, but the checkpoint was trained on"
+            f" {side}x{side}; for image folders set data.image_size={side}"
+        )
+    if dataset.class_names != checkpoint.class_names:
+        raise DataError(
+            f"{dataset.name}: its classes are {', '.join(dataset.class_names)}, but the checkpoint was"
+            f" trained on {', '.join(checkpoint.class_names)}"
+        )

@@ -6,6 +6,7 @@ from bncli.data.digest import digest_dataset
 from bncli.data.load import load_dataset
 from bncli.data.loader import BatchPlan, sequential_batches, training_batches
 from bncli.data.normalization import Normalization, measure_normalization
+from bncli.data.sample import sample_batches
 
 __all__ = [
     "BatchPlan",
@@ -18,6 +19,7 @@ __all__ = [
     "digest_dataset",
     "load_dataset",
     "measure_normalization",
+    "sample_batches",
     "sequential_batches",
     "training_batches",
 ]

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     FLIP = 3
     SYNTHETIC_TRAIN = 4
     SYNTHETIC_TEST = 5
+    SAMPLE = 6
 
 
 def generator(stream: Stream, seed: int, *where: int) -> np.random.Generator:

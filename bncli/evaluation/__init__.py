@@ -12,6 +12,14 @@ from bncli.evaluation.certificate import (
 from bncli.evaluation.claim import Claim
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.fixed_shape import DEFAULT_ROWS, FixedShape
+from bncli.evaluation.gap import Gap, LayerGap, measure_gap
+from bncli.evaluation.outcomes import (
+    Outcomes,
+    PairedDifference,
+    Score,
+    compare_outcomes,
+    measure_outcomes,
+)
 from bncli.evaluation.predict import ClassProbability, predict
 from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 
@@ -25,11 +33,19 @@ __all__ = [
     "ClassProbability",
     "Evaluation",
     "FixedShape",
+    "Gap",
+    "LayerGap",
+    "Outcomes",
+    "PairedDifference",
+    "Score",
     "SweepPoint",
     "TrainModeContrast",
     "certify",
     "check_determinism",
+    "compare_outcomes",
     "evaluate",
+    "measure_gap",
+    "measure_outcomes",
     "predict",
     "sweep_batch_sizes",
 ]

@@ -26,10 +26,11 @@ from bncli.errors import DataError
 from bncli.evaluation.arrangement import consecutive, one_by_one
 from bncli.evaluation.claim import Claim, judge
 from bncli.evaluation.fixed_shape import without_fixed_shape
-from bncli.evaluation.forward import is_too_few_values, model_device
+from bncli.evaluation.forward import is_too_few_values
 from bncli.evaluation.pairing import Pairing, Pairings, Pass, differ
 from bncli.stats.bits import as_bytes
 from bncli.stats.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
+from bncli.stats.passes import model_device
 
 BATCH_SIZES = (2, 3, 7, 16, 64, 256)
 

@@ -49,7 +49,7 @@ def evaluate(
             if len(labels) == 0:
                 continue
             logits = forward(model, inputs)  # (N, num_classes)
-            losses, hits, classes = _judge(logits, labels)
+            losses, hits, classes = judge(logits, labels)
             correct = _add_counts(correct, classes[hits], logits.shape[1])
             total = _add_counts(total, classes, logits.shape[1])
             loss += float(losses.sum())
@@ -70,7 +70,7 @@ def evaluate(
     )
 
 
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per image, on the CPU: loss (N,) float64, whether it is right (N,) bool, label (N,) int64."""
     if labels.shape != logits.shape[:1]:
         raise DataError(f"labels of shape {tuple(labels.shape)}, expected one per input: ({len(logits)},)")

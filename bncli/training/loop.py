@@ -21,6 +21,7 @@ from bncli.training.bad_numbers import all_finite, find_origin
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
+from bncli.training.recalibrated import RECALIBRATED, save_recalibrated
 from bncli.training.run import Run
 from bncli.training.run_dir import append_metrics, writing
 from bncli.training.setup import Setup
@@ -60,14 +61,16 @@ class TrainResult:
     """What a finished run has to show."""
 
     run_dir: Path
-    checkpoint: Path
+    checkpoint: Path  # the one to use: last.pt, or recalibrated.pt with train.recalibrate
+    last_checkpoint: Path  # to resume from
     best_checkpoint: Path
-    test_accuracy: float  # of the last epoch, as a fraction
+    test_accuracy: float  # of `checkpoint`, as a fraction
     test_loss: float  # nats
     best_accuracy: float
     epochs: int
     seconds: float  # of all epochs: training, evaluation and checkpoints
     images_per_second: float  # of all epochs, evaluation and checkpoints included
+    recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
 
 
 def train(
@@ -146,7 +149,9 @@ def _train_to_the_end(run: Run, run_dir: Path, report: Report, stop: Callable[[]
             _save_last(run, last, run_dir)
         run.is_whole = True
         report(EpochDone(metrics))
-    # here the weights are final: what is done to them once, after the last epoch, belongs here
+    # here the weights are final
+    if config.recalibrate != "none":
+        save_recalibrated(run, run_dir, config.recalibrate, stop)
 
 
 def take_step(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
@@ -201,12 +206,15 @@ def _training_metrics(run: Run) -> dict[str, Any]:
 
 
 def _result_of(run: Run, run_dir: Path) -> TrainResult:
-    last = load_checkpoint(run_dir / "last.pt")
+    recalibrated = run.setup.config.train.recalibrate != "none"
+    path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
+    last = load_checkpoint(path)
     # every configuration has at least one epoch, and the end of the last one is evaluated
     assert last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(
         run_dir=run_dir,
-        checkpoint=run_dir / "last.pt",
+        checkpoint=path,
+        last_checkpoint=run_dir / "last.pt",
         best_checkpoint=run_dir / "best.pt",
         test_accuracy=last.test_accuracy,
         test_loss=last.test_loss,
@@ -214,6 +222,7 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         epochs=last.epoch,
         seconds=last.seconds,
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
+        recalibration=last.recalibration,
     )
 
 

@@ -13,8 +13,8 @@ from bncli.training.run import Run
 from bncli.training.run_dir import created, keep_metrics_until, reopened, save_config, writing
 from bncli.training.setup import prepare
 
-# what may change when a run is resumed: where the data lies, how it is computed, how long it goes on, and
-# how often it is saved
+# what may change when a run is resumed: where the data lies, how it is computed, how long it goes on, how
+# often it is saved, and what is done with the result
 CHANGEABLE = (
     "data.root",
     "data.url",
@@ -24,6 +24,7 @@ CHANGEABLE = (
     "train.epochs",
     "train.checkpoint_every",
     "train.checkpoint_unit",
+    "train.recalibrate",
 )
 
 

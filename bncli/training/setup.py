@@ -14,6 +14,7 @@ from bncli.data import (
     load_dataset,
     measure_normalization,
 )
+from bncli.errors import ConfigError
 from bncli.model import ConvNet, build_model, smallest_map
 from bncli.runtime import Runtime, resolve_runtime
 
@@ -54,6 +55,10 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
+    if config.train.recalibrate != "none" and not config.model.batch_norm.track_running_stats:
+        reason = f"{config.train.recalibrate!r} needs running statistics to replace"
+        fix = "set it to none, or model.batch_norm.track_running_stats to true"
+        raise ConfigError("train", [f"train.recalibrate: {reason}; {fix}"])
     runtime = resolve_runtime(config.runtime)
     dataset = load_dataset(config.data, progress=progress)
     normalization = measure_normalization(dataset.train.images)

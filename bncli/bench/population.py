@@ -1,0 +1,188 @@
+"""Population statistics against fvcore and `torch.optim.swa_utils.update_bn`: how right, and how fast.
+
+Right: data with mean 1e3 and deviation 1e-3, in which every digit counts, through one BatchNorm layer, in
+equal, unequal and single-image batches. The oracle is the mean and variance of all of it at once in float64.
+
+Fast: one pass over the same images by each tool, and a plain forward pass in eval mode, in turns, over
+torchvision's ResNet-18. Ratios are taken within a round.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from bncli.errors import BncliError
+from bncli.runtime import describe_machine
+from bncli.stats import batch_norm_layers, eval_mode, measure_population, train_mode
+from bncli.torchvision_compat import import_torchvision
+
+_CUTS = {"equal": (16,) * 8, "unequal": (64, 32, 16, 9, 4, 2, 1), "single image": (1,) * 128}
+
+
+@dataclass(frozen=True)
+class RelativeErrors:
+    """The largest error of any channel, relative to the oracle, by tool."""
+
+    cut: str
+    batch_sizes: tuple[int, ...]
+    mean: dict[str, float]
+    var: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """One tool's passes over the same images. Seconds are medians, ratios are to a plain forward pass."""
+
+    tool: str
+    seconds: float
+    ratio: float  # median over the rounds
+    ratio_min: float
+    ratio_max: float
+
+
+@dataclass(frozen=True)
+class PopulationBench:
+    """What was measured."""
+
+    data_mean: float
+    data_deviation: float
+    errors: tuple[RelativeErrors, ...]
+    network: str
+    num_layers: int
+    num_images: int
+    image_size: int
+    batch_size: int
+    num_rounds: int
+    times: tuple[PassTime, ...]
+    exact_forward_passes: float  # what `exact` costs by its own count
+    threads: int
+    machine: dict[str, Any]
+
+
+def bench_population(
+    *,
+    num_rounds: int = 5,
+    num_images: int = 128,
+    batch_size: int = 32,
+    image_size: int = 64,
+    report: Callable[[str], None] = lambda _: None,
+) -> PopulationBench:
+    """Measure errors and times.
+
+    Raises BncliError if fvcore is not installed.
+    """
+    fvcore = _fvcore()
+    errors = tuple(_errors(cut, sizes, fvcore) for cut, sizes in _CUTS.items())
+    import_torchvision()
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10)
+    batches = list(torch.randn(num_images, 3, image_size, image_size).split(batch_size))
+    tools: dict[str, Callable[[], object]] = {
+        "plain forward": lambda: _plain_forward(model, batches),
+        "bncli precise": lambda: measure_population(model, batches, method="precise"),
+        "fvcore": lambda: _train(model, lambda: fvcore(model, batches, num_iters=len(batches))),
+        "update_bn": lambda: update_bn(batches, model),
+        "bncli exact": lambda: measure_population(model, batches, method="exact"),
+    }
+    times = _in_turns(tools, num_rounds, report)
+    return PopulationBench(
+        data_mean=1e3,
+        data_deviation=1e-3,
+        errors=errors,
+        network="torchvision resnet18",
+        num_layers=len(batch_norm_layers(model)),
+        num_images=num_images,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_rounds=num_rounds,
+        times=times,
+        exact_forward_passes=measure_population(model, batches).forward_passes,
+        threads=torch.get_num_threads(),
+        machine=describe_machine(),
+    )
+
+
+def _fvcore() -> Callable[..., object]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fvcore's own, of torch.jit.script
+            from fvcore.nn.precise_bn import update_bn_stats
+    except ImportError as error:
+        raise BncliError("fvcore is not installed, which this compares with: pip install fvcore") from error
+    function: Callable[..., object] = update_bn_stats
+    return function
+
+
+def _errors(cut: str, sizes: Sequence[int], fvcore: Callable[..., object]) -> RelativeErrors:
+    generator = torch.Generator().manual_seed(0)
+    images = 1e3 + 1e-3 * torch.randn(sum(sizes), 8, 6, 6, generator=generator)
+    batches = list(images.split(list(sizes)))
+    # float64 subtracts exactly here, and only so is the oracle itself right to more than ten digits
+    rest = images.double().movedim(1, 0).flatten(1) - 1e3  # (C, values)
+    oracle = (1e3 + rest.mean(1), rest.var(1, unbiased=False))
+    layer = nn.Sequential(nn.BatchNorm2d(8)).train()
+    moments = measure_population(layer, batches, method="precise").layers[0].moments
+    found: dict[str, tuple[Tensor, Tensor]] = {"bncli": (moments.mean, moments.variance())}
+    rivals: dict[str, Callable[[nn.Sequential], object]] = {
+        "fvcore": lambda net: fvcore(net, batches, num_iters=len(batches)),
+        "update_bn": lambda net: update_bn(batches, net),
+    }
+    for tool, measure in rivals.items():
+        net = deepcopy(layer)
+        measure(net)
+        mean, var = net[0].running_mean, net[0].running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(var, Tensor)
+        found[tool] = (mean, var)
+    errors = [
+        {
+            tool: float(((one[index].double() - oracle[index]) / oracle[index]).abs().max())
+            for tool, one in found.items()
+        }
+        for index in range(2)
+    ]
+    return RelativeErrors(cut, tuple(sizes), errors[0], errors[1])
+
+
+def _in_turns(
+    tools: dict[str, Callable[[], object]], num_rounds: int, report: Callable[[str], None]
+) -> tuple[PassTime, ...]:
+    """Time every tool in each round, after one round to warm up. The first one is what ratios are to."""
+    seconds: dict[str, list[float]] = {tool: [] for tool in tools}
+    for number in range(num_rounds + 1):
+        for tool, work in tools.items():
+            start = time.perf_counter()
+            work()
+            if number:
+                seconds[tool].append(time.perf_counter() - start)
+        if number:
+            report(f"round {number} of {num_rounds}")
+    plain = next(iter(seconds.values()))
+    times = []
+    for tool, taken in seconds.items():
+        ratios = [one / base for one, base in zip(taken, plain, strict=True)]
+        times.append(
+            PassTime(tool, statistics.median(taken), statistics.median(ratios), min(ratios), max(ratios))
+        )
+    return tuple(times)
+
+
+def _plain_forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    with eval_mode(model), torch.no_grad():
+        for images in batches:
+            model(images)
+
+
+def _train(model: nn.Module, work: Callable[[], object]) -> None:
+    with train_mode(model):
+        work()

@@ -1,0 +1,262 @@
+"""The gap between train mode and eval mode, taken apart: is BatchNorm to blame, and which layer?
+
+The same test images are computed four times, each time with other statistics in the BatchNorm layers and
+everything else, dropout too, in eval mode: the running statistics as they are; the batch statistics of the
+test batches; and the population statistics of the training images, measured in the two ways of
+`bncli.stats.population`. What exact population statistics gain over the running ones is what BatchNorm
+explains, and what `bncli.stats.recalibrate` would bring.
+
+A layer is self-consistent if what enters it in eval mode has the mean and variance that it normalises by.
+Behind a stale layer others look stale too, so the score does not name the culprit; a trial does. Each layer
+is repaired alone, with the moments of its real input while all others stay as they are: one pass measures
+that for all layers at once, and each trial is one pass over some test images. The repair of a later layer can
+make up for an earlier fault (a deviation that is too large, say, scales everything behind it), so of layers
+whose repairs do about equally well the earliest is named. If there are many layers, only the least
+consistent are tried, and the first inconsistent one: what lies before it is in order, so it is stale by its
+own fault.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from math import isnan
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bncli.errors import BncliError
+from bncli.evaluation.forward import is_too_few_values
+from bncli.evaluation.outcomes import (
+    Outcomes,
+    PairedDifference,
+    Score,
+    compare_outcomes,
+    measure_outcomes,
+)
+from bncli.stats.exact import write_statistics
+from bncli.stats.fixed_point import mean_shift, var_ratio
+from bncli.stats.measured_pass import measure_pass
+from bncli.stats.modes import batch_statistics_mode, eval_mode, preserved_buffers
+from bncli.stats.moments import Moments
+from bncli.stats.passes import Batches
+from bncli.stats.population import Method, measure_population
+from bncli.stats.recalibrate import apply_population
+from bncli.stats.selection import select_layers
+
+NUM_TRIAL_IMAGES = 1_000
+MAX_TRIALS = 16  # layers repaired alone, each at the price of NUM_TRIAL_IMAGES
+INCONSISTENT = 0.1  # the score from which a layer counts as stale, in deviations
+
+LabelledBatches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+PhaseProgress = Callable[[str, int], None]
+"""Called as `progress(phase, images done in it)` after every batch."""
+
+
+@dataclass(frozen=True)
+class LayerGap:
+    """One layer's part in the gap."""
+
+    name: str
+    # RMS over channels of (shift**2 + log(ratio)**2)**0.5: shift of running_mean from the mean of the real
+    # input, in its deviations, and ratio of running_var to its variance, eps added to both. 0: a fixed point
+    self_consistency: float
+    mean_shift: float  # RMS over channels, in deviations
+    var_ratio: float  # geometric mean over channels
+    recovered: float | None  # accuracy gained if this layer alone is repaired; None: not tried
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Accuracy and loss of the same images by where BatchNorm takes its statistics from."""
+
+    num_images: int
+    num_calibration_images: int  # training images that the population statistics were measured on
+    num_trial_images: int  # test images on which single layers were repaired; 0: no reason to try
+    running: Score
+    batch: Score
+    precise: Score
+    exact: Score
+    explained: PairedDifference  # exact against running statistics: what BatchNorm is to blame for
+    beyond: PairedDifference  # batch against exact population statistics: what recalibration cannot bring
+    layers: tuple[LayerGap, ...]  # in order of execution
+    worst_layer: (
+        str | None
+    )  # whose repair alone recovers most; None: nothing to recover, or none recovers any
+
+    @property
+    def batch_norm_is_to_blame(self) -> bool:
+        """Whether exact population statistics are better than the running ones beyond chance."""
+        return self.explained.is_gain
+
+    @property
+    def points(self) -> float:
+        """The whole gap: what the best of the four gains over the running statistics, as a fraction."""
+        best = max(score.accuracy for score in (self.running, self.batch, self.precise, self.exact))
+        return best - self.running.accuracy
+
+
+def measure_gap(
+    model: nn.Module,
+    test_batches: LabelledBatches,
+    training_batches: Batches,
+    *,
+    progress: PhaseProgress = lambda phase, num_images: None,
+) -> Gap:
+    """Take the gap of any classifier apart; it is left as it was: modes, buffers, hooks.
+
+    `test_batches()` gives batches of (inputs, labels (N,)), the same each time, in an order in which every
+    batch is a sample of all classes. `training_batches` are unaugmented training images: see
+    `bncli.stats.passes`. For another precision call this inside `torch.autocast`.
+
+    Raises DataError for batches that cannot be used, BncliError if no layer has running statistics, or
+    a batch holds a single value per channel.
+    """
+
+    def test(phase: str, num_images: int | None = None) -> Outcomes:
+        return measure_outcomes(
+            model,
+            test_batches(),
+            num_images=num_images,
+            progress=lambda done: progress(phase, done),
+        )
+
+    with preserved_buffers(model), eval_mode(model):
+        layers = select_layers(model).layers
+        running = test("test images under running statistics")
+        batch = _under_batch_statistics(model, lambda: test("test images under batch statistics"))
+        seen = measure_pass(
+            model,
+            training_batches,
+            layers,
+            progress=lambda done: progress("training images, every layer as it is", done),
+        )
+        found = {name: tree.total() for name, tree in seen.trees.items()}
+        consistency = [_consistency(name, layers[name], moments) for name, moments in found.items()]
+        precise, exact = (
+            _under_population(model, training_batches, method, test, progress)
+            for method in ("precise", "exact")
+        )
+        explained = compare_outcomes(running, exact)
+        trials = _try_repairs(consistency, layers, found, test) if explained.is_gain else {}
+    consistency = _with_recovered(consistency, running, trials)
+    return Gap(
+        num_images=len(running.right),
+        num_calibration_images=seen.num_images,
+        num_trial_images=max((len(trial.right) for trial in trials.values()), default=0),
+        running=running.score,
+        batch=batch.score,
+        precise=precise.score,
+        exact=exact.score,
+        explained=explained,
+        beyond=compare_outcomes(exact, batch),
+        layers=tuple(consistency),
+        worst_layer=_worst(consistency),
+    )
+
+
+def _under_batch_statistics(model: nn.Module, test: Callable[[], Outcomes]) -> Outcomes:
+    try:
+        with batch_statistics_mode(model):
+            return test()
+    except ValueError as error:
+        if not is_too_few_values(error):
+            raise
+        raise BncliError(
+            "a batch of test images gives BatchNorm a single value per channel: take larger batches"
+        ) from None
+
+
+def _under_population(
+    model: nn.Module,
+    batches: Batches,
+    method: Method,
+    test: Callable[[str], Outcomes],
+    progress: PhaseProgress,
+) -> Outcomes:
+    """The test images under population statistics, which are taken away again."""
+    population = measure_population(
+        model,
+        batches,
+        method=method,
+        progress=lambda number, of, done: progress(
+            f"training images, {method}, pass {number} of {of}" if of > 1 else f"training images, {method}",
+            done,
+        ),
+    )
+    with preserved_buffers(model):
+        apply_population(model, population)
+        return test(f"test images under {method} population statistics")
+
+
+def _consistency(name: str, layer: _BatchNorm, seen: Moments) -> LayerGap:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, var = (
+        buffer.detach().to("cpu", torch.float64) for buffer in (layer.running_mean, layer.running_var)
+    )
+    spread = seen.variance() + layer.eps
+    shift = (mean - seen.mean).square() / spread
+    ratio = ((var + layer.eps) / spread).log().square()
+    score = float((shift + ratio).mean().sqrt())
+    return LayerGap(name, score, mean_shift(layer, seen), var_ratio(layer, seen), None)
+
+
+def _try_repairs(
+    consistency: list[LayerGap],
+    layers: dict[str, _BatchNorm],
+    found: dict[str, Moments],
+    test: Callable[[str, int], Outcomes],
+) -> dict[str, Outcomes]:
+    """The first test images with each shortlisted layer repaired alone, in order of execution."""
+    shortlist = _shortlist(consistency)
+    trials = {}
+    for name, moments in found.items():
+        if name in shortlist:  # what lies behind a NaN is repaired with NaN, and recovers nothing
+            with preserved_buffers(layers[name]):
+                write_statistics(layers[name], moments)
+                trials[name] = test(f"test images with {name} repaired", NUM_TRIAL_IMAGES)
+    return trials
+
+
+def _shortlist(consistency: list[LayerGap]) -> set[str]:
+    """The least consistent layers; a score that is no number is the worst."""
+    by_score = sorted(consistency, key=lambda gap: _rank(gap.self_consistency), reverse=True)
+    first = [gap for gap in consistency if _rank(gap.self_consistency) > INCONSISTENT][:1]
+    return {gap.name for gap in (first + by_score)[:MAX_TRIALS]}
+
+
+def _with_recovered(
+    consistency: list[LayerGap], running: Outcomes, trials: dict[str, Outcomes]
+) -> list[LayerGap]:
+    """The same layers, with what the repair of each alone recovered."""
+    return [
+        replace(gap, recovered=compare_outcomes(_first(running, trials[gap.name]), trials[gap.name]).accuracy)
+        if gap.name in trials
+        else gap
+        for gap in consistency
+    ]
+
+
+def _worst(consistency: list[LayerGap]) -> str | None:
+    """The layer whose repair alone recovers most; of those within a tenth of it, the earliest.
+
+    The repair of a later layer can make up for an earlier fault, never the other way round. Layers that are
+    ten times as consistent as the worst are out of the question.
+    """
+    worst_score = max((_rank(gap.self_consistency) for gap in consistency), default=0.0)
+    suspects = {
+        gap.name: gap.recovered
+        for gap in consistency
+        if gap.recovered is not None and _rank(gap.self_consistency) >= worst_score / 10
+    }
+    most = max(suspects.values(), default=0.0)
+    return next((name for name, part in suspects.items() if part >= 0.9 * most), None) if most > 0 else None
+
+
+def _first(outcomes: Outcomes, like: Outcomes) -> Outcomes:
+    """As many images from the start as the other has."""
+    return Outcomes(outcomes.right[: len(like.right)], outcomes.losses[: len(like.right)])
+
+
+def _rank(score: float) -> float:
+    return float("inf") if isnan(score) else score

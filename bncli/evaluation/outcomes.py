@@ -1,0 +1,127 @@
+"""What a classifier made of every single image, so that two computations can be compared image by image.
+
+Accuracies of two variants of one network on the same images differ in few images only. Their difference is
+therefore known far better than either accuracy, and only a paired test does justice to it: McNemar's (1947),
+with Edwards' correction for continuity (1948).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bncli.errors import DataError
+from bncli.evaluation.evaluate import judge
+from bncli.evaluation.forward import forward
+from bncli.evaluation.sweep import NORMAL_QUANTILE
+from bncli.stats.modes import preserved_buffers
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a classifier does on some images."""
+
+    accuracy: float  # fraction in [0, 1]; a row of logits with a NaN counts as wrong
+    loss: float  # mean cross-entropy per image, nats
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """One value per image, in the order of the batches."""
+
+    right: Tensor  # (N,) bool
+    losses: Tensor  # (N,) float64, cross-entropy in nats
+
+    @property
+    def score(self) -> Score:
+        """Accuracy and mean loss."""
+        return Score(int(self.right.sum()) / len(self.right), float(self.losses.sum()) / len(self.right))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """What the second of two computations of the same images changes: second minus first."""
+
+    num_images: int
+    num_gained: int  # images that only the second gets right
+    num_lost: int  # images that only the first gets right
+    accuracy: float  # fraction
+    accuracy_standard_error: float
+    loss: float  # nats
+    loss_standard_error: float
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the second is more accurate by more than chance would explain (5 %, two-sided)."""
+        return self._exceeds_chance(self.num_gained - self.num_lost)
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether the second is less accurate by more than chance would explain (5 %, two-sided)."""
+        return self._exceeds_chance(self.num_lost - self.num_gained)
+
+    def _exceeds_chance(self, surplus: int) -> bool:
+        return surplus - 1 > NORMAL_QUANTILE * math.sqrt(self.num_gained + self.num_lost)
+
+
+def measure_outcomes(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    num_images: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Outcomes:
+    """Compute batches of (inputs, labels (N,)) in the model's mode; its buffers are left as they were.
+
+    `num_images` ends the pass with the batch that reaches so many. `progress` is given the number of images
+    done after every batch. For another precision call this inside `torch.autocast`.
+
+    Raises DataError if there are no images, or a label is not a class of the model.
+    """
+    right, losses = [], []
+    done = 0
+    with preserved_buffers(model), torch.no_grad():
+        for inputs, labels in batches:
+            if len(labels) == 0:
+                continue
+            loss, hits, _ = judge(forward(model, inputs), labels)
+            right.append(hits)
+            losses.append(loss)
+            done += len(labels)
+            if progress is not None:
+                progress(done)
+            if num_images is not None and done >= num_images:
+                break
+    if done == 0:
+        raise DataError("there is nothing to evaluate: the data set has no images")
+    return Outcomes(torch.cat(right), torch.cat(losses))
+
+
+def compare_outcomes(first: Outcomes, second: Outcomes) -> PairedDifference:
+    """The second computation against the first one of the same images, in the same order.
+
+    Raises ValueError where they are of different numbers of images.
+    """
+    num_images = len(first.right)
+    if num_images != len(second.right):
+        raise ValueError(f"outcomes of {num_images} and of {len(second.right)} images cannot be paired")
+    gained, lost = second.right & ~first.right, first.right & ~second.right
+    accuracy, accuracy_error = _mean_and_error(gained.double() - lost.double())
+    loss, loss_error = _mean_and_error(second.losses - first.losses)
+    return PairedDifference(
+        num_images=num_images,
+        num_gained=int(gained.sum()),
+        num_lost=int(lost.sum()),
+        accuracy=accuracy,
+        accuracy_standard_error=accuracy_error,
+        loss=loss,
+        loss_standard_error=loss_error,
+    )
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of values (N,) and its standard error; NaN for a single value."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error

@@ -1,0 +1,36 @@
+import sys
+
+import pytest
+
+from tests.conftest import Bncli
+
+SMALL = ("bench", "population", "--rounds", 2, "--images", 4, "--batch-size", 2, "--image-size", 32)
+
+
+def test_the_bench_prints_errors_and_ratios_beside_the_rivals(bncli: Bncli) -> None:
+    result = bncli(*SMALL, "--json").json
+    assert [one["cut"] for one in result["errors"]] == ["equal", "unequal", "single image"]
+    for one in result["errors"]:
+        assert sum(one["batch_sizes"]) == 128
+        assert one["mean"]["bncli"] <= 1e-10
+        assert one["var"]["bncli"] <= 1e-10
+        assert one["var"]["fvcore"] > 0.1  # cancelled away
+        assert 1e-4 < one["var"]["update_bn"] < 0.2
+    times = {one["tool"]: one for one in result["times"]}
+    assert set(times) == {"plain forward", "bncli precise", "fvcore", "update_bn", "bncli exact"}
+    assert times["plain forward"]["ratio"] == 1
+    for one in times.values():
+        assert 0 < one["ratio_min"] <= one["ratio"] <= one["ratio_max"]
+    assert times["bncli exact"]["ratio"] > times["bncli precise"]["ratio"]
+    assert result["exact_forward_passes"] < 0.6 * result["num_layers"]
+    assert result["num_rounds"] == 2
+    out = bncli(*SMALL).out
+    for word in ("update_bn", "single image", "forward passes in FLOPs", "n = 2 rounds"):
+        assert word in out
+
+
+def test_without_fvcore_the_bench_says_so(bncli: Bncli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fvcore.nn.precise_bn", None)
+    outcome = bncli(*SMALL)
+    assert outcome.code == 2
+    assert "pip install fvcore" in outcome.err

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from bncli.checkpoint import load_checkpoint
+from tests.conftest import Bncli
+
+NAMES = ["short_average", "batches_of_2", "averaged_weights", "one_layer_reset"]
+
+
+def test_four_accidents_are_staged_measured_and_saved(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    outcome = bncli(
+        *("bench", "repair", finished_run / "last.pt", "--num-images", 100),
+        *("--save-dir", tmp_path / "ruins", "--json"),
+    )
+    assert outcome.code == 0
+    result = outcome.json
+    assert [ruin["name"] for ruin in result["ruins"]] == NAMES
+    assert result["num_test_images"] == 120
+    assert result["num_calibration_images"] == 100
+    assert result["machine"]["torch"]
+    assert result["intact"]["running"]["accuracy"] == load_checkpoint(finished_run / "last.pt").test_accuracy
+    for ruin in result["ruins"]:
+        found = bncli("eval", ruin["saved"], "--json", "--num-images", 4).json
+        assert found["accuracy"] == ruin["gap"]["running"]["accuracy"]
+        repaired = bncli(
+            *("recalibrate", ruin["saved"], "-o", tmp_path / f"{ruin['name']}.pt", "--num-images", 100),
+            *("--method", "precise", "--json"),
+        )
+        assert repaired.json["after"]["loss"] == pytest.approx(ruin["gap"]["precise"]["loss"], rel=1e-5)
+
+
+def test_the_accidents_are_what_they_are_called(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    bncli("bench", "repair", finished_run / "last.pt", "--num-images", 50, "--save-dir", tmp_path)
+    old = load_checkpoint(finished_run / "last.pt")
+    ruins = {name: load_checkpoint(tmp_path / f"{name}.pt") for name in NAMES}
+
+    def changed(name: str) -> set[str]:
+        new = ruins[name].state_dict
+        return {key.split(".")[-1] for key in new if not torch.equal(new[key], old.state_dict[key])}
+
+    assert changed("short_average") == {"running_mean", "running_var"}  # as many steps as in training
+    assert changed("batches_of_2") == {"running_mean", "running_var", "num_batches_tracked"}
+    assert changed("averaged_weights") == {"weight", "bias"}
+    weights = [ruins["averaged_weights"].state_dict[f"stages.{n}.0.norm.weight"].mean() for n in (0, 1)]
+    assert all(0.7 < float(weight) < 1.3 for weight in weights)  # an average, no sum: they start at 1
+    short = ruins["short_average"]
+    assert short.config.model.batch_norm.momentum == 0.001
+    assert int(short.state_dict["stages.0.0.norm.num_batches_tracked"]) == 20
+    var = short.state_dict["stages.1.0.norm.running_var"]
+    assert bool(((var - 1).abs() < 0.3).all())  # 0.98 of it is still the start
+    reset = ruins["one_layer_reset"].state_dict
+    assert bool((reset["stages.1.0.norm.running_var"] == 1).all())
+    assert torch.equal(reset["stages.0.0.norm.running_var"], old.state_dict["stages.0.0.norm.running_var"])
+
+
+def test_the_table_names_every_accident_and_what_was_found(bncli: Bncli, finished_run: Path) -> None:
+    outcome = bncli("bench", "repair", finished_run / "last.pt", "--num-images", 50)
+    assert outcome.code == 0
+    for name in (*NAMES, "the network as it is"):
+        assert name in outcome.out
+    assert "CPUs" in outcome.out
+    assert "n = 120 test images" in outcome.out
+
+
+def test_a_directory_that_holds_something_is_not_written_into(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    outcome = bncli("bench", "repair", finished_run / "last.pt", "--save-dir", tmp_path)
+    assert outcome.code == 2
+    assert "not empty" in outcome.err
