@@ -104,9 +104,9 @@ def test_a_run_killed_at_any_moment_of_any_write_ends_like_one_that_was_not(
             assert same_run(whole_run, tmp_path / f"run-{moment}"), moment
 
 
-def kill_sometime(pid: int, run_dir: Path, random_times: random.Random, *, in_write: bool) -> bool:
-    """Kill a process after a random time, or in the write of a checkpoint; whether it left half of one."""
-    deadline = time.monotonic() + random_times.uniform(0, 0.3)
+def kill_sometime(pid: int, run_dir: Path, seconds: float, *, in_write: bool) -> bool:
+    """Kill a process after so many seconds, or in the write of a checkpoint; whether it left half of one."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not in_write:
         time.sleep(0.001)
     limit = time.monotonic() + 60
@@ -119,14 +119,18 @@ def kill_sometime(pid: int, run_dir: Path, random_times: random.Random, *, in_wr
 def test_a_run_killed_twenty_times_ends_like_one_that_was_not(zygote: Zygote, tmp_path: Path) -> None:
     """At seeded random times; every second one while a checkpoint is being written."""
     longer = "train.epochs=25"
+    start = time.monotonic()
     zygote.start(tmp_path / "whole", longer)
     assert zygote.wait() == 0
+    # by this machine's speed: the ten sessions that are killed by the clock take half a run together
+    longest = (time.monotonic() - start) / 10
     random_times = random.Random(6)
     num_kills = num_torn = 0
     run_dir = tmp_path / "killed"
     while num_kills < 20:
         pid = zygote.start(run_dir, longer)
-        num_torn += kill_sometime(pid, run_dir, random_times, in_write=num_kills % 2 == 1)
+        seconds = random_times.uniform(0, longest)
+        num_torn += kill_sometime(pid, run_dir, seconds, in_write=num_kills % 2 == 1)
         assert zygote.wait() == signal.SIGKILL, "it was done before it was killed"
         num_kills += 1
     zygote.start(run_dir, longer)
