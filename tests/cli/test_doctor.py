@@ -119,3 +119,21 @@ def test_a_foreign_checkpoint_is_described_whatever_its_format(bncli: Bncli, tmp
     assert "no BatchNorm layer" in without.out
     (tmp_path / "text.pt").write_text("not a checkpoint")
     assert bncli("doctor", tmp_path / "text.pt").code == 1
+
+
+def test_a_home_directory_at_the_root_leaves_paths_as_they_are(
+    bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/")
+    assert str(finished_run / "last.pt") in bncli("doctor", finished_run / "last.pt").out
+
+
+def test_damage_where_only_weights_lie_is_a_problem(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    """Which a reader that looks at BatchNorm alone would not notice."""
+    content = bytearray((finished_run / "last.pt").read_bytes())
+    weight = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]["head.weight"]
+    content[content.index(weight.contiguous().numpy().tobytes())] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    outcome = bncli("doctor", tmp_path / "flipped.pt")
+    assert outcome.code == 1
+    assert "damaged" in outcome.out

@@ -280,8 +280,15 @@ def test_a_redirection_to_a_file_is_not_followed(tiny, tmp_path):
             message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=url))
             httpd.shutdown()
             thread.join()
-        assert "cannot download" in message
+        assert "unknown url type" in message or "is not allowed" in message
         assert leftovers(tmp_path / "data") == []
+
+
+def test_a_download_that_never_ends_is_broken_off(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("bncli.data.cifar10._ARCHIVE_BYTES", 1000)
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=server.url))
+    assert "it sends more than the archive's 1,000 bytes" in message
+    assert leftovers(tmp_path / "data") == []
 
 
 def test_a_pipe_in_the_place_of_the_archive_is_not_waited_for(tiny, tmp_path):

@@ -15,7 +15,7 @@ from bncli.config_file import load_config
 from bncli.data import Split
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.training import Started, train
-from bncli.training.lock import locked
+from bncli.training.lock import LOCK_NAME, locked
 from bncli.training.setup import Setup, prepare
 from tests.conftest import Bncli, save_as_if_whole
 from tests.faults.conftest import FAULTY, content_of, metrics_of, same_run
@@ -249,3 +249,12 @@ def test_two_runs_with_one_seed_have_the_same_bits(tmp_path: Path, threads: int,
     other = load_config(tmp_path / "config.yaml", [*overrides, "train.seed=1"])
     train(other, tmp_path / "other")
     assert content_of(tmp_path / "first" / "last.pt") != content_of(tmp_path / "other" / "last.pt")
+
+
+def test_everybody_who_may_write_into_the_directory_may_take_the_lock(tmp_path: Path) -> None:
+    former = os.umask(0o002)
+    try:
+        with locked(tmp_path):
+            assert (tmp_path / LOCK_NAME).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(former)
