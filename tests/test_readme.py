@@ -124,3 +124,21 @@ def rules_table() -> str:
 
 def test_the_list_of_rules_is_the_table_in_the_code() -> None:
     assert rules_table() in README, f"put this into the README:\n{rules_table()}"
+
+
+def test_every_test_that_the_readme_names_exists() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    functions = {name for text in sources.values() for name in re.findall(r"^def (test_\w+)", text, re.M)}
+    survives = README.split("## What survives what")[1].split("\n## ")[0]
+    hostile = README.split("## Hostile input")[1].split("\n## ")[0]
+    whole_names = re.findall(r"`(test_\w+)`", survives)
+    assert len(whole_names) > 15
+    assert set(whole_names) <= functions
+    cells = [row.split("|")[3] for row in hostile.splitlines() if row.startswith("|")][2:]
+    assert len(cells) > 10
+    for named in re.findall(r"`([^`]+)`", " ".join(cells)):
+        if named.endswith(".py"):
+            assert (ROOT / (named if "/" in named else f"tests/hostile/{named}")).is_file(), named
+        else:
+            part = named.strip("_.").removeprefix("test_")
+            assert any(part in function for function in functions), named

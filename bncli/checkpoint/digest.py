@@ -7,6 +7,7 @@ zip container that change nothing of that, such as timestamps, padding and check
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ def digest_parts(content: Mapping[str, Any]) -> dict[str, str]:
         text = "" if isinstance(value, Tensor) else repr(value)
         plain.update(f"{name!r} {type(value).__name__} {text}\n".encode(errors="surrogatepass"))
     return {PLAIN_VALUES: plain.hexdigest(), **digests}
+
+
+def file_sha256(path: str | Path) -> str:
+    """The digest of a file's bytes, hexadecimal. Raises OSError when it cannot be read."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_damage(content: Mapping[str, Any], digests: Mapping[str, str]) -> tuple[str, ...]:

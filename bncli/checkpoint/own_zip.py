@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import pickletools
+import stat
 import sys
 import zipfile
 from collections import OrderedDict
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.checkpoint.reader import ZIP_START, first_bytes
+from bncli.checkpoint.byte_source import hint_for_directory
 from bncli.errors import CheckpointError
 
+ZIP_START = b"PK\x03\x04"
 MAX_DEPTH = 64
 MAX_VALUES = 2_000_000  # a list that holds ten lists that each hold ten ... is a small file, too
 _DTYPES = {
@@ -65,7 +67,7 @@ def read_own_zip(path: str | Path) -> Any:
     Raises:
         CheckpointError: on anything else; naming the file and why.
     """
-    if first_bytes(Path(path)) != ZIP_START:
+    if _first_bytes(Path(path)) != ZIP_START:
         raise CheckpointError(f"{path}: not a checkpoint: no file of torch.save")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -81,6 +83,27 @@ def read_own_zip(path: str | Path) -> Any:
             f"not a checkpoint: a damaged or truncated one ({type(error).__name__.strip('_')}: {reason})"
         )
         raise CheckpointError(f"{path}: {message}") from None
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first four bytes of a file that may be a checkpoint.
+
+    Raises:
+        CheckpointError: it is empty, cannot be read, or is no file (a pipe could be waited for without end).
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: a directory, not a checkpoint{hint_for_directory(path)}")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: a pipe or a device, not a checkpoint; copy it into a file")
+        with path.open("rb") as file:
+            start = file.read(4)
+    except (OSError, ValueError) as error:  # a NUL in the name is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from None
+    if not start:
+        raise CheckpointError(f"{path}: an empty file, not a checkpoint")
+    return start
 
 
 def _read(archive: zipfile.ZipFile) -> Any:

@@ -12,30 +12,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 import bncli
+from bncli.cli.check import Check
+from bncli.cli.checkpoint_checks import checks_of_checkpoint
 from bncli.cli.messages import one_line
 from bncli.cli.options import JsonOption, SetOption
-from bncli.errors import BncliError, ConfigError
+from bncli.errors import ConfigError
 
 LIBRARIES = ("numpy", "pydantic", "yaml", "PIL", "rich", "typer", "matplotlib", "safetensors", "fsspec")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has another name
 _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
-
-    name: str
-    verdict: Literal["ok", "warning", "problem"]
-    found: str
-    fix: str | None = None  # what to do about a warning or a problem
 
 
 def examine(
@@ -51,7 +42,7 @@ def examine(
     """
     if checkpoint is not None and overrides:
         raise ConfigError("bncli doctor", ["--set says where data lies; leave it out beside a CHECKPOINT"])
-    checks = _of_machine(overrides) if checkpoint is None else _of_checkpoint(checkpoint)
+    checks = _of_machine(overrides) if checkpoint is None else checks_of_checkpoint(checkpoint)
     checks = [Check(c.name, c.verdict, _anonymous(c.found), c.fix and _anonymous(c.fix)) for c in checks]
     is_well = all(check.verdict != "problem" for check in checks)
     (_print_json if as_json else _print_lines)(checks, is_well=is_well)
@@ -248,42 +239,6 @@ def _data(overrides: list[str]) -> Check:
         verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
         return Check("data", verdict, f"{described}: {', '.join(missing)} not found", fix)
     return Check("data", "ok", f"{described}: all files found (train checks their content)")
-
-
-def _of_checkpoint(path: Path) -> list[Check]:
-    """Whether every part of a checkpoint of bncli is what was saved."""
-    from bncli.checkpoint import check_integrity, load_model, read_torch_file
-    from bncli.errors import CheckpointError
-
-    try:
-        found = check_integrity(path)
-    except CheckpointError as error:
-        if "no bncli checkpoint" not in str(error):
-            return [Check("file", "problem", str(error), "restore it from a copy, or train again")]
-        read_torch_file(path)
-        fix = "inspect-stats reads its running statistics; eval and predict need a file of bncli train"
-        return [Check("file", "warning", "a foreign torch file: it holds no digest to compare with", fix)]
-    progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
-    checks = [Check("file", "ok", f"{path}: {progress}")]
-    compared = f"of {found.num_tensors} tensors and of all other values"
-    if not found.digest_stored:
-        checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
-    elif found.damaged:
-        damaged = f"differs from what was saved in {', '.join(found.damaged[:5])}"
-        checks.append(Check("SHA-256", "problem", damaged, "restore it from a copy, or train again"))
-    else:
-        checks.append(Check("SHA-256", "ok", f"the stored ones {compared} match"))
-    if found.non_finite:
-        what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
-        checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
-    else:
-        checks.append(Check("numbers", "ok", f"all numbers of {found.num_tensors} tensors are finite"))
-    try:
-        load_model(path)
-        checks.append(Check("network", "ok", "the tensors are those of the stored configuration"))
-    except BncliError as error:
-        checks.append(Check("network", "problem", str(error), "restore it from a copy, or train again"))
-    return checks
 
 
 def _reason(error: BaseException) -> str:

@@ -1,9 +1,10 @@
 """Stochastic gradient descent and its learning rate schedule."""
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bncli.config import TrainConfig
 
@@ -31,6 +32,25 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,
     )
+
+
+def load_momenta(optimizer: torch.optim.SGD, state_dict: dict[str, Any]) -> None:
+    """Put the momentum of a saved state dict back; all else of the optimiser is the configuration's.
+
+    Raises:
+        KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
+    """
+    state, groups = state_dict["state"], optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # all of them or, without momentum, none: a step that is undone writes back as many as it kept
+    if not isinstance(state, dict) or set(state) not in ({*range(len(parameters))}, set()):
+        raise ValueError(f"the optimizer's state is not that of {len(parameters)} weights")
+    for index, entry in state.items():
+        buffer, weight = entry["momentum_buffer"], parameters[index]
+        is_like = isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (weight.shape, weight.dtype)
+        if len(entry) != 1 or not is_like:
+            raise ValueError(f"momentum {index} of the optimizer is not like its weight")
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:

@@ -13,7 +13,7 @@ from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine
-from bncli.training.optimizer import build_optimizer
+from bncli.training.optimizer import build_optimizer, load_momenta
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
 
@@ -62,11 +62,13 @@ class Run:
             )
         try:
             run.model.load_state_dict(last.state_dict)
-            run.optimizer.load_state_dict(last.optimizer or {})
+            load_momenta(run.optimizer, last.optimizer or {})
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
                 run.running_epoch.load_state_dict(last.running_epoch)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if last.step != last.epoch * setup.plan.num_steps + run.running_epoch.num_steps:
+                raise ValueError(f"step {last.step} is not in epoch {last.epoch + 1}")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from None
         run.epoch, run.step, run.saved_step = last.epoch, last.step, last.step

@@ -9,7 +9,6 @@ import torch
 from bncli.checkpoint import (
     load_checkpoint,
     load_model,
-    read_torch_file,
     save_checkpoint,
 )
 from bncli.errors import CheckpointError
@@ -89,7 +88,7 @@ def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "bncli.checkpoint", "payload": Hostile()}, tmp_path / "hostile.pt")
     with pytest.raises(CheckpointError, match="does not execute"):
-        read_torch_file(tmp_path / "hostile.pt")
+        load_checkpoint(tmp_path / "hostile.pt")
     assert not (tmp_path / "hostile-was-here").exists()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import Bncli
 
@@ -96,9 +97,43 @@ def test_a_checkpoint_is_checked_part_by_part(bncli: Bncli, finished_run: Path, 
     assert damaged.code == 1
     assert "differs from what was saved in state_dict.head.bias" in damaged.out
     assert "NaN or infinity in state_dict.head.bias" in damaged.out
-    torch.save({"weight": torch.ones(3)}, tmp_path / "foreign.pt")
-    foreign = bncli("doctor", tmp_path / "foreign.pt")
-    assert foreign.code == 0
-    assert "a foreign torch file" in foreign.out
     (tmp_path / "cut.pt").write_bytes((finished_run / "last.pt").read_bytes()[:-500])
     assert bncli("doctor", tmp_path / "cut.pt").code == 1
+
+
+def test_a_foreign_checkpoint_is_described_whatever_its_format(bncli: Bncli, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    torch.save({"epoch": 3, "model": model.state_dict()}, tmp_path / "zip.pt")
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for name, described in (
+        ("zip.pt", "foreign (torch zip): 7 tensors under model, 1 BatchNorm layer;"),
+        ("old.pt", "foreign (torch legacy): 7 tensors, 1 BatchNorm layer;"),
+        ("model.safetensors", "foreign (safetensors): 7 tensors, 1 BatchNorm layer;"),
+    ):
+        outcome = bncli("doctor", tmp_path / name)
+        assert (outcome.code, described in outcome.out) == (0, True), outcome.out
+    torch.save({"weight": torch.ones(3)}, tmp_path / "none.pt")
+    without = bncli("doctor", tmp_path / "none.pt")
+    assert without.code == 0
+    assert "no BatchNorm layer" in without.out
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    assert bncli("doctor", tmp_path / "text.pt").code == 1
+
+
+def test_a_home_directory_at_the_root_leaves_paths_as_they_are(
+    bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/")
+    assert str(finished_run / "last.pt") in bncli("doctor", finished_run / "last.pt").out
+
+
+def test_damage_where_only_weights_lie_is_a_problem(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    """Which a reader that looks at BatchNorm alone would not notice."""
+    content = bytearray((finished_run / "last.pt").read_bytes())
+    weight = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]["head.weight"]
+    content[content.index(weight.contiguous().numpy().tobytes())] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    outcome = bncli("doctor", tmp_path / "flipped.pt")
+    assert outcome.code == 1
+    assert "damaged" in outcome.out

@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import pickle
 import socket
 import struct
@@ -234,6 +235,66 @@ def test_an_archive_cannot_write_outside_its_folder(tiny, tmp_path):
     message = error_of(Cifar10Config(root=str(tmp_path / "a" / "data"), archive=str(tiny.archive)))
     assert "outside" in message
     assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_link_in_an_archive_leads_nowhere_outside(tiny, tmp_path):
+    """Of a symbolic link and of a hard link to a file beside `root`, then written through."""
+    victim = tmp_path / "a" / "victim"
+    victim.parent.mkdir()
+    for kind, target in ((tarfile.SYMTYPE, "../../../victim"), (tarfile.LNKTYPE, "../../victim")):
+        for target_name in (target, str(victim)):
+            victim.write_bytes(b"mine")
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+                link = tarfile.TarInfo(f"{FOLDER}/data_batch_1")
+                link.type, link.linkname = kind, target_name
+                tar.addfile(link)
+                through = tarfile.TarInfo(f"{FOLDER}/data_batch_1")
+                through.size = 4
+                tar.addfile(through, io.BytesIO(b"evil"))
+            tiny.publish(buffer.getvalue())
+            root = tmp_path / "a" / "data"
+            message = error_of(Cifar10Config(root=str(root), archive=str(tiny.archive)))
+            assert "cannot be unpacked" in message
+            assert victim.read_bytes() == b"mine"
+            assert leftovers(root) == []
+
+
+def test_a_redirection_to_a_file_is_not_followed(tiny, tmp_path):
+    for target in (tiny.archive.as_uri(), "ftp://127.0.0.1/x", "data:,x"):
+
+        class Redirect(QuietHandler):
+            location = target
+
+            def do_GET(self) -> None:
+                self.send_response(302)
+                self.send_header("Location", self.location)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as httpd:
+            httpd.requests = []
+            thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+            thread.start()
+            url = f"http://127.0.0.1:{httpd.server_port}/{ARCHIVE}"
+            message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=url))
+            httpd.shutdown()
+            thread.join()
+        assert "unknown url type" in message or "is not allowed" in message
+        assert leftovers(tmp_path / "data") == []
+
+
+def test_a_download_that_never_ends_is_broken_off(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("bncli.data.cifar10._ARCHIVE_BYTES", 1000)
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=server.url))
+    assert "it sends more than the archive's 1,000 bytes" in message
+    assert leftovers(tmp_path / "data") == []
+
+
+def test_a_pipe_in_the_place_of_the_archive_is_not_waited_for(tiny, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tmp_path / "pipe")))
+    assert f"data.archive: cannot read {tmp_path / 'pipe'}: not a file" in message
 
 
 def test_an_archive_without_the_batches_is_refused(tiny, tmp_path):

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ from bncli.config_file import load_config
 from bncli.data import Split
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.training import Started, train
-from bncli.training.lock import locked
+from bncli.training.lock import LOCK_NAME, locked
 from bncli.training.setup import Setup, prepare
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 from tests.faults.conftest import FAULTY, content_of, metrics_of, same_run
 
 
@@ -114,6 +116,77 @@ def test_a_damaged_checkpoint_is_never_resumed(faulty_config: Path, whole_run: P
         train(load_config(faulty_config), tmp_path / "run", resume=True)
 
 
+class Code:
+    """Pickled, it asks for a call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_code_is_never_resumed(bncli: Bncli, whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save(content | {"optimizer": Code(tmp_path / "owned")}, tmp_path / "run" / "last.pt")
+    outcome = bncli("train", "--resume", tmp_path / "run")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "does not execute" in outcome.err
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(optimizer=None),
+        lambda c: c.update(optimizer={}),
+        lambda c: c["optimizer"].update(state=[]),
+        lambda c: c["optimizer"]["state"].pop(0),
+        lambda c: c["optimizer"]["state"].update({"0": c["optimizer"]["state"].pop(0)}),
+        lambda c: c["optimizer"]["state"].update({99: {}}),
+        lambda c: c["optimizer"]["state"].update({0: None}),
+        lambda c: c["optimizer"]["state"].update({0: {}}),
+        lambda c: c["optimizer"]["state"][0].update(momentum_buffer="x"),
+        lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(1)),
+        lambda c: c["optimizer"]["state"][0].update(
+            momentum_buffer=c["optimizer"]["state"][0]["momentum_buffer"].double()
+        ),
+        lambda c: c["optimizer"]["state"][0].update(more=1),
+        lambda c: c.update(step=c["step"] + 1),
+        lambda c: c.update(epoch=c["epoch"] - 1),
+        lambda c: c.update(running_epoch=[]),
+        lambda c: c.update(running_epoch={"statistics": {"layers": 1}}),
+        lambda c: c.update(running_epoch={"statistics": {"layers": {}}}),
+    ],
+)
+def test_a_forged_checkpoint_is_refused_in_one_line(
+    bncli: Bncli, whole_run: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    shutil.copytree(whole_run, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    change(content)
+    save_as_if_whole(content, tmp_path / "run" / "last.pt")
+    outcome = bncli("train", "--resume", tmp_path / "run", "--set", "train.epochs=6")
+    progress, line, *more = outcome.err.splitlines()  # the progress of drawing images comes first
+    assert (outcome.code, more) == (2, []), outcome.err
+    assert "draw images" in progress
+    assert "cannot resume: the checkpoint does not fit" in line
+
+
+def test_how_a_resumed_run_is_optimised_is_told_by_its_configuration_alone(
+    bncli: Bncli, whole_run: Path, tmp_path: Path
+) -> None:
+    for name in ("honest", "forged"):
+        shutil.copytree(whole_run, tmp_path / name)
+    content = torch.load(tmp_path / "forged" / "last.pt", weights_only=True)
+    content["optimizer"]["param_groups"][0] |= {"maximize": True, "weight_decay": "x", "lr": None}
+    save_as_if_whole(content, tmp_path / "forged" / "last.pt")
+    for name in ("honest", "forged"):
+        assert bncli("train", "--resume", tmp_path / name, "--set", "train.epochs=6").code == 0
+    assert same_run(tmp_path / "honest", tmp_path / "forged")
+
+
 def test_a_run_killed_before_it_had_a_configuration_can_be_started_again(
     bncli: Bncli, faulty_config: Path, tmp_path: Path
 ) -> None:
@@ -176,3 +249,12 @@ def test_two_runs_with_one_seed_have_the_same_bits(tmp_path: Path, threads: int,
     other = load_config(tmp_path / "config.yaml", [*overrides, "train.seed=1"])
     train(other, tmp_path / "other")
     assert content_of(tmp_path / "first" / "last.pt") != content_of(tmp_path / "other" / "last.pt")
+
+
+def test_everybody_who_may_write_into_the_directory_may_take_the_lock(tmp_path: Path) -> None:
+    former = os.umask(0o002)
+    try:
+        with locked(tmp_path):
+            assert (tmp_path / LOCK_NAME).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(former)

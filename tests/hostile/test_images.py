@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from bncli.config import ImageFolderConfig
+from bncli.data.decode import read_image
 from bncli.data.imagefolder import load_image_folder
 from bncli.errors import DataError
 from tests.conftest import Bncli
@@ -198,3 +200,29 @@ def test_an_address_other_than_http_is_refused(tmp_path: Path) -> None:
     for url in ("file:///etc/passwd", "ftp://127.0.0.1/x", "data:,x"):
         with pytest.raises(DataError, match="must begin with http"):
             load_cifar10(Cifar10Config(root=str(tmp_path), url=url))
+
+
+def test_an_image_just_over_the_limit_is_refused_whatever_the_filters_of_warnings_say() -> None:
+    """PIL itself refuses twice as many pixels, and only warns of these 120 million."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="decompression bomb"):
+            read_image(png(12_000, 10_000), 8)
+
+
+@pytest.mark.parametrize("how", ["shape", "order"])
+def test_a_cache_entry_of_another_shape_or_order_is_made_again(images: Path, how: str) -> None:
+    expected = load(images).clone()
+    (path,) = (images.parent / "cache").glob("*.npy")
+    whole = np.load(path)
+    np.save(path, np.zeros((1, *whole.shape), np.uint8) if how == "shape" else np.asfortranarray(whole * 0))
+    assert torch.equal(load(images), expected)
+
+
+def test_a_cache_pointer_leads_to_no_file_outside(images: Path) -> None:
+    expected = load(images).clone()
+    cache = images.parent / "cache"
+    (entry,), (pointer,) = cache.glob("*.npy"), cache.glob("*.json")
+    np.save(cache.parent / "planted.npy", np.load(entry) * 0)
+    pointer.write_text(json.dumps(json.loads(pointer.read_text()) | {"content": "../planted"}))
+    assert torch.equal(load(images), expected)

@@ -1,0 +1,60 @@
+"""What `bncli doctor CHECKPOINT` looks at: whether a file is whole, and what lies in a foreign one."""
+
+from pathlib import Path
+
+from bncli.cli.check import Check
+from bncli.errors import BncliError, CheckpointError
+
+
+def checks_of_checkpoint(path: Path) -> list[Check]:
+    """Whether every part of a checkpoint of bncli is what was saved."""
+    from bncli.checkpoint import check_integrity, load_model
+
+    try:
+        found = check_integrity(path)
+    except CheckpointError as error:
+        return [_of_foreign_checkpoint(path, str(error))]
+    progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
+    checks = [Check("file", "ok", f"{path}: {progress}")]
+    compared = f"of {found.num_tensors} tensors and of all other values"
+    if not found.digest_stored:
+        checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
+    elif found.damaged:
+        damaged = f"differs from what was saved in {', '.join(found.damaged[:5])}"
+        checks.append(Check("SHA-256", "problem", damaged, "restore it from a copy, or train again"))
+    else:
+        checks.append(Check("SHA-256", "ok", f"the stored ones {compared} match"))
+    if found.non_finite:
+        what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
+        checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
+    else:
+        checks.append(Check("numbers", "ok", f"all numbers of {found.num_tensors} tensors are finite"))
+    try:
+        load_model(path)
+        checks.append(Check("network", "ok", "the tensors are those of the stored configuration"))
+    except BncliError as error:
+        checks.append(Check("network", "problem", str(error), "restore it from a copy, or train again"))
+    return checks
+
+
+def _of_foreign_checkpoint(path: Path, problem: str) -> Check:
+    """What lies in a file that bncli did not write; one that is damaged remains a problem."""
+    from bncli.checkpoint import open_checkpoint
+
+    fix = "inspect-stats reads its running statistics; eval and predict need a file of bncli train"
+    # another format, or a file of torch.save that was read to its end
+    if "no file of torch.save" not in problem and "no bncli checkpoint" not in problem:
+        return Check("file", "problem", problem, "restore it from a copy, or train again")
+    try:
+        with open_checkpoint(path) as found:
+            num_layers = len(found.layer_names)
+            place = f" under {found.key}" if found.key else ""
+            count = (
+                f"{len(found.tensors)} tensors{place}, {num_layers} BatchNorm layer{'s' * (num_layers != 1)}"
+            )
+            what = f"{path}: foreign ({found.kind}): {count}; no digest to compare with"
+        return Check("file", "warning", what, fix)
+    except CheckpointError as error:
+        if "no BatchNorm layer" in str(error):
+            return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
+        return Check("file", "problem", str(error), "restore it from a copy")
