@@ -31,6 +31,23 @@ def to_plain(value: Any) -> Any:
     raise TypeError(f"no plain form of {type(value).__name__}")
 
 
-def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON of anything `to_plain` takes."""
-    return json.dumps(to_plain(value), indent=indent, allow_nan=False)
+def to_json(value: Any, *, in_lines: bool = False) -> str:
+    """Strict JSON of anything `to_plain` takes; `in_lines` with a line for each entry of its parts."""
+    plain = to_plain(value)
+    return _in_lines(plain, depth=2) if in_lines else json.dumps(plain, allow_nan=False)
+
+
+def _in_lines(value: Any, *, depth: int, margin: str = "") -> str:
+    # the standard library's indent is written in Python, and slow where there are 10,000 layers
+    if depth == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, allow_nan=False)
+    inner = f"{margin}  "
+    if isinstance(value, dict):
+        parts = [
+            f"{json.dumps(key)}: {_in_lines(item, depth=depth - 1, margin=inner)}"
+            for key, item in value.items()
+        ]
+    else:
+        parts = [_in_lines(item, depth=depth - 1, margin=inner) for item in value]
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{start}\n{inner}" + f",\n{inner}".join(parts) + f"\n{margin}{end}"

@@ -29,3 +29,22 @@ def test_json_has_no_nan_and_no_infinity() -> None:
 def test_what_has_no_plain_form_is_refused() -> None:
     with pytest.raises(TypeError, match="no plain form of object"):
         to_plain(object())
+
+
+def test_lines_hold_the_same_document_with_an_entry_each() -> None:
+    value = {"a": [], "b": [{"c": [1, {"d": None}]}, 2.5], "e": {"f": {"g": "ä\n"}}, "h": float("nan")}
+    text = to_json(value, in_lines=True)
+    assert json.loads(text) == json.loads(to_json(value)) == {**value, "h": None}
+    assert text.splitlines() == [
+        "{",
+        '  "a": [],',
+        '  "b": [',
+        '    {"c": [1, {"d": null}]},',
+        "    2.5",
+        "  ],",
+        '  "e": {',
+        '    "f": {"g": "\\u00e4\\n"}',
+        "  },",
+        '  "h": null',
+        "}",
+    ]

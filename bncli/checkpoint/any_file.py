@@ -66,7 +66,7 @@ class OpenCheckpoint:
             if max(size, 4 * features) > MAX_BYTES_OF_LAYERS:
                 raise UnreadableFileError("its BatchNorm layers are far larger than those of any network")
             state = {name: tensor.read() for name, tensor in wanted.items()}
-        layers = {layer.name: layer for layer in read_running_stats(state, known)}
+            layers = {layer.name: layer for layer in read_running_stats(state, known)}
         return tuple(layers[name] for name in self.layer_names)
 
     def _names_of(self, layer: str) -> Iterator[str]:

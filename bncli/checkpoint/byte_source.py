@@ -17,7 +17,9 @@ from bncli.errors import CheckpointError
 # Nothing that is read at once comes near this: a zip directory of 200,000 entries is 16 MiB, and the tensors
 # of a BatchNorm layer are kilobytes. A length that a hostile file claims stops here.
 MAX_READ = 64 * 2**20
-MAX_READ_IN_ALL = 2**31  # of one source: many tensors of a hostile file may lie in the same bytes
+# Of one source: many tensors of a hostile file may lie in the same bytes. A comparison reads each once.
+MAX_READ_IN_ALL = 2**31
+MAX_TIMES_READ = 2  # of a file that is larger than that
 
 
 class UnreadableFileError(Exception):
@@ -43,13 +45,22 @@ class ByteSource:
             raise UnreadableFileError("a damaged or truncated file: it ends before what it claims to hold")
         if size > MAX_READ:
             raise UnreadableFileError(f"it wants {size:,} bytes read at once; bncli stops at {MAX_READ:,}")
-        self.num_read += size
-        if self.num_read > MAX_READ_IN_ALL:
-            raise UnreadableFileError(f"more than {MAX_READ_IN_ALL:,} bytes of it would have to be read")
+        self.count(size)
         data = self.read_range(start, size)
         if len(data) != size:
             raise UnreadableFileError(f"{size:,} bytes were asked for and {len(data):,} came")
         return data
+
+    def count(self, size: int) -> None:
+        """Note that so many bytes are read, be it from memory.
+
+        Raises:
+            UnreadableFileError: when that is more than a sound file asks for.
+        """
+        self.num_read += size
+        limit = max(MAX_READ_IN_ALL, MAX_TIMES_READ * self.size)
+        if self.num_read > limit:
+            raise UnreadableFileError(f"more than {limit:,} bytes of it would have to be read")
 
     def stream(self, start: int = 0, end: int | None = None) -> io.BufferedReader:
         """The bytes from `start` to `end` as a file object."""

@@ -37,21 +37,22 @@ def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings
 
 def _run(machine: Machine) -> Any:
     read, stack, memo = machine.stream.read, machine.stack, machine.memo
-    operations = _OPERATIONS
+    operations, number = _OPERATIONS, int.from_bytes
     for _ in range(MAX_OPERATIONS):
         code = read(1)
         operation = operations.get(code)
         if operation is not None:
             operation(machine, code)
-        # two thirds of a checkpoint's operations are these; they stand here for speed
+        # two thirds of a checkpoint's operations are these; they stand here for speed. Where the file ends in
+        # one of them the next code is missing
         elif code == b"h":
             stack.append(memo[read(1)[0]])
         elif code == b"j":
-            stack.append(memo[int.from_bytes(machine.take(4), "little")])
+            stack.append(memo[number(read(4), "little")])
         elif code == b"q":
             memo[read(1)[0]] = stack[-1]
         elif code == b"r":
-            machine.remember(int.from_bytes(machine.take(4), "little"))
+            machine.remember(number(read(4), "little"))
         elif code == b".":
             return stack.pop()
         else:

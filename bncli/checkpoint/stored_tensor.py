@@ -5,15 +5,17 @@ anything is allocated.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bncli.checkpoint.byte_source import MAX_READ, UnreadableFileError
+from bncli.stats.bits import as_bytes
 
 MAX_DIMENSIONS = 64  # PyTorch's own limit
+CHUNK = 16 * 2**20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,22 @@ class StoredTensor:
         if self.num_elements == span and len(self.shape) <= 1:
             return tensor.reshape(self.shape)
         return tensor.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The numbers as bytes, row by row, `CHUNK` at a time: a tensor of any size in little memory.
+
+        Raises:
+            UnreadableFileError: on damage, and on a very large tensor that lies otherwise.
+        """
+        start, size = self.offset * self.dtype.itemsize, self.num_elements * self.dtype.itemsize
+        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        if all(length == 1 or stride == expected for length, stride, expected in strides):
+            for position in range(0, size, CHUNK):
+                yield self.storage.read(start + position, min(CHUNK, size - position))
+        else:
+            data = as_bytes(self.read()).numpy()
+            for position in range(0, size, CHUNK):
+                yield data[position : position + CHUNK].tobytes()
 
     @property
     def num_elements(self) -> int:

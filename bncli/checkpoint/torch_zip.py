@@ -93,6 +93,7 @@ class _Archive:
     def _read_whole(self, info: zipfile.ZipInfo) -> bytes:
         """A stored entry in one read of header and content."""
         if self._last[0] == info.filename:
+            self.source.count(info.file_size)
             return self._last[1]
         room = _HEADER.size + len(info.orig_filename) * 4 + _PADDING + info.file_size
         block = self.source.read_at(info.header_offset, min(room, self.source.size - info.header_offset))

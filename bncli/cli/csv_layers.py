@@ -5,15 +5,17 @@ from collections.abc import Iterator, Sequence
 
 from bncli.cli.csv_file import Row
 from bncli.cli.render_compare import describe_layer_comparison
-from bncli.stats import Comparison, LayerStats, layer_flags, summarize
+from bncli.cli.render_layers import flags_of
+from bncli.stats import Comparison, Finding, LayerStats, summarize
 from bncli.training.convergence import LayerHistory
 
 QUANTITIES = ("running_mean", "running_var", "weight", "bias")
 EXTREMES = ("min", "median", "max")
 
 
-def layer_rows(layers: Sequence[LayerStats], *, channels: bool) -> Iterator[Row]:
+def layer_rows(layers: Sequence[LayerStats], findings: Sequence[Finding], *, channels: bool) -> Iterator[Row]:
     """One row per layer, or per channel."""
+    flags = flags_of(findings)
     for layer in layers:
         if channels:
             yield from _channel_rows(layer)
@@ -30,7 +32,7 @@ def layer_rows(layers: Sequence[LayerStats], *, channels: bool) -> Iterator[Row]
                 for name, summary in summaries.items()
                 for which in EXTREMES
             },
-            "flags": layer_flags(layer),
+            "flags": flags[layer.name],
         }
 
 

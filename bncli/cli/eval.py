@@ -177,7 +177,7 @@ def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> Non
     from bncli.errors import BncliError
     from bncli.serialization import to_json
 
-    text = to_json(report.certificate_dict(file_sha256(checkpoint)), indent=2) + "\n"
+    text = to_json(report.certificate_dict(file_sha256(checkpoint)), in_lines=True) + "\n"
     try:
         with atomic_file(path) as file:
             file.write(text.encode())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bncli.cli.csv_file import STDOUT, write_csv
 from bncli.cli.messages import print_note
-from bncli.errors import ConfigError, IncomparableError
+from bncli.errors import CheckpointError, ConfigError, IncomparableError
 
 if TYPE_CHECKING:
     from bncli.stats import Comparison
@@ -51,6 +51,7 @@ def inspect_pair(
 
 def _compare(first: str, second: str, key: str | None) -> "Comparison":
     from bncli.checkpoint import open_checkpoint
+    from bncli.checkpoint.byte_source import UnreadableFileError
     from bncli.stats import compare
 
     with open_checkpoint(first, key) as one, open_checkpoint(second, key) as two:
@@ -58,6 +59,8 @@ def _compare(first: str, second: str, key: str | None) -> "Comparison":
             return compare(one, two)
         except IncomparableError as error:
             raise IncomparableError(f"{first}, {second}: {error}") from None
+        except UnreadableFileError as error:
+            raise CheckpointError(f"{first} or {second}: {error}") from None
 
 
 def _restrict(comparison: "Comparison", pattern: str) -> "Comparison":

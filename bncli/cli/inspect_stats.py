@@ -104,10 +104,10 @@ def inspect_stats(
     if plot is not None:
         from bncli.cli.plot import plot_running_stats
 
-        plot_running_stats(layers, plot)
+        plot_running_stats(layers, findings, plot)
         print_note(f"wrote {plot}")
     if csv is not None:
-        write_csv(layer_rows(layers, channels=channels), csv)
+        write_csv(layer_rows(layers, findings, channels=channels), csv)
     if as_json:
         described = describe_layers(source, layers, findings, channels=channels)
         described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}

@@ -32,25 +32,29 @@ if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and 
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from bncli.stats.audit import Finding
     from bncli.stats.layers import LayerStats
 
 MAP_ROW_HEIGHT, MAP_MARGINS = 0.2, 1.5  # inches
 
 
-def plot_running_stats(layers: Sequence[LayerStats], path: Path) -> None:
+def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding], path: Path) -> None:
     """Draw running_mean, running_var and |weight| / sqrt(running_var + eps) of every layer into a file.
+
+    Beside a layer stands what the audit found in it.
 
     The suffix of `path` selects PNG or SVG. The same layers give the same bytes.
 
     Raises BncliError for no layers, another suffix, or a path that cannot be written.
     """
-    from bncli.stats.audit import layer_flags
+    from bncli.cli.render_layers import flags_of
 
     check_suffix(path)
     if not layers:
         raise BncliError(f"{path}: nothing to draw: there are no BatchNorm layers")
     columns, maps = _columns(layers), _heat_maps(layers)
-    flags = [layer_flags(layer) for layer in layers]
+    flags_by_layer = flags_of(findings)
+    flags = [tuple(flags_by_layer[layer.name]) for layer in layers]
     notes = row_notes(columns, flags)
     width = WIDTH + (NOTES_WIDTH if any(notes) else 0.0)
     heights = MARGINS + ROW_HEIGHT * len(layers), MAP_MARGINS + MAP_ROW_HEIGHT * len(layers)

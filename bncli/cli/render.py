@@ -16,7 +16,7 @@ from bncli.serialization import to_json
 
 def print_json(result: Any) -> None:
     """One JSON document on stdout."""
-    print(to_json(result, indent=2))
+    print(to_json(result, in_lines=True))
 
 
 def console_for_results() -> Console:

@@ -4,14 +4,13 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
 from bncli.cli.messages import one_line
 from bncli.cli.render import console_for_results, number, table_of
 from bncli.cli.render_findings import show_findings
-from bncli.stats import Finding, LayerStats, dead_channels, summarize
+from bncli.stats import Finding, LayerStats, summarize
 
 MAX_ROWS = 200  # more are shown only when asked for
 MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
@@ -29,19 +28,27 @@ def describe_layers(
     checkpoint: str, layers: Sequence[LayerStats], findings: Sequence[Finding], *, channels: bool
 ) -> dict[str, Any]:
     """The JSON document of `bncli inspect-stats`."""
-    flags = _flags(findings)
+    flags = flags_of(findings)
+    dead = {finding.layer: finding.channels for finding in findings if finding.name == "dead_channel"}
     num_errors = sum(finding.severity == "error" for finding in findings)
     return {
         "checkpoint": checkpoint,
         "num_layers": len(layers),
         "num_errors": num_errors,
         "num_warnings": len(findings) - num_errors,
-        "layers": [_describe_layer(layer, flags[layer.name], channels=channels) for layer in layers],
+        "layers": [
+            {
+                **_describe_layer(layer, channels=channels),
+                "flags": flags[layer.name],
+                "dead_channels": dead.get(layer.name, ()),
+            }
+            for layer in layers
+        ],
         "findings": findings,
     }
 
 
-def _flags(findings: Sequence[Finding]) -> dict[str, list[str]]:
+def flags_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
     """Per layer, the names of the rules that found something in it."""
     flags: dict[str, list[str]] = defaultdict(list)
     for finding in findings:
@@ -49,7 +56,7 @@ def _flags(findings: Sequence[Finding]) -> dict[str, list[str]]:
     return flags
 
 
-def _describe_layer(layer: LayerStats, flags: list[str], *, channels: bool) -> dict[str, Any]:
+def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
     tensors = {
         "running_mean": layer.running_mean,
         "running_var": layer.running_var,
@@ -64,8 +71,6 @@ def _describe_layer(layer: LayerStats, flags: list[str], *, channels: bool) -> d
         "eps": layer.eps,
         "hyperparameters_known": layer.hyperparameters_known,
         **{name: summarize(tensor) for name, tensor in tensors.items()},
-        "flags": flags,
-        "dead_channels": torch.nonzero(dead_channels(layer)).flatten(),
     }
     if channels:
         described["channels"] = tensors
@@ -82,7 +87,7 @@ def show_layers(
 ) -> None:
     """The headline, one row per BatchNorm layer, then the findings."""
     console = console_for_results()
-    flags = _flags(findings)
+    flags = flags_of(findings)
     shown = list(layers)
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]

@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, for any `nn.Module` or state dict: read, judge, follow, protect."""
 
-from bncli.stats.audit import Finding, audit, dead_channels, layer_flags
+from bncli.stats.audit import Finding, audit
 from bncli.stats.compare import Comparison, Contents, LayerComparison, ReadableTensor, compare
 from bncli.stats.divergence import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.stats.fixed_point import LayerConsistency, verify_fixed_point
@@ -49,11 +49,9 @@ __all__ = [
     "batch_statistics_mode",
     "buffers_digest",
     "compare",
-    "dead_channels",
     "diverge",
     "eval_mode",
     "find_rule",
-    "layer_flags",
     "measure_population",
     "preserved_buffers",
     "read_running_stats",

@@ -6,10 +6,8 @@ A finding is a claim about a layer as it is; a healthy trained network has none.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from bncli.errors import BncliError
-from bncli.stats.channels import channels_of, dead
+from bncli.stats.channels import channels_of
 from bncli.stats.checks import CHECKS, Hit, Values
 from bncli.stats.layers import LayerStats
 from bncli.stats.rules import DEFAULT_THRESHOLDS, PYTORCH_EPS, RULES, Rule, Severity, find_rule
@@ -76,16 +74,6 @@ def check_thresholds(thresholds: Mapping[str, float]) -> dict[str, float]:
         if not value >= 0:
             raise BncliError(f"threshold {name}: expected a number of 0 or more, found {value!r}")
     return dict(thresholds)
-
-
-def layer_flags(layer: LayerStats) -> tuple[str, ...]:
-    """The names of the rules that find something in this one layer, by code."""
-    return tuple(finding.name for finding in audit((layer,)))
-
-
-def dead_channels(layer: LayerStats) -> Tensor:
-    """Which channels give (nearly) the same output for every image: bool (C,); see BN006."""
-    return dead(channels_of((layer,)), DEFAULT_THRESHOLDS["dead_variance"])
 
 
 def _finding(rule: Rule, hit: Hit, layer: LayerStats, limits: Mapping[str, float]) -> Finding:

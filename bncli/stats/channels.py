@@ -36,12 +36,11 @@ def channels_of(layers: Sequence[LayerStats]) -> Channels:
 
     def join(values: list[Tensor | None], missing: float) -> Tensor:
         filled = [
-            torch.full((layer.num_features,), missing, dtype=torch.float64)
-            if value is None
-            else value.double()
+            torch.full((layer.num_features,), missing, dtype=torch.float64) if value is None else value
             for layer, value in zip(layers, values, strict=True)
         ]
-        return torch.cat(filled) if filled else torch.zeros(0, dtype=torch.float64)
+        # where types differ, cat takes the wider one
+        return torch.cat(filled).double() if filled else torch.zeros(0, dtype=torch.float64)
 
     eps = torch.tensor(
         [PYTORCH_EPS if layer.eps is None else layer.eps for layer in layers], dtype=torch.float64

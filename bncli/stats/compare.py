@@ -5,7 +5,7 @@ is another tensor. How far is another question, which `bncli.stats.divergence` a
 layer is a guess, explained in `bncli.stats.feeding`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -30,8 +30,8 @@ class ReadableTensor(Protocol):
     def dtype(self) -> torch.dtype:
         """Its type, without reading it."""
 
-    def read(self) -> Tensor:
-        """The numbers, on the CPU."""
+    def chunks(self) -> Iterator[bytes]:
+        """Its memory in row-major order; of one shape and dtype the chunks have the same sizes."""
 
 
 class Contents(Protocol):
@@ -79,7 +79,7 @@ class Comparison:
 
 
 def compare(first: Contents, second: Contents) -> Comparison:
-    """Compare layer by layer and tensor by tensor; two tensors are in memory at a time.
+    """Compare layer by layer and tensor by tensor; a chunk of each is in memory at a time.
 
     Layers are matched by name. Where no name agrees but the numbers of channels do, one after the other,
     they are matched by order, and `matched_by` says so. The flags of a layer:
@@ -169,7 +169,7 @@ def _changed_tensors(
 def _equal(first: ReadableTensor, second: ReadableTensor) -> bool:
     if tuple(first.shape) != tuple(second.shape) or first.dtype != second.dtype:
         return False  # without reading either
-    return bitwise_equal(first.read(), second.read())
+    return all(one == two for one, two in zip(first.chunks(), second.chunks(), strict=True))
 
 
 def _registration_order(*candidates: Mapping[str, ReadableTensor]) -> list[str] | None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from bncli.checkpoint import byte_source
 from tests.conftest import Bncli
 
 MAX_MEMORY = 2**30  # bytes
@@ -306,6 +307,48 @@ def test_a_hostile_container_ends_soon_in_one_line(bncli: Bncli, tmp_path: Path,
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "bug in bncli" not in outcome.err
+    assert ("is encrypted" in outcome.err) == (name == "encrypted")
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (b"J\xff\xff\xff\xff", b"K\x04\x85", b"K\x01\x85"),
+        (b"K\x00", b"J\xfc\xff\xff\xff\x85", b"K\x01\x85"),
+        (b"K\x03", b"K\x04\x85", b"J\xff\xff\xff\xff\x85"),
+    ],
+    ids=["offset", "shape", "stride"],
+)
+def test_no_offset_shape_or_stride_is_negative(
+    bncli: Bncli, tmp_path: Path, numbers: tuple[bytes, bytes, bytes]
+) -> None:
+    """Each view would lie inside the file: only its sign is wrong."""
+    sound, broken = tensor(b"K\x04\x85", b"K\x01\x85"), tensor(*numbers[1:])
+    broken = broken.replace(b"tQK\x00", b"tQ" + numbers[0], 1)
+    for last, code in ((sound, 0), (broken, 2)):
+        entries = text("bn.running_mean") + sound + text("bn.running_var") + sound + text("bn.other") + last
+        ones = struct.pack("<4f", 1, 2, 3, 4)
+        (tmp_path / "a.pt").write_bytes(zip_of(b"\x80\x02}(" + entries + b"u.", {"0": ones}))
+        outcome = bncli("inspect-stats", tmp_path / "a.pt")
+        assert outcome.code == code
+        assert ("without a proper shape, stride and offset" in outcome.err) == (code == 2)
+
+
+@pytest.mark.parametrize("mib", [0.5, 4])
+def test_many_views_of_the_same_bytes_are_not_compared_for_ever(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mib: float
+) -> None:
+    monkeypatch.setattr(byte_source, "MAX_READ_IN_ALL", 2**26)
+    shared = torch.zeros(int(mib * 2**18))
+    for code, count in ((0, 8), (2, int(64 / mib) + 1)):
+        torch.save(used_layer() | {f"view{i}": shared.view(-1) for i in range(count)}, tmp_path / "a.pt")
+        outcome = bncli("inspect-stats", tmp_path / "a.pt", tmp_path / "a.pt")
+        assert outcome.code == code
+        assert ("bytes of it would have to be read" in outcome.err) == (code == 2)
+
+
+def used_layer() -> dict[str, torch.Tensor]:
+    return {f"bn.{name}": value for name, value in BatchNorm.items()}
 
 
 def test_bombs_stay_below_a_gibibyte(tmp_path: Path) -> None:

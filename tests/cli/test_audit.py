@@ -1,5 +1,6 @@
 """The linter's command line: which findings it shows, and how it exits."""
 
+import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,30 @@ def test_json_has_the_findings_with_their_numbers(bncli: Bncli, save: Save) -> N
     assert (second["code"], second["thresholds"]) == ("BN006", {"dead_variance": 0.01})
     assert [layer["flags"] for layer in result["layers"]] == [["dead_channel"], ["negative_variance"]]
     assert [layer["dead_channels"] for layer in result["layers"]] == [[1], []]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["dead_channel", "negative_variance"]),
+        (("--ignore", "BN006"), ["", "negative_variance"]),
+        (("--select", "BN006"), ["dead_channel", ""]),
+        (("--select", "BN012", "--threshold", "mean_in_deviations=0"), ["far_mean", "far_mean"]),
+    ],
+)
+def test_csv_and_plot_and_json_say_the_same(
+    bncli: Bncli, save: Save, tmp_path: Path, options: tuple[str, ...], expected: list[str]
+) -> None:
+    source = save("error")
+    rows = csv.DictReader(bncli("inspect-stats", source, "--csv", "-", *options).out.splitlines())
+    assert [row["flags"] for row in rows] == expected
+    result = bncli("inspect-stats", source, "--json", *options).json
+    assert [" ".join(layer["flags"]) for layer in result["layers"]] == expected
+    assert [bool(layer["dead_channels"]) for layer in result["layers"]] == ["dead" in x for x in expected]
+    bncli("inspect-stats", source, "--plot", str(tmp_path / "a.svg"), *options)
+    drawn = (tmp_path / "a.svg").read_text()
+    for name in ("dead_channel", "negative_variance", "far_mean"):
+        assert (f"<!-- {name} " in drawn or f"<!-- {name}\n" in drawn) == (name in expected)
 
 
 def test_the_channels_view_names_the_rules_of_each_channel(bncli: Bncli, save: Save) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -200,3 +201,38 @@ def test_a_heat_map_shows_every_channel_or_the_farthest_of_a_group() -> None:
     assert resample(many, 4.0, 4).nan_to_num(-1).tolist() == [-5, 0, -1, 3]
     values: Tensor = torch.arange(1000).double()
     assert resample(values, 0.0).shape == (512,)
+
+
+@pytest.mark.parametrize("place", [None, 0, 2**24, 2**26 + 4321, 80 * 2**20 - 1])
+def test_one_flipped_bit_is_found_in_a_tensor_larger_than_what_is_read_at_once(
+    bncli: Bncli, tmp_path: Path, place: int | None
+) -> None:
+    size = 80 * 2**20
+    shapes = {"bn.running_mean": (0, 4), "bn.running_var": (16, 4), "big.weight": (32, size // 4)}
+    header = {
+        name: {"dtype": "F32", "shape": [length], "data_offsets": [start, start + 4 * length]}
+        for name, (start, length) in shapes.items()
+    }
+    text = json.dumps(header).encode()
+    for name in ("a", "b"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text + np.arange(1, 9, dtype="<f4").tobytes())
+            start = file.tell()
+            if name == "b" and place is not None:
+                file.seek(start + place)
+                file.write(b"\x10")
+            file.truncate(start + size)
+    found = bncli("inspect-stats", tmp_path / "a", tmp_path / "b", "--json")
+    assert found.json["num_tensors_changed"] == (place is not None)
+    assert (found.code, found.json["identical"]) == (int(place is not None), place is None)
+
+
+def test_a_transposed_tensor_equals_the_same_numbers_row_by_row(bncli: Bncli, tmp_path: Path) -> None:
+    norm = {f"bn.{name}": value for name, value in nn.BatchNorm2d(3).state_dict().items()}
+    weight = torch.randn(7, 5)
+    others = weight.clone()
+    others[3, 4] += 1
+    torch.save(norm | {"w": weight}, tmp_path / "rows.pt")
+    for numbers, code in ((weight, 0), (others, 1)):
+        torch.save(norm | {"w": numbers.t().contiguous().t()}, tmp_path / "columns.pt")
+        assert bncli("inspect-stats", tmp_path / "rows.pt", tmp_path / "columns.pt").code == code

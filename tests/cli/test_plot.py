@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from bncli.cli import plot, plot_rows
 from bncli.cli.plot import plot_running_stats
 from bncli.errors import BncliError
+from bncli.stats.audit import audit
 from bncli.stats.layers import LayerStats, read_running_stats
 
 
@@ -24,6 +26,10 @@ def layers(count: int = 3) -> tuple[LayerStats, ...]:
     return read_running_stats(net)
 
 
+def draw(layers: Sequence[LayerStats], path: Path) -> None:
+    plot_running_stats(layers, audit(layers), path)
+
+
 def texts(path: Path) -> list[str]:
     """What an SVG says: matplotlib draws letters as paths and notes each text in a comment."""
     return [text.strip() for text in re.findall(r"<!-- (.*?) -->", path.read_text(), re.DOTALL)]
@@ -33,7 +39,7 @@ def test_a_png_has_pixels_in_proportion_to_the_layers(tmp_path: Path) -> None:
     heights = []
     for count in (1, 7, 53):
         path = tmp_path / f"{count}.png"
-        plot_running_stats(layers(count), path)
+        draw(layers(count), path)
         with Image.open(path) as image:
             assert image.format == "PNG"
             heights.append(image.height)
@@ -43,7 +49,7 @@ def test_a_png_has_pixels_in_proportion_to_the_layers(tmp_path: Path) -> None:
 
 def test_an_svg_names_layers_quantities_and_units(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
-    plot_running_stats(layers(), path)
+    draw(layers(), path)
     found = texts(path)
     for text in ("0  (16)", "2  (16)", "running_mean", "running_var", "gain", "activation units"):
         assert text in found
@@ -54,8 +60,8 @@ def test_an_svg_names_layers_quantities_and_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".PNG"])
 def test_the_same_layers_give_the_same_bytes(tmp_path: Path, suffix: str) -> None:
     first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    plot_running_stats(layers(), first)
-    plot_running_stats(layers(), second)
+    draw(layers(), first)
+    draw(layers(), second)
     assert first.read_bytes() == second.read_bytes()
     assert b"<dc:date>" not in first.read_bytes()
 
@@ -67,7 +73,7 @@ def test_flagged_layers_are_marked_and_lost_values_counted(tmp_path: Path) -> No
     given[1].weight[0] = 0.0
     given[2].running_var[0] = -1.0
     path = tmp_path / "a.svg"
-    plot_running_stats(given, path)
+    draw(given, path)
     found = " ".join(texts(path))
     assert "non_finite running_mean: 2 non-finite" in found.replace("\n", " ")
     for text in ("dead_channel", "running_var: 3 at 0; gain: 1 at 0", "running_var: 1 ≤ 0",
@@ -84,18 +90,18 @@ def test_flagged_layers_are_marked_and_lost_values_counted(tmp_path: Path) -> No
 
 def test_a_healthy_model_shows_no_warning_colour(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
-    plot_running_stats(layers(), path)
+    draw(layers(), path)
     assert plot_rows.FLAGGED not in path.read_text()
     assert "flagged" not in " ".join(texts(path))
 
 
 def test_values_at_the_edge_of_what_can_be_drawn_do_not_stop_the_plot(tmp_path: Path) -> None:
-    given = list(read_running_stats(nn.BatchNorm2d(4, track_running_stats=False)))
+    given = list(read_running_stats(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))))
     given += read_running_stats(nn.BatchNorm2d(1, affine=False))
     given += read_running_stats({"a$\\b$.running_mean": torch.full((2,), math.nan),
                                  "a$\\b$.running_var": torch.full((2,), 1e-30)})  # fmt: skip
     path = tmp_path / "a.svg"
-    plot_running_stats(given, path)
+    draw(given, path)
     found = texts(path)
     assert "no_running_stats" in found
     assert "a$\\b$  (2)" in found  # a name is no formula
@@ -122,7 +128,7 @@ def test_a_gain_without_weight_is_that_of_weight_1() -> None:
 def test_another_suffix_is_refused_on_one_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     with pytest.raises(BncliError, match=r"use \.png or \.svg") as caught:
-        plot_running_stats(layers(), path)
+        draw(layers(), path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not path.exists()
@@ -131,21 +137,21 @@ def test_another_suffix_is_refused_on_one_line(tmp_path: Path, name: str) -> Non
 def test_a_path_that_cannot_be_written_is_refused_on_one_line(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "a.png"
     with pytest.raises(BncliError, match="No such file or directory") as caught:
-        plot_running_stats(layers(), path)
+        draw(layers(), path)
     assert "\n" not in str(caught.value)
 
 
 def test_no_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BncliError, match="no BatchNorm layers"):
-        plot_running_stats([], tmp_path / "a.png")
+        draw([], tmp_path / "a.png")
 
 
 def test_the_users_matplotlib_settings_are_neither_used_nor_changed(tmp_path: Path) -> None:
     import matplotlib as mpl
 
-    plot_running_stats(layers(), tmp_path / "a.svg")
+    draw(layers(), tmp_path / "a.svg")
     with mpl.rc_context({"axes.facecolor": "#ff00ff", "font.size": 30}):
-        plot_running_stats(layers(), tmp_path / "b.svg")
+        draw(layers(), tmp_path / "b.svg")
         assert mpl.rcParams["font.size"] == 30
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 

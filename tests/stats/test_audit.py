@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.stats.audit import dead_channels, layer_flags
+from bncli.stats.audit import audit
 from bncli.stats.layers import LayerStats, read_running_stats
 
 
@@ -17,6 +17,17 @@ def trained_norm(**arguments: object) -> nn.BatchNorm2d:
 
 def read(norm: nn.Module) -> LayerStats:
     return read_running_stats(norm)[0]
+
+
+def layer_flags(layer: LayerStats) -> tuple[str, ...]:
+    return tuple(finding.name for finding in audit((layer,)))
+
+
+def dead_channels(layer: LayerStats) -> torch.Tensor:
+    found = torch.zeros(layer.num_features, dtype=torch.bool)
+    for finding in audit((layer,), select=["dead_channel"]):
+        found[list(finding.channels)] = True
+    return found
 
 
 def test_a_healthy_trained_layer_has_no_flags_in_either_form() -> None:
