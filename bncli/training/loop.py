@@ -233,8 +233,7 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     """
     setup, config = run.setup, run.setup.config.train
     labels = labels.to(setup.runtime.device)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(run.step, setup.num_steps, config)
+    run.set_learning_rate(run.step)
     with setup.runtime.autocast():
         logits = run.model(setup.runtime.place(images))
     loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)

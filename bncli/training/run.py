@@ -13,7 +13,7 @@ from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine
-from bncli.training.optimizer import build_optimizer, load_momenta
+from bncli.training.optimizer import build_optimizer, learning_rate_at, load_momenta
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
 
@@ -73,7 +73,15 @@ class Run:
             raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from None
         run.epoch, run.step, run.saved_step = last.epoch, last.step, last.step
         run.best_accuracy, run.seconds = last.best_accuracy, last.seconds
+        if run.step > 0:  # a run that is resumed after its last step saves this rate once more
+            run.set_learning_rate(run.step - 1)
         return run
+
+    def set_learning_rate(self, step: int) -> None:
+        """That of step `step`, from 0."""
+        rate = learning_rate_at(step, self.setup.num_steps, self.setup.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     @property
     def learning_rate(self) -> float:
