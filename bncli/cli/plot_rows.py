@@ -96,8 +96,8 @@ def draw_column(axis: Axes, column: Column, flags: Flags, *, neutral: float | No
 
 
 def _set_log_scale(axis: Axes, values: list[Tensor]) -> None:
-    """Ticks at powers of ten, or at 1, 2 and 5 where the values span little; labelled 0.01, not 10⁻²."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """Ticks at powers of ten, or closer where the values span little; labelled 0.01, not 10⁻²."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     drawn = [float(bound) for numbers in values if numbers.numel() for bound in numbers.aminmax()]
     narrow = not drawn or max(drawn) < 100 * min(drawn)
@@ -105,7 +105,9 @@ def _set_log_scale(axis: Axes, values: list[Tensor]) -> None:
     if narrow and (not drawn or max(drawn) < 4 * min(drawn)):
         subs = (1, 1.2, 1.5, 2, 3, 5, 7, 8.5)
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    # a scale of less than an octave is nearly linear, and may not hold any of those
+    flat = drawn and max(drawn) < 2 * min(drawn)
+    axis.xaxis.set_major_locator(MaxNLocator(5) if flat else LogLocator(subs=subs, numticks=8))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
