@@ -25,22 +25,16 @@ import torch
 from torch import Tensor
 
 from bncli.checkpoint.byte_source import hint_for_directory
+from bncli.checkpoint.torch_pickle import STORAGE_DTYPES
 from bncli.errors import CheckpointError
 
 ZIP_START = b"PK\x03\x04"
 MAX_DEPTH = 64
 MAX_VALUES = 2_000_000  # a list that holds ten lists that each hold ten ... is a small file, too
+# the types that bncli saves; foreign files have more of them
 _DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    f"{kind}Storage": STORAGE_DTYPES[f"{kind}Storage"]
+    for kind in ["Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
 }
 # what torch.save writes for tensors, texts, numbers and containers; no other instruction is followed
 _OPCODES = frozenset({

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bncli.atomic_file import atomic_file
 from bncli.cli.messages import print_note
 from bncli.cli.options import check_writable
-from bncli.errors import BncliError, ConfigError
+from bncli.cli.result_file import result_file
+from bncli.errors import ConfigError
 
 STDOUT = Path("-")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -40,11 +40,8 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
     if path == STDOUT:
         sys.stdout.write(text)
         return
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise BncliError(f"{path}: cannot write the CSV file: {error.strerror or error}") from error
+    with result_file(path, "the CSV file") as file:
+        file.write(text.encode())
     print_note(f"wrote {path}")
 
 

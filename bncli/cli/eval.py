@@ -172,17 +172,13 @@ def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Ga
 
 
 def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
-    from bncli.atomic_file import atomic_file
     from bncli.checkpoint import file_sha256
-    from bncli.errors import BncliError
+    from bncli.cli.result_file import result_file
     from bncli.serialization import to_json
 
     text = to_json(report.certificate_dict(file_sha256(checkpoint)), in_lines=True) + "\n"
-    try:
-        with atomic_file(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise BncliError(f"{path}: cannot write the certificate: {error.strerror or error}") from error
+    with result_file(path, "the certificate") as file:
+        file.write(text.encode())
     print_note(f"wrote {path}")
 
 

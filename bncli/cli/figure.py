@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.atomic_file import atomic_file
+from bncli.cli.result_file import result_file
 from bncli.errors import BncliError
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without matplotlib
@@ -32,12 +32,8 @@ def save_figure(
     Raises BncliError for another suffix, or a path that cannot be written.
     """
     check_suffix(path)
-    try:
-        content = _render(path.suffix.lower(), size, draw, dpi)
-        with atomic_file(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise BncliError(f"{path}: cannot write the plot: {error.strerror or error}") from error
+    with result_file(path, "the plot") as file:
+        file.write(_render(path.suffix.lower(), size, draw, dpi))
 
 
 def _render(kind: str, size: tuple[float, float], draw: Callable[[Figure], None], dpi: float) -> bytes:
