@@ -51,6 +51,8 @@ class AugmentConfig(Section):
     crop_padding: int = Field(2, ge=0, le=64)  # shifts of up to so many pixels, by reflection; 0: off
     flip: Literal["none", "random", "alternating"] = "alternating"
     cutout: int = Field(0, ge=0, le=512)  # side of the erased square in pixels; 0: off
+    small_epochs: int = Field(0, ge=0, le=100_000)  # the first so many epochs see smaller images
+    small_size: int = Field(24, ge=1, le=512)  # height and width of those, in pixels
 
 
 class BatchNormConfig(Section):
@@ -59,6 +61,7 @@ class BatchNormConfig(Section):
     momentum: float | None = Field(0.1, ge=0, le=1)  # weight of the new batch; null: cumulative average
     eps: float = Field(1e-5, gt=0, le=1)
     affine: bool = True
+    learn_weight: bool = True  # false: the weight stays 1, only the bias is learned
     track_running_stats: bool = True
 
 
@@ -72,6 +75,8 @@ class ModelConfig(Section):
     blocks_per_stage: int = Field(2, ge=1, le=64)
     pool: Literal["max", "avg"] = "max"
     pool_after: Literal["first", "last"] = "first"  # the block of each stage that is followed by pooling
+    pool_before_norm: bool = False  # pool between convolution and BatchNorm, on a quarter of the values
+    activation: Literal["relu", "gelu"] = "relu"
     head_pool: Literal["max", "avg"] = "max"
     logit_scale: float = Field(1.0, gt=0, le=100)
     whitening: bool = False  # a first layer, fixed, that whitens 2x2 patches of the training images
@@ -80,12 +85,15 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """Stochastic gradient descent and its schedule."""
+    """The optimiser and its schedule."""
 
     epochs: int = Field(5, ge=1, le=100_000)
     batch_size: int = Field(250, ge=1, le=1_000_000)
     last_batch: Literal["drop", "keep"] = "drop"  # of an epoch, when it is smaller than the others
+    optimizer: Literal["sgd", "muon"] = "sgd"  # muon: of the convolutions; all else is trained with SGD
     learning_rate: float = Field(0.5, gt=0)  # at its peak
+    bias_learning_rate: float | None = Field(None, gt=0)  # of biases and BatchNorm; null: the one above
+    head_learning_rate: float | None = Field(None, gt=0)  # of the last layer's weights; null: as above
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: float = Field(5e-4, ge=0)  # of weights; never of BatchNorm's or of biases

@@ -4,11 +4,13 @@
 
 Each stage has one width; the first (or last) of its blocks is followed by 2x2 pooling, so every stage
 halves height and width. Pooling after the first block is cheaper: the others run on a quarter of the
-pixels. Convolutions have no bias, since the BatchNorm that follows would subtract it again.
+pixels. Cheaper still is pooling between convolution and BatchNorm. Convolutions have no bias, since the
+BatchNorm that follows would subtract it again.
 """
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,10 @@ from bncli.config import BatchNormConfig, ModelConfig
 from bncli.errors import ConfigError
 
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": functools.partial(nn.ReLU, inplace=True),
+    "gelu": nn.GELU,
+}
 HEAD_POOLS = {"max": nn.AdaptiveMaxPool2d, "avg": nn.AdaptiveAvgPool2d}
 
 
@@ -46,11 +52,24 @@ class Normalize(nn.Module):
 
 
 class ConvBNReLU(nn.Sequential):
-    """3x3 convolution, BatchNorm, ReLU: (N, C, H, W) to (N, width, H, W)."""
+    """3x3 convolution, BatchNorm, ReLU (or GELU): (N, C, H, W) to (N, width, H, W).
 
-    def __init__(self, in_channels: int, out_channels: int, batch_norm: BatchNormConfig) -> None:
+    With `pool`, what comes out of the convolution is pooled first, to (N, width, H // 2, W // 2).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        batch_norm: BatchNormConfig,
+        *,
+        activation: str = "relu",
+        pool: str | None = None,
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        if pool is not None:
+            self.pool = POOLS[pool](2)
         self.norm = nn.BatchNorm2d(
             out_channels,
             eps=batch_norm.eps,
@@ -58,23 +77,25 @@ class ConvBNReLU(nn.Sequential):
             affine=batch_norm.affine,
             track_running_stats=batch_norm.track_running_stats,
         )
-        self.relu = nn.ReLU(inplace=True)
+        if self.norm.affine:
+            self.norm.weight.requires_grad_(batch_norm.learn_weight)
+        self.add_module(activation, ACTIVATIONS[activation]())
 
 
 class Whitening(nn.Sequential):
-    """2x2 patches to uncorrelated features of unit variance, then ReLU: (N, C, H, W) to (N, 8C, H-1, W-1).
+    """2x2 patches to uncorrelated features of unit variance: (N, C, H, W) to (N, 8C, H-1, W-1).
 
-    The filters are the eigenvectors of the patches' covariance, each divided by the root of its
-    eigenvalue, once with either sign, so that ReLU loses nothing. `fit` computes them from images; they
-    are not trained. It gives the first layer what it would take several epochs to learn (Page 2018, "How
-    to train your ResNet"; Jordan 2024, arXiv 2404.00498).
+    Then comes ReLU (or GELU). The filters are the eigenvectors of the patches' covariance, each divided by
+    the root of its eigenvalue, once with either sign, so that ReLU loses nothing. `fit` computes them from
+    images; they are not trained. It gives the first layer what it would take several epochs to learn (Page
+    2018, "How to train your ResNet"; Jordan 2024, arXiv 2404.00498).
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, activation: str = "relu") -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, 8 * channels, kernel_size=2, bias=False)
         self.conv.weight.requires_grad_(False)
-        self.relu = nn.ReLU(inplace=True)
+        self.add_module(activation, ACTIVATIONS[activation]())
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
@@ -113,14 +134,19 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
-        self.whiten = Whitening(len(mean)) if config.whitening else None
+        self.whiten = Whitening(len(mean), config.activation) if config.whitening else None
         self.stages = nn.Sequential()
         channels = 8 * len(mean) if config.whitening else len(mean)
         for width in config.widths:
             stage = nn.Sequential()
             for block in range(config.blocks_per_stage):
-                stage.add_module(str(block), ConvBNReLU(channels, width, config.batch_norm))
-                if block == (0 if config.pool_after == "first" else config.blocks_per_stage - 1):
+                is_pooled = block == (0 if config.pool_after == "first" else config.blocks_per_stage - 1)
+                inner_pool = config.pool if is_pooled and config.pool_before_norm else None
+                layers = ConvBNReLU(
+                    channels, width, config.batch_norm, activation=config.activation, pool=inner_pool
+                )
+                stage.add_module(str(block), layers)
+                if is_pooled and inner_pool is None:
                     stage.add_module("pool", POOLS[config.pool](2))
                 channels = width
             self.stages.append(stage)

@@ -25,21 +25,30 @@ def by_hand(model, images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
             name = f"stages.{stage}.{block}"
             x = F.conv2d(x, state[f"{name}.conv.weight"], padding=1)
             mean, var = state[f"{name}.norm.running_mean"], state[f"{name}.norm.running_var"]
+            is_pooled = block == (0 if config.pool_after == "first" else config.blocks_per_stage - 1)
+            pool = {"max": F.max_pool2d, "avg": F.avg_pool2d}[config.pool]
+            if is_pooled and config.pool_before_norm:
+                x = pool(x, 2)
             x = (x - mean[:, None, None]) / (var[:, None, None] + config.batch_norm.eps).sqrt()
             weight, bias = state[f"{name}.norm.weight"], state[f"{name}.norm.bias"]
-            x = (x * weight[:, None, None] + bias[:, None, None]).clamp(min=0)
-            if block == (0 if config.pool_after == "first" else config.blocks_per_stage - 1):
-                x = F.max_pool2d(x, 2) if config.pool == "max" else F.avg_pool2d(x, 2)
+            x = x * weight[:, None, None] + bias[:, None, None]
+            x = x.clamp(min=0) if config.activation == "relu" else x * (1 + torch.erf(x / 2**0.5)) / 2
+            if is_pooled and not config.pool_before_norm:
+                x = pool(x, 2)
     x = x.amax((2, 3)) if config.head_pool == "max" else x.mean((2, 3))
     return (x @ state["head.weight"].T + state["head.bias"]) * config.logit_scale
 
 
-@pytest.mark.parametrize("pool_after", ["first", "last"])
+@pytest.mark.parametrize("pool_before_norm", [False, True])
+@pytest.mark.parametrize(
+    ("pool_after", "activation"), [("first", "relu"), ("last", "relu"), ("first", "gelu")]
+)
 @pytest.mark.parametrize("pool", ["max", "avg"])
-def test_the_network_computes_what_its_description_says(pool: str, pool_after: str) -> None:
-    config = CONFIG.model_copy(
-        update={"pool": pool, "head_pool": pool, "pool_after": pool_after, "logit_scale": 0.5}
-    )
+def test_the_network_computes_what_its_description_says(
+    pool: str, pool_after: str, activation: str, pool_before_norm: bool
+) -> None:
+    changes = {"pool": pool, "head_pool": pool, "pool_after": pool_after, "activation": activation}
+    config = CONFIG.model_copy(update={**changes, "pool_before_norm": pool_before_norm, "logit_scale": 0.5})
     model = build(config)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     model(images)  # in train mode, so that the running statistics are no longer 0 and 1
@@ -54,6 +63,18 @@ def test_batch_norm_takes_every_knob_from_the_configuration() -> None:
             assert (module.momentum, module.eps) == (None, 1e-3)
             assert not module.affine
             assert not module.track_running_stats
+
+
+def test_a_weight_that_is_not_learned_stays_one() -> None:
+    for learn_weight in (True, False):
+        norm = (
+            build(ModelConfig(widths=(4,), batch_norm=BatchNormConfig(learn_weight=learn_weight)))
+            .stages[0][0]
+            .norm
+        )
+        assert norm.weight.requires_grad is learn_weight
+        assert norm.bias.requires_grad
+        assert torch.equal(norm.weight, torch.ones(4))
 
 
 def test_bytes_and_fractions_of_one_image_give_the_same_logits() -> None:

@@ -24,7 +24,7 @@ from bncli.runtime import describe_machine
 from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step
-from bncli.training.optimizer import build_optimizer
+from bncli.training.optimizer import build_optimizers
 from bncli.training.run import Run
 
 
@@ -62,7 +62,9 @@ def bench_training_step(
     Raises:
         BncliError: when the configuration cannot be trained here.
     """
-    setup = prepare(config, progress=data_progress)
+    # both loops take whole images
+    augment = config.augment.model_copy(update={"small_epochs": 0})
+    setup = prepare(config.model_copy(update={"augment": augment}), progress=data_progress)
     if setup.plan.num_steps < steps_per_round:
         raise ConfigError(
             "train", [f"train.batch_size: an epoch has {setup.plan.num_steps} steps; use smaller batches"]
@@ -129,7 +131,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
     model = _plain_twin(setup)
     model.load_state_dict(setup.model.state_dict())
     model.train()
-    optimizer = build_optimizer(model, setup.config.train)
+    optimizers = build_optimizers(model, setup.config.train)
     loader = torch.utils.data.DataLoader(
         _PlainImages(setup.dataset, setup.config.augment),
         batch_size=setup.plan.batch_size,
@@ -151,9 +153,11 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
                 batch = next(batches)
             images, labels = batch[0].to(device), batch[1].to(device)
             loss = F.cross_entropy(model(images), labels, label_smoothing=setup.config.train.label_smoothing)
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             num_images += len(labels)
         _synchronize(device)
         yield num_images / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Random shift, horizontal flip and cutout of a whole batch at once, on uint8 images.
+"""Random shift, horizontal flip and cutout of a whole batch at once, and smaller images, on uint8 images.
 
 All randomness is a function of (seed, epoch, step), for the alternating flip of (seed, image, epoch):
 see `bncli.data.randomness`. Shift and flip only say which source pixel each pixel comes from, so both
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.config import AugmentConfig
 from bncli.data.randomness import Stream, generator
@@ -32,7 +32,9 @@ def augment(
     step: int,
     fill: Sequence[float],
 ) -> Tensor:
-    """Return a randomly changed copy of uint8 `images` (B, 3, H, W), of the same shape and device.
+    """Return a randomly changed copy of uint8 `images` (B, 3, H, W), of the same device and shape.
+
+    In the first `small_epochs` epochs they are shrunk to (B, 3, small_size, small_size), with antialiasing.
 
     Args:
         images: the batch; it is not changed, and returned itself where everything is switched off.
@@ -61,6 +63,9 @@ def augment(
     if config.cutout:
         centres = rng.integers(0, (height, width), (batch_size, 2))
         images = _erase(images, centres, config.cutout, fill)
+    if epoch < config.small_epochs:
+        size = (config.small_size, config.small_size)
+        images = nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
     return images
 
 
@@ -77,6 +82,9 @@ def check_augmentation(config: AugmentConfig, height: int, width: int) -> None:
         raise DataError(f"{found}; set it to at most {side - 1}")
     if config.cutout > side:
         raise DataError(f"augment.cutout: {config.cutout} is too large {size}; set it to at most {side}")
+    if config.small_epochs and config.small_size > side:
+        found = f"augment.small_size: {config.small_size} is too large {size}"
+        raise DataError(f"{found}; set it to at most {side}, or augment.small_epochs to 0")
 
 
 def _flips(

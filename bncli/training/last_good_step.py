@@ -56,5 +56,5 @@ class LastGoodStep:
         if self._momenta:
             torch._foreach_copy_(self._run.momenta(), self._momenta)
         else:
-            self._run.optimizer.state.clear()
+            self._run.forget_momenta()
         self._run.step, self._run.running_epoch.counts = self._counts

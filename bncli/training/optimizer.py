@@ -1,6 +1,7 @@
-"""Stochastic gradient descent and its learning rate schedule."""
+"""The optimiser: SGD for everything, or Muon for the convolutions and SGD for the rest; and its schedule."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,40 +9,116 @@ from torch import Tensor, nn
 
 from bncli.config import TrainConfig
 
+_NEWTON_SCHULZ_STEPS = 3  # enough for filters (Jordan 2024, airbench94_muon); PyTorch's default is 5
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with (Nesterov) momentum, and weight decay on weights only.
+
+class FilterMuon(torch.optim.Muon):
+    """PyTorch's Muon on the filters of convolutions, each (out, in, h, w) taken as a matrix (out, in*h*w).
+
+    Before every step a layer's filters are scaled to the norm sqrt(out). BatchNorm divides by that
+    scale again, so it changes no output, but it fixes how far a step turns them (Jordan 2024, airbench).
+    """
+
+    def __init__(
+        self, filters: Iterable[nn.Parameter], *, lr: float, momentum: float, nesterov: bool
+    ) -> None:
+        self._filters = list(filters)
+        super().__init__(
+            [_as_matrix(weight.detach(), weight) for weight in self._filters],
+            lr=lr,
+            weight_decay=0.0,
+            momentum=momentum,
+            nesterov=nesterov,
+            ns_steps=_NEWTON_SCHULZ_STEPS,
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the filters."""
+        super().zero_grad(set_to_none)
+        for weight in self._filters:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take the filters' gradients, scale the filters, and step."""
+        matrices = self.param_groups[0]["params"]
+        for weight, matrix in zip(self._filters, matrices, strict=True):
+            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, weight)
+            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
+        return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+def _as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
+    """(out, in, h, w) as (out, in*h*w), the columns in the order in which `like` lies in memory.
+
+    So the matrix of `like` itself is a view of it. Muon does not depend on the order of the columns.
+    """
+    is_channels_last = like.is_contiguous(memory_format=torch.channels_last)
+    return (tensor.permute(0, 2, 3, 1) if is_channels_last else tensor).flatten(1)
+
+
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon, if asked for, and SGD; both with (Nesterov) momentum, and weight decay on weights only.
 
     BatchNorm's weight and bias and all other biases are one-dimensional; they get no weight decay,
-    which would pull BatchNorm's gain towards 0 without regularising anything.
+    which would pull BatchNorm's gain towards 0 without regularising anything. Nor do Muon's filters,
+    whose scale is fixed. Each group keeps the peak of its learning rate as `initial_lr`.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    filters = [parameter for parameter in trained if parameter.ndim == 4]
+    matrices = [parameter for parameter in trained if 1 < parameter.ndim < 4]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    nesterov = config.nesterov and config.momentum > 0
+    optimizers: list[torch.optim.Optimizer] = []
+    rate = config.learning_rate
+    head_rate, bias_rate = config.head_learning_rate or rate, config.bias_learning_rate or rate
+    if config.optimizer == "muon":
+        muon = FilterMuon(filters, lr=rate, momentum=config.momentum, nesterov=nesterov)
+        optimizers.append(muon)
+        filters = []
     groups = [
-        {
-            "params": [parameter for parameter in parameters if parameter.ndim > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in parameters if parameter.ndim <= 1],
-            "weight_decay": 0.0,
-        },
+        {"params": filters, "lr": rate, "weight_decay": config.weight_decay},
+        {"params": matrices, "lr": head_rate, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": bias_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        groups,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-    )
+    groups = [group for group in groups if group["params"]]
+    optimizers.append(torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
 
 
-def load_momenta(optimizer: torch.optim.SGD, state_dict: dict[str, Any]) -> None:
-    """Put the momentum of a saved state dict back; all else of the optimiser is the configuration's.
+def momenta_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """The optimisers' own tensors, one for each trained weight; none before the first step."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+
+
+def state_dict_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """The state dicts of all, as if they were one optimiser with all their groups."""
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    offset = 0
+    for optimizer in optimizers:
+        part = optimizer.state_dict()
+        state |= {offset + index: entry for index, entry in part["state"].items()}
+        groups += [
+            {**group, "params": [offset + index for index in group["params"]]}
+            for group in part["param_groups"]
+        ]
+        offset += len(_parameters(optimizer))
+    return {"state": state, "param_groups": groups}
+
+
+def load_momenta(optimizers: Sequence[torch.optim.Optimizer], state_dict: dict[str, Any]) -> None:
+    """Put the momentum of a saved state dict back; all else of the optimisers is the configuration's.
 
     Raises:
         KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
     """
-    state, groups = state_dict["state"], optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = state_dict["state"]
+    parameters = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
     # all of them or, without momentum, none: a step that is undone writes back as many as it kept
     if not isinstance(state, dict) or set(state) not in ({*range(len(parameters))}, set()):
         raise ValueError(f"the optimizer's state is not that of {len(parameters)} weights")
@@ -50,20 +127,34 @@ def load_momenta(optimizer: torch.optim.SGD, state_dict: dict[str, Any]) -> None
         is_like = isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (weight.shape, weight.dtype)
         if len(entry) != 1 or not is_like:
             raise ValueError(f"momentum {index} of the optimizer is not like its weight")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    offset = 0
+    for optimizer in optimizers:
+        count = len(_parameters(optimizer)) if state else 0
+        part = {index: state[offset + index] for index in range(count)}
+        optimizer.load_state_dict({"state": part, "param_groups": optimizer.state_dict()["param_groups"]})
+        offset += count
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` of `num_steps`: a linear warm-up, then the decay to 0.
+    """The learning rate of step `step` of `num_steps`, at its peak `config.learning_rate`."""
+    return config.learning_rate * schedule_at(step, num_steps, config)
+
+
+def schedule_at(step: int, num_steps: int, config: TrainConfig) -> float:
+    """The share of its peak that every learning rate has in a step: a linear warm-up, then the decay to 0.
 
     A function of the step alone, so that a resumed run continues it exactly.
     """
     progress = (step + 0.5) / num_steps  # of the middle of the step, so that no step has rate 0
     if progress < config.warmup:
-        return config.learning_rate * progress / config.warmup
+        return progress / config.warmup
     left = (1 - progress) / (1 - config.warmup)  # 1 at the peak, 0 at the end
     if config.decay == "linear":
-        return config.learning_rate * left
+        return left
     if config.decay == "cosine":
-        return config.learning_rate * 0.5 * (1 - math.cos(math.pi * left))
-    return config.learning_rate
+        return 0.5 * (1 - math.cos(math.pi * left))
+    return 1.0

@@ -13,7 +13,13 @@ from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine
-from bncli.training.optimizer import build_optimizer, learning_rate_at, load_momenta
+from bncli.training.optimizer import (
+    build_optimizers,
+    load_momenta,
+    momenta_of,
+    schedule_at,
+    state_dict_of,
+)
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
 
@@ -24,7 +30,7 @@ class Run:
 
     setup: Setup
     model: ConvNet
-    optimizer: torch.optim.SGD
+    optimizers: list[torch.optim.Optimizer]
     running_epoch: RunningEpoch
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
@@ -38,8 +44,8 @@ class Run:
     @classmethod
     def start(cls, setup: Setup) -> "Run":
         """A run before its first step."""
-        optimizer = build_optimizer(setup.model, setup.config.train)
-        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
+        optimizers = build_optimizers(setup.model, setup.config.train)
+        return cls(setup, setup.model, optimizers, RunningEpoch(setup.model, setup.runtime.device))
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
@@ -62,7 +68,7 @@ class Run:
             )
         try:
             run.model.load_state_dict(last.state_dict)
-            load_momenta(run.optimizer, last.optimizer or {})
+            load_momenta(run.optimizers, last.optimizer or {})
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
                 run.running_epoch.load_state_dict(last.running_epoch)
@@ -79,19 +85,24 @@ class Run:
 
     def set_learning_rate(self, step: int) -> None:
         """That of step `step`, from 0."""
-        rate = learning_rate_at(step, self.setup.num_steps, self.setup.config.train)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        share = schedule_at(step, self.setup.num_steps, self.setup.config.train)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * share
 
     @property
     def learning_rate(self) -> float:
-        """Of the step taken last."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """Of the step taken last, of the convolutions."""
+        return float(self.optimizers[0].param_groups[0]["lr"])
 
     def momenta(self) -> list[Tensor]:
-        """The optimiser's own tensors, one for each trained weight; none before the first step."""
-        states = self.optimizer.state.values()
-        return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+        """The optimisers' own tensors, one for each trained weight; none before the first step."""
+        return momenta_of(self.optimizers)
+
+    def forget_momenta(self) -> None:
+        """Go back to the optimisers' state before the first step."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left of the running epoch."""
@@ -158,7 +169,7 @@ class Run:
             seconds=self.seconds,
             runtime=self.setup.runtime.describe(),
             machine=describe_machine(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=state_dict_of(self.optimizers),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),
             data_digest=self.setup.data_digest,
         )

@@ -63,6 +63,9 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     dataset = load_dataset(config.data, progress=progress)
     normalization = measure_normalization(dataset.train.images)
     _, channels, height, width = dataset.train.images.shape
+    check_augmentation(config.augment, height, width)
+    if config.augment.small_epochs:  # the network and its batches must fit the smallest images
+        height = width = config.augment.small_size
     model = build_model(
         config.model,
         len(dataset.class_names),
@@ -84,6 +87,5 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         last_batch=config.train.last_batch,
         min_batch=min_batch,
     )
-    check_augmentation(config.augment, height, width)
     model = runtime.place_model(model)
     return Setup(config, runtime, dataset, normalization, plan, model)

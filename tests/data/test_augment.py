@@ -155,6 +155,19 @@ def test_the_square_does_not_depend_on_the_other_changes_being_random(images):
     assert torch.equal(erased[1], erased[2])
 
 
+def test_the_first_epochs_see_smaller_images(images):
+    settings = config(crop_padding=2, flip="random", small_epochs=2, small_size=8)
+    for epoch in range(4):
+        whole = run(images, config(crop_padding=2, flip="random"), epoch=epoch)
+        shrunk = F.interpolate(whole.double(), (8, 8), mode="bilinear", antialias=True)
+        result = run(images, settings, epoch=epoch)
+        assert result.dtype == torch.uint8
+        if epoch < 2:
+            assert (result - shrunk).abs().max() < 1.5  # rounded, after each of the two directions
+        else:
+            assert torch.equal(result, whole)
+
+
 def test_the_result_is_a_function_of_seed_epoch_and_step(images):
     settings = config(crop_padding=2, flip="random", cutout=3)
     torch.manual_seed(0)
@@ -172,6 +185,10 @@ def test_the_result_is_a_function_of_seed_epoch_and_step(images):
     [
         ({"crop_padding": 10}, "augment.crop_padding: 10 .* 10x12 pixels; set it to at most 9"),
         ({"cutout": 11}, "augment.cutout: 11 .* 10x12 pixels; set it to at most 10"),
+        (
+            {"small_epochs": 1, "small_size": 11},
+            "augment.small_size: 11 .* 10x12 pixels; set it to at most 10",
+        ),
     ],
 )
 def test_images_that_are_too_small_are_refused(images, changes, message):

@@ -126,12 +126,26 @@ def test_every_epoch_sees_the_same_images_in_another_order(
     assert torch.equal(first.sort().values, second.sort().values)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "threads", "optimizer"),
+    [
+        ("float32", 1, "sgd"),
+        ("float32", 2, "sgd"),
+        ("bfloat16", 1, "sgd"),
+        ("bfloat16", 2, "sgd"),
+        ("bfloat16", 1, "muon"),
+    ],
+)
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny_config: Path, tmp_path: Path, precision: str, threads: int
+    tiny_config: Path, tmp_path: Path, precision: str, threads: int, optimizer: str
 ) -> None:
-    overrides = ["train.epochs=3", f"runtime.precision={precision}", f"runtime.threads={threads}"]
+    overrides = [
+        "train.epochs=3",
+        f"train.optimizer={optimizer}",
+        "augment.small_epochs=1",
+        f"runtime.precision={precision}",
+        f"runtime.threads={threads}",
+    ]
     config = load_config(tiny_config, [*overrides, "augment.cutout=8", "train.last_batch=keep"])
     train(config, tmp_path / "whole")
 

@@ -1,0 +1,77 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bncli.config import TrainConfig
+from bncli.config_file import load_config
+from bncli.training import prepare
+from bncli.training.optimizer import FilterMuon, build_optimizers
+from bncli.training.run import Run
+
+
+def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+    """Muon's polynomial, three times, on the singular values in float64 (Jordan 2024)."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u @ s.diag() @ v
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_muon_turns_filters_as_its_definition_says(memory_format: torch.memory_format) -> None:
+    convolution = nn.Conv2d(16, 24, 3, bias=False).to(memory_format=memory_format)
+    weight = convolution.weight
+    optimizer = FilterMuon([weight], lr=0.3, momentum=0.6, nesterov=True)
+    momentum = torch.zeros(24, 144, dtype=torch.float64)
+    for _ in range(3):
+        before = weight.detach().double().flatten(1)
+        gradient = torch.randn(24, 16, 3, 3).contiguous(memory_format=memory_format)
+        weight.grad = gradient
+        optimizer.step()
+        momentum = 0.6 * momentum + gradient.double().flatten(1)
+        scaled = before * math.sqrt(24) / before.norm()
+        wanted = scaled - 0.3 * orthogonalised(gradient.double().flatten(1) + 0.6 * momentum)
+        error = (weight.detach().double().flatten(1) - wanted).norm() / (wanted - scaled).norm()
+        assert error < 0.02  # the optimiser computes in bfloat16
+    assert weight.is_contiguous(memory_format=memory_format)
+
+
+def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Path) -> None:
+    changes = ["train.optimizer=muon", "train.bias_learning_rate=0.3", "train.head_learning_rate=0.7"]
+    setup = prepare(load_config(tiny_config, [*changes, "model.batch_norm.learn_weight=false"]))
+    run = Run.start(setup)
+    run.set_learning_rate(setup.num_steps // 2)
+    share = run.learning_rate / 0.1
+    assert 0 < share < 1
+    muon, sgd = run.optimizers
+    rates = {
+        parameter.data_ptr(): (type(optimizer), group["lr"] / share, group["weight_decay"])
+        for optimizer in (muon, sgd)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in setup.model.named_parameters():
+        if name.endswith("norm.weight"):
+            assert not parameter.requires_grad
+            assert parameter.data_ptr() not in rates
+            continue
+        kind, rate, decay = rates.pop(parameter.data_ptr())
+        if name.endswith("conv.weight"):
+            assert (kind, rate, decay) == (FilterMuon, pytest.approx(0.1), 0)
+        elif name == "head.weight":
+            assert (kind, rate, decay) == (torch.optim.SGD, pytest.approx(0.7), 5e-4)
+        else:
+            assert (kind, rate, decay) == (torch.optim.SGD, pytest.approx(0.3), 0)
+    assert not rates
+
+
+def test_gradients_of_filters_are_forgotten() -> None:
+    convolution = nn.Conv2d(3, 4, 3, bias=False)
+    muon = build_optimizers(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon"))[0]
+    convolution.weight.grad = torch.ones_like(convolution.weight)
+    muon.zero_grad()
+    assert convolution.weight.grad is None
