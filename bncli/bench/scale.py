@@ -172,7 +172,7 @@ def _rates(setup: Setup, num_steps: int) -> Iterator[float]:
 def _measure_starts(
     path: Path, config: Config, num_starts: int, report: Callable[[str], None]
 ) -> list[tuple[float, float]]:
-    """Seconds of `bncli train` to its first step, and of the plain start, in turns; the first pair is dropped."""
+    """Seconds of `bncli train` to its first step, and of the plain start, in turns; one pair to warm up."""
     found = []
     for number in range(num_starts + 1):
         found.append((_start_of_train(path, path.parent / f"start-{number}"), _plain_start(config)))

@@ -158,4 +158,4 @@ def test_fifty_steps_have_the_losses_of_a_plain_loop(config: Config, monkeypatch
     pairs = zip(run.model.state_dict().items(), plain.state_dict().values(), strict=True)
     for (name, ours), theirs in pairs:
         if "running" in name:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
