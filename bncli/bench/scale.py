@@ -80,8 +80,7 @@ def bench_scale(
     Raises:
         BncliError: when the configuration cannot be trained here.
     """
-    setup = prepare(config, progress=data_progress)
-    rates = _measure_sizes(setup, sizes, num_rounds, steps_per_round, report)
+    # first, while this process is small: Linux counts the parent's memory at the child's start as its own
     with tempfile.TemporaryDirectory(prefix="bncli-bench-") as folder:
         path = Path(folder) / "config.yaml"
         epoch = config.train.model_copy(update={"epochs": 1})
@@ -89,6 +88,8 @@ def bench_scale(
         starts = _measure_starts(path, config, num_starts, report)
         report("memory of one epoch ...")
         peak = _peak_memory(path)
+    setup = prepare(config, progress=data_progress)
+    rates = _measure_sizes(setup, sizes, num_rounds, steps_per_round, report)
     ratios = [ours / plain for ours, plain in starts]
     return ScaleBench(
         sizes=rates,
