@@ -25,7 +25,7 @@ class SyntheticConfig(Section):
 
 
 class Cifar10Config(Section):
-    """CIFAR-10 through torchvision."""
+    """CIFAR-10."""
 
     name: Literal["cifar10"] = "cifar10"
     root: str = "data"

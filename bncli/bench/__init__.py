@@ -4,6 +4,7 @@ from bncli.bench.accuracy import AccuracyBench, Target, TrainedSeed, bench_accur
 from bncli.bench.inspection import Inspection, InspectionBench, bench_inspection
 from bncli.bench.population import PopulationBench, bench_population
 from bncli.bench.repair import RepairBench, bench_repair
+from bncli.bench.scale import ScaleBench, SizeRate, bench_scale
 from bncli.bench.training_step import TrainingStepBench, bench_training_step
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "InspectionBench",
     "PopulationBench",
     "RepairBench",
+    "ScaleBench",
+    "SizeRate",
     "Target",
     "TrainedSeed",
     "TrainingStepBench",
@@ -19,5 +22,6 @@ __all__ = [
     "bench_inspection",
     "bench_population",
     "bench_repair",
+    "bench_scale",
     "bench_training_step",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bncli.cli.bench_accuracy import bench_accuracy_command
+from bncli.cli.bench_scale import bench_scale_of_training
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, make_empty_dir
 
@@ -131,3 +132,4 @@ def bench_inspect(
 
 
 bench_app.command("accuracy")(bench_accuracy_command)
+bench_app.command("scale")(bench_scale_of_training)

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) through torchvision, which checks the MD5 of every file before reading it.
+"""CIFAR-10 (Krizhevsky 2009): found, unpacked or downloaded; `cifar10_batches` reads it, by its MD5s.
 
 The batches are looked for in `root` first. Otherwise they come from a local archive, or from a download
 of the archive into `root`. The archive's MD5 is checked before it is opened, it is unpacked into a
@@ -6,28 +6,23 @@ temporary folder, and only whole files move to their final place, so an interrup
 that the next one could trust by mistake.
 """
 
-import contextlib
 import hashlib
 import http.client
 import pickle
-import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import IO
 
 from bncli.config import Cifar10Config
-from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data import cifar10_batches as batches
+from bncli.data.dataset import Dataset, Progress
 from bncli.data.memory import require_memory
 from bncli.errors import DataError
-from bncli.torchvision_compat import import_torchvision
 
 _CHUNK = 1 << 20  # bytes
 _ARCHIVE_BYTES = 170_498_071  # of cifar-10-python.tar.gz
@@ -41,58 +36,42 @@ def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dat
     Raises:
         DataError: the data is neither in `root` nor to be had from `archive` or `url`, or it is damaged.
     """
-    # torchvision keeps the pieces, the whole, and the whole transposed of a split
-    require_memory(4 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
+    # the pieces and the whole of the training split, and the test split
+    require_memory(3 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
     root = Path(config.root).expanduser()
-    reader = import_torchvision().datasets.CIFAR10
-    dataset = _read(reader, root)
+    dataset = _read(root)
     if dataset is None:
-        _provide(reader, root, config, progress)
-        dataset = _read(reader, root)
+        _provide(root, config, progress)
+        dataset = _read(root)
     if dataset is None:
         raise DataError(f"{root}: the archive did not contain CIFAR-10's batches with their MD5 values")
     return dataset
 
 
-def _read(reader: Any, root: Path) -> Dataset | None:
-    """Read both splits with torchvision; None where a file is missing or has another MD5."""
-    try:
-        with _quiet():
-            train, test = (reader(root, train=train, download=False) for train in (True, False))
-    except RuntimeError:  # torchvision's "Dataset not found or corrupted"
-        return None
-    except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{root / reader.base_folder}: cannot be read: {_reason(error)}") from error
-    return Dataset("cifar10", _split(train), _split(test), tuple(train.classes))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep stdout for results, and silence a deprecation that the old pickles trigger in numpy 2.4."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+def _read(root: Path) -> Dataset | None:
+    """Read both splits; None where a file is missing or has another MD5."""
+    with warnings.catch_warnings():
+        # the old pickles trigger a deprecation in numpy 2.4
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
-        yield
+        try:
+            return batches.read_batches(root)
+        except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise DataError(f"{root / batches.FOLDER}: cannot be read: {_reason(error)}") from error
 
 
-def _split(part: Any) -> Split:
-    # torchvision shows the stored (N, 3, 32, 32) as (N, 32, 32, 3); turned back, nothing is copied
-    images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-    return Split(images, torch.tensor(part.targets, dtype=torch.int64))
-
-
-def _provide(reader: Any, root: Path, config: Cifar10Config, progress: Progress | None) -> None:
+def _provide(root: Path, config: Cifar10Config, progress: Progress | None) -> None:
     """Put the batches into `root`, from an archive or a download."""
-    archive = root / reader.filename
+    archive = root / batches.ARCHIVE
     if config.archive is not None:
         archive = Path(config.archive).expanduser()
-        _check_md5(archive, reader.tgz_md5)
+        _check_md5(archive, batches.ARCHIVE_MD5)
     try:
         root.mkdir(parents=True, exist_ok=True)
         # made before a long download, so that a folder that cannot be written is noticed at once
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
-            if not archive.is_file() or _md5(archive) != reader.tgz_md5:
-                _download(config.url or reader.url, archive, reader.tgz_md5, Path(folder), progress)
-            _unpack(archive, Path(folder), reader, root)
+            if not archive.is_file() or _md5(archive) != batches.ARCHIVE_MD5:
+                _download(config.url or batches.URL, archive, batches.ARCHIVE_MD5, Path(folder), progress)
+            _unpack(archive, Path(folder), root)
     except OSError as error:
         found = f"data.root: cannot write CIFAR-10 to {root}: {_reason(error)}"
         raise DataError(f"{found}; choose another folder") from error
@@ -183,20 +162,19 @@ def _cannot_download(url: str, reason: str, md5: str) -> str:
     )
 
 
-def _unpack(archive: Path, folder: Path, reader: Any, root: Path) -> None:
+def _unpack(archive: Path, folder: Path, root: Path) -> None:
     """Unpack into `folder` and move the needed files, each as a whole, to their place in `root`."""
     try:
         with tarfile.open(archive, "r:gz") as tar:
             tar.extractall(folder, filter="data")  # refuses paths and links that lead outside
     except _BROKEN_ARCHIVE as error:
         raise DataError(f"{archive}: cannot be unpacked: {_reason(error)}") from error
-    target = root / reader.base_folder
+    target = root / batches.FOLDER
     target.mkdir(exist_ok=True)
-    names = [name for name, _ in (*reader.train_list, *reader.test_list)]
-    for name in [*names, reader.meta["filename"]]:
-        unpacked = folder / reader.base_folder / name
+    for name in (*batches.TRAIN, *batches.TEST, *batches.META):
+        unpacked = folder / batches.FOLDER / name
         if not unpacked.is_file():
-            raise DataError(f"{archive}: holds no {reader.base_folder}/{name}")
+            raise DataError(f"{archive}: holds no {batches.FOLDER}/{name}")
         unpacked.replace(target / name)
 
 

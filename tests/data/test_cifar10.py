@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bncli.config import Cifar10Config
-from bncli.data import load_dataset
+from bncli.data import cifar10_batches, load_dataset
 from bncli.errors import DataError
 from bncli.torchvision_compat import import_torchvision
 
@@ -59,11 +59,10 @@ def python2_pickle(value: object) -> bytes:
 
 
 class Tiny:
-    """A CIFAR-10 of 4 images per batch in the published format, and torchvision told to expect it."""
+    """A CIFAR-10 of 4 images per batch in the published format, and bncli told to expect it."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rng = np.random.default_rng(1)
-        self.reader = import_torchvision().datasets.CIFAR10
         self.monkeypatch = monkeypatch
         self.pixels, self.labels, self.files = [], [], {}
         names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -74,20 +73,19 @@ class Tiny:
             self.labels.append(labels)
             self.files[name] = python2_pickle({b"data": data, b"labels": labels})
         self.files["batches.meta"] = python2_pickle({b"label_names": [name.encode() for name in CLASSES]})
-        listed = [[name, md5(self.files[name])] for name in names]
-        monkeypatch.setattr(self.reader, "train_list", listed[:5])
-        monkeypatch.setattr(self.reader, "test_list", listed[5:])
-        meta = {"filename": "batches.meta", "key": "label_names"}
-        monkeypatch.setattr(self.reader, "meta", meta | {"md5": md5(self.files["batches.meta"])})
+        hashes = {name: md5(content) for name, content in self.files.items()}
+        monkeypatch.setattr(cifar10_batches, "TRAIN", {name: hashes[name] for name in names[:5]})
+        monkeypatch.setattr(cifar10_batches, "TEST", {"test_batch": hashes["test_batch"]})
+        monkeypatch.setattr(cifar10_batches, "META", {"batches.meta": hashes["batches.meta"]})
         # unless a test says otherwise, nothing may go out to the network
-        monkeypatch.setattr(self.reader, "url", "http://127.0.0.1:1/nowhere.tar.gz")
+        monkeypatch.setattr(cifar10_batches, "URL", "http://127.0.0.1:1/nowhere.tar.gz")
         self.archive = folder / "published" / ARCHIVE
         self.archive.parent.mkdir()
         self.publish(tar_of({f"{FOLDER}/{name}": content for name, content in self.files.items()}))
 
     def publish(self, archive: bytes) -> None:
         self.archive.write_bytes(archive)
-        self.monkeypatch.setattr(self.reader, "tgz_md5", md5(archive))
+        self.monkeypatch.setattr(cifar10_batches, "ARCHIVE_MD5", md5(archive))
 
     def check(self, dataset) -> None:
         images = np.concatenate(self.pixels).reshape(-1, 3, 32, 32)
@@ -97,6 +95,16 @@ class Tiny:
         assert dataset.test.labels.tolist() == self.labels[5]
         assert dataset.class_names == ("cat", "dog", "owl")
         assert dataset.train.images.is_contiguous()
+
+
+def test_names_addresses_and_md5s_are_those_that_torchvision_lists():
+    reader = import_torchvision().datasets.CIFAR10
+    ours = cifar10_batches
+    assert list(ours.TRAIN.items()) == [tuple(pair) for pair in reader.train_list]
+    assert list(ours.TEST.items()) == [tuple(pair) for pair in reader.test_list]
+    assert {reader.meta["filename"]: reader.meta["md5"]} == ours.META
+    assert (reader.base_folder, reader.filename) == (ours.FOLDER, ours.ARCHIVE)
+    assert (reader.url, reader.tgz_md5) == (ours.URL, ours.ARCHIVE_MD5)
 
 
 @pytest.fixture
@@ -138,8 +146,8 @@ def test_a_mirror_is_downloaded_once_checked_and_read(tiny, server, tmp_path, ca
     assert leftovers(tmp_path / "data") == sorted([FOLDER, ARCHIVE, *tiny.files])
 
 
-def test_without_a_mirror_torchvisions_address_is_used(tiny, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny.reader, "url", server.url)
+def test_without_a_mirror_the_published_address_is_used(tiny, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10_batches, "URL", server.url)
     tiny.check(load_dataset(Cifar10Config(root=str(tmp_path / "data"))))
 
 
@@ -174,7 +182,7 @@ def test_a_download_with_the_wrong_md5_is_thrown_away(tiny, server, tmp_path):
     tiny.archive.write_bytes(b"another file")
     message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=server.url))
     assert md5(b"another file") in message
-    assert tiny.reader.tgz_md5 in message
+    assert cifar10_batches.ARCHIVE_MD5 in message
     assert leftovers(tmp_path / "data") == []
 
 
@@ -182,7 +190,7 @@ def test_a_local_archive_with_the_wrong_md5_is_refused(tiny, tmp_path):
     tiny.archive.write_bytes(tiny.archive.read_bytes()[:-100])
     message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
     assert str(tiny.archive) in message
-    assert f"expected {tiny.reader.tgz_md5}" in message
+    assert f"expected {cifar10_batches.ARCHIVE_MD5}" in message
     assert leftovers(tmp_path / "data") == []
 
 
@@ -192,7 +200,7 @@ def test_offline_the_error_names_the_three_ways_out(tiny, tmp_path):
         port = closed.getsockname()[1]
     message = error_of(Cifar10Config(root=str(tmp_path), url=f"http://127.0.0.1:{port}/x.tar.gz"))
     assert "refused" in message
-    for way in ("data.url", "data.archive", tiny.reader.tgz_md5, "data.root", FOLDER):
+    for way in ("data.url", "data.archive", cifar10_batches.ARCHIVE_MD5, "data.root", FOLDER):
         assert way in message
 
 
