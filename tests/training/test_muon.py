@@ -7,6 +7,7 @@ from torch import nn
 
 from bncli.config import TrainConfig
 from bncli.config_file import load_config
+from bncli.errors import ConfigError
 from bncli.training import prepare
 from bncli.training.optimizer import FilterMuon, build_optimizers
 from bncli.training.run import Run
@@ -75,3 +76,9 @@ def test_gradients_of_filters_are_forgotten() -> None:
     convolution.weight.grad = torch.ones_like(convolution.weight)
     muon.zero_grad()
     assert convolution.weight.grad is None
+
+
+def test_the_network_must_fit_the_smaller_images_too(tiny_config: Path) -> None:
+    changes = ["augment.small_epochs=1", "augment.small_size=3"]
+    with pytest.raises(ConfigError, match="3x3 pixels allow 1"):
+        prepare(load_config(tiny_config, changes))
