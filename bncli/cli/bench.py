@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from bncli.cli.bench_accuracy import bench_time_to_accuracy
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, make_empty_dir
 
@@ -127,3 +128,6 @@ def bench_inspect(
     result = bench_inspection(gib=gib, num_layers=layers, directory=directory, report=print_note)
     print_json(result) if as_json else show_inspection_bench(result)
     return 0
+
+
+bench_app.command("accuracy")(bench_time_to_accuracy)

@@ -1,0 +1,158 @@
+"""Seconds to an accuracy on the test split: `bncli train` in a fresh process for each seed, watched.
+
+The clock starts with the process, so interpreter, imports and the reading of the data are included. It is
+read when an epoch's line appears in metrics.jsonl, about POLL_SECONDS late at most.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bncli.bench.time_to_accuracy import (
+    EpochSeen,
+    SeedRun,
+    Spread,
+    TargetTimes,
+    parse_epochs,
+    spread_of,
+    summarize_target,
+)
+from bncli.errors import BncliError
+from bncli.runtime import describe_machine
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class AccuracyBench:
+    """All seeds, and what they come to."""
+
+    config: str
+    command: str  # of one seed
+    commit: str | None  # of the checkout that bncli runs from; None elsewhere
+    machine: dict[str, Any]
+    seeds: tuple[SeedRun, ...]
+    targets: tuple[TargetTimes, ...]
+    final: Spread  # accuracy at the end, a fraction
+
+
+def bench_accuracy(
+    config: Path,
+    targets: Sequence[float],
+    num_seeds: int,
+    overrides: Sequence[str] = (),
+    *,
+    report: Callable[[SeedRun], None] = lambda _: None,
+) -> AccuracyBench:
+    """Train with the seeds 0 to num_seeds - 1, one after the other; `report` is given each as it ends.
+
+    Raises BncliError with the last line of a run that fails, or where no temporary directory can be made.
+    """
+    runs = []
+    for seed in range(num_seeds):
+        try:
+            with tempfile.TemporaryDirectory(prefix="bncli-bench-") as folder:
+                runs.append(_train_seed(config, overrides, seed, Path(folder)))
+        except OSError as error:
+            raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
+        report(runs[-1])
+    return AccuracyBench(
+        config=str(config),
+        command=shlex.join(["bncli", *_train_arguments(config, overrides, "K", "DIR")]),
+        commit=_commit(),
+        machine=describe_machine(),
+        seeds=tuple(runs),
+        targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),
+        final=spread_of([run.accuracy for run in runs]),
+    )
+
+
+def _train_arguments(
+    config: Path, overrides: Sequence[str], seed: int | str, run_dir: Path | str
+) -> list[str]:
+    sets = [word for override in (*overrides, f"train.seed={seed}") for word in ("--set", override)]
+    return ["train", str(config), *sets, "--run-dir", str(run_dir)]
+
+
+def _train_seed(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> SeedRun:
+    run_dir = folder / "run"
+    arguments = [*_train_arguments(config, overrides, seed, run_dir), "--json"]
+    epochs: list[EpochSeen] = []
+    num_read = 0
+    start = time.perf_counter()
+    with _child(arguments, folder) as process:
+        ended = None
+        while ended is None:
+            ended = _ended(process)  # before the reading, so that the last line is not missed
+            seconds = time.perf_counter() - start
+            lines, num_read = _new_lines(run_dir / "metrics.jsonl", num_read)
+            epochs += parse_epochs(lines, seconds)
+            if ended is None:
+                time.sleep(POLL_SECONDS)
+    _check(process.returncode, f"seed {seed}", folder)
+    result = json.loads((folder / "stdout").read_text())
+    accuracy = result["test_accuracy"]  # where the run recalibrates, after it
+    return SeedRun(seed, tuple(epochs), accuracy, seconds, ended)
+
+
+@contextmanager
+def _child(arguments: Sequence[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """bncli in a process of its own, which does not outlive the block."""
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen([sys.executable, "-m", "bncli", *arguments], stdout=out, stderr=err)
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+                process.wait()
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> float | None:
+    """The peak of resident memory in MiB once the process has ended, None before."""
+    # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
+    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    if pid == 0:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return usage.ru_maxrss * unit / 2**20
+
+
+def _new_lines(path: Path, num_read: int) -> tuple[list[str], int]:
+    """The whole lines after the first `num_read` bytes, and how many bytes have been read then."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(num_read)
+        whole = file.read().rpartition(b"\n")[0]
+        if whole:
+            return whole.decode().split("\n"), num_read + len(whole) + 1
+    return [], num_read
+
+
+def _check(code: int, what: str, folder: Path) -> None:
+    if code != 0:
+        lines = (folder / "stderr").read_text(errors="replace").strip().splitlines() or ["(no message)"]
+        raise BncliError(f"{what}: bncli ended with {code}: {lines[-1].removeprefix('bncli: error: ')}")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package is a part of, with `-dirty` where files were changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        found = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
