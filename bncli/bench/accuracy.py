@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,15 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
+class AugmentedAccuracy:
+    """Test-time augmentation of the final checkpoints, in no other number of the benchmark."""
+
+    views: str
+    accuracy: Spread
+    seconds: Spread  # of the pass over the views alone
+
+
+@dataclass(frozen=True)
 class AccuracyBench:
     """All seeds, and what they come to."""
 
@@ -43,6 +52,7 @@ class AccuracyBench:
     seeds: tuple[SeedRun, ...]
     targets: tuple[TargetTimes, ...]
     final: Spread  # accuracy at the end, a fraction
+    tta: AugmentedAccuracy | None  # None where not asked for
 
 
 def bench_accuracy(
@@ -51,9 +61,12 @@ def bench_accuracy(
     num_seeds: int,
     overrides: Sequence[str] = (),
     *,
+    views: str | None = None,
     report: Callable[[SeedRun], None] = lambda _: None,
 ) -> AccuracyBench:
     """Train with the seeds 0 to num_seeds - 1, one after the other; `report` is given each as it ends.
+
+    With `views`, `flip` or `shifts`, the final checkpoint is evaluated by `bncli eval --tta` after it.
 
     Raises BncliError with the last line of a run that fails, or where no temporary directory can be made.
     """
@@ -61,7 +74,7 @@ def bench_accuracy(
     for seed in range(num_seeds):
         try:
             with tempfile.TemporaryDirectory(prefix="bncli-bench-") as folder:
-                runs.append(_train_seed(config, overrides, seed, Path(folder)))
+                runs.append(_train_seed(config, overrides, seed, Path(folder), views))
         except OSError as error:
             raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
         report(runs[-1])
@@ -73,6 +86,7 @@ def bench_accuracy(
         seeds=tuple(runs),
         targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),
         final=spread_of([run.accuracy for run in runs]),
+        tta=None if views is None else _augmented_accuracy(runs, views),
     )
 
 
@@ -83,7 +97,9 @@ def _train_arguments(
     return ["train", str(config), *sets, "--run-dir", str(run_dir)]
 
 
-def _train_seed(config: Path, overrides: Sequence[str], seed: int, folder: Path) -> SeedRun:
+def _train_seed(
+    config: Path, overrides: Sequence[str], seed: int, folder: Path, views: str | None
+) -> SeedRun:
     run_dir = folder / "run"
     arguments = [*_train_arguments(config, overrides, seed, run_dir), "--json"]
     epochs: list[EpochSeen] = []
@@ -101,7 +117,26 @@ def _train_seed(config: Path, overrides: Sequence[str], seed: int, folder: Path)
     _check(process.returncode, f"seed {seed}", folder)
     result = json.loads((folder / "stdout").read_text())
     accuracy = result["test_accuracy"]  # where the run recalibrates, after it
-    return SeedRun(seed, tuple(epochs), accuracy, seconds, ended)
+    run = SeedRun(seed, tuple(epochs), accuracy, seconds, ended)
+    return run if views is None else _with_views(run, result["checkpoint"], views, folder)
+
+
+def _with_views(run: SeedRun, checkpoint: str, views: str, folder: Path) -> SeedRun:
+    """The run and what `bncli eval --tta` says of its checkpoint, with the smallest of certificates."""
+    arguments = ["eval", checkpoint, "--tta", views, "--num-images", "2", "--batch-sizes", "2", "--json"]
+    with _child(arguments, folder) as process:
+        while _ended(process) is None:
+            time.sleep(POLL_SECONDS)
+    # 1 is the certificate's verdict, which is not asked for here
+    _check(0 if process.returncode == 1 else process.returncode, f"seed {run.seed}", folder)
+    found = json.loads((folder / "stdout").read_text())["tta"]
+    return replace(run, tta_accuracy=found["accuracy"], tta_seconds=found["seconds"])
+
+
+def _augmented_accuracy(runs: Sequence[SeedRun], views: str) -> AugmentedAccuracy:
+    accuracies = [run.tta_accuracy for run in runs if run.tta_accuracy is not None]
+    seconds = [run.tta_seconds for run in runs if run.tta_seconds is not None]
+    return AugmentedAccuracy(views, spread_of(accuracies), spread_of(seconds))
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class SeedRun:
     accuracy: float  # of the checkpoint to use, in plain eval mode
     seconds: float  # until the process had ended
     peak_mib: float  # of resident memory
+    tta_accuracy: float | None = None  # of the same checkpoint over views; None where not asked for
+    tta_seconds: float | None = None  # of that pass alone
 
 
 @dataclass(frozen=True)

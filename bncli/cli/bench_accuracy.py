@@ -1,7 +1,7 @@
 """`bncli bench accuracy`: seconds from the start of `bncli train` to an accuracy on the test split."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +19,10 @@ def bench_time_to_accuracy(
     target: Annotated[str, typer.Option(metavar="A,A,...", help="Accuracies, as fractions such as 0.9.")],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs, with the seeds 0 to N-1.")] = 3,
     overrides: SetOption = None,
+    tta: Annotated[
+        Literal["flip", "shifts"] | None,
+        typer.Option("--tta", help="Evaluate the end of each run over views as well, apart."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> int:
     """Time `bncli train` from the start of its process to each accuracy, over several seeds."""
@@ -31,7 +35,7 @@ def bench_time_to_accuracy(
 
     with StopSignals() as signals:
         try:
-            result = bench_accuracy(config, targets, seeds, overrides or (), report=_report)
+            result = bench_accuracy(config, targets, seeds, overrides or (), views=tta, report=_report)
         except KeyboardInterrupt:
             print_error("interrupted")
             return signals.exit_code

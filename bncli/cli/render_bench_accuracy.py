@@ -25,6 +25,12 @@ def show_accuracy_bench(result: AccuracyBench) -> None:
         "commit": result.commit or "not in a checkout",
         "each run": result.command,
     }
+    if result.tta is not None:
+        accuracy, cost = result.tta.accuracy, result.tta.seconds
+        lines[f"--tta {result.tta.views}"] = (
+            f"{_plus_minus(accuracy.mean, accuracy.std, '{:.2%}')} in"
+            f" {_plus_minus(cost.mean, cost.std, '{:.1f}')} s more, in no number above"
+        )
     show_lines(console, lines)
 
 

@@ -75,7 +75,7 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bnc
     (tmp_path / "tiny.yaml").write_text(TINY)
     outcome = bncli(
         *("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.0001,0.9999", "--seeds", 1, "--json"),
-        *("--set", "data.num_train=200"),
+        *("--set", "data.num_train=200", "--tta", "flip"),
     )
     assert outcome.code == 0
     (run,), (low, high) = outcome.json["seeds"], outcome.json["targets"]
@@ -86,6 +86,9 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bnc
     assert 50 < run["peak_mib"] < 5000
     assert low["seconds"] == [run["epochs"][0]["seconds"]]
     assert high["seconds_mean"] is None
+    assert outcome.json["tta"]["views"] == "flip"
+    assert outcome.json["tta"]["accuracy"]["mean"] == run["tta_accuracy"]
+    assert 0 < outcome.json["tta"]["seconds"]["mean"] == run["tta_seconds"] < run["seconds"]
     assert "train.seed=K" in outcome.json["command"]
 
 
