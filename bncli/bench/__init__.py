@@ -1,10 +1,11 @@
 """Benchmarks that stay with the project: what a speed claim rests on is measured in one run."""
 
-from bncli.bench.accuracy import AccuracyBench, Target, TrainedSeed, bench_accuracy
+from bncli.bench.accuracy import AccuracyBench, bench_accuracy
 from bncli.bench.inspection import Inspection, InspectionBench, bench_inspection
 from bncli.bench.population import PopulationBench, bench_population
 from bncli.bench.repair import RepairBench, bench_repair
 from bncli.bench.scale import ScaleBench, SizeRate, bench_scale
+from bncli.bench.time_to_accuracy import SeedRun
 from bncli.bench.training_step import TrainingStepBench, bench_training_step
 
 __all__ = [
@@ -14,9 +15,8 @@ __all__ = [
     "PopulationBench",
     "RepairBench",
     "ScaleBench",
+    "SeedRun",
     "SizeRate",
-    "Target",
-    "TrainedSeed",
     "TrainingStepBench",
     "bench_accuracy",
     "bench_inspection",

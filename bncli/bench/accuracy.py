@@ -1,181 +1,193 @@
-"""Seconds until an accuracy is reached, by `bncli train` in a process of its own for every seed.
+"""Seconds to an accuracy on the test split: `bncli train` in a fresh process for each seed, watched.
 
-The clock starts with the process, so that imports, reading the data and every evaluation count. It is read
-when an epoch's line appears in metrics.jsonl: the accuracy is that of running statistics on the whole test
-split, plain, without test-time augmentation. What the next epoch would have reached half-way is not seen.
+The clock starts with the process, so interpreter, imports and the reading of the data are included. It is
+read when an epoch's line appears in metrics.jsonl, about POLL_SECONDS late at most.
 """
 
 import json
 import os
-import statistics
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bncli.bench.time_to_accuracy import (
+    EpochSeen,
+    SeedRun,
+    Spread,
+    TargetTimes,
+    parse_epochs,
+    spread_of,
+    summarize_target,
+)
 from bncli.errors import BncliError
 from bncli.runtime import describe_machine
 
-_POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class TrainedSeed:
-    """One run."""
+class AugmentedAccuracy:
+    """Test-time augmentation of the final checkpoints, in no other number of the benchmark."""
 
-    seed: int
-    epochs: tuple[tuple[float, float], ...]  # of each: seconds since the start, accuracy on the test split
-    seconds: float  # until the process had ended
-    peak_mib: float | None  # of the process's memory; None where the system does not tell
-
-    def seconds_to(self, accuracy: float) -> float | None:
-        """When an epoch ended with at least this accuracy; None: none did."""
-        return next((seconds for seconds, reached in self.epochs if reached >= accuracy), None)
-
-    @property
-    def accuracy(self) -> float:
-        """After the last epoch."""
-        return self.epochs[-1][1]
-
-
-@dataclass(frozen=True)
-class Target:
-    """How long it took to reach one accuracy."""
-
-    accuracy: float  # as a fraction
-    num_reached: int  # seeds that reached it
-    seconds_mean: float | None  # over those; None without any
-    seconds_std: float | None  # sample standard deviation; None for fewer than two
+    views: str
+    accuracy: Spread
+    seconds: Spread  # of the pass over the views alone
 
 
 @dataclass(frozen=True)
 class AccuracyBench:
-    """What was measured."""
+    """All seeds, and what they come to."""
 
-    command: str
-    commit: str | None  # of the checkout that bncli was run from; None: it was installed from elsewhere
-    num_seeds: int
-    targets: tuple[Target, ...]
-    accuracy_mean: float  # after the last epoch
-    accuracy_std: float | None
-    seconds_mean: float  # of whole processes
-    peak_mib: float | None  # the largest
-    seeds: tuple[TrainedSeed, ...]
+    config: str
+    command: str  # of one seed
+    commit: str | None  # of the checkout that bncli runs from; None elsewhere
     machine: dict[str, Any]
+    seeds: tuple[SeedRun, ...]
+    targets: tuple[TargetTimes, ...]
+    final: Spread  # accuracy at the end, a fraction
+    tta: AugmentedAccuracy | None  # None where not asked for
 
 
 def bench_accuracy(
-    config_path: str | Path,
-    overrides: Sequence[str],
+    config: Path,
     targets: Sequence[float],
+    num_seeds: int,
+    overrides: Sequence[str] = (),
     *,
-    num_seeds: int = 3,
-    report: Callable[[str], None] = lambda _: None,
+    views: str | None = None,
+    report: Callable[[SeedRun], None] = lambda _: None,
 ) -> AccuracyBench:
-    """Train with seeds 0, 1, ... one after the other. `targets` are accuracies as fractions.
+    """Train with the seeds 0 to num_seeds - 1, one after the other; `report` is given each as it ends.
 
-    Raises:
-        BncliError: when a run fails; the message is its own.
+    With `views`, `flip` or `shifts`, the final checkpoint is evaluated by `bncli eval --tta` after it.
+
+    Raises BncliError with the last line of a run that fails, or where no temporary directory can be made.
     """
-    seeds = []
+    runs = []
     for seed in range(num_seeds):
-        seeds.append(_train(Path(config_path), overrides, seed))
-        done = seeds[-1]
-        report(
-            f"seed {seed}: {done.accuracy:.2%} after {len(done.epochs)} epochs, {done.seconds:.1f} s in all"
-        )
-    options = [option for override in overrides for option in ("--set", override)]
-    shown = ",".join(f"{target:g}" for target in targets)
-    command = ["bncli", "bench", "accuracy", str(config_path), *options, "--target", shown]
+        try:
+            with tempfile.TemporaryDirectory(prefix="bncli-bench-") as folder:
+                runs.append(_train_seed(config, overrides, seed, Path(folder), views))
+        except OSError as error:
+            raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
+        report(runs[-1])
     return AccuracyBench(
-        command=" ".join([*command, "--seeds", str(num_seeds)]),
+        config=str(config),
+        command=shlex.join(["bncli", *_train_arguments(config, overrides, "K", "DIR")]),
         commit=_commit(),
-        num_seeds=num_seeds,
-        targets=tuple(reach(target, seeds) for target in sorted(set(targets))),
-        accuracy_mean=statistics.fmean(seed.accuracy for seed in seeds),
-        accuracy_std=_deviation([seed.accuracy for seed in seeds]),
-        seconds_mean=statistics.fmean(seed.seconds for seed in seeds),
-        peak_mib=max((seed.peak_mib for seed in seeds if seed.peak_mib is not None), default=None),
-        seeds=tuple(seeds),
         machine=describe_machine(),
+        seeds=tuple(runs),
+        targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),
+        final=spread_of([run.accuracy for run in runs]),
+        tta=None if views is None else _augmented_accuracy(runs, views),
     )
 
 
-def reach(accuracy: float, seeds: Sequence[TrainedSeed]) -> Target:
-    """The seeds that reached an accuracy, and how long they took on average."""
-    times = [seconds for seed in seeds if (seconds := seed.seconds_to(accuracy)) is not None]
-    mean = statistics.fmean(times) if times else None
-    return Target(accuracy, len(times), mean, _deviation(times))
+def _train_arguments(
+    config: Path, overrides: Sequence[str], seed: int | str, run_dir: Path | str
+) -> list[str]:
+    sets = [word for override in (*overrides, f"train.seed={seed}") for word in ("--set", override)]
+    return ["train", str(config), *sets, "--run-dir", str(run_dir)]
 
 
-def _deviation(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+def _train_seed(
+    config: Path, overrides: Sequence[str], seed: int, folder: Path, views: str | None
+) -> SeedRun:
+    run_dir = folder / "run"
+    arguments = [*_train_arguments(config, overrides, seed, run_dir), "--json"]
+    epochs: list[EpochSeen] = []
+    num_read = 0
+    start = time.perf_counter()
+    with _child(arguments, folder) as process:
+        ended = None
+        while ended is None:
+            ended = _ended(process)  # before the reading, so that the last line is not missed
+            seconds = time.perf_counter() - start
+            lines, num_read = _new_lines(run_dir / "metrics.jsonl", num_read)
+            epochs += parse_epochs(lines, seconds)
+            if ended is None:
+                time.sleep(POLL_SECONDS)
+    _check(process.returncode, f"seed {seed}", folder)
+    result = json.loads((folder / "stdout").read_text())
+    accuracy = result["test_accuracy"]  # where the run recalibrates, after it
+    run = SeedRun(seed, tuple(epochs), accuracy, seconds, ended)
+    return run if views is None else _with_views(run, result["checkpoint"], views, folder)
 
 
-def _train(config: Path, overrides: Sequence[str], seed: int) -> TrainedSeed:
-    with tempfile.TemporaryDirectory(prefix="bncli-bench-") as folder:
-        run_dir, errors = Path(folder, "run"), Path(folder, "stderr")
-        options = [
-            option for override in (*overrides, f"train.seed={seed}") for option in ("--set", override)
-        ]
-        command = [sys.executable, "-m", "bncli", "train", str(config), "--run-dir", str(run_dir), *options]
-        with errors.open("wb") as stderr:
-            start = time.perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
-            try:
-                epochs, peak_mib = _watch(process, run_dir / "metrics.jsonl", start)
-            except BaseException:  # Ctrl-C: the run must not outlive us
+def _with_views(run: SeedRun, checkpoint: str, views: str, folder: Path) -> SeedRun:
+    """The run and what `bncli eval --tta` says of its checkpoint, with the smallest of certificates."""
+    arguments = ["eval", checkpoint, "--tta", views, "--num-images", "2", "--batch-sizes", "2", "--json"]
+    with _child(arguments, folder) as process:
+        while _ended(process) is None:
+            time.sleep(POLL_SECONDS)
+    # 1 is the certificate's verdict, which is not asked for here
+    _check(0 if process.returncode == 1 else process.returncode, f"seed {run.seed}", folder)
+    found = json.loads((folder / "stdout").read_text())["tta"]
+    return replace(run, tta_accuracy=found["accuracy"], tta_seconds=found["seconds"])
+
+
+def _augmented_accuracy(runs: Sequence[SeedRun], views: str) -> AugmentedAccuracy:
+    accuracies = [run.tta_accuracy for run in runs if run.tta_accuracy is not None]
+    seconds = [run.tta_seconds for run in runs if run.tta_seconds is not None]
+    return AugmentedAccuracy(views, spread_of(accuracies), spread_of(seconds))
+
+
+@contextmanager
+def _child(arguments: Sequence[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """bncli in a process of its own, which does not outlive the block."""
+    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen([sys.executable, "-m", "bncli", *arguments], stdout=out, stderr=err)
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
                 process.kill()
                 process.wait()
-                raise
-        seconds = time.perf_counter() - start
-        if process.returncode != 0 or not epochs:
-            lines = errors.read_text(errors="replace").splitlines()
-            reason = lines[-1].removeprefix("bncli: ") if lines else f"exit code {process.returncode}"
-            raise BncliError(f"the run with seed {seed} failed: {reason}")
-        return TrainedSeed(seed, tuple(epochs), seconds, peak_mib)
 
 
-def _watch(
-    process: subprocess.Popen[bytes], metrics: Path, start: float
-) -> tuple[list[tuple[float, float]], float | None]:
-    """The time and accuracy of every epoch, and the peak memory, once the process has ended."""
-    epochs: list[tuple[float, float]] = []
-    peak_mib = None
-    has_ended = False
-    while not has_ended:
-        time.sleep(_POLL_SECONDS)
-        has_ended, peak_mib = _ended(process)
-        now = time.perf_counter() - start
-        if metrics.is_file():
-            lines = metrics.read_bytes().split(b"\n")[:-1]  # whole ones
-            epochs += [(now, json.loads(line)["test_accuracy"]) for line in lines[len(epochs) :]]
-    return epochs, peak_mib
-
-
-def _ended(process: subprocess.Popen[bytes]) -> tuple[bool, float | None]:
-    """Whether the process has ended, and its peak memory in MiB if the system tells."""
-    if not hasattr(os, "wait4"):  # Windows
-        return process.poll() is not None, None
+def _ended(process: "subprocess.Popen[bytes]") -> float | None:
+    """The peak of resident memory in MiB once the process has ended, None before."""
+    # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
     pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     if pid == 0:
-        return False, None
+        return None
     process.returncode = os.waitstatus_to_exitcode(status)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return True, usage.ru_maxrss * unit / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return usage.ru_maxrss * unit / 2**20
+
+
+def _new_lines(path: Path, num_read: int) -> tuple[list[str], int]:
+    """The whole lines after the first `num_read` bytes, and how many bytes have been read then."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(num_read)
+        whole = file.read().rpartition(b"\n")[0]
+        if whole:
+            return whole.decode().split("\n"), num_read + len(whole) + 1
+    return [], num_read
+
+
+def _check(code: int, what: str, folder: Path) -> None:
+    if code != 0:
+        lines = (folder / "stderr").read_text(errors="replace").strip().splitlines() or ["(no message)"]
+        raise BncliError(f"{what}: bncli ended with {code}: {lines[-1].removeprefix('bncli: error: ')}")
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, marked where it was changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of the checkout that this package is a part of, with `-dirty` where files were changed."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip() or None
+    return found.stdout.strip()

@@ -1,7 +1,7 @@
 """`bncli eval`: accuracy in eval mode, and on what a prediction depends beside its image."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bncli.cli.render_eval import EvalReport
     from bncli.cli.subject import Subject
     from bncli.data import Dataset, Split
-    from bncli.evaluation import Gap, SweepPoint
+    from bncli.evaluation import AugmentedEvaluation, Gap, SweepPoint
 
 
 def evaluate_checkpoint(
@@ -47,6 +47,10 @@ def evaluate_checkpoint(
     num_calibration_images: Annotated[
         int, typer.Option(min=2, help="Training images that --gap measures population statistics on.")
     ] = 10_000,
+    tta: Annotated[
+        Literal["flip", "shifts"] | None,
+        typer.Option("--tta", help="Report apart what averaging over views of each image gives."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the sweep or the gap to a .png or .svg file.")
     ] = None,
@@ -63,10 +67,12 @@ def evaluate_checkpoint(
     if max(sizes) == 1:
         raise ConfigError("--batch-sizes", ["expected a size above 1: an image alone has no neighbours"])
     sweep_sizes = None if sweep is None else parse_sizes(sweep, "--sweep")
+    if tta is not None and (batch_invariant or sweep is not None or gap):
+        raise ConfigError("--tta", ["goes with none of --batch-invariant, --sweep and --gap; leave them out"])
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
     calibration = num_calibration_images if gap else None
-    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration)
+    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
@@ -100,6 +106,7 @@ def _examine(
     batch_sizes: tuple[int, ...],
     sweep: tuple[int, ...],
     num_calibration_images: int | None,
+    views: Literal["flip", "shifts"] | None,
 ) -> "EvalReport":
     from bncli.cli.progress import DataReporter
     from bncli.cli.render_eval import EvalReport
@@ -120,6 +127,7 @@ def _examine(
         gap = None
         if num_calibration_images is not None:
             gap = _measure_gap(subject, dataset, num_calibration_images)
+        tta = None if views is None else _evaluate_views(subject, test, views)
     return EvalReport(
         checkpoint=str(path),
         epoch=subject.checkpoint.epoch,
@@ -130,6 +138,7 @@ def _examine(
         fixed_rows=subject.fixed_rows,
         sweep=points,
         gap=gap,
+        tta=tta,
         runtime=runtime.describe(),
         machine=describe_machine(),
     )
@@ -169,6 +178,17 @@ def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Ga
             training_sample(dataset, runtime, batch_size, num_images),
             progress=progress,
         )
+
+
+def _evaluate_views(
+    subject: "Subject", test: "Split", views: Literal["flip", "shifts"]
+) -> "AugmentedEvaluation":
+    from bncli.data import sequential_batches
+    from bncli.evaluation import evaluate_augmented
+
+    batches = sequential_batches(test, subject.config.runtime.eval_batch_size)
+    place = subject.runtime.place
+    return evaluate_augmented(subject.model, ((place(images), labels) for images, labels in batches), views)
 
 
 def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:

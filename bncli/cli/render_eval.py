@@ -9,7 +9,7 @@ from rich.console import Console
 from bncli.cli.messages import one_line
 from bncli.cli.render import console_for_results, number, runtime_line, show_lines, table_of
 from bncli.cli.render_gap import describe_gap, gap_verdict, show_gap
-from bncli.evaluation import Certificate, Evaluation, Gap, SweepPoint
+from bncli.evaluation import AugmentedEvaluation, Certificate, Evaluation, Gap, SweepPoint
 
 CLAIMS = {
     "repeat": "the same batch, computed twice",
@@ -39,6 +39,7 @@ class EvalReport:
     fixed_rows: int | None  # of --batch-invariant; None without it
     sweep: tuple[SweepPoint, ...]  # empty without --sweep
     gap: Gap | None  # None without --gap
+    tta: AugmentedEvaluation | None  # None without --tta
     runtime: dict[str, Any]
     machine: dict[str, Any]
 
@@ -65,6 +66,7 @@ class EvalReport:
             **self._findings(),
             "sweep": [asdict(point) for point in self.sweep],
             "gap": None if self.gap is None else describe_gap(self.gap),
+            "tta": None if self.tta is None else asdict(self.tta),
         }
 
     def certificate_dict(self, checkpoint_sha256: str) -> dict[str, Any]:
@@ -100,6 +102,11 @@ def show_eval(report: EvalReport) -> None:
         "loss": f"{evaluation.loss:.4f} nats",
         "speed": f"{evaluation.images_per_second:,.0f} images/s",
     }
+    if report.tta is not None:
+        lines["with views"] = (
+            f"{report.tta.accuracy:.2%}, loss {report.tta.loss:.4f}: --tta {report.tta.views},"
+            f" {report.tta.num_views} views, {report.tta.seconds:.1f} s"
+        )
     if report.batch_invariant:
         lines["fixed shape"] = f"chunks of {report.fixed_rows} rows, padded where images are fewer"
     show_lines(console, lines)

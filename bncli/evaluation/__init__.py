@@ -1,5 +1,6 @@
 """What a classifier does in eval mode: how well, how reliably, and against batch statistics."""
 
+from bncli.evaluation.augmented import AugmentedEvaluation, evaluate_augmented
 from bncli.evaluation.certificate import (
     BATCH_SIZES,
     BatchSizeCheck,
@@ -26,6 +27,7 @@ from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 __all__ = [
     "BATCH_SIZES",
     "DEFAULT_ROWS",
+    "AugmentedEvaluation",
     "BatchSizeCheck",
     "Certificate",
     "Claim",
@@ -44,6 +46,7 @@ __all__ = [
     "check_determinism",
     "compare_outcomes",
     "evaluate",
+    "evaluate_augmented",
     "measure_gap",
     "measure_outcomes",
     "predict",

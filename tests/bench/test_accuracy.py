@@ -1,69 +1,103 @@
-import json
 import statistics
 from pathlib import Path
 
 import pytest
 
-from bncli.bench import TrainedSeed
-from bncli.bench.accuracy import reach
-from bncli.config_file import load_config
-from bncli.training import train
-from tests.conftest import Bncli
-
-SEEDS = [
-    TrainedSeed(0, ((10.0, 0.70), (20.0, 0.85), (30.0, 0.80)), 31.0, 100.0),
-    TrainedSeed(1, ((11.0, 0.60), (22.0, 0.80), (33.0, 0.90)), 34.0, None),
-    TrainedSeed(2, ((12.0, 0.50), (24.0, 0.60), (36.0, 0.70)), 37.0, 90.0),
-]
-
-
-def test_an_accuracy_is_reached_at_the_end_of_the_first_epoch_that_has_it() -> None:
-    times = [seed.seconds_to(0.8) for seed in SEEDS]
-    assert times == [20.0, 22.0, None]
-    target = reach(0.8, SEEDS)
-    assert (target.num_reached, target.seconds_mean) == (2, 21.0)
-    assert target.seconds_std == pytest.approx(statistics.stdev([20, 22]))
-    assert SEEDS[0].accuracy == 0.80  # of the last epoch, not of the best
+from bncli.bench.accuracy import _new_lines
+from bncli.bench.time_to_accuracy import (
+    EpochSeen,
+    SeedRun,
+    first_reached,
+    parse_epochs,
+    spread_of,
+    summarize_target,
+)
+from bncli.cli.bench_accuracy import parse_targets
+from bncli.errors import ConfigError
+from tests.conftest import TINY, Bncli
 
 
-def test_what_was_reached_once_or_never_has_no_deviation() -> None:
-    assert (reach(0.9, SEEDS).seconds_mean, reach(0.9, SEEDS).seconds_std) == (33.0, None)
-    assert (reach(0.95, SEEDS).num_reached, reach(0.95, SEEDS).seconds_mean) == (0, None)
+def run_of(*accuracies: float, seed: int = 0, pace: float = 10.0) -> SeedRun:
+    seen = tuple(EpochSeen(n, value, pace * n) for n, value in enumerate(accuracies, start=1))
+    return SeedRun(seed, seen, accuracies[-1], pace * len(seen) + 1, 100.0)
 
 
-def test_the_runs_are_those_of_bncli_train(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
+def test_the_first_epoch_that_is_good_enough_counts_even_if_a_later_one_is_worse() -> None:
+    run = run_of(0.5, 0.8, 0.7, 0.9)
+    assert [first_reached(run, value) for value in (0.5, 0.6, 0.8, 0.85, 0.91)] == [10, 20, 20, 40, None]
+
+
+def test_mean_and_deviation_are_the_samples() -> None:
+    runs = [run_of(0.9, pace=pace) for pace in (10.0, 12.0, 17.0)]
+    target = summarize_target(runs, 0.9)
+    assert target.seconds == (10.0, 12.0, 17.0)
+    assert target.num_reached == 3
+    assert target.seconds_mean == pytest.approx(13.0)
+    assert target.seconds_std == pytest.approx(statistics.stdev([10.0, 12.0, 17.0]))
+
+
+def test_a_target_that_one_seed_missed_has_no_mean() -> None:
+    target = summarize_target([run_of(0.9), run_of(0.8), run_of(0.95)], 0.85)
+    assert target.seconds == (10.0, None, 10.0)
+    assert target.num_reached == 2
+    assert target.seconds_mean is target.seconds_std is None
+
+
+def test_one_seed_has_a_mean_and_no_deviation() -> None:
+    target = summarize_target([run_of(0.9)], 0.9)
+    assert (target.seconds_mean, target.seconds_std) == (10.0, None)
+    assert spread_of([0.25]).std is None
+
+
+def test_half_a_line_waits_until_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert _new_lines(path, 0) == ([], 0)
+    first, second = '{"epoch": 1, "test_accuracy": 0.5}', '{"epoch": 2, "test_accuracy": 0.75}'
+    path.write_text(f"{first}\n{second[:9]}")
+    lines, num_read = _new_lines(path, 0)
+    assert lines == [first]
+    assert _new_lines(path, num_read) == ([], num_read)
+    path.write_text(f"{first}\n{second}\n")
+    assert parse_epochs(_new_lines(path, num_read)[0], 3.0) == (EpochSeen(2, 0.75, 3.0),)
+
+
+@pytest.mark.parametrize("text", ["", "high", "0", "1", "0.5,1.5", "-0.1", "nan", "0.9,"])
+def test_what_is_no_accuracy_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--target: expected accuracies above 0 and below 1"):
+        parse_targets(text)
+
+
+def test_targets_come_in_rising_order_each_once() -> None:
+    assert parse_targets("0.9, 0.8,0.9") == (0.8, 0.9)
+
+
+def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bncli, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
     outcome = bncli(
-        *("bench", "accuracy", tiny_config, "--seeds", 2, "--target", "0.99,0.01", "--json"),
-        *("--set", "train.epochs=3"),
+        *("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.0001,0.9999", "--seeds", 1, "--json"),
+        *("--set", "data.num_train=200", "--tta", "flip"),
     )
-    assert outcome.code == 0, outcome.err
-    for found in outcome.json["seeds"]:
-        train(
-            load_config(tiny_config, ["train.epochs=3", f"train.seed={found['seed']}"]),
-            tmp_path / str(found["seed"]),
-        )
-        lines = (tmp_path / str(found["seed"]) / "metrics.jsonl").read_text().splitlines()
-        seconds, accuracies = zip(*found["epochs"], strict=True)
-        assert list(accuracies) == [json.loads(line)["test_accuracy"] for line in lines]
-        assert (
-            0.5 < seconds[0] <= seconds[1] <= seconds[2] <= found["seconds"]
-        )  # importing torch takes longer
-        assert found["peak_mib"] > 100
-    reached = {target["accuracy"]: target["num_reached"] for target in outcome.json["targets"]}
-    assert reached == {0.01: 2, 0.99: 0}
-    firsts = [seed["epochs"][0][0] for seed in outcome.json["seeds"]]
-    assert outcome.json["targets"][0]["seconds_mean"] == pytest.approx(sum(firsts) / 2)
+    assert outcome.code == 0
+    (run,), (low, high) = outcome.json["seeds"], outcome.json["targets"]
+    assert [seen["epoch"] for seen in run["epochs"]] == [1, 2]
+    assert run["epochs"][0]["seconds"] > 0.5  # an interpreter that imports torch
+    assert run["epochs"][0]["seconds"] <= run["epochs"][1]["seconds"] <= run["seconds"]
+    assert run["accuracy"] == run["epochs"][1]["accuracy"] == outcome.json["final"]["mean"]
+    assert 50 < run["peak_mib"] < 5000
+    assert low["seconds"] == [run["epochs"][0]["seconds"]]
+    assert high["seconds_mean"] is None
+    assert outcome.json["tta"]["views"] == "flip"
+    assert outcome.json["tta"]["accuracy"]["mean"] == run["tta_accuracy"]
+    assert 0 < outcome.json["tta"]["seconds"]["mean"] == run["tta_seconds"] < run["seconds"]
+    assert "train.seed=K" in outcome.json["command"]
 
 
-def test_a_run_that_fails_is_quoted_in_one_line(bncli: Bncli, tiny_config: Path) -> None:
-    outcome = bncli("bench", "accuracy", tiny_config, "--set", "train.batch_size=5000")
-    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "the run with seed 0 failed: " in outcome.err
-    assert "train.batch_size: 5000 is more than the 500 training images" in outcome.err
-
-
-@pytest.mark.parametrize("text", ["", "0.8,", "80", "1", "0", "nan", "high"])
-def test_targets_that_are_no_fractions_are_refused(bncli: Bncli, tiny_config: Path, text: str) -> None:
-    outcome = bncli("bench", "accuracy", tiny_config, "--target", text)
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "--target" in outcome.err
+def test_a_run_that_fails_shows_its_last_line(bncli: Bncli, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    outcome = bncli(
+        *("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.5", "--set", "train.epochs=none")
+    )
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "seed 0: bncli ended with 2" in outcome.err
+    assert "train.epochs" in outcome.err
