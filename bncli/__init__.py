@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from bncli.config_file import load_config
     from bncli.data import load_dataset
     from bncli.errors import BncliError
-    from bncli.evaluation import FixedShape, certify, check_determinism, evaluate, measure_gap
+    from bncli.evaluation import (
+        FixedShape,
+        certify,
+        check_determinism,
+        evaluate,
+        fold_batch_norm,
+        measure_gap,
+    )
     from bncli.stats import Moments, audit, measure_population, read_running_stats, recalibrate
     from bncli.training import train
 
@@ -27,6 +34,7 @@ _HOMES = {
     "certify": "bncli.evaluation",
     "check_determinism": "bncli.evaluation",
     "evaluate": "bncli.evaluation",
+    "fold_batch_norm": "bncli.evaluation",
     "load_checkpoint": "bncli.checkpoint",
     "load_config": "bncli.config_file",
     "load_dataset": "bncli.data",
@@ -49,6 +57,7 @@ __all__ = [
     "certify",
     "check_determinism",
     "evaluate",
+    "fold_batch_norm",
     "load_checkpoint",
     "load_config",
     "load_dataset",

@@ -13,6 +13,7 @@ from bncli.evaluation.certificate import (
 from bncli.evaluation.claim import Claim
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.fixed_shape import DEFAULT_ROWS, FixedShape
+from bncli.evaluation.folded import fold_batch_norm
 from bncli.evaluation.gap import Gap, LayerGap, measure_gap
 from bncli.evaluation.outcomes import (
     Outcomes,
@@ -47,6 +48,7 @@ __all__ = [
     "compare_outcomes",
     "evaluate",
     "evaluate_augmented",
+    "fold_batch_norm",
     "measure_gap",
     "measure_outcomes",
     "predict",
