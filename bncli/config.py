@@ -54,6 +54,10 @@ class AugmentConfig(Section):
     small_epochs: int = Field(0, ge=0, le=100_000)  # the first so many epochs see smaller images
     small_size: int = Field(24, ge=1, le=512)  # height and width of those, in pixels
 
+    def at_full_size(self) -> "AugmentConfig":
+        """The same without smaller images: as in the last epochs."""
+        return self.model_copy(update={"small_epochs": 0})
+
 
 class BatchNormConfig(Section):
     """The arguments of torch.nn.BatchNorm2d, with PyTorch's meaning and defaults."""

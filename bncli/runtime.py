@@ -103,6 +103,12 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for: before a clock is read."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware, as plain values: what a number is worth nothing without."""
     import bncli

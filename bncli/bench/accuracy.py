@@ -1,22 +1,20 @@
 """Seconds to an accuracy on the test split: `bncli train` in a fresh process for each seed, watched.
 
 The clock starts with the process, so interpreter, imports and the reading of the data are included. It is
-read when an epoch's line appears in metrics.jsonl, about POLL_SECONDS late at most.
+read when an epoch's line appears in metrics.jsonl, about 20 ms late at most.
 """
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bncli.bench.child_process import BNCLI, Finished, run_child
 from bncli.bench.time_to_accuracy import (
     EpochSeen,
     SeedRun,
@@ -28,8 +26,6 @@ from bncli.bench.time_to_accuracy import (
 )
 from bncli.errors import BncliError
 from bncli.runtime import describe_machine
-
-POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -101,35 +97,29 @@ def _train_seed(
     config: Path, overrides: Sequence[str], seed: int, folder: Path, views: str | None
 ) -> SeedRun:
     run_dir = folder / "run"
-    arguments = [*_train_arguments(config, overrides, seed, run_dir), "--json"]
     epochs: list[EpochSeen] = []
     num_read = 0
-    start = time.perf_counter()
-    with _child(arguments, folder) as process:
-        ended = None
-        while ended is None:
-            ended = _ended(process)  # before the reading, so that the last line is not missed
-            seconds = time.perf_counter() - start
-            lines, num_read = _new_lines(run_dir / "metrics.jsonl", num_read)
-            epochs += parse_epochs(lines, seconds)
-            if ended is None:
-                time.sleep(POLL_SECONDS)
-    _check(process.returncode, f"seed {seed}", folder)
-    result = json.loads((folder / "stdout").read_text())
+
+    def read_metrics(seconds: float) -> None:
+        nonlocal num_read
+        lines, num_read = _new_lines(run_dir / "metrics.jsonl", num_read)
+        epochs.extend(parse_epochs(lines, seconds))
+
+    arguments = [*_train_arguments(config, overrides, seed, run_dir), "--json"]
+    done = run_child([*BNCLI, *arguments], watch=read_metrics)
+    _check(done, seed, {0})
+    result = json.loads(done.output)
     accuracy = result["test_accuracy"]  # where the run recalibrates, after it
-    run = SeedRun(seed, tuple(epochs), accuracy, seconds, ended)
-    return run if views is None else _with_views(run, result["checkpoint"], views, folder)
+    run = SeedRun(seed, tuple(epochs), accuracy, done.seconds, done.peak_mib)
+    return run if views is None else _with_views(run, result["checkpoint"], views)
 
 
-def _with_views(run: SeedRun, checkpoint: str, views: str, folder: Path) -> SeedRun:
+def _with_views(run: SeedRun, checkpoint: str, views: str) -> SeedRun:
     """The run and what `bncli eval --tta` says of its checkpoint, with the smallest of certificates."""
-    arguments = ["eval", checkpoint, "--tta", views, "--num-images", "2", "--batch-sizes", "2", "--json"]
-    with _child(arguments, folder) as process:
-        while _ended(process) is None:
-            time.sleep(POLL_SECONDS)
-    # 1 is the certificate's verdict, which is not asked for here
-    _check(0 if process.returncode == 1 else process.returncode, f"seed {run.seed}", folder)
-    found = json.loads((folder / "stdout").read_text())["tta"]
+    options = ["--tta", views, "--num-images", "2", "--batch-sizes", "2", "--json"]
+    done = run_child([*BNCLI, "eval", checkpoint, *options])
+    _check(done, run.seed, {0, 1})  # 1 is the certificate's verdict, which is not asked for here
+    found = json.loads(done.output)["tta"]
     return replace(run, tta_accuracy=found["accuracy"], tta_seconds=found["seconds"])
 
 
@@ -137,30 +127,6 @@ def _augmented_accuracy(runs: Sequence[SeedRun], views: str) -> AugmentedAccurac
     accuracies = [run.tta_accuracy for run in runs if run.tta_accuracy is not None]
     seconds = [run.tta_seconds for run in runs if run.tta_seconds is not None]
     return AugmentedAccuracy(views, spread_of(accuracies), spread_of(seconds))
-
-
-@contextmanager
-def _child(arguments: Sequence[str], folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """bncli in a process of its own, which does not outlive the block."""
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen([sys.executable, "-m", "bncli", *arguments], stdout=out, stderr=err)
-        try:
-            yield process
-        finally:
-            if process.returncode is None:
-                process.kill()
-                process.wait()
-
-
-def _ended(process: "subprocess.Popen[bytes]") -> float | None:
-    """The peak of resident memory in MiB once the process has ended, None before."""
-    # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
-    pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-    if pid == 0:
-        return None
-    process.returncode = os.waitstatus_to_exitcode(status)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return usage.ru_maxrss * unit / 2**20
 
 
 def _new_lines(path: Path, num_read: int) -> tuple[list[str], int]:
@@ -173,10 +139,10 @@ def _new_lines(path: Path, num_read: int) -> tuple[list[str], int]:
     return [], num_read
 
 
-def _check(code: int, what: str, folder: Path) -> None:
-    if code != 0:
-        lines = (folder / "stderr").read_text(errors="replace").strip().splitlines() or ["(no message)"]
-        raise BncliError(f"{what}: bncli ended with {code}: {lines[-1].removeprefix('bncli: error: ')}")
+def _check(done: Finished, seed: int, accepted: set[int]) -> None:
+    if done.code not in accepted:
+        last_line = (done.message.splitlines() or ["(no message)"])[-1].removeprefix("bncli: error: ")
+        raise BncliError(f"seed {seed}: bncli ended with {done.code}: {last_line}")
 
 
 def _commit() -> str | None:

@@ -5,12 +5,9 @@ which is as good, since nobody reads them. Each is inspected by a process of its
 """
 
 import json
-import os
 import struct
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bncli.bench.child_process import BNCLI, run_child
 from bncli.errors import BncliError
 from bncli.runtime import describe_machine
 
@@ -85,28 +83,17 @@ def bench_inspection(
 
 def _inspect(path: Path, kind: str) -> Inspection:
     gib = path.stat().st_size / 2**30
-    seconds, peak, output = _run([sys.executable, "-m", "bncli", "inspect-stats", str(path), "--json"])
+    seconds, peak, output = _run([*BNCLI, "inspect-stats", str(path), "--json"])
     found = json.loads(output)
     return Inspection(kind, gib, found["num_layers"], found["num_tensors"], seconds, peak)
 
 
 def _run(command: list[str]) -> tuple[float, float, str]:
     """Seconds, peak of resident memory in MiB, and what it printed."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE)  # one line at most
-        # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.stderr is not None
-        with process.stderr as stream:
-            message = stream.read().decode(errors="replace").strip()
-        if process.returncode not in (0, 1):
-            raise BncliError(f"inspecting ended with {process.returncode}: {message[-500:]}")
-        output.seek(0)
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-        return seconds, usage.ru_maxrss * unit / 2**20, output.read().decode()
+    done = run_child(command)
+    if done.code not in (0, 1):
+        raise BncliError(f"inspecting ended with {done.code}: {done.message[-500:]}")
+    return done.seconds, done.peak_mib, done.output
 
 
 def _state_dict(num_layers: int, num_bytes: int) -> dict[str, Tensor]:

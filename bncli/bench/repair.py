@@ -23,7 +23,7 @@ from bncli.model import ConvNet
 from bncli.runtime import Runtime, describe_machine
 from bncli.stats import batch_norm_layers, batch_statistics_mode
 from bncli.training import training_sample
-from bncli.training.optimizer import build_optimizers
+from bncli.training.optimizer import build_optimizer
 
 SHORT_MOMENTUM, NUM_SHORT_STEPS = 0.001, 20
 NUM_PAIR_STEPS = 50
@@ -195,8 +195,8 @@ def _images(scene: _Scene, batch_size: int) -> Iterator[Tensor]:
 def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
     """A few steps at the configuration's highest learning rate."""
     config, train, runtime = scene.config, scene.dataset.train, scene.runtime
-    optimizers = build_optimizers(model, config.train)
-    augment = config.augment.model_copy(update={"small_epochs": 0})  # as at the end of training
+    optimizer = build_optimizer(model, config.train)
+    augment = config.augment.at_full_size()  # as at the end of training
     plan = BatchPlan(len(train), config.train.batch_size, "keep", min_batch=min(2, config.train.batch_size))
     epochs = (
         training_batches(
@@ -211,11 +211,9 @@ def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
         loss = F.cross_entropy(
             logits, labels.to(runtime.device), label_smoothing=config.train.label_smoothing
         )
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
 
 
 def _ruined(checkpoint: Checkpoint, model: ConvNet, gap: Gap) -> Checkpoint:

@@ -5,7 +5,6 @@ changes. Memory and start are measured on `bncli train` itself, in processes of 
 one that imports torch and reads the same files, in turns.
 """
 
-import os
 import statistics
 import subprocess
 import sys
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 
+from bncli.bench.child_process import BNCLI, run_child
 from bncli.config import Cifar10Config, Config
 from bncli.config_file import dump_config
 from bncli.data import BatchPlan, Split, training_batches
 from bncli.data import Progress as DataProgress
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine
+from bncli.runtime import describe_machine, synchronize
 from bncli.training import Setup, prepare
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import take_step
@@ -88,7 +88,8 @@ def bench_scale(
         starts = _measure_starts(path, config, num_starts, report)
         report("memory of one epoch ...")
         peak = _peak_memory(path)
-    setup = prepare(config, progress=data_progress)
+    augment = config.augment.at_full_size()  # in every round
+    setup = prepare(config.model_copy(update={"augment": augment}), progress=data_progress)
     rates = _measure_sizes(setup, sizes, num_rounds, steps_per_round, report)
     ratios = [ours / plain for ours, plain in starts]
     return ScaleBench(
@@ -163,8 +164,7 @@ def _rates(setup: Setup, num_steps: int) -> Iterator[float]:
             take_step(run, last_good, images, labels)
             num_images += len(labels)
             images, labels = next(batches, (images, labels))
-        if setup.runtime.device.type != "cpu":
-            torch.accelerator.synchronize(setup.runtime.device)
+        synchronize(setup.runtime.device)
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1
         run.step = 0
@@ -186,7 +186,7 @@ def _start_of_train(path: Path, run_dir: Path) -> float:
     message = ""
     start = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "bncli", "train", str(path), "--run-dir", str(run_dir)],
+        [*BNCLI, "train", str(path), "--run-dir", str(run_dir)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -213,15 +213,7 @@ def _plain_start(config: Config) -> float:
 
 def _peak_memory(path: Path) -> float:
     """GiB of resident memory of `bncli train` at most."""
-    command = [sys.executable, "-m", "bncli", "train", str(path), "--run-dir", str(path.parent / "run")]
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=output)
-        # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            message = output.read().decode(errors="replace").strip()[-500:]
-            raise BncliError(f"bncli train ended with {process.returncode}: {message}")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return usage.ru_maxrss * unit / 2**30
+    done = run_child([*BNCLI, "train", str(path), "--run-dir", str(path.parent / "run")])
+    if done.code:
+        raise BncliError(f"bncli train ended with {done.code}: {done.message[-500:]}")
+    return done.peak_mib / 2**10

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bncli.config import AugmentConfig, Config
-from bncli.data import Dataset, training_batches
+from bncli.data import Dataset
 from bncli.data import Progress as DataProgress
 from bncli.errors import ConfigError
 from bncli.model import build_model, measure_layers
-from bncli.runtime import describe_machine
+from bncli.runtime import describe_machine, synchronize
 from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step
-from bncli.training.optimizer import build_optimizers
+from bncli.training.optimizer import build_optimizer
 from bncli.training.run import Run
 
 
@@ -63,7 +63,7 @@ def bench_training_step(
         BncliError: when the configuration cannot be trained here.
     """
     # both loops take whole images
-    augment = config.augment.model_copy(update={"small_epochs": 0})
+    augment = config.augment.at_full_size()
     setup = prepare(config.model_copy(update={"augment": augment}), progress=data_progress)
     if setup.plan.num_steps < steps_per_round:
         raise ConfigError(
@@ -107,20 +107,12 @@ def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
     run = Run.start(setup)
     run.model.train()
     while True:
-        batches = training_batches(
-            setup.dataset.train,
-            setup.plan,
-            setup.config.augment,
-            seed=setup.config.train.seed,
-            epoch=run.epoch,
-            fill=setup.normalization.mean,
-        )
         num_images = 0
         start = time.perf_counter()
-        for _, (images, labels) in zip(range(num_steps), batches, strict=False):
+        for _, (images, labels) in zip(range(num_steps), run.batches(), strict=False):
             training_step(run, images, labels)
             num_images += len(labels)
-        _synchronize(setup.runtime.device)
+        synchronize(setup.runtime.device)
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1
         run.step = 0
@@ -131,7 +123,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
     model = _plain_twin(setup)
     model.load_state_dict(setup.model.state_dict())
     model.train()
-    optimizers = build_optimizers(model, setup.config.train)
+    optimizer = build_optimizer(model, setup.config.train)
     loader = torch.utils.data.DataLoader(
         _PlainImages(setup.dataset, setup.config.augment),
         batch_size=setup.plan.batch_size,
@@ -153,13 +145,11 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
                 batch = next(batches)
             images, labels = batch[0].to(device), batch[1].to(device)
             loss = F.cross_entropy(model(images), labels, label_smoothing=setup.config.train.label_smoothing)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             num_images += len(labels)
-        _synchronize(device)
+        synchronize(setup.runtime.device)
         yield num_images / (time.perf_counter() - start)
 
 
@@ -210,11 +200,6 @@ def _peak_gflops(device: torch.device, precision: torch.dtype, size: int = 2048)
     for _ in range(8):
         start = time.perf_counter()
         matrix @ matrix
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e9
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -8,7 +8,7 @@ import typer
 from bncli.cli.bench_accuracy import bench_time_to_accuracy
 from bncli.cli.bench_scale import bench_scale_of_training
 from bncli.cli.messages import print_note
-from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, make_empty_dir
+from bncli.cli.options import CheckpointArgument, ConfigArgument, JsonOption, SetOption, make_empty_dir
 
 bench_app = typer.Typer(help="Measure what the README claims, beside rivals in the same run.")
 
@@ -20,7 +20,7 @@ def bench() -> None:
 
 @bench_app.command("train")
 def bench_train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    config: ConfigArgument,
     overrides: SetOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each loop, in turns.")] = 5,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Training steps in a round.")] = 4,

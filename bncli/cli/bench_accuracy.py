@@ -1,12 +1,11 @@
 """`bncli bench accuracy`: seconds from the start of `bncli train` to an accuracy on the test split."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from bncli.cli.messages import print_error, print_note
-from bncli.cli.options import JsonOption, SetOption
+from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import BncliError, ConfigError
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def bench_time_to_accuracy(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    config: ConfigArgument,
     target: Annotated[str, typer.Option(metavar="A,A,...", help="Accuracies, as fractions such as 0.9.")],
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs, with the seeds 0 to N-1.")] = 3,
     overrides: SetOption = None,

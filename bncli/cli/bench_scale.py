@@ -1,12 +1,11 @@
 """`bncli bench scale`: what a training run takes, in images/s by size, memory, and time to its first step."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, SetOption
+from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def bench_scale_of_training(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    config: ConfigArgument,
     overrides: SetOption = None,
     sizes: Annotated[str, typer.Option(help="Numbers of training images.")] = "10000,50000,200000",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all sizes, in turns.")] = 5,
@@ -54,14 +53,12 @@ def _parse_sizes(text: str, smallest: int) -> list[int]:
 
 
 def _show(result: "ScaleBench") -> None:
-    from bncli.cli.render import console_for_results, runtime_line, show_lines, table_of
+    from bncli.cli.render import console_for_results, machine_line, runtime_line, show_lines, table_of
 
-    machine = result.machine
     console = console_for_results()
     read = "reading the same files" if result.reads_data else "nothing to read"
     lines = {
-        "machine": f"{machine['cpu']}, {machine['num_cpus']} CPUs, {machine.get('gpu', 'no GPU')};"
-        f" torch {machine['torch']}, Python {machine['python']}",
+        "machine": machine_line(result.machine),
         "runtime": runtime_line(result.runtime),
         "memory": f"{result.peak_memory_gib:.2f} GiB at most, one epoch of bncli train on"
         f" {result.num_train_images:,} images (n = 1)",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bncli.cli.subject import Subject
     from bncli.data import Dataset, Split
     from bncli.evaluation import AugmentedEvaluation, Gap, SweepPoint
+    from bncli.evaluation.augmented import Views
 
 
 def evaluate_checkpoint(
@@ -106,7 +107,7 @@ def _examine(
     batch_sizes: tuple[int, ...],
     sweep: tuple[int, ...],
     num_calibration_images: int | None,
-    views: Literal["flip", "shifts"] | None,
+    views: "Views | None",
 ) -> "EvalReport":
     from bncli.cli.progress import DataReporter
     from bncli.cli.render_eval import EvalReport
@@ -180,9 +181,7 @@ def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Ga
         )
 
 
-def _evaluate_views(
-    subject: "Subject", test: "Split", views: Literal["flip", "shifts"]
-) -> "AugmentedEvaluation":
+def _evaluate_views(subject: "Subject", test: "Split", views: "Views") -> "AugmentedEvaluation":
     from bncli.data import sequential_batches
     from bncli.evaluation import evaluate_augmented
 

@@ -46,6 +46,13 @@ def runtime_line(runtime: dict[str, Any]) -> str:
     return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime)
 
 
+def machine_line(machine: dict[str, Any]) -> str:
+    """`describe_machine()` as text."""
+    return "{cpu}, {num_cpus} CPUs, {gpu}; torch {torch}, Python {python}".format(
+        **{"gpu": "no GPU", **machine}
+    )
+
+
 def show_lines(console: Console, lines: dict[str, str]) -> None:
     """Names and values in two columns."""
     grid = Table.grid(padding=(0, 2))

@@ -1,7 +1,7 @@
 """The output of `bncli bench accuracy`."""
 
 from bncli.bench import AccuracyBench
-from bncli.cli.render import console_for_results, show_lines, table_of
+from bncli.cli.render import console_for_results, machine_line, show_lines, table_of
 
 
 def show_accuracy_bench(result: AccuracyBench) -> None:
@@ -14,14 +14,12 @@ def show_accuracy_bench(result: AccuracyBench) -> None:
         table.add_row(f"{target.accuracy:.2%}", f"{target.num_reached} of {num_seeds}", seconds)
     console.print(table)
     console.print()
-    machine = result.machine
     lines = {
         "seconds": "from the start of the process to the evaluation that first reached it",
         "final accuracy": _plus_minus(result.final.mean, result.final.std, "{:.2%}"),
         "seeds": f"n = {num_seeds}; mean ± standard deviation where all of them reached it",
         "peak memory": f"{max(run.peak_mib for run in result.seeds):,.0f} MiB, the largest of the runs",
-        "machine": f"{machine['cpu']}, {machine['num_cpus']} CPUs, {machine.get('gpu', 'no GPU')};"
-        f" torch {machine['torch']}, Python {machine['python']}",
+        "machine": machine_line(result.machine),
         "commit": result.commit or "not in a checkout",
         "each run": result.command,
     }

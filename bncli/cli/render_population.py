@@ -1,18 +1,16 @@
 """The output of `bncli bench population`."""
 
 from bncli.bench import PopulationBench
-from bncli.cli.render import console_for_results, number, show_lines, table_of
+from bncli.cli.render import console_for_results, machine_line, number, show_lines, table_of
 
 
 def show_population_bench(result: PopulationBench) -> None:
     """Errors of each tool on the hard data, then what a pass of each costs."""
     console = console_for_results()
-    machine = result.machine
     show_lines(
         console,
         {
-            "machine": f"{machine['cpu']}, {machine['num_cpus']} CPUs, {machine.get('gpu', 'no GPU')};"
-            f" torch {machine['torch']}, Python {machine['python']}",
+            "machine": machine_line(result.machine),
             "data": f"mean {result.data_mean:g}, deviation {result.data_deviation:g}, float32",
         },
     )

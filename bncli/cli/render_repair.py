@@ -5,7 +5,7 @@ from typing import Any
 
 from bncli.bench import RepairBench
 from bncli.cli.messages import one_line
-from bncli.cli.render import console_for_results, runtime_line, show_lines, table_of
+from bncli.cli.render import console_for_results, machine_line, runtime_line, show_lines, table_of
 from bncli.cli.render_gap import describe_gap, gap_verdict
 from bncli.evaluation import Gap
 
@@ -36,10 +36,8 @@ def describe_repair_bench(result: RepairBench) -> dict[str, Any]:
 def show_repair_bench(result: RepairBench) -> None:
     """Accuracy before and after, and what --gap says, for each accident."""
     console = console_for_results()
-    machine = result.machine
     lines = {
-        "machine": f"{machine['cpu']}, {machine['num_cpus']} CPUs, {machine.get('gpu', 'no GPU')};"
-        f" torch {machine['torch']}, Python {machine['python']}",
+        "machine": machine_line(result.machine),
         "runtime": runtime_line(result.runtime),
         "checkpoint": result.checkpoint,
         "data": f"{result.dataset}, n = {result.num_test_images:,} test images;"

@@ -1,7 +1,7 @@
 """The output of `bncli train`, `train --dry-run` and `bench`."""
 
 from bncli.bench import InspectionBench, TrainingStepBench
-from bncli.cli.render import console_for_results, runtime_line, show_lines, table_of
+from bncli.cli.render import console_for_results, machine_line, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
 from bncli.training import SetupDescription, TrainResult
 
@@ -57,10 +57,8 @@ def show_training(result: TrainResult) -> None:
 
 def show_training_step_bench(result: TrainingStepBench) -> None:
     """Both rates, their ratio, and the share of the machine's matrix-product peak."""
-    machine = result.machine
     lines = {
-        "machine": f"{machine['cpu']}, {machine['num_cpus']} CPUs, {machine.get('gpu', 'no GPU')};"
-        f" torch {machine['torch']}, Python {machine['python']}",
+        "machine": machine_line(result.machine),
         "bncli": f"{result.images_per_second:,.0f} images/s ({runtime_line(result.runtime)})",
         "plain loop": f"{result.plain_images_per_second:,.0f} images/s (float32, contiguous, DataLoader"
         f" with {result.plain_workers} workers, torchvision transforms)",

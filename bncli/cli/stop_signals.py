@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while `bncli train` runs: the first asks the run to stop, the second stops it."""
+"""Ctrl-C and SIGTERM while runs are under way: the first may ask a run to stop, the second stops it."""
 
 import signal
 from types import FrameType, TracebackType

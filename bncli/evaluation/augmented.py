@@ -5,7 +5,6 @@ reflection padding, as in airbench (https://github.com/KellerJordan/cifar10-airb
 tensors (N, C, H, W) of any kind of number, at least 2 pixels high and wide.
 """
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bncli.errors import DataError
-from bncli.evaluation.evaluate import judge
+from bncli.evaluation.evaluate import evaluate
 from bncli.evaluation.forward import forward
-from bncli.stats.modes import eval_mode, preserved_buffers
 
 Views = Literal["flip", "shifts"]
 
@@ -42,24 +39,20 @@ def evaluate_augmented(
 
     Raises DataError if there are no images, or a label is not a class of the model.
     """
-    start = time.perf_counter()
-    num_images = num_correct = 0
-    loss = 0.0
-    with eval_mode(model), preserved_buffers(model), torch.no_grad():
-        for images, labels in batches:
-            if len(labels) == 0:
-                continue
-            losses, hits, _ = judge(augmented_logits(model, images, views), labels)
-            loss += float(losses.sum())
-            num_correct += int(hits.sum())
-            num_images += len(labels)
-    if num_images == 0:
-        raise DataError("there is nothing to evaluate: the data set has no images")
-    seconds = time.perf_counter() - start
+    found = evaluate(_Averaged(model, views), batches)
     num_views = len(view_weights(views)) * 2
-    return AugmentedEvaluation(
-        views, num_views, num_images, num_correct / num_images, loss / num_images, seconds
-    )
+    return AugmentedEvaluation(views, num_views, found.num_images, found.accuracy, found.loss, found.seconds)
+
+
+class _Averaged(nn.Module):
+    """A classifier that sees views of every image."""
+
+    def __init__(self, model: nn.Module, views: Views) -> None:
+        super().__init__()
+        self.model, self.views = model, views
+
+    def forward(self, images: Tensor) -> Tensor:
+        return augmented_logits(self.model, images, self.views)
 
 
 def augmented_logits(model: nn.Module, images: Tensor, views: Views) -> Tensor:

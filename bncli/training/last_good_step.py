@@ -43,7 +43,7 @@ class LastGoodStep:
 
     @torch.no_grad()
     def _keep(self) -> None:
-        momenta = self._run.momenta()
+        momenta = self._run.optimizer.momenta()
         if len(self._momenta) != len(momenta):
             self._momenta = [torch.empty_like(momentum) for momentum in momenta]
         # one call for all: the copies of a small network take longer to start than to make
@@ -54,7 +54,7 @@ class LastGoodStep:
     def _restore(self) -> None:
         torch._foreach_copy_(self._tensors, self._copies)
         if self._momenta:
-            torch._foreach_copy_(self._run.momenta(), self._momenta)
+            torch._foreach_copy_(self._run.optimizer.momenta(), self._momenta)
         else:
-            self._run.forget_momenta()
+            self._run.optimizer.forget_momenta()
         self._run.step, self._run.running_epoch.counts = self._counts

@@ -237,10 +237,8 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     with setup.runtime.autocast():
         logits = run.model(setup.runtime.place(images))
     loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    for optimizer in run.optimizers:
-        optimizer.zero_grad()
+    run.optimizer.zero_grad()
     loss.backward()
-    for optimizer in run.optimizers:
-        optimizer.step()
+    run.optimizer.step()
     run.step += 1
     return loss.detach(), (logits.detach().argmax(1) == labels).sum()

@@ -57,86 +57,110 @@ def _as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
     return (tensor.permute(0, 2, 3, 1) if is_channels_last else tensor).flatten(1)
 
 
-def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+class Optimizers:
+    """Several optimisers, each with weights of its own, used as if they were one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak of its learning rate
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of all, one after the other."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        """Take the step of each."""
+        for part in self.parts:
+            part.step()
+
+    def momenta(self) -> list[Tensor]:
+        """The optimisers' own tensors, one for each trained weight; none before the first step."""
+        states = [state for part in self.parts for state in part.state.values()]
+        return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+
+    def forget_momenta(self) -> None:
+        """Go back to the state before the first step."""
+        for part in self.parts:
+            part.state.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of one optimiser with all groups, so that checkpoints do not depend on how many there are."""
+        state: dict[int, Any] = {}
+        groups: list[dict[str, Any]] = []
+        first = 0  # number of the part's first weight
+        for part in self.parts:
+            own = part.state_dict()
+            state |= {first + index: entry for index, entry in own["state"].items()}
+            groups += [
+                {**group, "params": [first + index for index in group["params"]]}
+                for group in own["param_groups"]
+            ]
+            first += len(_weights_of(part))
+        return {"state": state, "param_groups": groups}
+
+    def load_momenta(self, state_dict: dict[str, Any]) -> None:
+        """Put the momentum of a saved state dict back; all else is the configuration's.
+
+        Raises:
+            KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
+        """
+        state = state_dict["state"]
+        weights = [weight for part in self.parts for weight in _weights_of(part)]
+        # all of them or, without momentum, none: a step that is undone writes back as many as it kept
+        if not isinstance(state, dict) or set(state) not in ({*range(len(weights))}, set()):
+            raise ValueError(f"the optimizer's state is not that of {len(weights)} weights")
+        for index, entry in state.items():
+            buffer, weight = entry["momentum_buffer"], weights[index]
+            is_like = isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (
+                weight.shape,
+                weight.dtype,
+            )
+            if len(entry) != 1 or not is_like:
+                raise ValueError(f"momentum {index} of the optimizer is not like its weight")
+        first = 0
+        for part in self.parts:
+            count = len(_weights_of(part))
+            own = {index: state[first + index] for index in range(count) if state}
+            part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
+            first += count
+
+
+def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
     """Muon, if asked for, and SGD; both with (Nesterov) momentum, and weight decay on weights only.
 
     BatchNorm's weight and bias and all other biases are one-dimensional; they get no weight decay,
     which would pull BatchNorm's gain towards 0 without regularising anything. Nor do Muon's filters,
-    whose scale is fixed. Each group keeps the peak of its learning rate as `initial_lr`.
+    whose scale is fixed.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     filters = [parameter for parameter in trained if parameter.ndim == 4]
     matrices = [parameter for parameter in trained if 1 < parameter.ndim < 4]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     nesterov = config.nesterov and config.momentum > 0
-    optimizers: list[torch.optim.Optimizer] = []
     rate = config.learning_rate
-    head_rate, bias_rate = config.head_learning_rate or rate, config.bias_learning_rate or rate
+    parts: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
-        muon = FilterMuon(filters, lr=rate, momentum=config.momentum, nesterov=nesterov)
-        optimizers.append(muon)
+        parts.append(FilterMuon(filters, lr=rate, momentum=config.momentum, nesterov=nesterov))
         filters = []
     groups = [
         {"params": filters, "lr": rate, "weight_decay": config.weight_decay},
-        {"params": matrices, "lr": head_rate, "weight_decay": config.weight_decay},
-        {"params": vectors, "lr": bias_rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": config.head_learning_rate or rate, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": config.bias_learning_rate or rate, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers.append(torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
-
-
-def momenta_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    """The optimisers' own tensors, one for each trained weight; none before the first step."""
-    states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
-
-
-def state_dict_of(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """The state dicts of all, as if they were one optimiser with all their groups."""
-    state: dict[int, Any] = {}
-    groups: list[dict[str, Any]] = []
-    offset = 0
-    for optimizer in optimizers:
-        part = optimizer.state_dict()
-        state |= {offset + index: entry for index, entry in part["state"].items()}
-        groups += [
-            {**group, "params": [offset + index for index in group["params"]]}
-            for group in part["param_groups"]
-        ]
-        offset += len(_parameters(optimizer))
-    return {"state": state, "param_groups": groups}
-
-
-def load_momenta(optimizers: Sequence[torch.optim.Optimizer], state_dict: dict[str, Any]) -> None:
-    """Put the momentum of a saved state dict back; all else of the optimisers is the configuration's.
-
-    Raises:
-        KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
-    """
-    state = state_dict["state"]
-    parameters = [parameter for optimizer in optimizers for parameter in _parameters(optimizer)]
-    # all of them or, without momentum, none: a step that is undone writes back as many as it kept
-    if not isinstance(state, dict) or set(state) not in ({*range(len(parameters))}, set()):
-        raise ValueError(f"the optimizer's state is not that of {len(parameters)} weights")
-    for index, entry in state.items():
-        buffer, weight = entry["momentum_buffer"], parameters[index]
-        is_like = isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (weight.shape, weight.dtype)
-        if len(entry) != 1 or not is_like:
-            raise ValueError(f"momentum {index} of the optimizer is not like its weight")
-    offset = 0
-    for optimizer in optimizers:
-        count = len(_parameters(optimizer)) if state else 0
-        part = {index: state[offset + index] for index in range(count)}
-        optimizer.load_state_dict({"state": part, "param_groups": optimizer.state_dict()["param_groups"]})
-        offset += count
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parts.append(torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov))
+    return Optimizers(parts)
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from bncli.checkpoint import Checkpoint
@@ -13,13 +12,7 @@ from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine
-from bncli.training.optimizer import (
-    build_optimizers,
-    load_momenta,
-    momenta_of,
-    schedule_at,
-    state_dict_of,
-)
+from bncli.training.optimizer import Optimizers, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
 
@@ -30,7 +23,7 @@ class Run:
 
     setup: Setup
     model: ConvNet
-    optimizers: list[torch.optim.Optimizer]
+    optimizer: Optimizers
     running_epoch: RunningEpoch
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
@@ -44,8 +37,8 @@ class Run:
     @classmethod
     def start(cls, setup: Setup) -> "Run":
         """A run before its first step."""
-        optimizers = build_optimizers(setup.model, setup.config.train)
-        return cls(setup, setup.model, optimizers, RunningEpoch(setup.model, setup.runtime.device))
+        optimizer = build_optimizer(setup.model, setup.config.train)
+        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
@@ -68,7 +61,7 @@ class Run:
             )
         try:
             run.model.load_state_dict(last.state_dict)
-            load_momenta(run.optimizers, last.optimizer or {})
+            run.optimizer.load_momenta(last.optimizer or {})
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
                 run.running_epoch.load_state_dict(last.running_epoch)
@@ -86,23 +79,13 @@ class Run:
     def set_learning_rate(self, step: int) -> None:
         """That of step `step`, from 0."""
         share = schedule_at(step, self.setup.num_steps, self.setup.config.train)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * share
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * share
 
     @property
     def learning_rate(self) -> float:
         """Of the step taken last, of the convolutions."""
-        return float(self.optimizers[0].param_groups[0]["lr"])
-
-    def momenta(self) -> list[Tensor]:
-        """The optimisers' own tensors, one for each trained weight; none before the first step."""
-        return momenta_of(self.optimizers)
-
-    def forget_momenta(self) -> None:
-        """Go back to the optimisers' state before the first step."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left of the running epoch."""
@@ -169,7 +152,7 @@ class Run:
             seconds=self.seconds,
             runtime=self.setup.runtime.describe(),
             machine=describe_machine(),
-            optimizer=state_dict_of(self.optimizers),
+            optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),
             data_digest=self.setup.data_digest,
         )

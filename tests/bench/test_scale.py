@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bncli.bench import scale
 from bncli.bench.scale import _resized
 from bncli.config_file import load_config
 from bncli.training import prepare
@@ -43,3 +44,13 @@ def test_sizes_that_cannot_be_measured_are_refused(bncli: Bncli, tiny_config: Pa
     assert outcome.code == 2
     assert "--sizes" in outcome.err
     assert len(outcome.err.splitlines()) == 1
+
+
+def test_every_round_sees_whole_images(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(scale, "_measure_starts", lambda *_: [(2.0, 1.0)])
+    monkeypatch.setattr(scale, "_peak_memory", lambda _: 1.0)
+    monkeypatch.setattr(scale, "_measure_sizes", lambda setup, *_: seen.append(setup.config.augment) or ())
+    config = load_config(tiny_config, ["augment.small_epochs=1", "augment.crop_padding=3"])
+    scale.bench_scale(config, sizes=[500])
+    assert (seen[0].small_epochs, seen[0].crop_padding) == (0, 3)

@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from bncli.config import TrainConfig
 from bncli.config_file import load_config
 from bncli.errors import ConfigError
 from bncli.training import prepare
-from bncli.training.optimizer import FilterMuon, build_optimizers
+from bncli.training.last_good_step import LastGoodStep
+from bncli.training.loop import training_step
+from bncli.training.optimizer import FilterMuon, build_optimizer
 from bncli.training.run import Run
 
 
@@ -48,7 +51,7 @@ def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Pa
     run.set_learning_rate(setup.num_steps // 2)
     share = run.learning_rate / 0.1
     assert 0 < share < 1
-    muon, sgd = run.optimizers
+    muon, sgd = run.optimizer.parts
     rates = {
         parameter.data_ptr(): (type(optimizer), group["lr"] / share, group["weight_decay"])
         for optimizer in (muon, sgd)
@@ -72,7 +75,9 @@ def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Pa
 
 def test_gradients_of_filters_are_forgotten() -> None:
     convolution = nn.Conv2d(3, 4, 3, bias=False)
-    muon = build_optimizers(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon"))[0]
+    muon = build_optimizer(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon")).parts[
+        0
+    ]
     convolution.weight.grad = torch.ones_like(convolution.weight)
     muon.zero_grad()
     assert convolution.weight.grad is None
@@ -82,3 +87,16 @@ def test_the_network_must_fit_the_smaller_images_too(tiny_config: Path) -> None:
     changes = ["augment.small_epochs=1", "augment.small_size=3"]
     with pytest.raises(ConfigError, match="3x3 pixels allow 1"):
         prepare(load_config(tiny_config, changes))
+
+
+@pytest.mark.parametrize("kind", ["sgd", "muon"])
+def test_a_first_step_that_is_undone_leaves_no_momentum(tiny_config: Path, kind: str) -> None:
+    run = Run.start(prepare(load_config(tiny_config, [f"train.optimizer={kind}"])))
+    last_good = LastGoodStep(run)
+    before = copy.deepcopy(run.model.state_dict())
+    with pytest.raises(ZeroDivisionError), last_good.or_nothing():
+        training_step(run, *next(run.batches()))
+        assert run.optimizer.momenta()
+        raise ZeroDivisionError
+    assert run.optimizer.momenta() == []
+    assert all(torch.equal(before[key], value) for key, value in run.model.state_dict().items())

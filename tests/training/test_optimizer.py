@@ -5,7 +5,7 @@ import torch
 
 from bncli.config import ModelConfig, TrainConfig
 from bncli.model import build_model
-from bncli.training.optimizer import build_optimizers, learning_rate_at
+from bncli.training.optimizer import build_optimizer, learning_rate_at
 
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
@@ -37,7 +37,7 @@ def test_without_decay_the_rate_stays_at_its_peak() -> None:
 
 def test_only_weights_decay_not_batch_norm_and_not_biases() -> None:
     model = build_model(ModelConfig(widths=(4, 8)), 10, image_size=32)
-    (optimizer,) = build_optimizers(model, TrainConfig(weight_decay=0.01, momentum=0.9))
+    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.01, momentum=0.9))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         is_weight = name.endswith("conv.weight") or name == "head.weight"
@@ -48,4 +48,4 @@ def test_only_weights_decay_not_batch_norm_and_not_biases() -> None:
 
 def test_nesterov_without_momentum_is_plain_gradient_descent() -> None:
     model = torch.nn.Linear(2, 1)
-    assert not build_optimizers(model, TrainConfig(momentum=0.0))[0].param_groups[0]["nesterov"]
+    assert not build_optimizer(model, TrainConfig(momentum=0.0)).param_groups[0]["nesterov"]
