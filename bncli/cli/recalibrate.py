@@ -152,6 +152,7 @@ def _verify(
     max_error: float,
 ) -> "Verification":
     """Check one checkpoint on the images it was recalibrated on, unless told otherwise."""
+    from bncli.cli.phase_progress import PhaseReporter
     from bncli.cli.render_recalibrate import Verification
     from bncli.training import verify_checkpoint
 
@@ -161,9 +162,16 @@ def _verify(
     count = min(count, len(dataset.train))
     recorded = record.get("layers")
     glob = layers or (recorded if isinstance(recorded, str) else None)
-    found = verify_checkpoint(
-        subject.checkpoint, dataset, subject.runtime, batch_size=size, num_images=count, layers=glob
-    )
+    with PhaseReporter() as progress:
+        found = verify_checkpoint(
+            subject.checkpoint,
+            dataset,
+            subject.runtime,
+            batch_size=size,
+            num_images=count,
+            layers=glob,
+            progress=progress,
+        )
     return Verification(str(path), dataset.name, count, size, max_error, found)
 
 

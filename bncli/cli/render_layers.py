@@ -25,11 +25,16 @@ DROPPED_FIRST = (
 
 
 def describe_layers(
-    checkpoint: str, layers: Sequence[LayerStats], findings: Sequence[Finding], *, channels: bool
+    checkpoint: str,
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    dead: Sequence[Finding],
+    *,
+    channels: bool,
 ) -> dict[str, Any]:
-    """The JSON document of `bncli inspect-stats`."""
+    """The JSON document of `bncli inspect-stats`; `dead` is what the rule dead_channel found."""
     flags = flags_of(findings)
-    dead = {finding.layer: finding.channels for finding in findings if finding.name == "dead_channel"}
+    dead_channels = {finding.layer: finding.channels for finding in dead}
     num_errors = sum(finding.severity == "error" for finding in findings)
     return {
         "checkpoint": checkpoint,
@@ -40,7 +45,7 @@ def describe_layers(
             {
                 **_describe_layer(layer, channels=channels),
                 "flags": flags[layer.name],
-                "dead_channels": dead.get(layer.name, ()),
+                "dead_channels": dead_channels.get(layer.name, ()),
             }
             for layer in layers
         ],

@@ -4,6 +4,7 @@ In eval mode every layer normalises by its running statistics. They are self-con
 layer then has just that mean and (biased) variance: the check for `recalibrate`, and for any checkpoint.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,21 @@ class LayerConsistency:
 
 
 def verify_fixed_point(
-    model: nn.Module, batches: Batches, layers: Layers = None
+    model: nn.Module,
+    batches: Batches,
+    layers: Layers = None,
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[LayerConsistency, ...]:
     """Compare every layer's running statistics with what enters it in eval mode, in one pass.
 
     The model is left as it was. Layers that see no input are missing; those of `select_layers` that are
-    left alone are too.
+    left alone are too. `progress` is told the images done.
 
     Raises DataError without images, BncliError if no layer can be measured.
     """
     chosen = select_layers(model, layers).layers
-    trees = measure_pass(model, batches, chosen).trees
+    trees = measure_pass(model, batches, chosen, progress=progress).trees
     found = []
     for name, layer in chosen.items():
         if name in trees:

@@ -158,6 +158,7 @@ def verify_checkpoint(
     batch_size: int,
     num_images: int,
     layers: str | None = None,
+    progress: PhaseProgress = lambda phase, num_images: None,
 ) -> tuple[LayerConsistency, ...]:
     """Whether the running statistics are those of the training images in eval mode: a fixed point.
 
@@ -166,5 +167,8 @@ def verify_checkpoint(
     model: ConvNet = runtime.place_model(load_model(checkpoint))
     with runtime.autocast():
         return verify_fixed_point(
-            model, training_sample(dataset, runtime, batch_size, num_images), layers=layers
+            model,
+            training_sample(dataset, runtime, batch_size, num_images),
+            layers=layers,
+            progress=partial(progress, "training images, verifying"),
         )

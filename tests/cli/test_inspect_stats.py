@@ -109,3 +109,36 @@ def test_another_suffix_is_refused(bncli: Bncli, finished_run: Path, tmp_path: P
     outcome = bncli("inspect-stats", finished_run / "last.pt", "--plot", tmp_path / "plot.xyz")
     assert outcome.code == 2
     assert ".png" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--select", "BN003"),
+        ("--ignore", "BN002"),
+        ("--fail-on", "never"),
+        ("--threshold", "gain=5"),
+        ("--sort", "gain"),
+        ("--all",),
+    ],
+)
+def test_options_of_the_audit_are_refused_where_nothing_is_audited(
+    bncli: Bncli, finished_run: Path, option: tuple[str, ...]
+) -> None:
+    last = finished_run / "last.pt"
+    for subject in ((last, last), (finished_run,)):
+        outcome = bncli("inspect-stats", *subject, *option)
+        assert outcome.code == 2
+        assert f": {option[0]}: " in outcome.err
+        assert len(outcome.err.splitlines()) == 1
+        assert outcome.out == ""
+
+
+def test_dead_channels_are_a_fact_even_when_the_rule_is_ignored(bncli: Bncli, tmp_path: Path) -> None:
+    layer = nn.Sequential(nn.BatchNorm2d(3)).state_dict()
+    layer["0.running_var"][1] = 0
+    torch.save(layer, tmp_path / "dead.pt")
+    asked = bncli("inspect-stats", tmp_path / "dead.pt", "--json").json
+    ignored = bncli("inspect-stats", tmp_path / "dead.pt", "--json", "--ignore", "dead_channel").json
+    assert asked["layers"][0]["dead_channels"] == ignored["layers"][0]["dead_channels"] == [1]
+    assert "dead_channel" not in ignored["layers"][0]["flags"]

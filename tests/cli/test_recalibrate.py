@@ -263,3 +263,8 @@ def test_progress_goes_to_stderr_and_the_layers_to_stdout(bncli: Bncli, stale: P
     assert "stages.1.0.norm" in outcome.out
     assert "unchanged" in outcome.out
     assert max(map(len, outcome.out.splitlines())) <= 100
+
+
+def test_a_verification_shows_its_progress(bncli: Bncli, stale: Path) -> None:
+    outcome = bncli("recalibrate", stale, "--verify")
+    assert "training images, verifying: 500" in outcome.err

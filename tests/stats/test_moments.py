@@ -194,3 +194,31 @@ def test_one_batch_has_no_standard_error() -> None:
     assert all(
         error.isnan().all() for error in tree_of([Moments.of(torch.randn(9, 2))], [0]).standard_errors()
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 6, 6), (3, 4, 4, 4), (7, 4, 2, 2), (9, 4, 1, 1), (2, 4, 90, 90)])
+@pytest.mark.parametrize("deviations", [0.0, 1.0, 9.5, 10.5, 1e6])
+def test_no_digits_cancel_on_either_side_of_what_one_pass_can_do(
+    shape: tuple[int, ...], deviations: float
+) -> None:
+    values = 1e-3 * (torch.randn(shape, dtype=torch.float64) + deviations)
+    mean, variance = exactly(values)
+    found = Moments.of(values)
+    assert relative_error(found.variance(), variance) < 1e-11
+    errors = [abs(Fraction(one) - right) for one, right in zip(found.mean.tolist(), mean, strict=True)]
+    assert max(errors) < 1e-15 * 1e-3 * max(1.0, deviations) * 10
+
+
+def test_one_channel_that_needs_two_passes_spoils_no_other() -> None:
+    values = torch.randn(6, 4, 8, 8, dtype=torch.float64)
+    values[:, 1] = 1e3 + 1e-3 * values[:, 1]
+    values[:, 2] = 1e3
+    kept = [0, 1, 3]
+    found = Moments.of(values)
+    assert relative_error(found.variance()[kept], exactly(values[:, kept])[1]) < 1e-11
+    assert 0 <= float(found.variance()[2]) < 1e-24
+
+
+def test_squares_beyond_float64_are_no_infinite_variance() -> None:
+    values = 1e155 + 1e150 * torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    assert relative_error(Moments.of(values).variance(), exactly(values)[1]) < 1e-11

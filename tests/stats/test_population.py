@@ -368,3 +368,14 @@ def test_resnet18_costs_less_than_half_a_forward_pass_per_layer() -> None:
     model.double()
     recalibrate(model, data.double().split([4, 3, 1]))
     assert max(one.max_relative_error for one in verify_fixed_point(model, [data.double()])) < 1e-10
+
+
+def test_sync_batch_norm_with_buffers_in_half_precision_is_measured_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.SyncBatchNorm(3), nn.SyncBatchNorm(3)).bfloat16()
+    data = (3 + 2 * torch.randn(40, 3, 5, 5)).bfloat16()
+    before = buffers_digest(model)
+    first, second = measure_population(model, data.split(10), method="precise").layers
+    torch.testing.assert_close(first.moments.mean, data.double().mean((0, 2, 3)))
+    torch.testing.assert_close(second.moments.variance(), torch.ones(3).double(), rtol=0.05, atol=0)
+    assert buffers_digest(model) == before
