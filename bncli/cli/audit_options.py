@@ -36,6 +36,21 @@ SortOption = Annotated[
     ),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, however many.")]
+_FLAGS = {"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"}
+
+
+def refuse_audit_options(context: typer.Context, what: str, reason: str) -> None:
+    """Raise ConfigError if one was given: where nothing is audited it would change nothing."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.opts[0] in _FLAGS
+        and parameter.name is not None
+        and (origin := context.get_parameter_source(parameter.name)) is not None
+        and origin.name != "DEFAULT"
+    ]
+    if given:
+        raise ConfigError(what, [f"{', '.join(given)}: {reason}"])
 
 
 def parse_rules(text: str | None) -> list[str] | None:

@@ -17,6 +17,7 @@ from bncli.cli.audit_options import (
     fails,
     parse_rules,
     parse_thresholds,
+    refuse_audit_options,
     sort_layers,
 )
 from bncli.cli.messages import print_note
@@ -26,8 +27,6 @@ from bncli.errors import ConfigError
 if TYPE_CHECKING:
     from bncli.checkpoint import OpenCheckpoint
     from bncli.stats import LayerStats
-
-_AUDIT_OPTIONS = ("select", "ignore", "fail_on", "threshold", "sort", "show_all")
 
 
 def inspect_stats(
@@ -84,19 +83,20 @@ def inspect_stats(
 
     check_csv_option(csv, as_json=as_json)
     if second is not None:
-        _refuse_audit_options(context, f"{source} {second}", "two checkpoints are compared, not audited")
+        refuse_audit_options(context, f"{source} {second}", "two checkpoints are compared, not audited")
         return inspect_pair(
             source, second, key=key, layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json
         )
     if is_run_dir(Path(source)):
-        _refuse_audit_options(context, source, "what a run recorded is not audited: give a checkpoint in it")
+        refuse_audit_options(context, source, "what a run recorded is not audited: give a checkpoint in it")
         return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
-    chosen, ignored = parse_rules(select), parse_rules(ignore) or []
-    rules = selected_rules(chosen, ignored)
+    rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
     layers, checkpoint = _read_layers(source, key)
     # all layers, before --layer: their counters are compared with each other
-    findings = audit(layers, thresholds=limits, select=chosen, ignore=ignored)
+    everything = audit(layers, thresholds=limits)
+    codes = {rule.code for rule in rules}
+    findings = tuple(finding for finding in everything if finding.code in codes)
     if layer is not None:
         found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
         if not found:
@@ -115,7 +115,7 @@ def inspect_stats(
         write_csv(layer_rows(layers, findings, channels=channels), csv)
     if as_json:
         # a fact about the layer, whether or not the rule is asked for
-        dead = audit(layers, thresholds=limits, select=["dead_channel"])
+        dead = [finding for finding in everything if finding.name == "dead_channel"]
         described = describe_layers(source, layers, findings, dead, channels=channels)
         described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
         print_json({**described, "num_tensors": len(checkpoint.tensors)})
@@ -128,17 +128,6 @@ def inspect_stats(
         headline = f"{source}: found {found_in_all}"
         show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
     return 1 if fails(findings, fail_on) else 0
-
-
-def _refuse_audit_options(context: typer.Context, what: str, reason: str) -> None:
-    """Refuse options that would change nothing."""
-    given = [
-        f"--{name.removeprefix('show_').replace('_', '-')}"
-        for name in _AUDIT_OPTIONS
-        if (origin := context.get_parameter_source(name)) is not None and origin.name != "DEFAULT"
-    ]
-    if given:
-        raise ConfigError(what, [f"{', '.join(given)}: {reason}"])
 
 
 def _explain(wanted: str, *, as_json: bool) -> int:
