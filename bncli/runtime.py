@@ -5,6 +5,7 @@ from compute capability 8.0, CPUs with AVX-512-bf16 or AMX. Elsewhere bfloat16 i
 """
 
 import contextlib
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_HEAP_GROWTH = 64 * 2**20  # bytes by which the heap grows at least: few calls of the kernel, little unused
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Runtime:
 
 
 def resolve_runtime(config: RuntimeConfig) -> Runtime:
-    """Choose device and precision, and set the number of CPU threads of this process.
+    """Choose device and precision, and set CPU threads and memory allocation of this process.
 
     Raises:
         DeviceError: when the device does not exist here or cannot compute in the precision asked for.
@@ -60,6 +64,8 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _resolve_device(config.device)
+    if config.reuse_memory and device.type == "cpu":
+        keep_freed_memory()
     fast_bfloat16 = has_fast_bfloat16(device)
     wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
     return Runtime(
@@ -101,6 +107,24 @@ def has_fast_bfloat16(device: torch.device) -> bool:
         capabilities = _cpu_capabilities()
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return False
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees, for its next tensors; whether the C library can.
+
+    glibc gives every block of 32 MiB or more back to the kernel when it is freed, and the top of its heap.
+    The activations of a training step are such blocks: each step had the kernel find and zero their pages
+    anew. Where the C library is not glibc, this does nothing. It cannot be taken back.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  # others have a mallopt that means other things
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library without a name
+        return False
+    # numbers of glibc's malloc.h; mallopt returns 1 where it did as it was asked
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _HEAP_GROWTH}
+    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,9 +1,13 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
-from bncli.runtime import describe_machine, has_fast_bfloat16, resolve_runtime
+from bncli.runtime import describe_machine, has_fast_bfloat16, keep_freed_memory, resolve_runtime
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +61,33 @@ def test_the_description_of_a_machine_holds_versions_and_hardware() -> None:
     assert machine["torch"] == torch.__version__
     assert machine["num_cpus"] >= 1
     assert machine["cpu"]
+
+
+_PAGE_FAULTS = """
+import resource, torch
+from bncli.config import RuntimeConfig
+from bncli.runtime import resolve_runtime
+resolve_runtime(RuntimeConfig(device="cpu", reuse_memory={reuse}))
+def count():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+count()
+print(count())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's settings are those of glibc")
+def test_memory_that_was_freed_is_used_again_and_not_faulted_in_anew() -> None:
+    def page_faults(reuse: bool) -> int:
+        code = _PAGE_FAULTS.format(reuse=reuse)
+        return int(subprocess.check_output([sys.executable, "-c", code]))
+
+    assert page_faults(reuse=True) < 5
+    assert page_faults(reuse=False) >= 5 * 32  # 32 huge pages of 2 MiB in each, or 16,384 small ones
+
+
+def test_without_glibc_memory_is_left_to_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    assert not keep_freed_memory()

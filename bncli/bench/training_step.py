@@ -2,7 +2,8 @@
 
 The plain loop is what a tutorial shows: float32, contiguous tensors, a `DataLoader` over
 `torchvision.datasets`-style samples with torchvision's transforms, SGD. Both sides start from the same
-weights, take batches of the same size, and are timed with loading and augmentation included.
+weights, take batches of the same size, and are timed with loading and augmentation included. The plain loop
+runs in a process of its own, because what bncli sets for its whole process would speed it up as well.
 """
 
 import statistics
@@ -12,19 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bncli.config import AugmentConfig, Config
-from bncli.data import Dataset
+from bncli.bench.plain_loop import plain_process
+from bncli.config import Config
 from bncli.data import Progress as DataProgress
 from bncli.errors import ConfigError
-from bncli.model import build_model, measure_layers
+from bncli.model import measure_layers
 from bncli.runtime import describe_machine, synchronize
-from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step
-from bncli.training.optimizer import build_optimizer
 from bncli.training.run import Run
 
 
@@ -64,21 +61,22 @@ def bench_training_step(
     """
     # both loops take whole images
     augment = config.augment.at_full_size()
-    setup = prepare(config.model_copy(update={"augment": augment}), progress=data_progress)
+    config = config.model_copy(update={"augment": augment})
+    setup = prepare(config, progress=data_progress)
     if setup.plan.num_steps < steps_per_round:
         raise ConfigError(
             "train", [f"train.batch_size: an epoch has {setup.plan.num_steps} steps; use smaller batches"]
         )
     ours = _bncli_rounds(setup, steps_per_round)
-    plain = _plain_rounds(setup, steps_per_round, plain_workers)
-    next(ours), next(plain)
     rates: list[tuple[float, float]] = []
-    for number in range(num_rounds):
-        rates.append((next(ours), next(plain)))
-        report(
-            f"round {number + 1} of {num_rounds}: bncli {rates[-1][0]:,.0f} images/s,"
-            f" plain {rates[-1][1]:,.0f} images/s"
-        )
+    with plain_process(config, steps_per_round, plain_workers) as plain_round:
+        next(ours), plain_round()
+        for number in range(num_rounds):
+            rates.append((next(ours), plain_round()))
+            report(
+                f"round {number + 1} of {num_rounds}: bncli {rates[-1][0]:,.0f} images/s,"
+                f" plain {rates[-1][1]:,.0f} images/s"
+            )
     peak = _peak_gflops(setup.runtime.device, setup.runtime.precision)
     images_per_second = statistics.median(rate for rate, _ in rates)
     flops = sum(layer.flops for layer in measure_layers(setup.model, setup.image_shape))
@@ -116,81 +114,6 @@ def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1
         run.step = 0
-
-
-def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]:
-    """The same of the plain loop."""
-    model = _plain_twin(setup)
-    model.load_state_dict(setup.model.state_dict())
-    model.train()
-    optimizer = build_optimizer(model, setup.config.train)
-    loader = torch.utils.data.DataLoader(
-        _PlainImages(setup.dataset, setup.config.augment),
-        batch_size=setup.plan.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    device = setup.runtime.device
-    batches = iter(loader)
-    next(batches)  # the workers have started
-    while True:
-        num_images = 0
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            batch = next(batches, None)
-            if batch is None:
-                batches = iter(loader)
-                batch = next(batches)
-            images, labels = batch[0].to(device), batch[1].to(device)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=setup.config.train.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            num_images += len(labels)
-        synchronize(setup.runtime.device)
-        yield num_images / (time.perf_counter() - start)
-
-
-def _plain_twin(setup: Setup) -> nn.Module:
-    """The same network in float32 with contiguous weights."""
-    model = build_model(
-        setup.config.model,
-        len(setup.dataset.class_names),
-        image_size=setup.image_shape[-1],
-        mean=setup.normalization.mean,
-        std=setup.normalization.std,
-    )
-    return model.to(setup.runtime.device)
-
-
-class _PlainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Samples as torchvision's data sets give them: a PIL image through transforms, and its label."""
-
-    def __init__(self, dataset: Dataset, augment: AugmentConfig) -> None:
-        import_torchvision()
-        from torchvision import transforms
-
-        side = dataset.train.images.shape[-1]
-        steps: list[Any] = []
-        if augment.crop_padding:
-            steps.append(transforms.RandomCrop(side, padding=augment.crop_padding, padding_mode="reflect"))
-        if augment.flip != "none":
-            steps.append(transforms.RandomHorizontalFlip())
-        self._transform = transforms.Compose([*steps, transforms.ToTensor()])
-        # as torchvision's CIFAR10 keeps them: an array (N, H, W, 3)
-        self._images = dataset.train.images.permute(0, 2, 3, 1).contiguous().numpy()
-        self._labels = dataset.train.labels.tolist()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
-        image = self._transform(Image.fromarray(self._images[index]))  # (3, H, W) in 0..1
-        return image, self._labels[index]
 
 
 def _peak_gflops(device: torch.device, precision: torch.dtype, size: int = 2048) -> float:

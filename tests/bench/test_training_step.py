@@ -2,8 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from bncli.bench.training_step import _peak_gflops, _plain_twin
+from bncli.bench.plain_loop import _plain_twin, plain_process
+from bncli.bench.training_step import _peak_gflops
+from bncli.config import Config
 from bncli.config_file import load_config
+from bncli.errors import BncliError
 from bncli.training import prepare
 from tests.conftest import Bncli
 
@@ -44,3 +47,37 @@ def test_the_peak_is_a_positive_rate() -> None:
     import torch
 
     assert _peak_gflops(torch.device("cpu"), torch.float32, size=128) > 0
+
+
+def test_the_rival_allocates_memory_as_pytorch_does(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over = []
+
+    class Recorded:
+        def __init__(self, target: object, args: tuple[object, Config, int, int]) -> None:
+            handed_over.append(args[1])
+
+        def start(self) -> None: ...
+        def terminate(self) -> None: ...
+        def join(self) -> None: ...
+
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Recorded)
+    config = load_config(tiny_config)
+    assert config.runtime.reuse_memory
+    with plain_process(config, 1, 0):
+        pass
+    assert [found.runtime.reuse_memory for found in handed_over] == [False]
+
+
+def test_what_fails_in_the_rivals_process_is_said_here(
+    tiny_config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(tiny_config)
+    hopeless = config.model_copy(update={"runtime": config.runtime.model_copy(update={"device": "abacus"})})
+    with (
+        plain_process(hopeless, 1, 0) as plain_round,
+        pytest.raises(BncliError, match=r"plain loop failed: DeviceError: .*abacus"),
+    ):
+        plain_round()
+    assert "Traceback" not in capfd.readouterr().err
