@@ -56,7 +56,7 @@ class Runtime:
 
 
 def resolve_runtime(config: RuntimeConfig) -> Runtime:
-    """Choose device and precision, and set CPU threads and memory allocation of this process.
+    """Choose device and precision, and set the number of CPU threads of this process.
 
     Raises:
         DeviceError: when the device does not exist here or cannot compute in the precision asked for.
@@ -64,8 +64,6 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = _resolve_device(config.device)
-    if config.reuse_memory and device.type == "cpu":
-        keep_freed_memory()
     fast_bfloat16 = has_fast_bfloat16(device)
     wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
     return Runtime(
@@ -117,9 +115,10 @@ def keep_freed_memory() -> bool:
     anew. Where the C library is not glibc, this does nothing. It cannot be taken back.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  # others have a mallopt that means other things
+        mallopt = library.mallopt
         mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  # others have a mallopt that means other things
     except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library without a name
         return False
     # numbers of glibc's malloc.h; mallopt returns 1 where it did as it was asked

@@ -24,6 +24,8 @@ from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
 from bncli.training.optimizer import build_optimizer
 
+_SECONDS_TO_END = 10.0  # of a process that may be in the midst of a round
+
 
 @contextlib.contextmanager
 def plain_process(config: Config, num_steps: int, workers: int) -> Iterator[Callable[[], float]]:
@@ -53,7 +55,8 @@ def plain_process(config: Config, num_steps: int, workers: int) -> Iterator[Call
     try:
         yield next_round
     finally:
-        here.close()
+        here.close()  # which ends it, and the DataLoader's workers with it
+        process.join(_SECONDS_TO_END)
         process.terminate()
         process.join()
 
@@ -61,6 +64,8 @@ def plain_process(config: Config, num_steps: int, workers: int) -> Iterator[Call
 def _serve_rounds(connection: Connection, config: Config, num_steps: int, workers: int) -> None:
     """Answer each message with the rate of one round, or with what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to handle
+    # a process that was spawned spawns its own; the DataLoader's workers start as they do in any program
+    multiprocessing.set_start_method(None, force=True)
     try:
         rounds = _plain_rounds(prepare(config), num_steps, workers)
         while True:

@@ -11,7 +11,7 @@ from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
-from bncli.runtime import describe_machine
+from bncli.runtime import describe_machine, keep_freed_memory
 from bncli.training.optimizer import Optimizers, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -37,6 +37,9 @@ class Run:
     @classmethod
     def start(cls, setup: Setup) -> "Run":
         """A run before its first step."""
+        if setup.config.runtime.reuse_memory and setup.runtime.device.type == "cpu":
+            # not before: what preparing the data took for a moment would be kept, and fit no activation
+            keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
         return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
 

@@ -60,7 +60,7 @@ def test_the_rival_allocates_memory_as_pytorch_does(
 
         def start(self) -> None: ...
         def terminate(self) -> None: ...
-        def join(self) -> None: ...
+        def join(self, timeout: float | None = None) -> None: ...
 
     monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Recorded)
     config = load_config(tiny_config)
@@ -81,3 +81,9 @@ def test_what_fails_in_the_rivals_process_is_said_here(
     ):
         plain_round()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_rival_loads_with_workers(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with plain_process(load_config(tiny_config), 2, 2) as plain_round:
+        assert min(plain_round(), plain_round()) > 0
+    assert capfd.readouterr().err == ""
