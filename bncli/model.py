@@ -11,11 +11,12 @@ BatchNorm that follows would subtract it again.
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bncli.config import BatchNormConfig, ModelConfig
 from bncli.errors import ConfigError
@@ -228,26 +229,23 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     FLOPs are what PyTorch's own counter counts: matrix products and convolutions; other layers count
     as 0. The model is left as it was: the pass runs on a copy.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    twin = copy.deepcopy(model).cpu().eval()
-    layers = {name: module for name, module in twin.named_modules() if not list(module.children())}
-    for name, module in layers.items():
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: shapes.update({name: output.shape[1:]})
-        )
+    from torch.utils.flop_counter import (
+        FlopCounterMode,
+    )  # imports the compiler: a second that training spares
+
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        twin(torch.zeros(1, *image_shape))
+    shapes = _output_shapes(model, image_shape, counter)
     counts = counter.get_flop_counts()
     return tuple(
         LayerCost(
             name=name,
             kind=type(module).__name__,
-            output_shape=tuple(shapes[name]),
+            output_shape=shapes[name],
             num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-            flops=sum(counts.get(f"{type(twin).__name__}.{name}", {}).values()),
+            flops=sum(counts.get(f"{type(model).__name__}.{name}", {}).values()),
         )
-        for name, module in layers.items()
+        for name, module in model.named_modules()
+        if name in shapes
     )
 
 
@@ -256,9 +254,26 @@ def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
 
     With a batch of B images it normalises over B * H * W values, and needs more than one.
     """
+    shapes = _output_shapes(model, image_shape, nullcontext())
     sizes = [
-        cost.output_shape[1] * cost.output_shape[2]
-        for cost in measure_layers(model, image_shape)
-        if cost.kind == "BatchNorm2d"
+        shapes[name][1] * shapes[name][2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
     ]
     return min(sizes)
+
+
+def _output_shapes(
+    model: nn.Module, image_shape: tuple[int, int, int], watching: AbstractContextManager[Any]
+) -> dict[str, tuple[int, ...]]:
+    """Of every layer without layers inside, without the batch dimension; a copy computes one blank image."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    twin = copy.deepcopy(model).cpu().eval()
+    for name, module in twin.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+            )
+    with torch.no_grad(), watching:
+        twin(torch.zeros(1, *image_shape))
+    return shapes

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bncli.errors import DataError
 
-_CHUNK = 128  # images; small, so that a memory-mapped set is never in memory as a whole
+_CHUNK = 512  # images; small, so that a memory-mapped set is never in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,16 @@ def measure_normalization(images: Tensor) -> Normalization:
 def _histograms(images: Tensor) -> npt.NDArray[np.int64]:
     """Count every pixel value per channel: (3, 256).
 
-    With numpy, on one thread: 0.2 s for 50,000 images of 32x32. torch.bincount takes a third of that on
-    idle cores, but waits for its threads in every call and took 14 s beside another busy process.
+    With numpy, on one thread, two pixels at a time: 0.14 s for 50,000 images of 32x32, one at a time
+    0.20 s. torch.bincount takes half of that on idle cores, but waits for its threads in every call and took
+    14 s beside another busy process.
     """
     counts = np.zeros((3, 256), np.int64)
     for chunk in images.split(_CHUNK):
         pixels = chunk.cpu().numpy()
         for channel in range(3):
-            counts[channel] += np.bincount(pixels[:, channel].ravel(), minlength=256)
+            values = pixels[:, channel].ravel()
+            whole = len(values) // 2 * 2
+            pairs = np.bincount(values[:whole].view(np.uint16), minlength=1 << 16).reshape(256, 256)
+            counts[channel] += pairs.sum(0) + pairs.sum(1) + np.bincount(values[whole:], minlength=256)
     return counts

@@ -1,51 +1,148 @@
-"""The optimiser: SGD for everything, or Muon for the convolutions and SGD for the rest; and its schedule."""
+"""The optimiser: SGD for everything, or Muon for the convolutions and SGD for the rest; and its schedule.
+
+It is no `torch.optim.Optimizer`: making one imports the compiler of PyTorch, which takes as long as importing
+torch itself (measured: 1.05 s, and 1.0 s). SGD calls the function behind `torch.optim.SGD`; Muon has the bits
+of `torch.optim.Muon`.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from bncli.config import TrainConfig
 
 _NEWTON_SCHULZ_STEPS = 3  # enough for filters (Jordan 2024, airbench94_muon); PyTorch's default is 5
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic: the steepest at 0 that stays bounded
 
 
-class FilterMuon(torch.optim.Muon):
-    """PyTorch's Muon on the filters of convolutions, each (out, in, h, w) taken as a matrix (out, in*h*w).
+class Optimizer:
+    """SGD with (Nesterov) momentum, and Muon for the groups that say so.
 
-    Before every step a layer's filters are scaled to the norm sqrt(out). BatchNorm divides by that
-    scale again, so it changes no output, but it fixes how far a step turns them (Jordan 2024, airbench).
+    `param_groups` are dicts as PyTorch's optimisers have them: `params`, `lr`, `weight_decay`, and `muon`, a
+    bool. Added is `initial_lr`, the peak of the group's learning rate. Muon takes filters (out, in, h, w) as
+    matrices (out, in*h*w), and has no weight decay.
     """
 
-    def __init__(
-        self, filters: Iterable[nn.Parameter], *, lr: float, momentum: float, nesterov: bool
-    ) -> None:
-        self._filters = list(filters)
-        super().__init__(
-            [_as_matrix(weight.detach(), weight) for weight in self._filters],
-            lr=lr,
-            weight_decay=0.0,
-            momentum=momentum,
-            nesterov=nesterov,
-            ns_steps=_NEWTON_SCHULZ_STEPS,
-        )
+    def __init__(self, param_groups: Iterable[dict[str, Any]], *, momentum: float, nesterov: bool) -> None:
+        self.param_groups = [{**group, "initial_lr": group["lr"]} for group in param_groups]
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self._momenta: list[list[Tensor | None]] = []  # by group, one for each weight
+        self.forget_momenta()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the filters."""
-        super().zero_grad(set_to_none)
-        for weight in self._filters:
-            weight.grad = None
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.grad = None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take the filters' gradients, scale the filters, and step."""
-        matrices = self.param_groups[0]["params"]
-        for weight, matrix in zip(self._filters, matrices, strict=True):
-            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, weight)
-            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
-        return super().step(closure)  # type: ignore[no-untyped-call]
+    def step(self) -> None:
+        """Move every weight along its gradient."""
+        for group, momenta in zip(self.param_groups, self._momenta, strict=True):
+            if group["muon"]:
+                for index, weight in enumerate(group["params"]):
+                    momenta[index] = self._turn(weight, momenta[index], group["lr"])
+            else:
+                sgd(
+                    group["params"],
+                    [weight.grad for weight in group["params"]],
+                    momenta,  # filled in the first step
+                    foreach=True,
+                    weight_decay=group["weight_decay"],
+                    momentum=self.momentum,
+                    lr=group["lr"],
+                    dampening=0.0,
+                    nesterov=self.nesterov,
+                    maximize=False,
+                )
+
+    def _turn(self, filters: Tensor, momentum: Tensor | None, lr: float) -> Tensor:
+        """Muon's step on the filters (out, in, h, w) of one layer; the new momentum (out, in*h*w).
+
+        Before it the filters are scaled to the norm sqrt(out). BatchNorm divides by that scale again, so it
+        changes no output, but it fixes how far a step turns them (Jordan 2024, airbench).
+        """
+        assert filters.grad is not None
+        matrix, gradient = _as_matrix(filters, filters), _as_matrix(filters.grad, filters)
+        matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
+        momentum = torch.zeros_like(gradient) if momentum is None else momentum
+        momentum.lerp_(gradient, 1 - self.momentum)
+        direction = gradient.lerp(momentum, self.momentum) if self.nesterov else momentum
+        rows, columns = matrix.shape
+        matrix.add_(orthogonalize(direction), alpha=-lr * math.sqrt(max(1, rows / columns)))
+        return momentum
+
+    def momenta(self) -> list[Tensor]:
+        """The optimiser's own tensors, one for each weight; none before the first step."""
+        return [momentum for group in self._momenta for momentum in group if momentum is not None]
+
+    def forget_momenta(self) -> None:
+        """Go back to the state before the first step."""
+        self._momenta = [[None] * len(group["params"]) for group in self.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """In the layout of PyTorch's optimisers; weights are numbered over all groups."""
+        momenta = enumerate(momentum for group in self._momenta for momentum in group)
+        numbers = iter(range(len(self._matrices())))
+        groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.param_groups]
+        state = {number: {"momentum_buffer": tensor} for number, tensor in momenta if tensor is not None}
+        return {"state": state, "param_groups": groups}
+
+    def load_momenta(self, state_dict: dict[str, Any]) -> None:
+        """Put the momentum of a saved state dict back; all else is the configuration's.
+
+        Raises:
+            KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
+        """
+        state = state_dict["state"]
+        matrices = self._matrices()
+        # all of them or, without momentum, none: a step that is undone writes back as many as it kept
+        if not isinstance(state, dict) or set(state) not in ({*range(len(matrices))}, set()):
+            raise ValueError(f"the optimizer's state is not that of {len(matrices)} weights")
+        for index, entry in state.items():
+            momentum, weight = entry["momentum_buffer"], matrices[index]
+            is_like = isinstance(momentum, Tensor) and (momentum.shape, momentum.dtype) == (
+                weight.shape,
+                weight.dtype,
+            )
+            if len(entry) != 1 or not is_like:
+                raise ValueError(f"momentum {index} of the optimizer is not like its weight")
+        self.forget_momenta()
+        if state:
+            saved = (
+                torch.empty_like(weight).copy_(state[index]["momentum_buffer"])
+                for index, weight in enumerate(matrices)
+            )
+            self._momenta = [[next(saved) for _ in group["params"]] for group in self.param_groups]
+
+    def _matrices(self) -> list[Tensor]:
+        """Every weight in the shape of its momentum."""
+        return [
+            _as_matrix(weight.detach(), weight) if group["muon"] else weight.detach()
+            for group in self.param_groups
+            for weight in group["params"]
+        ]
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """A matrix (rows, columns) with its singular values brought close to 1, in bfloat16: Newton-Schulz.
+
+    Muon's direction (Jordan 2024). The iteration runs on the shorter side.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.bfloat16()
+    x = x.T if is_tall else x
+    x = x / x.norm().clamp(min=1e-7)  # no singular value above 1
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
 
 
 def _as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
@@ -57,86 +154,7 @@ def _as_matrix(tensor: Tensor, like: Tensor) -> Tensor:
     return (tensor.permute(0, 2, 3, 1) if is_channels_last else tensor).flatten(1)
 
 
-class Optimizers:
-    """Several optimisers, each with weights of its own, used as if they were one."""
-
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = tuple(parts)
-        for group in self.param_groups:
-            group["initial_lr"] = group["lr"]  # the peak of its learning rate
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of all, one after the other."""
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self) -> None:
-        """Take the step of each."""
-        for part in self.parts:
-            part.step()
-
-    def momenta(self) -> list[Tensor]:
-        """The optimisers' own tensors, one for each trained weight; none before the first step."""
-        states = [state for part in self.parts for state in part.state.values()]
-        return [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
-
-    def forget_momenta(self) -> None:
-        """Go back to the state before the first step."""
-        for part in self.parts:
-            part.state.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of one optimiser with all groups, so that checkpoints do not depend on how many there are."""
-        state: dict[int, Any] = {}
-        groups: list[dict[str, Any]] = []
-        first = 0  # number of the part's first weight
-        for part in self.parts:
-            own = part.state_dict()
-            state |= {first + index: entry for index, entry in own["state"].items()}
-            groups += [
-                {**group, "params": [first + index for index in group["params"]]}
-                for group in own["param_groups"]
-            ]
-            first += len(_weights_of(part))
-        return {"state": state, "param_groups": groups}
-
-    def load_momenta(self, state_dict: dict[str, Any]) -> None:
-        """Put the momentum of a saved state dict back; all else is the configuration's.
-
-        Raises:
-            KeyError, TypeError, ValueError: when it is no such state dict, or that of another network.
-        """
-        state = state_dict["state"]
-        weights = [weight for part in self.parts for weight in _weights_of(part)]
-        # all of them or, without momentum, none: a step that is undone writes back as many as it kept
-        if not isinstance(state, dict) or set(state) not in ({*range(len(weights))}, set()):
-            raise ValueError(f"the optimizer's state is not that of {len(weights)} weights")
-        for index, entry in state.items():
-            buffer, weight = entry["momentum_buffer"], weights[index]
-            is_like = isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (
-                weight.shape,
-                weight.dtype,
-            )
-            if len(entry) != 1 or not is_like:
-                raise ValueError(f"momentum {index} of the optimizer is not like its weight")
-        first = 0
-        for part in self.parts:
-            count = len(_weights_of(part))
-            own = {index: state[first + index] for index in range(count) if state}
-            part.load_state_dict({"state": own, "param_groups": part.state_dict()["param_groups"]})
-            first += count
-
-
-def _weights_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Muon, if asked for, and SGD; both with (Nesterov) momentum, and weight decay on weights only.
 
     BatchNorm's weight and bias and all other biases are one-dimensional; they get no weight decay,
@@ -147,20 +165,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
     filters = [parameter for parameter in trained if parameter.ndim == 4]
     matrices = [parameter for parameter in trained if 1 < parameter.ndim < 4]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    nesterov = config.nesterov and config.momentum > 0
-    rate = config.learning_rate
-    parts: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon":
-        parts.append(FilterMuon(filters, lr=rate, momentum=config.momentum, nesterov=nesterov))
-        filters = []
+    rate, decay, is_muon = config.learning_rate, config.weight_decay, config.optimizer == "muon"
     groups = [
-        {"params": filters, "lr": rate, "weight_decay": config.weight_decay},
-        {"params": matrices, "lr": config.head_learning_rate or rate, "weight_decay": config.weight_decay},
-        {"params": vectors, "lr": config.bias_learning_rate or rate, "weight_decay": 0.0},
+        (filters, rate, 0.0 if is_muon else decay, is_muon),
+        (matrices, config.head_learning_rate or rate, decay, False),
+        (vectors, config.bias_learning_rate or rate, 0.0, False),
     ]
-    groups = [group for group in groups if group["params"]]
-    parts.append(torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov))
-    return Optimizers(parts)
+    keys = ("params", "lr", "weight_decay", "muon")
+    return Optimizer(
+        [dict(zip(keys, group, strict=True)) for group in groups if group[0]],
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+    )
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:

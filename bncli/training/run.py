@@ -12,7 +12,7 @@ from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine, keep_freed_memory
-from bncli.training.optimizer import Optimizers, build_optimizer, schedule_at
+from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
 
@@ -23,7 +23,7 @@ class Run:
 
     setup: Setup
     model: ConvNet
-    optimizer: Optimizers
+    optimizer: Optimizer
     running_epoch: RunningEpoch
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished

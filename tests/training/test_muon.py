@@ -12,7 +12,7 @@ from bncli.errors import ConfigError
 from bncli.training import prepare
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import training_step
-from bncli.training.optimizer import FilterMuon, build_optimizer
+from bncli.training.optimizer import Optimizer, build_optimizer
 from bncli.training.run import Run
 
 
@@ -29,7 +29,8 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 def test_muon_turns_filters_as_its_definition_says(memory_format: torch.memory_format) -> None:
     convolution = nn.Conv2d(16, 24, 3, bias=False).to(memory_format=memory_format)
     weight = convolution.weight
-    optimizer = FilterMuon([weight], lr=0.3, momentum=0.6, nesterov=True)
+    group = {"params": [weight], "lr": 0.3, "weight_decay": 0.0, "muon": True}
+    optimizer = Optimizer([group], momentum=0.6, nesterov=True)
     momentum = torch.zeros(24, 144, dtype=torch.float64)
     for _ in range(3):
         before = weight.detach().double().flatten(1)
@@ -44,6 +45,25 @@ def test_muon_turns_filters_as_its_definition_says(memory_format: torch.memory_f
     assert weight.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("shape", [(24, 16, 3, 3), (64, 3, 3, 3)])  # a wide matrix, and a tall one
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_has_the_bits_of_pytorchs(shape: tuple[int, ...], nesterov: bool) -> None:
+    torch.manual_seed(0)
+    filters = nn.Parameter(torch.randn(shape).contiguous(memory_format=torch.channels_last))
+    group = {"params": [filters], "lr": 0.3, "weight_decay": 0.0, "muon": True}
+    ours = Optimizer([group], momentum=0.6, nesterov=nesterov)
+    matrix = nn.Parameter(filters.detach().permute(0, 2, 3, 1).flatten(1).clone())
+    theirs = torch.optim.Muon([matrix], lr=0.3, weight_decay=0.0, momentum=0.6, nesterov=nesterov, ns_steps=3)
+    for _ in range(4):
+        filters.grad = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        matrix.grad = filters.grad.permute(0, 2, 3, 1).flatten(1).clone()
+        with torch.no_grad():
+            matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
+        ours.step()
+        theirs.step()  # type: ignore[no-untyped-call]
+        assert torch.equal(filters.detach().permute(0, 2, 3, 1).flatten(1), matrix)
+
+
 def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Path) -> None:
     changes = ["train.optimizer=muon", "train.bias_learning_rate=0.3", "train.head_learning_rate=0.7"]
     setup = prepare(load_config(tiny_config, [*changes, "model.batch_norm.learn_weight=false"]))
@@ -51,11 +71,9 @@ def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Pa
     run.set_learning_rate(setup.num_steps // 2)
     share = run.learning_rate / 0.1
     assert 0 < share < 1
-    muon, sgd = run.optimizer.parts
     rates = {
-        parameter.data_ptr(): (type(optimizer), group["lr"] / share, group["weight_decay"])
-        for optimizer in (muon, sgd)
-        for group in optimizer.param_groups
+        parameter.data_ptr(): (group["muon"], group["lr"] / share, group["weight_decay"])
+        for group in run.optimizer.param_groups
         for parameter in group["params"]
     }
     for name, parameter in setup.model.named_parameters():
@@ -63,23 +81,21 @@ def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Pa
             assert not parameter.requires_grad
             assert parameter.data_ptr() not in rates
             continue
-        kind, rate, decay = rates.pop(parameter.data_ptr())
+        is_muon, rate, decay = rates.pop(parameter.data_ptr())
         if name.endswith("conv.weight"):
-            assert (kind, rate, decay) == (FilterMuon, pytest.approx(0.1), 0)
+            assert (is_muon, rate, decay) == (True, pytest.approx(0.1), 0)
         elif name == "head.weight":
-            assert (kind, rate, decay) == (torch.optim.SGD, pytest.approx(0.7), 5e-4)
+            assert (is_muon, rate, decay) == (False, pytest.approx(0.7), 5e-4)
         else:
-            assert (kind, rate, decay) == (torch.optim.SGD, pytest.approx(0.3), 0)
+            assert (is_muon, rate, decay) == (False, pytest.approx(0.3), 0)
     assert not rates
 
 
 def test_gradients_of_filters_are_forgotten() -> None:
     convolution = nn.Conv2d(3, 4, 3, bias=False)
-    muon = build_optimizer(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon")).parts[
-        0
-    ]
+    optimizer = build_optimizer(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon"))
     convolution.weight.grad = torch.ones_like(convolution.weight)
-    muon.zero_grad()
+    optimizer.zero_grad()
     assert convolution.weight.grad is None
 
 

@@ -43,9 +43,52 @@ def test_only_weights_decay_not_batch_norm_and_not_biases() -> None:
         is_weight = name.endswith("conv.weight") or name == "head.weight"
         assert decay.pop(id(parameter)) == (0.01 if is_weight else 0.0), name
     assert not decay
-    assert all(group["nesterov"] for group in optimizer.param_groups)
+    assert optimizer.nesterov
 
 
 def test_nesterov_without_momentum_is_plain_gradient_descent() -> None:
     model = torch.nn.Linear(2, 1)
-    assert not build_optimizer(model, TrainConfig(momentum=0.0)).param_groups[0]["nesterov"]
+    optimizer = build_optimizer(model, TrainConfig(momentum=0.0))
+    assert not optimizer.nesterov
+    model(torch.ones(1, 2)).backward()
+    optimizer.step()
+    assert optimizer.momenta() == []
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, False)])
+def test_sgd_has_the_bits_of_pytorchs(momentum: float, nesterov: bool) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (build_model(ModelConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2))
+    config = TrainConfig(learning_rate=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
+    optimizer = build_optimizer(ours, config)
+    weights = [weight for weight in theirs.parameters() if weight.ndim > 1]
+    others = [weight for weight in theirs.parameters() if weight.ndim == 1]
+    groups = [{"params": weights, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    reference = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov)
+    for _ in range(4):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        optimizer.step()
+        reference.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_momenta_of_another_process_continue_with_the_same_bits() -> None:
+    torch.manual_seed(0)
+    config = TrainConfig(optimizer="muon")
+    models = [build_model(ModelConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2)]
+    first, second = (build_optimizer(model, config) for model in models)
+    for step in range(4):
+        if step == 2:
+            second.load_momenta(first.state_dict())
+            models[1].load_state_dict(models[0].state_dict())
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        first.step()
+        if step >= 2:
+            second.step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
