@@ -93,6 +93,8 @@ class TrainConfig(Section):
 
     epochs: int = Field(5, ge=1, le=100_000)
     batch_size: int = Field(250, ge=1, le=1_000_000)
+    # images computed at once, whose gradients are added up to the batch's; null: the batch
+    micro_batch_size: int | None = Field(None, ge=1, le=1_000_000)
     last_batch: Literal["drop", "keep"] = "drop"  # of an epoch, when it is smaller than the others
     optimizer: Literal["sgd", "muon"] = "sgd"  # muon: of the convolutions; all else is trained with SGD
     learning_rate: float = Field(0.5, gt=0)  # at its peak

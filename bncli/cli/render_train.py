@@ -23,6 +23,7 @@ def show_dry_run(setup: SetupDescription) -> None:
     console.print(table)
     console.print()
     left_out = setup.images_left_out_per_epoch
+    size = setup.config.train.micro_batch_size
     lines = {
         "data": f"{setup.dataset}, {len(setup.class_names)} classes, {setup.num_train_images:,} training and"
         f" {setup.num_test_images:,} test images of {'x'.join(map(str, setup.image_shape))}",
@@ -32,6 +33,7 @@ def show_dry_run(setup: SetupDescription) -> None:
         "steps": f"{setup.steps_per_epoch:,} an epoch, {setup.num_steps:,} in all",
         "batches": f"{setup.batch_size:,} images, the last of an epoch {setup.last_batch_size:,}"
         + (f"; {left_out:,} images are left out, others in each epoch" if left_out else ""),
+        **({"at once": f"{size:,} images at most, normalised apart"} if size else {}),
         "trained": "nothing (--dry-run)",
     }
     show_lines(console, lines)

@@ -115,6 +115,20 @@ def training_batches(
     return batches()
 
 
+def micro_batches(images: Tensor, labels: Tensor, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a batch into as few parts as hold at most `size` images each, equal to within one.
+
+    None leaves it whole.
+    """
+    count = num_micro_batches(len(labels), size)
+    return zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+
+
+def num_micro_batches(batch_size: int, size: int | None) -> int:
+    """Into how many parts `micro_batches` cuts a batch."""
+    return 1 if size is None else -(-batch_size // size)
+
+
 def sequential_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images (B, 3, H, W) uint8 and labels (B,) once, in order; the last batch may be smaller."""
     return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)

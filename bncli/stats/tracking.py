@@ -45,8 +45,9 @@ class LayerEpoch:
 class EpochStatistics:
     """Follows the BatchNorm layers of a model through one epoch.
 
-    Create it before the first step, call `observe` after every training step (one forward pass in train
-    mode), and `finish` once at the end. It only reads, and costs one small addition per buffer and step.
+    Create it before the first step, call `observe` after every forward pass in train mode (a "step" here; a
+    training step with micro-batches has several), and `finish` once at the end. It only reads, and costs one
+    small addition per buffer and step.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.data import micro_batches
 from bncli.stats.modes import preserved_buffers
 from bncli.training.run import Run
 
@@ -44,30 +45,37 @@ def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:
     ]
     try:
         with preserved_buffers(run.model):
-            loss = _loss_of(run, images, labels)
-            if outputs:
-                return f"it began in the output of {outputs[0]}"
-            if not bool(loss.isfinite()):
-                return "it began in the loss: the logits are too large"
-            buffers = [
-                name for name, buffer in run.model.named_buffers() if not bool(buffer.isfinite().all())
-            ]
-            if buffers:
-                return f"it began in {buffers[0]}"
-            # inside the block: writing the buffers back would invalidate the graph
-            return _origin_behind_the_loss(run, loss)
+            for part, part_labels in micro_batches(images, labels, run.setup.config.train.micro_batch_size):
+                origin = _origin_in_part(run, part, part_labels, outputs)
+                if origin is not None:
+                    return f"it began in {origin}"
+        return "it began in the update of the weights"
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _origin_behind_the_loss(run: Run, loss: Tensor) -> str:
+def _origin_in_part(run: Run, images: Tensor, labels: Tensor, outputs: list[str]) -> str | None:
+    """The first thing that is not finite in the pass of these images; hooks name layers in `outputs`."""
+    loss = _loss_of(run, images, labels)
+    if outputs:
+        return f"the output of {outputs[0]}"
+    if not bool(loss.isfinite()):
+        return "the loss: the logits are too large"
+    buffers = [name for name, buffer in run.model.named_buffers() if not bool(buffer.isfinite().all())]
+    if buffers:
+        return buffers[0]
+    # before the buffers are written back, which would invalidate the graph
+    return _origin_behind_the_loss(run, loss)
+
+
+def _origin_behind_the_loss(run: Run, loss: Tensor) -> str | None:
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()))
     pairs = zip(parameters, gradients, strict=True)
     bad = [name for name, gradient in pairs if not bool(gradient.isfinite().all())]
     # gradients are computed from the last layer to the first
-    return f"it began in the gradient of {bad[-1]}" if bad else "it began in the update of the weights"
+    return f"the gradient of {bad[-1]}" if bad else None
 
 
 def _loss_of(run: Run, images: Tensor, labels: Tensor) -> Tensor:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bncli.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
+from bncli.data import micro_batches
 from bncli.errors import DivergedError, StoppedError
 from bncli.training.bad_numbers import all_finite, find_origin
 from bncli.training.last_good_step import LastGoodStep
@@ -231,14 +233,20 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
 
     Returns the batch's mean loss in nats and its number of correct predictions, both on the device.
     """
-    setup, config = run.setup, run.setup.config.train
-    labels = labels.to(setup.runtime.device)
+    config, runtime = run.setup.config.train, run.setup.runtime
+    labels = labels.to(runtime.device)
     run.set_learning_rate(run.step)
-    with setup.runtime.autocast():
-        logits = run.model(setup.runtime.place(images))
-    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    losses, hits = [], []
     run.optimizer.zero_grad()
-    loss.backward()
+    for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
+        with runtime.autocast():
+            logits = run.model(runtime.place(part))
+        loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
+        loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
+        loss.backward()
+        run.running_epoch.statistics.observe()
+        losses.append(loss.detach())
+        hits.append((logits.detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
-    return loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    return torch.stack(losses).sum(), torch.stack(hits).sum()

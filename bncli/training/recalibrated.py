@@ -110,7 +110,7 @@ def recalibrate_checkpoint(
 def save_recalibrated(
     run: Run, run_dir: Path, method: Literal["precise", "exact"], stop: Callable[[], bool]
 ) -> None:
-    """Recalibrate last.pt of a finished run, in batches of the training's size, into a file beside it.
+    """Recalibrate last.pt of a finished run, in batches as BatchNorm saw in training, into a file beside it.
 
     Raises StoppedError when `stop`, which is asked after every batch, says so.
     """
@@ -127,7 +127,7 @@ def save_recalibrated(
         source={"file": path.name, "sha256": file_sha256(path)},
         eval_batch_size=setup.config.runtime.eval_batch_size,
         method=method,
-        batch_size=setup.config.train.batch_size,
+        batch_size=setup.config.train.micro_batch_size or setup.config.train.batch_size,
         progress=ask,
     )
     with writing(run_dir):

@@ -21,8 +21,10 @@ class RunningEpoch:
         self.statistics = EpochStatistics(model)
 
     def add(self, loss: Tensor, num_correct: Tensor, num_images: int) -> None:
-        """Count one step, after it is taken: its mean loss in nats and its correct predictions."""
-        self.statistics.observe()
+        """Count one step, after it is taken: its mean loss in nats and its correct predictions.
+
+        `statistics` has observed every forward pass of it already.
+        """
         self.loss_sum += loss * num_images
         self.num_correct += num_correct
         self.num_images += num_images

@@ -13,6 +13,7 @@ from bncli.data import (
     digest_dataset,
     load_dataset,
     measure_normalization,
+    num_micro_batches,
 )
 from bncli.errors import ConfigError
 from bncli.model import ConvNet, build_model, smallest_map
@@ -87,5 +88,14 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         last_batch=config.train.last_batch,
         min_batch=min_batch,
     )
+    _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
     return Setup(config, runtime, dataset, normalization, plan, model)
+
+
+def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
+    """Raise ConfigError where a part of a batch would be too small for BatchNorm, as a batch must not be."""
+    smallest = min(batch // num_micro_batches(batch, size) for batch in plan.batch_sizes)
+    if smallest < plan.min_batch:
+        reason = f"{size} leaves BatchNorm one value per channel in a part of a batch"
+        raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])

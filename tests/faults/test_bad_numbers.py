@@ -100,6 +100,30 @@ def test_a_number_that_is_not_finite_stops_the_run_at_the_last_good_step(
     assert content_of(tmp_path / "run" / "best.pt") == content_of(tmp_path / "expected" / "best.pt")
 
 
+def test_the_part_of_a_batch_that_makes_the_number_is_found(
+    faulty_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(faulty_config)
+    halves = config.train.model_copy(update={"micro_batch_size": -(-config.train.batch_size // 2)})
+
+    def to_infinity(_module: nn.Module, _inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+        seen = int(setups[-1].model.stages[0][0].norm.num_batches_tracked)
+        is_bad = setups[-1].model.training and seen == 2 * GOOD_STEPS + 1  # the second half of step 6
+        return output * float("inf") if is_bad else None
+
+    setups: list[Setup] = []
+
+    def prepare_broken(*arguments: object, **options: object) -> Setup:
+        setups.append(prepare(*arguments, **options))
+        setups[-1].model.stages[0][0].conv.register_forward_hook(to_infinity)
+        return setups[-1]
+
+    monkeypatch.setattr("bncli.training.open_run.prepare", prepare_broken)
+    with pytest.raises(DivergedError, match=r"in step 6 .*: it began in the output of stages\.0\.0\.conv;"):
+        train(config.model_copy(update={"train": halves}), tmp_path / "run")
+    assert check_integrity(tmp_path / "run" / "last.pt").step == GOOD_STEPS
+
+
 def test_a_learning_rate_that_is_far_too_high_is_answered_with_one_line(
     bncli: Bncli, faulty_config: Path, tmp_path: Path
 ) -> None:

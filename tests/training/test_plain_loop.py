@@ -26,14 +26,19 @@ OVERRIDES = [
 
 
 def plain_losses(
-    model: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]], config: TrainConfig
+    model: torch.nn.Module,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+    config: TrainConfig,
+    parts: list[slice],
 ) -> list[float]:
     """Contiguous tensors, and SGD with Nesterov's momentum and a linear schedule as the books have them."""
     named = dict(model.named_parameters())
     momenta = {name: torch.zeros_like(weight) for name, weight in named.items()}
     losses = []
     for step, (images, labels) in enumerate(batches):
-        loss = F.cross_entropy(model(images), labels, label_smoothing=0.2)
+        # each part by its own batch statistics, all with the same weights, then the mean over the images
+        logits = torch.cat([model(images[part]) for part in parts])
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.2)
         gradients = torch.autograd.grad(loss, list(named.values()))
         progress = (step + 0.5) / NUM_STEPS
         share = progress / 0.2 if progress < 0.2 else (1 - progress) / 0.8
@@ -48,7 +53,9 @@ def plain_losses(
     return losses
 
 
-def both_losses(config_path: Path, changes: list[str], dtype: torch.dtype) -> tuple[list[float], list[float]]:
+def both_losses(
+    config_path: Path, changes: list[str], dtype: torch.dtype, parts: tuple[int, ...] = (50,)
+) -> tuple[list[float], list[float]]:
     setup = prepare(load_config(config_path, OVERRIDES + changes))
     setup.model.to(dtype)
     assert setup.model.stages[0][0].conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -62,7 +69,13 @@ def both_losses(config_path: Path, changes: list[str], dtype: torch.dtype) -> tu
             losses.append(loss.item())
         run.epoch += 1
     assert len(losses) == NUM_STEPS
-    return losses, plain_losses(plain.train(), batches, setup.config.train)
+    ends = [sum(parts[: number + 1]) for number in range(len(parts))]
+    slices = [slice(end - size, end) for end, size in zip(ends, parts, strict=True)]
+    expected = plain_losses(plain.train(), batches, setup.config.train, slices)
+    for (name, ours), theirs in zip(run.model.named_buffers(), plain.buffers(), strict=True):
+        if "running" in name and dtype == torch.float64:
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    return losses, expected
 
 
 def test_in_float32_the_losses_of_50_steps_are_those_of_a_plain_loop(tiny_config: Path) -> None:
@@ -79,3 +92,11 @@ def test_in_float64_the_kinks_do_not_matter(tiny_config: Path, changes: list[str
     losses, plain = both_losses(tiny_config, changes, torch.float64)
     assert losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(plain, rel=1e-9)
+
+
+def test_micro_batches_add_up_to_the_batch_and_are_normalised_apart(tiny_config: Path) -> None:
+    changes = ["train.micro_batch_size=20"]  # of 50 images: parts of 17, 17 and 16
+    losses, plain = both_losses(tiny_config, changes, torch.float64, parts=(17, 17, 16))
+    assert losses == pytest.approx(plain, rel=1e-9)
+    whole, _ = both_losses(tiny_config, [], torch.float64)
+    assert losses != pytest.approx(whole, rel=1e-6)

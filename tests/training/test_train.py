@@ -263,6 +263,24 @@ def test_a_batch_size_that_batch_norm_cannot_take_is_refused_before_the_first_st
     prepare(load_config(tiny_config, ["train.batch_size=1"]))  # maps of 16x16: one image is enough
 
 
+def test_micro_batches_that_batch_norm_cannot_take_are_refused_before_the_first_step(
+    tiny_config: Path,
+) -> None:
+    deep = ["model.widths=[4, 4, 4, 4, 4]", "model.blocks_per_stage=2", "train.batch_size=50"]
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 1 leaves BatchNorm one value"):
+        prepare(load_config(tiny_config, [*deep, "train.micro_batch_size=1"]))
+    prepare(load_config(tiny_config, [*deep, "train.micro_batch_size=3"]))  # 17 parts of 2 or 3
+
+
+def test_the_batch_statistics_of_micro_batches_are_recovered_too(tiny_config: Path, tmp_path: Path) -> None:
+    train(load_config(tiny_config, ["train.micro_batch_size=20"]), tmp_path / "run")
+    tracked = load_checkpoint(tmp_path / "run" / "last.pt").state_dict["stages.0.0.norm.num_batches_tracked"]
+    assert tracked == 2 * 10 * 3  # epochs, steps, parts
+    for line in metrics_of(tmp_path / "run"):
+        assert all(0 < layer["mean_shift"] < 10 for layer in line["layers"])
+        assert all(0.1 < layer["var_ratio"] < 10 for layer in line["layers"])
+
+
 def test_other_training_images_are_noticed_on_resume(
     finished_run: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
