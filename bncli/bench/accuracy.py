@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.bench.child_process import BNCLI, Finished, run_child
+from bncli.bench.matrix_peak import matrix_gflops
 from bncli.bench.time_to_accuracy import (
     EpochSeen,
     SeedRun,
@@ -24,8 +25,9 @@ from bncli.bench.time_to_accuracy import (
     spread_of,
     summarize_target,
 )
+from bncli.config_file import load_config
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine
+from bncli.runtime import describe_machine, resolve_runtime
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class AccuracyBench:
     command: str  # of one seed
     commit: str | None  # of the checkout that bncli runs from; None elsewhere
     machine: dict[str, Any]
+    runtime: dict[str, Any]
+    peak_gflops_per_second: float  # of matrix products in the runs' precision, to compare machines by
     seeds: tuple[SeedRun, ...]
     targets: tuple[TargetTimes, ...]
     final: Spread  # accuracy at the end, a fraction
@@ -74,11 +78,14 @@ def bench_accuracy(
         except OSError as error:
             raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
         report(runs[-1])
+    runtime = resolve_runtime(load_config(config, list(overrides)).runtime)
     return AccuracyBench(
         config=str(config),
         command=shlex.join(["bncli", *_train_arguments(config, overrides, "K", "DIR")]),
         commit=_commit(),
         machine=describe_machine(),
+        runtime=runtime.describe(),
+        peak_gflops_per_second=matrix_gflops(runtime.device, runtime.precision),
         seeds=tuple(runs),
         targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),
         final=spread_of([run.accuracy for run in runs]),

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from bncli.bench.matrix_peak import matrix_gflops
 from bncli.bench.plain_loop import plain_process
 from bncli.config import Config
 from bncli.data import Progress as DataProgress
@@ -77,7 +76,7 @@ def bench_training_step(
                 f"round {number + 1} of {num_rounds}: bncli {rates[-1][0]:,.0f} images/s,"
                 f" plain {rates[-1][1]:,.0f} images/s"
             )
-    peak = _peak_gflops(setup.runtime.device, setup.runtime.precision)
+    peak = matrix_gflops(setup.runtime.device, setup.runtime.precision)
     images_per_second = statistics.median(rate for rate, _ in rates)
     flops = sum(layer.flops for layer in measure_layers(setup.model, setup.image_shape))
     gflops = 3 * flops * images_per_second / 1e9
@@ -114,15 +113,3 @@ def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1
         run.step = 0
-
-
-def _peak_gflops(device: torch.device, precision: torch.dtype, size: int = 2048) -> float:
-    """The best of several matrix products, in billions of floating-point operations a second."""
-    matrix = torch.randn(size, size, device=device).to(precision)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e9

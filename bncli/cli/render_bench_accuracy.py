@@ -1,7 +1,7 @@
 """The output of `bncli bench accuracy`."""
 
 from bncli.bench import AccuracyBench
-from bncli.cli.render import console_for_results, machine_line, show_lines, table_of
+from bncli.cli.render import console_for_results, machine_line, runtime_line, show_lines, table_of
 
 
 def show_accuracy_bench(result: AccuracyBench) -> None:
@@ -20,6 +20,8 @@ def show_accuracy_bench(result: AccuracyBench) -> None:
         "seeds": f"n = {num_seeds}; mean ± standard deviation where all of them reached it",
         "peak memory": f"{max(run.peak_mib for run in result.seeds):,.0f} MiB, the largest of the runs",
         "machine": machine_line(result.machine),
+        "runtime": f"{runtime_line(result.runtime)}; {result.peak_gflops_per_second:,.0f} GFLOP/s, the best"
+        " 2048x2048 matrix product",
         "commit": result.commit or "not in a checkout",
         "each run": result.command,
     }

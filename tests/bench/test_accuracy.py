@@ -90,6 +90,8 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bnc
     assert outcome.json["tta"]["accuracy"]["mean"] == run["tta_accuracy"]
     assert 0 < outcome.json["tta"]["seconds"]["mean"] == run["tta_seconds"] < run["seconds"]
     assert "train.seed=K" in outcome.json["command"]
+    assert outcome.json["runtime"]["precision"] == "float32"
+    assert 1 < outcome.json["peak_gflops_per_second"] < 1e6
 
 
 def test_a_run_that_fails_shows_its_last_line(bncli: Bncli, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from bncli.bench.matrix_peak import matrix_gflops
 from bncli.bench.plain_loop import _plain_twin, plain_process
-from bncli.bench.training_step import _peak_gflops
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.errors import BncliError
@@ -46,7 +46,7 @@ def test_more_steps_than_an_epoch_has_are_refused(bncli: Bncli, tiny_config: Pat
 def test_the_peak_is_a_positive_rate() -> None:
     import torch
 
-    assert _peak_gflops(torch.device("cpu"), torch.float32, size=128) > 0
+    assert matrix_gflops(torch.device("cpu"), torch.float32, size=128) > 0
 
 
 def test_the_rival_allocates_memory_as_pytorch_does(
