@@ -104,7 +104,7 @@ def pooled(parts: list[Moments]) -> Moments:
 def _of_places(places: Tensor) -> Moments:
     """Of places (N, M, C) on the CPU, in two passes."""
     parts = []
-    for piece in places.split(max(1, _PIECE_CPU // places[0].numel())):
+    for piece in _pieces(places):
         wide = _widened(piece).flatten(0, 1)  # (n * M, C)
         # the mean first, then the deviations from it, both in one call
         mean, variance = torch.batch_norm_update_stats(wide, None, None, 0.0)  # biased
@@ -118,15 +118,16 @@ def _of_planes(planes: Tensor, num_channels: int) -> Moments:
     The pieces leave a sum and a norm for every plane, and all that is decided or computed per channel
     waits for the last of them: a handful of operations a piece and not twenty.
     """
-    pieces = planes.split(max(1, _PIECE_CPU // planes.shape[1]))
+    pieces = _pieces(planes)
     sums, norms = [], []
     for piece in pieces:
         wide = _widened(piece)
         sums.append(wide.sum(1))
         norms.append(_norms(wide))
+    both = torch.cat(sums + norms).view(2, -1, num_channels)
+    both[1].square_()
+    total, squares = both.sum(1)
     count = planes.numel() // num_channels
-    total = torch.cat(sums).view(-1, num_channels).sum(0)
-    squares = _sum_of_squares(norms, num_channels)
     mean = total / count
     m2 = squares - total * mean
     # squares <= 101 * m2, and neither NaN nor, though all values are finite, infinite
@@ -134,7 +135,7 @@ def _of_planes(planes: Tensor, num_channels: int) -> Moments:
         return Moments(count, mean, m2)
     means = mean.repeat(len(planes) // num_channels)[:, None].split(len(pieces[0]))
     norms = [_norms(_widened(piece).sub_(its_means)) for piece, its_means in zip(pieces, means, strict=True)]
-    return Moments(count, mean, _sum_of_squares(norms, num_channels))
+    return Moments(count, mean, torch.cat(norms).square_().view(-1, num_channels).sum(0))
 
 
 def _norms(planes: Tensor) -> Tensor:
@@ -143,9 +144,12 @@ def _norms(planes: Tensor) -> Tensor:
     return norms
 
 
-def _sum_of_squares(norms: list[Tensor], num_channels: int) -> Tensor:
-    """(C,) from the norms of all pieces' planes."""
-    return torch.cat(norms).square_().view(-1, num_channels).sum(0)
+def _pieces(values: Tensor) -> tuple[Tensor, ...]:
+    """The values cut along their first dimension."""
+    if values.numel() <= _PIECE_CPU:  # mostly: `split` alone takes 30 us in the middle of a network
+        return (values,)
+    pieces: tuple[Tensor, ...] = values.split(max(1, _PIECE_CPU // values[0].numel()))
+    return pieces
 
 
 def _widened(piece: Tensor) -> Tensor:
