@@ -119,10 +119,11 @@ def _use_batch_statistics(name: str, layer: _BatchNorm, moments: Moments) -> Non
             f"{name} sees a single value per channel in a batch, which has no batch statistics:"
             " take larger batches, or the method exact"
         )
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    if layer.running_mean.dtype in {torch.float32, torch.float64}:
-        layer.running_mean.copy_(moments.mean)
-        layer.running_var.copy_(moments.variance())
+    running_mean, running_var = layer.running_mean, layer.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    if running_mean.dtype in {torch.float32, torch.float64}:
+        running_mean.copy_(moments.mean)
+        running_var.copy_(moments.variance())
     else:
         layer.training = True

@@ -1,4 +1,5 @@
 import math
+import threading
 from fractions import Fraction
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from bncli.stats.batch_tree import MAX_NODES, BatchTree
 from bncli.stats.bits import bitwise_equal
-from bncli.stats.moments import Moments, pooled
+from bncli.stats.moments import Moments, _of_images, pooled
 
 
 def hard_values(*shape: int) -> torch.Tensor:
@@ -197,7 +198,7 @@ def test_one_batch_has_no_standard_error() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 6, 6), (3, 4, 4, 4), (7, 4, 2, 2), (9, 4, 1, 1), (2, 4, 90, 90)])
-@pytest.mark.parametrize("deviations", [0.0, 1.0, 9.5, 10.5, 1e6])
+@pytest.mark.parametrize("deviations", [0.0, 1.0, 9.5, 10.5, 1e3, 3e4, 1e6])
 def test_no_digits_cancel_on_either_side_of_what_one_pass_can_do(
     shape: tuple[int, ...], deviations: float
 ) -> None:
@@ -223,3 +224,50 @@ def test_squares_beyond_float64_are_no_infinite_variance() -> None:
     # 100 squares of 4e153 are infinite, 100 squared deviations of 1e153 are not
     values = 4e153 + 1e153 * torch.randn(4, 3, 5, 5, dtype=torch.float64).clamp(-1, 1)
     assert relative_error(Moments.of(values).variance(), exactly(values)[1]) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(64, 48, 10, 10), (3, 40, 60, 60), (40, 300, 5, 5), (2, 3, 600, 600)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_pass_over_many_pieces_counts_every_value_once(
+    shape: tuple[int, ...], channels_last: bool
+) -> None:
+    values = torch.randn(shape) + torch.arange(shape[1])[:, None, None] / shape[1]
+    if channels_last:
+        values = values.to(memory_format=torch.channels_last)
+    found = Moments.of(values)
+    wide = values.double().movedim(1, 0).flatten(1)
+    assert found.count == wide.shape[1]
+    torch.testing.assert_close(found.mean, wide.mean(1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.variance(), wide.var(1, unbiased=False), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("piece_size", [1, 500, 1 << 24])
+@pytest.mark.parametrize("shape", [(12, 3), (12, 3, 5, 6), (1, 3, 8, 8)])
+def test_what_a_gpu_computes_is_right_to_the_same_digits(
+    shape: tuple[int, ...], piece_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the same operations on the CPU: there may be no GPU here
+    monkeypatch.setattr("bncli.stats.moments._PIECE_GPU", piece_size)
+    values = hard_values(*shape)
+    mean, variance = exactly(values)
+    found = _of_images(values.reshape(*shape[:2], -1))
+    assert found.count == values.numel() // 3
+    assert relative_error(found.mean, mean) < 1e-14
+    assert relative_error(found.variance(), variance) < 1e-10
+
+
+@pytest.mark.parametrize("side", [2, 9])
+def test_measuring_in_inference_mode_spoils_no_later_measurement(side: int) -> None:
+    values = hard_values(6, 3, side, side)
+    found = []
+
+    def measure() -> None:  # a thread has a scratch of its own, so the first use is inside inference mode
+        with torch.inference_mode():
+            found.append(Moments.of(values))
+        found.append(Moments.of(values))
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    thread.join()
+    inside, outside = found
+    assert bitwise_equal(inside.m2.clone(), outside.m2)
