@@ -68,7 +68,7 @@ def _show(result: "EvaluationBench") -> None:
     console.print(
         f"medians of n = {result.num_rounds} rounds in turns of {result.batches_per_round} batches and"
         f" {result.calls_per_round} single images; ratios within a round, to plain PyTorch\n"
-        f"flips: of {result.num_test_images:,} test images, those with another prediction than plain PyTorch's"
+        f"flips: of {result.num_test_images:,} test images, those whose class is not that of plain PyTorch"
     )
 
 
