@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         evaluate,
         fold_batch_norm,
         measure_gap,
+        optimize_for_inference,
     )
     from bncli.stats import Moments, audit, measure_population, read_running_stats, recalibrate
     from bncli.training import train
@@ -42,6 +43,7 @@ _HOMES = {
     "measure_gap": "bncli.evaluation",
     "Moments": "bncli.stats",
     "measure_population": "bncli.stats",
+    "optimize_for_inference": "bncli.evaluation",
     "recalibrate": "bncli.stats",
     "read_running_stats": "bncli.stats",
     "train": "bncli.training",
@@ -64,6 +66,7 @@ __all__ = [
     "load_model",
     "measure_gap",
     "measure_population",
+    "optimize_for_inference",
     "read_running_stats",
     "recalibrate",
     "train",

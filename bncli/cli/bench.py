@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bncli.cli.bench_accuracy import bench_time_to_accuracy
+from bncli.cli.bench_eval import bench_evaluation_paths
 from bncli.cli.bench_scale import bench_scale_of_training
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, ConfigArgument, JsonOption, SetOption, make_empty_dir
@@ -131,5 +132,6 @@ def bench_inspect(
     return 0
 
 
+bench_app.command("eval")(bench_evaluation_paths)
 bench_app.command("scale")(bench_scale_of_training)
 bench_app.command("accuracy")(bench_time_to_accuracy)

@@ -15,6 +15,7 @@ from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.fixed_shape import DEFAULT_ROWS, FixedShape
 from bncli.evaluation.folded import fold_batch_norm
 from bncli.evaluation.gap import Gap, LayerGap, measure_gap
+from bncli.evaluation.inference import INFERENCE_ROWS, InferenceNetwork, optimize_for_inference
 from bncli.evaluation.outcomes import (
     Outcomes,
     PairedDifference,
@@ -28,6 +29,7 @@ from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 __all__ = [
     "BATCH_SIZES",
     "DEFAULT_ROWS",
+    "INFERENCE_ROWS",
     "AugmentedEvaluation",
     "BatchSizeCheck",
     "Certificate",
@@ -37,6 +39,7 @@ __all__ = [
     "Evaluation",
     "FixedShape",
     "Gap",
+    "InferenceNetwork",
     "LayerGap",
     "Outcomes",
     "PairedDifference",
@@ -51,6 +54,7 @@ __all__ = [
     "fold_batch_norm",
     "measure_gap",
     "measure_outcomes",
+    "optimize_for_inference",
     "predict",
     "sweep_batch_sizes",
 ]

@@ -51,7 +51,7 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
             layers = [layer for layer in (convolution, pool, norm) if layer is not None]
             if all(_is_plain(layer, uses) for layer in layers) and _can_fold(convolution, pool, norm):
                 _fold(convolution, norm)
-                sequence._modules[last] = nn.Identity()
+                sequence._modules[last] = nn.Identity().eval()
     return folded
 
 

@@ -1,0 +1,210 @@
+"""Evaluation by plain PyTorch, bncli and ONNX Runtime, in turns: throughput, latency, changed predictions.
+
+Every path takes the same uint8 images on the CPU and returns logits; to normalise the pixels and to lay out
+memory is part of its work. Ratios are taken within a round and to plain PyTorch: float32, contiguous, the
+network as it was trained.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncli.bench.onnx_session import missing_packages, onnx_classifier
+from bncli.checkpoint import Checkpoint, load_model
+from bncli.evaluation import optimize_for_inference
+from bncli.runtime import Runtime, describe_machine
+
+Classify = Callable[[Tensor], Tensor]  # uint8 images (N, 3, H, W) on the CPU to logits (N, num_classes)
+
+PLAIN, OURS, FOLDED, ONNX = "plain PyTorch", "bncli eval", "bncli folded", "ONNX Runtime"
+_WARM_UP_CALLS = 5  # single images, untimed: another path's threads may still be spinning
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of ratios within a round, over the rounds."""
+
+    median: float
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class PathSpeed:
+    """One way to evaluate. What was not measured, because a package is missing, is None."""
+
+    name: str
+    how: str  # precision and memory format, or what is missing
+    images_per_second: float | None = None  # in large batches, median over the rounds
+    throughput_ratio: Ratio | None = None  # to plain PyTorch; above 1 is faster
+    latency_median_ms: float | None = None  # of one image, over all calls
+    latency_p99_ms: float | None = None
+    latency_ratio: Ratio | None = None  # to plain PyTorch, of the medians of a round; below 1 is faster
+    latency_ratio_to_onnx: Ratio | None = None
+    num_flips: int | None = None  # test images whose prediction is not that of plain PyTorch
+    prediction_flips: float | None = None  # the same as a fraction
+
+
+@dataclass(frozen=True)
+class EvaluationBench:
+    """What was measured."""
+
+    paths: tuple[PathSpeed, ...]
+    num_rounds: int
+    batch_size: int
+    batches_per_round: int
+    calls_per_round: int  # with a single image
+    num_test_images: int  # that flips are counted on
+    onnxruntime: str | None  # its version
+    runtime: dict[str, Any]
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Round:
+    images_per_second: float
+    latencies: list[float]  # ms
+
+
+def bench_evaluation(
+    checkpoint: Checkpoint,
+    images: Tensor,
+    runtime: Runtime,
+    *,
+    num_rounds: int = 5,
+    batch_size: int = 256,
+    batches_per_round: int = 2,
+    calls_per_round: int = 100,
+    report: Callable[[str], None] = lambda _: None,
+) -> EvaluationBench:
+    """Time all paths on test images (N, 3, H, W) of uint8, and compare their predictions.
+
+    The number of threads is that of the process, for ONNX Runtime as well.
+    """
+    paths, hows, version = _paths(checkpoint, images[:2], runtime)
+    predictions = {}
+    for name, classify in paths.items():
+        report(f"predictions: {name}")
+        predictions[name] = _predictions(classify, images, batch_size)
+    rounds = _in_turns(paths, images, num_rounds, batch_size, batches_per_round, calls_per_round, report)
+    speeds = [_speed(name, how, rounds, predictions) for name, how in hows.items()]
+    return EvaluationBench(
+        paths=tuple(speeds),
+        num_rounds=num_rounds,
+        batch_size=batch_size,
+        batches_per_round=batches_per_round,
+        calls_per_round=calls_per_round,
+        num_test_images=len(images),
+        onnxruntime=version,
+        runtime=runtime.describe(),
+        machine=describe_machine(),
+    )
+
+
+def _paths(
+    checkpoint: Checkpoint, example: Tensor, runtime: Runtime
+) -> tuple[dict[str, Classify], dict[str, str], str | None]:
+    """The ways to evaluate that can run here, what each does, and the version of ONNX Runtime."""
+    device = runtime.device
+    plain = load_model(checkpoint).to(device)
+    ours = runtime.place_model(load_model(checkpoint))
+    folded = optimize_for_inference(ours, dtype=runtime.precision)
+
+    def classify_plain(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return plain(images.to(device)).cpu()  # type: ignore[no-any-return]
+
+    def classify_ours(images: Tensor) -> Tensor:  # as `bncli eval` does
+        with torch.no_grad(), runtime.autocast():
+            return ours(runtime.place(images)).cpu()  # type: ignore[no-any-return]
+
+    def classify_folded(images: Tensor) -> Tensor:
+        return folded(images.to(device)).cpu()  # type: ignore[no-any-return]
+
+    described = runtime.describe()
+    precision, memory_format = described["precision"], described["memory_format"]
+    paths: dict[str, Classify] = {PLAIN: classify_plain, OURS: classify_ours, FOLDED: classify_folded}
+    hows = {
+        PLAIN: "float32, contiguous, inference_mode",
+        OURS: f"{precision}{' autocast' if precision != 'float32' else ''}, {memory_format}",
+        FOLDED: f"{precision} weights, channels_last, chunks of {folded.rows}, inference_mode",
+    }
+    missing = missing_packages()
+    if missing:
+        return paths, {**hows, ONNX: f"not installed: pip install {' '.join(missing)}"}, None
+    paths[ONNX], version = onnx_classifier(load_model(checkpoint), example)
+    return paths, {**hows, ONNX: f"{version}, float32, CPU"}, version
+
+
+def _predictions(classify: Classify, images: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([classify(batch).argmax(1) for batch in images.split(batch_size)])  # (N,)
+
+
+def _in_turns(
+    paths: dict[str, Classify],
+    images: Tensor,
+    num_rounds: int,
+    batch_size: int,
+    num_batches: int,
+    num_calls: int,
+    report: Callable[[str], None],
+) -> dict[str, list[_Round]]:
+    """Every path in every round, after one round to warm up; every second round backwards."""
+    batch = images[torch.arange(batch_size) % len(images)]
+    singles = [images[[index % len(images)]] for index in range(num_calls)]
+    found: dict[str, list[_Round]] = {name: [] for name in paths}
+    for number in range(num_rounds + 1):
+        order = list(paths) if number % 2 else list(reversed(paths))
+        taken = {name: _time(paths[name], batch, num_batches, singles) for name in order}
+        if number:
+            for name, one in taken.items():
+                found[name].append(one)
+            rates = ", ".join(f"{name} {taken[name].images_per_second:,.0f}" for name in paths)
+            report(f"round {number} of {num_rounds}, images/s: {rates}")
+    return found
+
+
+def _time(classify: Classify, batch: Tensor, num_batches: int, singles: Sequence[Tensor]) -> _Round:
+    start = time.perf_counter()
+    for _ in range(num_batches):
+        classify(batch)
+    rate = num_batches * len(batch) / (time.perf_counter() - start)
+    for image in singles[:_WARM_UP_CALLS]:
+        classify(image)
+    latencies = []
+    for image in singles:
+        start = time.perf_counter()
+        classify(image)
+        latencies.append((time.perf_counter() - start) * 1e3)
+    return _Round(rate, latencies)
+
+
+def _speed(name: str, how: str, rounds: dict[str, list[_Round]], predictions: dict[str, Tensor]) -> PathSpeed:
+    if name not in rounds:
+        return PathSpeed(name, how)
+    rates = {path: [one.images_per_second for one in found] for path, found in rounds.items()}
+    medians = {path: [statistics.median(one.latencies) for one in found] for path, found in rounds.items()}
+    latencies = torch.tensor([ms for one in rounds[name] for ms in one.latencies], dtype=torch.float64)
+    num_flips = int((predictions[name] != predictions[PLAIN]).sum())
+    return PathSpeed(
+        name=name,
+        how=how,
+        images_per_second=statistics.median(rates[name]),
+        throughput_ratio=_ratio(rates[name], rates[PLAIN]),
+        latency_median_ms=float(latencies.quantile(0.5)),
+        latency_p99_ms=float(latencies.quantile(0.99)),
+        latency_ratio=_ratio(medians[name], medians[PLAIN]),
+        latency_ratio_to_onnx=_ratio(medians[name], medians[ONNX]) if ONNX in medians else None,
+        num_flips=num_flips,
+        prediction_flips=num_flips / len(predictions[name]),
+    )
+
+
+def _ratio(values: list[float], bases: list[float]) -> Ratio:
+    ratios = [value / base for value, base in zip(values, bases, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
