@@ -114,16 +114,34 @@ def keep_freed_memory() -> bool:
     The activations of a training step are such blocks: each step had the kernel find and zero their pages
     anew. Where the C library is not glibc, this does nothing. It cannot be taken back.
     """
-    try:
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  # others have a mallopt that means other things
-        mallopt = library.mallopt
-        mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library without a name
+    glibc = _glibc()
+    if glibc is None:
         return False
     # numbers of glibc's malloc.h; mallopt returns 1 where it did as it was asked
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _HEAP_GROWTH}
-    return all(mallopt(parameter, value) == 1 for parameter, value in settings.items())
+    return all(glibc.mallopt(parameter, value) == 1 for parameter, value in settings.items())
+
+
+def release_freed_memory() -> None:
+    """Give what this process has freed and kept back to the kernel, once; with glibc.
+
+    For the time between two phases whose tensors have other sizes, which do not fit into each other's gaps.
+    """
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library where it is glibc."""
+    try:
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  # others have a mallopt that means other things
+        library.mallopt.argtypes, library.mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+        library.malloc_trim.argtypes, library.malloc_trim.restype = (ctypes.c_size_t,), ctypes.c_int
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library without a name
+        return None
+    return library
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,7 +7,13 @@ import torch
 
 from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
-from bncli.runtime import describe_machine, has_fast_bfloat16, keep_freed_memory, resolve_runtime
+from bncli.runtime import (
+    describe_machine,
+    has_fast_bfloat16,
+    keep_freed_memory,
+    release_freed_memory,
+    resolve_runtime,
+)
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +100,24 @@ def test_memory_that_was_freed_is_used_again_and_not_faulted_in_anew() -> None:
     assert page_faults(reuse=True, start=False) >= 5 * 32
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_memory_that_was_kept_can_be_given_back() -> None:
+    code = """
+import torch
+from bncli.runtime import keep_freed_memory, release_freed_memory
+def resident():  # MiB
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+keep_freed_memory()
+torch.ones(64 * 2**20)  # 256 MiB
+kept = resident()
+release_freed_memory()
+print(kept - resident())
+"""
+    given_back = float(subprocess.check_output([sys.executable, "-c", code]))
+    assert given_back > 200
+
+
 def test_without_glibc_memory_is_left_to_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     assert not keep_freed_memory()
+    release_freed_memory()

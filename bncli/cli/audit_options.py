@@ -1,7 +1,7 @@
 """The options of the audit, and how their values are read."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -36,15 +36,15 @@ SortOption = Annotated[
     ),
 ]
 AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, however many.")]
-_FLAGS = {"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"}
+AUDIT_FLAGS = frozenset({"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"})
 
 
-def refuse_audit_options(context: typer.Context, what: str, reason: str) -> None:
-    """Raise ConfigError if one was given: where nothing is audited it would change nothing."""
+def refuse_options(context: typer.Context, flags: Collection[str], what: str, reason: str) -> None:
+    """Raise ConfigError if one of them was given where it would change nothing."""
     given = [
         parameter.opts[0]
         for parameter in context.command.params
-        if parameter.opts[0] in _FLAGS
+        if parameter.opts[0] in flags
         and parameter.name is not None
         and (origin := context.get_parameter_source(parameter.name)) is not None
         and origin.name != "DEFAULT"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.audit_options import (
+    AUDIT_FLAGS,
     AllOption,
     ExplainOption,
     FailOnOption,
@@ -17,7 +18,7 @@ from bncli.cli.audit_options import (
     fails,
     parse_rules,
     parse_thresholds,
-    refuse_audit_options,
+    refuse_options,
     sort_layers,
 )
 from bncli.cli.messages import print_note
@@ -70,7 +71,7 @@ def inspect_stats(
     came to match the batches, epoch by epoch.
     """
     if explain is not None:
-        return _explain(explain, as_json=as_json)
+        return _explain(context, explain, as_json=as_json)
     if source is None:
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     from bncli.cli.csv_file import STDOUT, check_csv_option, write_csv
@@ -83,12 +84,19 @@ def inspect_stats(
 
     check_csv_option(csv, as_json=as_json)
     if second is not None:
-        refuse_audit_options(context, f"{source} {second}", "two checkpoints are compared, not audited")
+        refuse_options(
+            context, AUDIT_FLAGS, f"{source} {second}", "two checkpoints are compared, not audited"
+        )
         return inspect_pair(
             source, second, key=key, layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json
         )
     if is_run_dir(Path(source)):
-        refuse_audit_options(context, source, "what a run recorded is not audited: give a checkpoint in it")
+        refuse_options(
+            context,
+            AUDIT_FLAGS | {"--key"},
+            source,
+            "what a run recorded is not audited: give a checkpoint in it",
+        )
         return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
     rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
@@ -130,7 +138,9 @@ def inspect_stats(
     return 1 if fails(findings, fail_on) else 0
 
 
-def _explain(wanted: str, *, as_json: bool) -> int:
+def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
+    unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
+    refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
     from bncli.cli.render import print_json
     from bncli.cli.render_findings import show_explanation
     from bncli.stats import RULES, find_rule

@@ -11,7 +11,7 @@ from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
-from bncli.runtime import describe_machine, keep_freed_memory
+from bncli.runtime import describe_machine, keep_freed_memory, release_freed_memory
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -37,7 +37,7 @@ class Run:
     @classmethod
     def start(cls, setup: Setup) -> "Run":
         """A run before its first step."""
-        if setup.config.runtime.reuse_memory and setup.runtime.device.type == "cpu":
+        if setup.reuses_memory:
             # not before: what preparing the data took for a moment would be kept, and fit no activation
             keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
@@ -128,6 +128,9 @@ class Run:
         self.tick()
         self.epoch += 1
         self.running_epoch = RunningEpoch(self.model, self.setup.runtime.device)
+        if self.setup.reuses_memory:
+            # gaps between tensors grow from step to step: 1,035 MiB in place of 985 after four epochs
+            release_freed_memory()
         return is_best
 
     def tick(self) -> None:

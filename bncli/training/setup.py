@@ -45,6 +45,11 @@ class Setup:
         return digest_dataset(self.dataset)
 
     @property
+    def reuses_memory(self) -> bool:
+        """Whether the process keeps what it frees, as configured."""
+        return self.config.runtime.reuse_memory and self.runtime.device.type == "cpu"
+
+    @property
     def num_steps(self) -> int:
         """Training steps of all epochs together."""
         return self.plan.num_steps * self.config.train.epochs

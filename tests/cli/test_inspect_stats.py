@@ -134,6 +134,24 @@ def test_options_of_the_audit_are_refused_where_nothing_is_audited(
         assert outcome.out == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--key", "ema"], "--key: what a run recorded is not audited"),
+        (["--explain", "BN002", "--key", "ema"], "--explain BN002: --key: a rule is explained"),
+        (["--explain", "all", "--sort", "gain", "--layer", "x"], "--explain all: --layer, --sort: a rule"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(
+    bncli: Bncli, finished_run: Path, options: list[str], reason: str
+) -> None:
+    outcome = bncli("inspect-stats", finished_run, *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert reason in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert bncli("inspect-stats", "--explain", "BN002", "--json").code == 0
+
+
 def test_dead_channels_are_a_fact_even_when_the_rule_is_ignored(bncli: Bncli, tmp_path: Path) -> None:
     layer = nn.Sequential(nn.BatchNorm2d(3)).state_dict()
     layer["0.running_var"][1] = 0
