@@ -74,9 +74,9 @@ def optimize_for_inference(
     How right it is: in torch.float32 outputs differ from the model's in the last bits. In torch.bfloat16
     every activation has 8 significant bits, as under autocast, so logits move by about a hundredth of their
     size, and an image that was nearly a tie may change its class. Measured on 10,000 test images of CIFAR-10
-    and a network of 77 % accuracy: 0.5 % of the predictions changed, as many as under autocast. Check on
-    your own data. The last bits depend on the size of the chunk, as in any eval mode; put a `FixedShape`
-    around the result where that matters.
+    and a network of 93 % accuracy: 0.12 % of the predictions changed, as many as under autocast; 0.5 % after
+    one epoch of training. Check on your own data. The last bits depend on the size of the chunk, as in any
+    eval mode; put a `FixedShape` around the result where that matters.
 
     How fast: bfloat16 pays only where the hardware multiplies it fast (CPUs with AVX-512-bf16 or AMX, recent
     GPUs); elsewhere take torch.float32. Layers must be called as modules: code that hands the weight of a
