@@ -17,6 +17,7 @@ from bncli.config_file import load_config
 from bncli.errors import StoppedError
 from bncli.stats import EpochStatistics
 from bncli.training import EpochDone, StepDone, train
+from bncli.training.optimizer import Optimizer
 from tests.conftest import Bncli
 from tests.faults.conftest import content_of, same_run
 
@@ -78,9 +79,9 @@ def test_a_keyboard_interrupt_within_a_step_loses_no_finished_step(
     config = load_config(faulty_config)
     with pytest.raises(StoppedError):
         train(config, tmp_path / "expected", stop=stop_at(6))  # after step 5
-    original, calls = torch.optim.SGD.step, iter(range(1, 100))
+    original, calls = Optimizer.step, iter(range(1, 100))
 
-    def half_a_step(self: torch.optim.SGD) -> None:
+    def half_a_step(self: Optimizer) -> None:
         original(self)
         if next(calls) == 6:
             with torch.no_grad():
@@ -88,7 +89,7 @@ def test_a_keyboard_interrupt_within_a_step_loses_no_finished_step(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.SGD, "step", half_a_step)
+        patch.setattr(Optimizer, "step", half_a_step)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "run")
     found, expected = (content_of(tmp_path / name / "last.pt") for name in ("run", "expected"))
