@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bncli.errors import DataError
 
-_CHUNK = 512  # images; small, so that a memory-mapped set is never in memory as a whole
+_CHUNK = 1 << 19  # pixels a channel; small, so that a memory-mapped set is never in memory as a whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _histograms(images: Tensor) -> npt.NDArray[np.int64]:
     14 s beside another busy process.
     """
     counts = np.zeros((3, 256), np.int64)
-    for chunk in images.split(_CHUNK):
+    for chunk in images.split(max(1, _CHUNK // (images.shape[2] * images.shape[3]))):
         pixels = chunk.cpu().numpy()
         for channel in range(3):
             values = pixels[:, channel].ravel()
