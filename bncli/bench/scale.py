@@ -205,10 +205,17 @@ def _start_of_train(path: Path, run_dir: Path) -> float:
 def _plain_start(config: Config) -> float:
     data = config.data
     read, arguments = (_READ, [data.root]) if isinstance(data, Cifar10Config) else ("", [])
-    code = f"import torch, warnings; warnings.simplefilter('ignore'); {read}"
+    code = f"import torch, warnings; warnings.simplefilter('ignore'); {read}\nprint('read', flush=True)"
+    command = [sys.executable, "-c", code, *arguments]
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
-    return time.perf_counter() - start
+    # until it is ready, as above: to end the process takes time of its own
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        is_ready = process.stdout.readline() == "read\n"
+        seconds = time.perf_counter() - start
+    if not is_ready:
+        raise BncliError("the plain start ended before it had read the data")
+    return seconds
 
 
 def _peak_memory(path: Path) -> float:

@@ -21,8 +21,7 @@ def test_speed_memory_and_start_are_measured_on_real_runs(bncli: Bncli, tiny_con
         assert 0 < size["ratio_min"] <= size["ratio"] <= size["ratio_max"]
         assert size["images_per_second"] > 0
     assert 0.2 < result["peak_memory_gib"] < 2  # torch alone is 0.2
-    # it does the same and hardly more, and a single start may be half as fast as the next
-    assert result["start_seconds"] > 0.5 * result["plain_start_seconds"] > 0.15
+    assert result["start_seconds"] > result["plain_start_seconds"] > 0.3  # it does the same, and more
     assert result["start_ratio"] == pytest.approx(result["start_seconds"] / result["plain_start_seconds"])
     assert result["num_train_images"] == 500
     assert result["machine"]["torch"] == str(torch.__version__)
