@@ -45,6 +45,10 @@ class Runtime:
         # PyTorch's annotations lack `memory_format` beside a device
         return model.to(device=self.device).to(memory_format=self.memory_format)  # type: ignore[call-overload, no-any-return]
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a GPU has its own memory, and at most half of what is free of it would be taken."""
+        return self.device.type == "cuda" and 2 * num_bytes <= torch.cuda.mem_get_info(self.device)[0]
+
     def describe(self) -> dict[str, Any]:
         """Plain values for checkpoints, JSON and headers."""
         return {

@@ -150,7 +150,7 @@ def _rates(setup: Setup, num_steps: int) -> Iterator[float]:
     while True:
         config = setup.config
         batches = training_batches(
-            setup.dataset.train,
+            setup.train_split,
             setup.plan,
             config.augment,
             seed=config.train.seed,

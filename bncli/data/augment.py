@@ -9,6 +9,7 @@ Taylor, arXiv 1708.04552.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,10 @@ from bncli.config import AugmentConfig
 from bncli.data.randomness import Stream, generator
 from bncli.errors import DataError
 
-Places = npt.NDArray[np.int64]
-
 
 def augment(
     images: Tensor,
-    indices: Tensor,
+    indices: npt.NDArray[np.int64],
     config: AugmentConfig,
     *,
     seed: int,
@@ -38,7 +37,7 @@ def augment(
 
     Args:
         images: the batch; it is not changed, and returned itself where everything is switched off.
-        indices: (B,) int64, the place of each image in its split; decides the alternating flip.
+        indices: (B,), the place of each image in its split; decides the alternating flip.
         config: what to do.
         seed: of the run.
         epoch: from 0.
@@ -56,16 +55,12 @@ def augment(
         p = config.crop_padding
         shift_y, shift_x = rng.integers(-p, p + 1, (2, batch_size))
         flipped = _flips(config, indices, rng, seed, epoch)
-        rows = _reflect(np.arange(height) + shift_y[:, None], height)
-        columns = np.where(flipped[:, None], np.arange(width)[::-1], np.arange(width))
-        columns = _reflect(columns + shift_x[:, None], width)
-        images = _gather(images, rows, columns)
+        images = _gather(images, *(_on_device(each, images.device) for each in (shift_y, shift_x, flipped)))
     if config.cutout:
         centres = rng.integers(0, (height, width), (batch_size, 2))
-        images = _erase(images, centres, config.cutout, fill)
+        images = _erase(images, _on_device(centres, images.device), config.cutout, fill)
     if epoch < config.small_epochs:
-        size = (config.small_size, config.small_size)
-        images = nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True)
+        images = _shrink(images, config.small_size)
     return images
 
 
@@ -88,7 +83,7 @@ def check_augmentation(config: AugmentConfig, height: int, width: int) -> None:
 
 
 def _flips(
-    config: AugmentConfig, indices: Tensor, rng: np.random.Generator, seed: int, epoch: int
+    config: AugmentConfig, indices: npt.NDArray[np.int64], rng: np.random.Generator, seed: int, epoch: int
 ) -> npt.NDArray[np.bool_]:
     """Decide for each image (B,) whether it is mirrored."""
     random_bits = rng.random(len(indices)) < 0.5  # always drawn: cutout does not depend on the flip
@@ -96,11 +91,11 @@ def _flips(
         return np.zeros(len(indices), dtype=np.bool_)
     if config.flip == "random":
         return random_bits
-    first = _hashed_bit(indices.cpu().numpy(), seed)
+    first = _hashed_bit(indices, seed)
     return first if epoch % 2 == 0 else ~first
 
 
-def _hashed_bit(indices: Places, seed: int) -> npt.NDArray[np.bool_]:
+def _hashed_bit(indices: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.bool_]:
     """One random bit per image: the top bit of SplitMix64 (Steele et al. 2014) at that position."""
     start = generator(Stream.FLIP, seed).integers(0, 2**64, dtype=np.uint64)
     z = start + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -109,32 +104,49 @@ def _hashed_bit(indices: Places, seed: int) -> npt.NDArray[np.bool_]:
     return np.asarray((z ^ (z >> np.uint64(31))) >> np.uint64(63), dtype=np.bool_)
 
 
-def _reflect(positions: Places, size: int) -> Places:
-    """Mirror positions beyond the border back inside, without repeating the border itself."""
-    mirrored: Places = (size - 1) - np.abs((size - 1) - np.abs(positions))
-    return mirrored
+def _on_device(drawn: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of random numbers on the device, for which a GPU need not have caught up with the CPU."""
+    numbers = torch.from_numpy(drawn)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
-def _gather(images: Tensor, rows: Places, columns: Places) -> Tensor:
-    """Take pixel (rows[b, y], columns[b, x]) for each y and x; rows are (B, H), columns (B, W).
+def _gather(images: Tensor, shift_y: Tensor, shift_x: Tensor, flipped: Tensor) -> Tensor:
+    """Move each image by its shift, (B,) pixels, with its border reflected; `flipped` (B,) mirrors it first.
 
     Measured fastest on one core of an x86 machine for 500 images of 32x32, float32 channels_last output
     included: 2.2 ms, against 2.3 to 5.4 ms for gathers in (B, H, W, 3) storage and 5.1 for slicing.
     """
-    batch_size, channels, _, width = images.shape
-    source = torch.from_numpy(rows[:, :, None] * width + columns[:, None, :]).to(images.device)
+    batch_size, channels, height, width = images.shape
+    y = torch.arange(height, device=images.device)
+    x = torch.arange(width, device=images.device)
+    rows = _reflect(y + shift_y.unsqueeze(1), height)  # (B, H)
+    columns = torch.where(flipped.unsqueeze(1), width - 1 - x, x)
+    columns = _reflect(columns + shift_x.unsqueeze(1), width)  # (B, W)
+    source = (rows * width).unsqueeze(2) + columns.unsqueeze(1)
     source = source.view(batch_size, 1, -1).expand(-1, channels, -1)
     return images.flatten(2).gather(2, source).view(images.shape)
 
 
-def _erase(images: Tensor, centres: Places, side: int, fill: Sequence[float]) -> Tensor:
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Mirror positions beyond the border back inside, without repeating the border itself."""
+    return (size - 1) - ((size - 1) - positions.abs()).abs()
+
+
+def _erase(images: Tensor, centres: Tensor, side: int, fill: Sequence[float]) -> Tensor:
     """Fill a square around each centre (B, 2), cut off at the border."""
-    first = torch.from_numpy(centres - side // 2).to(images.device)[:, :, None]  # (B, 2, 1)
+    first_y, first_x = (centres - side // 2).unsqueeze(2).unbind(1)  # (B, 1) each
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
-    in_rows = (y >= first[:, 0]) & (y < first[:, 0] + side)  # (B, H)
-    in_columns = (x >= first[:, 1]) & (x < first[:, 1] + side)  # (B, W)
-    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]  # (B, 1, H, W)
+    in_rows = (y >= first_y) & (y < first_y + side)  # (B, H)
+    in_columns = (x >= first_x) & (x < first_x + side)  # (B, W)
+    inside = (in_rows.unsqueeze(2) & in_columns.unsqueeze(1)).unsqueeze(1)  # (B, 1, H, W)
     colour = [min(255, max(0, round(255 * value))) for value in fill]
-    colours = torch.tensor(colour, dtype=torch.uint8, device=images.device)
+    colours = _on_device(np.array(colour, dtype=np.uint8), images.device)
     return torch.where(inside, colours.view(1, 3, 1, 1), images)
+
+
+def _shrink(images: Tensor, side: int) -> Tensor:
+    """Images (B, 3, side, side), uint8; on a CPU in integers, which only there exist: to within one level."""
+    pixels = images if images.device.type == "cpu" else images.float()
+    small = nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+    return small if small.dtype == torch.uint8 else small.round_().clamp_(0, 255).to(torch.uint8)

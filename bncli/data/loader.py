@@ -102,11 +102,12 @@ def training_batches(
     check_augmentation(config, split.images.shape[2], split.images.shape[3])
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.from_numpy(generator(Stream.ORDER, seed, epoch).permutation(len(split)))
-        used = order[: plan.num_images_per_epoch].split(list(plan.batch_sizes))
-        for step, indices in enumerate(used[start_step:], start=start_step):
-            where = indices.to(split.images.device)
-            images, labels = split.images[where], split.labels[where]
+        order = generator(Stream.ORDER, seed, epoch).permutation(len(split))[: plan.num_images_per_epoch]
+        # once an epoch: a copy to a GPU waits until it has done all before
+        places = torch.from_numpy(order).to(split.images.device).split(list(plan.batch_sizes))
+        for step in range(start_step, plan.num_steps):
+            indices = order[step * plan.batch_size :][: plan.batch_sizes[step]]
+            images, labels = (each.index_select(0, places[step]) for each in (split.images, split.labels))
             yield (
                 augment(images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill),
                 labels,

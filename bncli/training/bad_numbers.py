@@ -1,7 +1,4 @@
-"""NaN and infinity in training: noticed in the step that makes them, and traced to where they began.
-
-`all_finite` is the one place that waits for the device; everything else of a step is asynchronous.
-"""
+"""NaN and infinity in training: noticed, and traced to where they began."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +10,10 @@ from bncli.training.run import Run
 
 
 def all_finite(model: nn.Module, loss: Tensor) -> bool:
-    """Whether the loss, every weight and every running statistic is finite, after a step.
+    """Whether the loss, every weight and every running statistic is finite, after one step or several.
 
-    A gradient that is not makes the weights it is subtracted from the same, so it is covered.
+    A gradient that is not makes the weights it is subtracted from the same, and what is once NaN stays it, so
+    with the sum of the losses of all steps every one of them is covered.
     """
     with torch.no_grad():
         tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]

@@ -1,7 +1,8 @@
-"""A training step happens wholly or not at all: weights, momentum, running statistics and sums together.
+"""Training steps happen wholly or not at all: weights, momentum, running statistics and sums together.
 
-The state after the last good step is kept in a second set of tensors. A step that ends in bad numbers, or is
-broken off at any instruction, is undone by writing that state back, in place and bit for bit.
+The state after the last step that is known to be good is kept in a second set of tensors. When steps after
+it end in bad numbers, or one is broken off at any instruction, that state is written back, in place and bit
+for bit.
 """
 
 import contextlib
@@ -10,49 +11,73 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bncli.training.bad_numbers import all_finite
 from bncli.training.run import Run
 
 
 class LastGoodStep:
-    """A copy of everything in a run that a step of its running epoch changes."""
+    """A copy of everything in a run that its steps change, and how many steps were taken since."""
 
     def __init__(self, run: Run) -> None:
-        """Make room for the copy; nothing is kept yet."""
+        """Keep nothing yet: the next step does."""
         self._run = run
-        self._tensors = [*run.model.parameters(), *run.model.buffers(), *run.running_epoch.tensors()]
-        self._copies = [torch.empty_like(tensor) for tensor in self._tensors]
+        self._copies: list[Tensor] = []
         self._momenta: list[Tensor] = []  # empty before the first step, as the optimiser's are
         self._counts = (0, run.running_epoch.counts)
+        self.num_unchecked = 0  # steps taken since
 
     @contextlib.contextmanager
-    def or_nothing(self) -> Iterator[None]:
-        """Undo whatever the block did to the run if it raises, KeyboardInterrupt included.
+    def or_back(self) -> Iterator[None]:
+        """Count the block as a step, or go back if it raises, KeyboardInterrupt included.
 
-        While the block runs, and for good if undoing is itself interrupted, `run.is_whole` is False.
+        While the block runs, and for good if going back is itself interrupted, `run.is_whole` is False.
         """
-        self._keep()
-        self._run.is_whole = False
+        if self.num_unchecked == 0:
+            self._keep()
         try:
+            self._run.is_whole = False
             yield
+            self.num_unchecked += 1
             self._run.is_whole = True
         except BaseException:
-            self._run.is_whole = False
-            self._restore()
-            self._run.is_whole = True
+            self.go_back()
             raise
+
+    def holds(self) -> bool:
+        """Whether all numbers are finite: then the step taken last is the last good one.
+
+        Waits for the device.
+        """
+        if self.num_unchecked and not all_finite(self._run.model, self._run.running_epoch.loss_sum):
+            return False
+        self.num_unchecked = 0
+        return True
+
+    def go_back(self) -> None:
+        """Undo every step since the last good one."""
+        self._run.is_whole = False
+        self._restore()
+        self.num_unchecked = 0
+        self._run.is_whole = True
+
+    def _tensors(self) -> list[Tensor]:
+        model = self._run.model
+        return [*model.parameters(), *model.buffers(), *self._run.running_epoch.tensors()]
 
     @torch.no_grad()
     def _keep(self) -> None:
-        momenta = self._run.optimizer.momenta()
-        if len(self._momenta) != len(momenta):
-            self._momenta = [torch.empty_like(momentum) for momentum in momenta]
+        tensors, momenta = self._tensors(), self._run.optimizer.momenta()
+        if len(self._copies) + len(self._momenta) != len(tensors) + len(momenta):
+            self._copies, self._momenta = (
+                [torch.empty_like(tensor) for tensor in each] for each in (tensors, momenta)
+            )
         # one call for all: the copies of a small network take longer to start than to make
-        torch._foreach_copy_([*self._copies, *self._momenta], [*self._tensors, *momenta])
+        torch._foreach_copy_([*self._copies, *self._momenta], [*tensors, *momenta])
         self._counts = (self._run.step, self._run.running_epoch.counts)
 
     @torch.no_grad()
     def _restore(self) -> None:
-        torch._foreach_copy_(self._tensors, self._copies)
+        torch._foreach_copy_(self._tensors(), self._copies)
         if self._momenta:
             torch._foreach_copy_(self._run.optimizer.momenta(), self._momenta)
         else:

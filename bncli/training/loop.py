@@ -19,7 +19,7 @@ from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
 from bncli.data import micro_batches
 from bncli.errors import DivergedError, StoppedError
-from bncli.training.bad_numbers import all_finite, find_origin
+from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
@@ -100,37 +100,42 @@ def train(
     run_dir = Path(run_dir)
     with open_run(run_dir, config, resume=resume, data_progress=data_progress) as run:
         report(Started(run.setup, run_dir, run.epoch, run.step))
+        last_good = LastGoodStep(run)
         try:
-            _train_to_the_end(run, run_dir, report, stop)
+            _train_to_the_end(run, last_good, run_dir, report, stop)
         except StoppedError:
-            _save_last_step(run, run_dir)
+            _save_last_step(run, last_good, run_dir)
             raise StoppedError(
                 f"stopped after step {run.step} of {run.setup.num_steps}; continue with:"
                 f" bncli train --resume {shlex.quote(str(run_dir))}"
             ) from None
         except DivergedError:
-            _save_last_step(run, run_dir)
+            _save_last_step(run, last_good, run_dir)
             raise
         except KeyboardInterrupt:
             if not stop():
-                _save_last_step(run, run_dir)
+                _save_last_step(run, last_good, run_dir)
             raise
         return _result_of(run, run_dir)
 
 
-def _train_to_the_end(run: Run, run_dir: Path, report: Report, stop: Callable[[], bool]) -> None:
+def _train_to_the_end(
+    run: Run, last_good: LastGoodStep, run_dir: Path, report: Report, stop: Callable[[], bool]
+) -> None:
     """All epochs that are left, from the running one's next step on."""
     config = run.setup.config.train
     while run.epoch < config.epochs:
-        last_good = LastGoodStep(run)
         run.model.train()
         for images, labels in run.batches():
             take_step(run, last_good, images, labels)
             report(StepDone(run.epoch + 1, run.step, len(labels)))
             if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
+                check_steps(run, last_good)
                 _save_last(run, run.checkpoint(None), run_dir)
             if stop():
+                check_steps(run, last_good)
                 raise StoppedError
+        check_steps(run, last_good)
         metrics = _training_metrics(run)
         evaluation = run.evaluate(stop)
 
@@ -157,24 +162,44 @@ def _train_to_the_end(run: Run, run_dir: Path, report: Report, stop: Callable[[]
 
 
 def take_step(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
-    """One training step and its place in the epoch's sums, or nothing.
+    """One training step and its place in the epoch's sums, or nothing; on a CPU its numbers are checked.
 
     Raises:
-        DivergedError: with the step, the learning rate and the layer, when a number is not finite; the
-            run is as it was before the step.
+        DivergedError: see `check_steps`.
     """
-    try:
-        with last_good.or_nothing():
-            loss, num_correct = training_step(run, images, labels)
-            if not all_finite(run.model, loss):
-                raise DivergedError
-            run.running_epoch.add(loss, num_correct, len(labels))
-    except DivergedError:
-        raise DivergedError(
-            f"not a finite number in step {run.step + 1} (epoch {run.epoch + 1}), at a learning rate of"
-            f" {run.learning_rate:.3g}: {find_origin(run, images, labels)}; step {run.step}, the last good"
-            " one, is saved; start again with a lower train.learning_rate"
-        ) from None
+    _take_unchecked(run, last_good, images, labels)
+    if last_good.num_unchecked == run.setup.steps_between_checks:
+        check_steps(run, last_good)
+
+
+def check_steps(run: Run, last_good: LastGoodStep) -> None:
+    """Make sure that every step taken so far ended in finite numbers: what waits for the device.
+
+    Raises:
+        DivergedError: with the step, the learning rate and the layer, where one did not; the run is as it
+            was before that step.
+    """
+    num_steps = run.step
+    if last_good.holds():
+        return
+    last_good.go_back()
+    for images, labels in run.batches():  # the same steps once more, each looked at
+        _take_unchecked(run, last_good, images, labels)
+        if not last_good.holds():
+            last_good.go_back()
+            raise DivergedError(
+                f"not a finite number in step {run.step + 1} (epoch {run.epoch + 1}), at a learning rate"
+                f" of {run.learning_rate:.3g}: {find_origin(run, images, labels)}; step {run.step}, the last"
+                " good one, is saved; start again with a lower train.learning_rate"
+            )
+        if run.step == num_steps:  # on a GPU sums may round otherwise, and all end well this time
+            return
+
+
+def _take_unchecked(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
+    with last_good.or_back():
+        loss, num_correct = training_step(run, images, labels)
+        run.running_epoch.add(loss, num_correct, len(labels))
 
 
 def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
@@ -183,9 +208,13 @@ def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
     run.saved_step = run.step
 
 
-def _save_last_step(run: Run, run_dir: Path) -> None:
-    """Save a run that ends before its time, unless its last step is saved already."""
-    if run.is_whole and run.saved_step != run.step:
+def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:
+    """Save a run that ends before its time, unless its last good step is saved already."""
+    if not run.is_whole:
+        return
+    if not last_good.holds():
+        last_good.go_back()
+    if run.saved_step != run.step:
         _save_last(run, run.checkpoint(None), run_dir)
 
 

@@ -94,7 +94,7 @@ class Run:
         """The batches that are left of the running epoch."""
         config = self.setup.config
         return training_batches(
-            self.setup.dataset.train,
+            self.setup.train_split,
             self.setup.plan,
             config.augment,
             seed=config.train.seed,

@@ -9,6 +9,7 @@ from bncli.data import (
     Dataset,
     Normalization,
     Progress,
+    Split,
     check_augmentation,
     digest_dataset,
     load_dataset,
@@ -19,6 +20,7 @@ from bncli.errors import ConfigError
 from bncli.model import ConvNet, build_model, smallest_map
 from bncli.runtime import Runtime, resolve_runtime
 
+STEPS_BETWEEN_CHECKS = 100  # on a GPU; as many are taken once more, one by one, to find the first bad one
 NUM_WHITENING_IMAGES = 1_000  # a million 2x2 patches at 32x32; more only take memory
 
 
@@ -38,6 +40,19 @@ class Setup:
         """Of one image: (channels, height, width)."""
         _, channels, height, width = self.dataset.train.images.shape
         return channels, height, width
+
+    @cached_property
+    def train_split(self) -> Split:
+        """The training images where batches are made: on a GPU that has room for them, else as loaded."""
+        train, device = self.dataset.train, self.runtime.device
+        if not self.runtime.has_room(train.images.nbytes):
+            return train
+        return Split(train.images.to(device), train.labels.to(device))
+
+    @property
+    def steps_between_checks(self) -> int:
+        """After how many steps to look for NaN and infinity: a GPU has to be waited for, a CPU has not."""
+        return 1 if self.runtime.device.type == "cpu" else STEPS_BETWEEN_CHECKS
 
     @cached_property
     def data_digest(self) -> str:

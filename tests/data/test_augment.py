@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from bncli.config import AugmentConfig
 from bncli.data import augment
-from bncli.data.augment import check_augmentation
+from bncli.data.augment import _shrink, check_augmentation
 from bncli.errors import DataError
 
 OFF = {"crop_padding": 0, "flip": "none", "cutout": 0}
@@ -18,7 +18,7 @@ def config(**changes: object) -> AugmentConfig:
 
 def run(images: torch.Tensor, settings: AugmentConfig, **where: int) -> torch.Tensor:
     where = {"seed": 0, "epoch": 0, "step": 0} | where
-    return augment(images, torch.arange(len(images)), settings, fill=FILL, **where)
+    return augment(images, np.arange(len(images)), settings, fill=FILL, **where)
 
 
 @pytest.fixture
@@ -108,8 +108,8 @@ def test_alternating_flips_show_every_image_both_ways_in_two_epochs(images):
 def test_the_alternating_flip_belongs_to_the_image_not_to_its_place(images):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     settings, where = config(flip="alternating"), {"seed": 1, "epoch": 0, "fill": FILL}
-    straight = augment(images, torch.arange(len(images)), settings, step=0, **where)
-    shuffled = augment(images[order], order, settings, step=7, **where)
+    straight = augment(images, np.arange(len(images)), settings, step=0, **where)
+    shuffled = augment(images[order], order.numpy(), settings, step=7, **where)
     assert torch.equal(shuffled, straight[order])
 
 
@@ -153,6 +153,15 @@ def test_the_square_does_not_depend_on_the_other_changes_being_random(images):
     erased = [run(flat, config(cutout=3, flip=kind)) != flat for kind in ("none", "alternating", "random")]
     assert not torch.equal(erased[0], torch.zeros_like(erased[0]))
     assert torch.equal(erased[1], erased[2])
+
+
+def test_a_gpu_shrinks_images_like_a_cpu_to_within_one_level(images):
+    """On a GPU antialiasing takes floating point only; the meta device has no integers for it either."""
+    on_cpu = _shrink(images, 8)
+    in_floats = F.interpolate(images.float(), size=(8, 8), mode="bilinear", antialias=True)
+    assert (on_cpu - in_floats.round()).abs().max() <= 1
+    elsewhere = _shrink(images.to("meta"), 8)
+    assert (elsewhere.dtype, elsewhere.shape) == (torch.uint8, on_cpu.shape)
 
 
 def test_the_first_epochs_see_smaller_images(images):

@@ -129,7 +129,7 @@ def test_images_are_augmented_with_their_place_in_the_split(rng):
         batches = epoch(split, BatchPlan(50, 20, "keep"), config, seed=1, epoch=3)
         for step, (images, places) in enumerate(batches):
             where = {"seed": 1, "epoch": 3, "step": step}
-            assert torch.equal(images, augment(pixels[places], places, config, fill=FILL, **where))
+            assert torch.equal(images, augment(pixels[places], places.numpy(), config, fill=FILL, **where))
 
 
 def test_problems_are_raised_before_the_first_batch_is_asked_for(numbered_split):

@@ -62,7 +62,9 @@ def break_loss(model: nn.Module) -> None:
     model.head.register_forward_hook(huge)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "steps_between_checks"), [("float32", 1), ("bfloat16", 1), ("float32", 100)]
+)
 @pytest.mark.parametrize(
     ("fault", "origin"),
     [
@@ -79,8 +81,12 @@ def test_a_number_that_is_not_finite_stops_the_run_at_the_last_good_step(
     fault: Callable[[nn.Module], None],
     origin: str,
     precision: str,
+    steps_between_checks: int,
 ) -> None:
-    config = load_config(faulty_config, [f"runtime.precision={precision}"])
+    """Checked after every step, as on a CPU; or as on a GPU, at the end of the epoch: two steps later."""
+    monkeypatch.setattr(Setup, "steps_between_checks", steps_between_checks)
+    due = [] if steps_between_checks == 1 else ["train.checkpoint_unit=epochs"]
+    config = load_config(faulty_config, [f"runtime.precision={precision}", *due])
     calls = iter(range(1, 100))
     with pytest.raises(StoppedError):  # after 4 steps and a test batch comes the 5th step
         train(config, tmp_path / "expected", stop=lambda: next(calls) == GOOD_STEPS + 1)

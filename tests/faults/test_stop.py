@@ -16,7 +16,7 @@ from bncli.cli.progress import DataReporter, TrainReporter
 from bncli.config_file import load_config
 from bncli.errors import StoppedError
 from bncli.stats import EpochStatistics
-from bncli.training import EpochDone, StepDone, train
+from bncli.training import EpochDone, Setup, StepDone, train
 from bncli.training.optimizer import Optimizer
 from tests.conftest import Bncli
 from tests.faults.conftest import content_of, same_run
@@ -58,11 +58,19 @@ def stop_at(call: int) -> Callable[[], bool]:
     return lambda: next(calls) >= call
 
 
+@pytest.mark.parametrize("steps_between_checks", [1, 100])
 @pytest.mark.parametrize(("call", "step"), [(1, 1), (3, 3), (4, 4), (5, 4), (7, 6), (25, 20)], ids=str)
 def test_a_run_that_was_asked_to_stop_saves_its_last_step_and_ends_like_one_that_was_not(
-    faulty_config: Path, whole_run: Path, tmp_path: Path, call: int, step: int
+    faulty_config: Path,
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+    step: int,
+    steps_between_checks: int,
 ) -> None:
     """Asked after each of 4 steps and before the one test batch: the 5th time is in the evaluation."""
+    monkeypatch.setattr(Setup, "steps_between_checks", steps_between_checks)
     config = load_config(faulty_config)
     with pytest.raises(StoppedError, match=f"stopped after step {step} of 20; continue with: bncli train"):
         train(config, tmp_path / "run", stop=stop_at(call))
@@ -97,6 +105,39 @@ def test_a_keyboard_interrupt_within_a_step_loses_no_finished_step(
     assert {key for key in found if found[key] != expected[key]} <= {"plain values"}
     train(config, tmp_path / "run", resume=True)
     assert same_run(whole_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("is_within_the_step", "kept"), [(False, 7), (True, 4)])
+def test_a_keyboard_interrupt_on_a_gpu_keeps_whole_steps_if_they_are_good(
+    faulty_config: Path,
+    whole_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_within_the_step: bool,
+    kept: int,
+) -> None:
+    """Of 4 steps an epoch the 7th is interrupted after it, or within: then it goes back to the last check."""
+    monkeypatch.setattr(Setup, "steps_between_checks", 100)
+    config, calls = load_config(faulty_config, ["train.checkpoint_unit=epochs"]), iter(range(1, 100))
+    original = EpochStatistics.observe
+
+    def observe(self: EpochStatistics) -> None:
+        original(self)
+        if next(calls) == 7 and is_within_the_step:
+            raise KeyboardInterrupt
+
+    def interrupt(event: object) -> None:
+        if isinstance(event, StepDone) and event.step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochStatistics, "observe", observe)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", report=interrupt)
+    assert load_checkpoint(tmp_path / "run" / "last.pt").step == kept
+    train(load_config(faulty_config), tmp_path / "run", resume=True)
+    # best.pt may be of before, with the other interval in its configuration
+    assert content_of(whole_run / "last.pt") == content_of(tmp_path / "run" / "last.pt")
 
 
 def test_a_keyboard_interrupt_while_a_step_is_counted_counts_it_once(
