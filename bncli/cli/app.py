@@ -61,8 +61,13 @@ app.add_typer(bench_app, name="bench")
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; no exception and no traceback gets out."""
     try:
-        code = app(sys.argv[1:] if arguments is None else arguments, standalone_mode=False)
+        # not app(...), which turns Ctrl-C into an exit code without a word
+        command = typer.main.get_command(app)
+        with command.make_context("bncli", sys.argv[1:] if arguments is None else arguments) as context:
+            code = command.invoke(context)
         sys.stdout.flush()
+    except typer.Exit as done:
+        return done.exit_code
     except BncliError as error:
         print_error(str(error))
         return error.exit_code

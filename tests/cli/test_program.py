@@ -155,6 +155,22 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
     assert f"bncli train --resume {tmp_path / 'run'}" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("eval", "bncli.evaluation.evaluate"), ("inspect-stats", "bncli.checkpoint.open_checkpoint")],
+)
+def test_ctrl_c_is_answered_in_every_command(
+    bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    outcome = bncli(command, finished_run / "last.pt")
+    assert outcome.code == 130
+    assert outcome.err.splitlines()[-1] == "bncli: error: interrupted"
+
+
 def test_output_into_a_closed_pipe_ends_quietly(finished_run: Path) -> None:
     command = (
         f"{sys.executable} -m bncli inspect-stats {finished_run / 'last.pt'} --channels --json | head -c 1"
