@@ -18,7 +18,7 @@ LAYERS = [
     {"evaluation", "checkpoint", "data"},
     {"stats", "model"},
     {"config_file", "runtime", "torchvision_compat"},
-    {"config", "serialization"},
+    {"config", "serialization", "cifar10_files"},
     {"errors", "atomic_file"},
 ]
 # a package, and the only places that may import it

@@ -1,12 +1,16 @@
 """The output of `bncli train`, `train --dry-run` and `bench`."""
 
-from bncli.bench import InspectionBench, TrainingStepBench
+from typing import TYPE_CHECKING
+
 from bncli.cli.render import console_for_results, machine_line, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
-from bncli.training import SetupDescription, TrainResult
+
+if TYPE_CHECKING:
+    from bncli.bench import InspectionBench, TrainingStepBench
+    from bncli.training import SetupDescription, TrainResult
 
 
-def show_dry_run(setup: SetupDescription) -> None:
+def show_dry_run(setup: "SetupDescription") -> None:
     """The resolved configuration, the network and the steps of a run that is not started."""
     console = console_for_results()
     console.print("# the resolved configuration", style="dim")
@@ -39,7 +43,7 @@ def show_dry_run(setup: SetupDescription) -> None:
     show_lines(console, lines)
 
 
-def show_training(result: TrainResult) -> None:
+def show_training(result: "TrainResult") -> None:
     """What a finished run leaves behind."""
     accuracy = f"{result.test_accuracy:.2%} after epoch {result.epochs}, in eval mode"
     if result.recalibration is not None:
@@ -57,7 +61,7 @@ def show_training(result: TrainResult) -> None:
     show_lines(console_for_results(), lines)
 
 
-def show_training_step_bench(result: TrainingStepBench) -> None:
+def show_training_step_bench(result: "TrainingStepBench") -> None:
     """Both rates, their ratio, and the share of the machine's matrix-product peak."""
     lines = {
         "machine": machine_line(result.machine),
@@ -73,7 +77,7 @@ def show_training_step_bench(result: TrainingStepBench) -> None:
     show_lines(console_for_results(), lines)
 
 
-def show_inspection_bench(result: InspectionBench) -> None:
+def show_inspection_bench(result: "InspectionBench") -> None:
     """One row per file; the first row is what any program with torch needs."""
     console = console_for_results()
     table = table_of(None, "file", "GiB", "layers", "tensors", "seconds", "peak MiB")

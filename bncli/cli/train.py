@@ -35,14 +35,25 @@ def train_config(
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
+    from bncli import cifar10_files
+    from bncli.config import Cifar10Config
+    from bncli.config_file import load_config
+
+    if resume is not None:
+        from bncli.training.run_dir import find_config
+
+        config = find_config(resume)
+    loaded = load_config(config, overrides)
+    if isinstance(loaded.data, Cifar10Config):
+        # before torch is imported, which takes longer than reading
+        cifar10_files.read_ahead(Path(loaded.data.root).expanduser())
+
     from bncli.cli.progress import DataReporter, TrainReporter
     from bncli.cli.render import print_json
     from bncli.cli.render_train import show_dry_run, show_training
-    from bncli.config_file import load_config
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
-    from bncli.training.run_dir import default_run_dir, find_config
+    from bncli.training.run_dir import default_run_dir
 
-    loaded = load_config(find_config(resume) if resume else config, overrides)
     if dry_run:
         description = describe_setup(prepare(loaded, progress=DataReporter()))
         print_json(description) if as_json else show_dry_run(description)

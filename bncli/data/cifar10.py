@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009): found, unpacked or downloaded; `cifar10_batches` reads it, by its MD5s.
+"""CIFAR-10 (Krizhevsky 2009): found, unpacked or downloaded; `cifar10_files` reads it, by its MD5s.
 
 The batches are looked for in `root` first. Otherwise they come from a local archive, or from a download
 of the archive into `root`. The archive's MD5 is checked before it is opened, it is unpacked into a
@@ -13,14 +13,15 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-import warnings
 import zlib
 from pathlib import Path
 from typing import IO
 
+import torch
+
+from bncli import cifar10_files as files
 from bncli.config import Cifar10Config
-from bncli.data import cifar10_batches as batches
-from bncli.data.dataset import Dataset, Progress
+from bncli.data.dataset import Dataset, Progress, Split
 from bncli.data.memory import require_memory
 from bncli.errors import DataError
 
@@ -36,9 +37,10 @@ def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dat
     Raises:
         DataError: the data is neither in `root` nor to be had from `archive` or `url`, or it is damaged.
     """
-    # the pieces and the whole of the training split, and the test split
-    require_memory(3 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
     root = Path(config.root).expanduser()
+    if not files.is_read_ahead(root):
+        # both splits, a file and what is unpickled of it
+        require_memory(3 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
     dataset = _read(root)
     if dataset is None:
         _provide(root, config, progress)
@@ -50,27 +52,29 @@ def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dat
 
 def _read(root: Path) -> Dataset | None:
     """Read both splits; None where a file is missing or has another MD5."""
-    with warnings.catch_warnings():
-        # the old pickles trigger a deprecation in numpy 2.4
-        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
-        try:
-            return batches.read_batches(root)
-        except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise DataError(f"{root / batches.FOLDER}: cannot be read: {_reason(error)}") from error
+    try:
+        arrays = files.read_arrays(root)
+    except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise DataError(f"{root / files.FOLDER}: cannot be read: {_reason(error)}") from error
+    if arrays is None:
+        return None
+    train = Split(torch.from_numpy(arrays.train_images), torch.from_numpy(arrays.train_labels))
+    test = Split(torch.from_numpy(arrays.test_images), torch.from_numpy(arrays.test_labels))
+    return Dataset("cifar10", train, test, arrays.class_names)
 
 
 def _provide(root: Path, config: Cifar10Config, progress: Progress | None) -> None:
     """Put the batches into `root`, from an archive or a download."""
-    archive = root / batches.ARCHIVE
+    archive = root / files.ARCHIVE
     if config.archive is not None:
         archive = Path(config.archive).expanduser()
-        _check_md5(archive, batches.ARCHIVE_MD5)
+        _check_md5(archive, files.ARCHIVE_MD5)
     try:
         root.mkdir(parents=True, exist_ok=True)
         # made before a long download, so that a folder that cannot be written is noticed at once
         with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
-            if not archive.is_file() or _md5(archive) != batches.ARCHIVE_MD5:
-                _download(config.url or batches.URL, archive, batches.ARCHIVE_MD5, Path(folder), progress)
+            if not archive.is_file() or _md5(archive) != files.ARCHIVE_MD5:
+                _download(config.url or files.URL, archive, files.ARCHIVE_MD5, Path(folder), progress)
             _unpack(archive, Path(folder), root)
     except OSError as error:
         found = f"data.root: cannot write CIFAR-10 to {root}: {_reason(error)}"
@@ -169,12 +173,12 @@ def _unpack(archive: Path, folder: Path, root: Path) -> None:
             tar.extractall(folder, filter="data")  # refuses paths and links that lead outside
     except _BROKEN_ARCHIVE as error:
         raise DataError(f"{archive}: cannot be unpacked: {_reason(error)}") from error
-    target = root / batches.FOLDER
+    target = root / files.FOLDER
     target.mkdir(exist_ok=True)
-    for name in (*batches.TRAIN, *batches.TEST, *batches.META):
-        unpacked = folder / batches.FOLDER / name
+    for name in (*files.TRAIN, *files.TEST, *files.META):
+        unpacked = folder / files.FOLDER / name
         if not unpacked.is_file():
-            raise DataError(f"{archive}: holds no {batches.FOLDER}/{name}")
+            raise DataError(f"{archive}: holds no {files.FOLDER}/{name}")
         unpacked.replace(target / name)
 
 

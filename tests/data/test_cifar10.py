@@ -4,8 +4,11 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 import warnings
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -17,8 +20,9 @@ import numpy as np
 import pytest
 import torch
 
+from bncli import cifar10_files
 from bncli.config import Cifar10Config
-from bncli.data import cifar10_batches, load_dataset
+from bncli.data import load_dataset
 from bncli.errors import DataError
 from bncli.torchvision_compat import import_torchvision
 
@@ -74,18 +78,18 @@ class Tiny:
             self.files[name] = python2_pickle({b"data": data, b"labels": labels})
         self.files["batches.meta"] = python2_pickle({b"label_names": [name.encode() for name in CLASSES]})
         hashes = {name: md5(content) for name, content in self.files.items()}
-        monkeypatch.setattr(cifar10_batches, "TRAIN", {name: hashes[name] for name in names[:5]})
-        monkeypatch.setattr(cifar10_batches, "TEST", {"test_batch": hashes["test_batch"]})
-        monkeypatch.setattr(cifar10_batches, "META", {"batches.meta": hashes["batches.meta"]})
+        monkeypatch.setattr(cifar10_files, "TRAIN", {name: hashes[name] for name in names[:5]})
+        monkeypatch.setattr(cifar10_files, "TEST", {"test_batch": hashes["test_batch"]})
+        monkeypatch.setattr(cifar10_files, "META", {"batches.meta": hashes["batches.meta"]})
         # unless a test says otherwise, nothing may go out to the network
-        monkeypatch.setattr(cifar10_batches, "URL", "http://127.0.0.1:1/nowhere.tar.gz")
+        monkeypatch.setattr(cifar10_files, "URL", "http://127.0.0.1:1/nowhere.tar.gz")
         self.archive = folder / "published" / ARCHIVE
         self.archive.parent.mkdir()
         self.publish(tar_of({f"{FOLDER}/{name}": content for name, content in self.files.items()}))
 
     def publish(self, archive: bytes) -> None:
         self.archive.write_bytes(archive)
-        self.monkeypatch.setattr(cifar10_batches, "ARCHIVE_MD5", md5(archive))
+        self.monkeypatch.setattr(cifar10_files, "ARCHIVE_MD5", md5(archive))
 
     def check(self, dataset) -> None:
         images = np.concatenate(self.pixels).reshape(-1, 3, 32, 32)
@@ -99,7 +103,7 @@ class Tiny:
 
 def test_names_addresses_and_md5s_are_those_that_torchvision_lists():
     reader = import_torchvision().datasets.CIFAR10
-    ours = cifar10_batches
+    ours = cifar10_files
     assert list(ours.TRAIN.items()) == [tuple(pair) for pair in reader.train_list]
     assert list(ours.TEST.items()) == [tuple(pair) for pair in reader.test_list]
     assert {reader.meta["filename"]: reader.meta["md5"]} == ours.META
@@ -146,8 +150,70 @@ def test_a_mirror_is_downloaded_once_checked_and_read(tiny, server, tmp_path, ca
     assert leftovers(tmp_path / "data") == sorted([FOLDER, ARCHIVE, *tiny.files])
 
 
+def test_files_that_were_read_ahead_are_not_read_again(tiny, tmp_path):
+    root = tmp_path / "data"
+    config = Cifar10Config(root=str(root), archive=str(tiny.archive))
+    cifar10_files.read_ahead(root)
+    tiny.check(load_dataset(config))  # there was nothing to read, so it was unpacked
+    cifar10_files.read_ahead(root)
+    while any(thread.name.startswith("read-ahead") for thread in threading.enumerate()):
+        time.sleep(0.01)
+    for file in (root / FOLDER).iterdir():
+        file.unlink()
+    tiny.check(load_dataset(config))
+    tiny.archive.unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        load_dataset(config)
+
+
+def test_what_a_thread_could_not_read_is_reported_where_it_is_needed(tiny, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
+    monkeypatch.setattr(cifar10_files, "_entry", lambda file, md5: file.read_text(encoding="ascii"))
+    cifar10_files.read_ahead(root)
+    with pytest.raises(DataError, match=r"cannot be read: .*codec"):
+        load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
+
+
+def test_without_memory_to_read_ahead_files_are_read_later(tiny, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    config = Cifar10Config(root=str(root), archive=str(tiny.archive))
+    load_dataset(config)
+    original, calls = cifar10_files._read, []
+
+    def too_large_at_first(root: Path) -> object:
+        calls.append(root)
+        if len(calls) == 1:
+            raise MemoryError
+        return original(root)
+
+    monkeypatch.setattr(cifar10_files, "_read", too_large_at_first)
+    cifar10_files.read_ahead(root)
+    tiny.check(load_dataset(config))
+    assert len(calls) == 2
+
+
+AHEAD = """
+import sys
+from bncli import cifar10_files
+cifar10_files.read_ahead = lambda root: print(root, "torch" in sys.modules)
+from bncli.cli.app import main
+sys.exit(main(["train", "configs/cifar10.yaml", "--set", "data.root=" + sys.argv[1], "--dry-run"]))
+"""
+
+
+def test_train_begins_to_read_before_it_imports_torch(tmp_path):
+    empty = tmp_path / "is-a-file"
+    empty.write_text("")
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD, str(empty)], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert (done.returncode, done.stdout) == (2, f"{empty} False\n"), done.stderr
+
+
 def test_without_a_mirror_the_published_address_is_used(tiny, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10_batches, "URL", server.url)
+    monkeypatch.setattr(cifar10_files, "URL", server.url)
     tiny.check(load_dataset(Cifar10Config(root=str(tmp_path / "data"))))
 
 
@@ -182,7 +248,7 @@ def test_a_download_with_the_wrong_md5_is_thrown_away(tiny, server, tmp_path):
     tiny.archive.write_bytes(b"another file")
     message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=server.url))
     assert md5(b"another file") in message
-    assert cifar10_batches.ARCHIVE_MD5 in message
+    assert cifar10_files.ARCHIVE_MD5 in message
     assert leftovers(tmp_path / "data") == []
 
 
@@ -190,7 +256,7 @@ def test_a_local_archive_with_the_wrong_md5_is_refused(tiny, tmp_path):
     tiny.archive.write_bytes(tiny.archive.read_bytes()[:-100])
     message = error_of(Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive)))
     assert str(tiny.archive) in message
-    assert f"expected {cifar10_batches.ARCHIVE_MD5}" in message
+    assert f"expected {cifar10_files.ARCHIVE_MD5}" in message
     assert leftovers(tmp_path / "data") == []
 
 
@@ -200,7 +266,7 @@ def test_offline_the_error_names_the_three_ways_out(tiny, tmp_path):
         port = closed.getsockname()[1]
     message = error_of(Cifar10Config(root=str(tmp_path), url=f"http://127.0.0.1:{port}/x.tar.gz"))
     assert "refused" in message
-    for way in ("data.url", "data.archive", cifar10_batches.ARCHIVE_MD5, "data.root", FOLDER):
+    for way in ("data.url", "data.archive", cifar10_files.ARCHIVE_MD5, "data.root", FOLDER):
         assert way in message
 
 

@@ -1,0 +1,128 @@
+"""CIFAR-10's batch files as published: their names, their MD5s, and how to read them. Without torch, so that
+a thread can read them while the rest of the program is still importing it: `read_ahead`.
+
+The MD5 is that of the very bytes that are unpickled, and nothing is unpickled before it is known to be right.
+torchvision's `CIFAR10` reads the same files, but importing it loads its model zoo too.
+
+https://www.cs.toronto.edu/~kriz/cifar.html; the MD5s are those that torchvision lists.
+"""
+
+import contextlib
+import hashlib
+import io
+import pickle
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+URL = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
+
+TRAIN = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+}
+TEST = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+META = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+
+
+_ahead: dict[Path, Future["Cifar10Arrays | None"]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Cifar10Arrays:
+    """Both splits: images (N, 3, 32, 32) uint8 and labels (N,) int64."""
+
+    train_images: npt.NDArray[np.uint8]
+    train_labels: npt.NDArray[np.int64]
+    test_images: npt.NDArray[np.uint8]
+    test_labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def read_ahead(root: Path) -> None:
+    """Begin to read the batches in `root` in a thread, for the next `read_arrays` of the same folder.
+
+    Without memory enough for that, they are read again, then.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    _ahead[root] = pool.submit(_read, root)
+    pool.shutdown(wait=False)
+
+
+def read_arrays(root: Path) -> Cifar10Arrays | None:
+    """Both splits from the batches in `root`; None where a file is missing or has another MD5.
+
+    Raises:
+        OSError, KeyError, ValueError, pickle.UnpicklingError: when a file cannot be read.
+    """
+    begun = _ahead.pop(root, None)
+    if begun is not None:
+        with contextlib.suppress(MemoryError):
+            return begun.result()
+    return _read(root)
+
+
+def is_read_ahead(root: Path) -> bool:
+    """Whether `read_arrays` has little left to do, and the memory is taken already."""
+    return root in _ahead
+
+
+def _read(root: Path) -> Cifar10Arrays | None:
+    folder = root / FOLDER
+    if not all((folder / name).is_file() for name in (*TRAIN, *TEST, *META)):
+        return None
+    ((name, md5),) = META.items()
+    meta = _entry(folder / name, md5)
+    train = None if meta is None else _read_split(folder, TRAIN)
+    test = None if train is None else _read_split(folder, TEST)
+    if meta is None or train is None or test is None:
+        return None
+    class_names = tuple(name.decode() for name in meta[b"label_names"])
+    return Cifar10Arrays(*train, *test, class_names)
+
+
+def _read_split(
+    folder: Path, files: Mapping[str, str]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None:
+    """The batches one behind the other; None as above."""
+    labels: list[int] = []
+    images = np.empty((0, 3, 32, 32), np.uint8)
+    for name, md5 in files.items():
+        entry = _entry(folder / name, md5)
+        if entry is None:
+            return None
+        pixels = entry[b"data"].reshape(-1, 3, 32, 32)
+        if not labels:  # all batches are of one size
+            images = np.empty((len(files) * len(pixels), 3, 32, 32), np.uint8)
+        images[len(labels) : len(labels) + len(pixels)] = pixels
+        labels += entry[b"labels"]
+    return images, np.array(labels, np.int64)
+
+
+def _entry(file: Path, md5: str) -> dict[bytes, Any] | None:
+    """What the file holds; None with another MD5."""
+    content = file.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:  # against damage, not forgery
+        return None
+    # pixels were a Python 2 string: as bytes they are not decoded to text and encoded again
+    entry: dict[bytes, Any] = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+    return entry
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "dtype"):
+            # two more arguments are its defaults, but as integers, of which numpy 2.4 warns
+            return lambda code, *_: np.dtype(code)
+        return super().find_class(module, name)
