@@ -89,6 +89,7 @@ print(count())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt's settings are those of glibc")
+@pytest.mark.slow
 def test_memory_that_was_freed_is_used_again_and_not_faulted_in_anew() -> None:
     def page_faults(reuse: bool, *, start: bool = True) -> int:
         code = _PAGE_FAULTS.format(reuse=reuse, start=start)

@@ -70,9 +70,9 @@ class PopulationBench:
 def bench_population(
     *,
     num_rounds: int = 5,
-    num_images: int = 128,
+    num_images: int = 64,
     batch_size: int = 32,
-    image_size: int = 64,
+    image_size: int = 224,  # what the network is made for
     report: Callable[[str], None] = lambda _: None,
 ) -> PopulationBench:
     """Measure errors and times.

@@ -50,9 +50,9 @@ def bench_train(
 @bench_app.command("population")
 def bench_population_statistics(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 5,
-    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 128,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 64,
     batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
-    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 64,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 224,
     as_json: JsonOption = False,
 ) -> int:
     """Compare population statistics with fvcore's and update_bn's: how right, and how fast."""

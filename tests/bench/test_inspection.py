@@ -25,6 +25,7 @@ def test_the_files_hold_the_layers_that_were_written_and_take_hardly_any_disk(tm
         assert ours.num_batches_tracked == theirs.num_batches_tracked == 1000
 
 
+@pytest.mark.slow
 def test_three_files_are_measured_and_removed(tmp_path: Path) -> None:
     result = bench_inspection(gib=0.01, num_layers=5, many_layers=50, directory=tmp_path)
     assert [item.file for item in result.inspections] == ["torch zip", "safetensors", "torch zip"]

@@ -10,6 +10,7 @@ from bncli.training import prepare
 from tests.conftest import Bncli
 
 
+@pytest.mark.slow
 def test_speed_memory_and_start_are_measured_on_real_runs(bncli: Bncli, tiny_config: Path) -> None:
     arguments = ("bench", "scale", tiny_config, "--sizes", "150,700", "--rounds", 2, "--steps", 2)
     outcome = bncli(*arguments, "--starts", 1, "--json")

@@ -11,6 +11,7 @@ from bncli.training import prepare
 from tests.conftest import Bncli
 
 
+@pytest.mark.slow
 def test_the_bench_prints_rates_ratios_and_what_they_were_measured_on(
     bncli: Bncli, tiny_config: Path
 ) -> None:

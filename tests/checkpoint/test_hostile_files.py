@@ -351,6 +351,7 @@ def used_layer() -> dict[str, torch.Tensor]:
     return {f"bn.{name}": value for name, value in BatchNorm.items()}
 
 
+@pytest.mark.slow
 def test_bombs_stay_below_a_gibibyte(tmp_path: Path) -> None:
     """In a process of its own, whose peak is not that of other tests."""
     paths = []
