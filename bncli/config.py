@@ -53,10 +53,19 @@ class AugmentConfig(Section):
     cutout: int = Field(0, ge=0, le=512)  # side of the erased square in pixels; 0: off
     small_epochs: int = Field(0, ge=0, le=100_000)  # the first so many epochs see smaller images
     small_size: int = Field(24, ge=1, le=512)  # height and width of those, in pixels
+    crop_epochs: int = Field(0, ge=0, le=100_000)  # so many epochs after those see the middle of the images
+    crop_size: int = Field(28, ge=1, le=512)  # height and width of that, in pixels
 
     def at_full_size(self) -> "AugmentConfig":
         """The same without smaller images: as in the last epochs."""
-        return self.model_copy(update={"small_epochs": 0})
+        return self.model_copy(update={"small_epochs": 0, "crop_epochs": 0})
+
+    def smallest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the smallest images that any epoch sees."""
+        sizes = [(height, width)]
+        sizes += [(self.small_size,) * 2] * (self.small_epochs > 0)
+        sizes += [(self.crop_size,) * 2] * (self.crop_epochs > 0)
+        return min(sizes, key=min)
 
 
 class BatchNormConfig(Section):
@@ -107,6 +116,7 @@ class TrainConfig(Section):
     decay: Literal["linear", "cosine", "none"] = "linear"  # after the warm-up, to 0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
+    evaluate_every: int = Field(1, ge=1, le=100_000)  # epochs between evaluations on the test split
     checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps
     checkpoint_unit: Literal["epochs", "steps"] = "epochs"  # steps: and at the end of every epoch
     recalibrate: Literal["none", "precise", "exact"] = "none"  # at the end, into recalibrated.pt

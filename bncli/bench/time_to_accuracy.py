@@ -52,9 +52,13 @@ class Spread:
 
 
 def parse_epochs(lines: Sequence[str], seconds: float) -> tuple[EpochSeen, ...]:
-    """The epochs of whole lines of metrics.jsonl that were all seen at the same time."""
+    """The epochs with an evaluation in whole lines of metrics.jsonl that were all seen at the same time."""
     records = [json.loads(line) for line in lines]
-    return tuple(EpochSeen(record["epoch"], record["test_accuracy"], seconds) for record in records)
+    return tuple(
+        EpochSeen(record["epoch"], record["test_accuracy"], seconds)
+        for record in records
+        if record["test_accuracy"] is not None
+    )
 
 
 def first_reached(run: SeedRun, accuracy: float) -> float | None:

@@ -125,9 +125,12 @@ class TrainReporter:
 
     def _epoch(self, event: EpochDone) -> None:
         metrics = event.metrics
+        is_evaluated = metrics["test_accuracy"] is not None
+        test_loss = f"{metrics['test_loss']:.4f}" if is_evaluated else "-"
+        test_accuracy = f"{metrics['test_accuracy']:.2%}" if is_evaluated else "-"
         self._line(
             f"{metrics['epoch']:>7}  {metrics['train_loss']:>10.4f}  {metrics['train_accuracy']:>8.2%}"
-            f"   {metrics['test_loss']:>9.4f}  {metrics['test_accuracy']:>7.2%}"
+            f"   {test_loss:>9}  {test_accuracy:>7}"
             f"   {metrics['learning_rate']:>13.4g}  {metrics['images_per_second']:>8,.0f}"
         )
 

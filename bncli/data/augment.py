@@ -33,7 +33,8 @@ def augment(
 ) -> Tensor:
     """Return a randomly changed copy of uint8 `images` (B, 3, H, W), of the same device and shape.
 
-    In the first `small_epochs` epochs they are shrunk to (B, 3, small_size, small_size), with antialiasing.
+    In the first `small_epochs` epochs they are shrunk to (B, 3, small_size, small_size), with antialiasing;
+    in the `crop_epochs` after them only the middle (B, 3, crop_size, crop_size) is left of them.
 
     Args:
         images: the batch; it is not changed, and returned itself where everything is switched off.
@@ -61,6 +62,8 @@ def augment(
         images = _erase(images, _on_device(centres, images.device), config.cutout, fill)
     if epoch < config.small_epochs:
         images = _shrink(images, config.small_size)
+    elif epoch < config.small_epochs + config.crop_epochs:
+        images = _middle(images, config.crop_size)
     return images
 
 
@@ -77,9 +80,11 @@ def check_augmentation(config: AugmentConfig, height: int, width: int) -> None:
         raise DataError(f"{found}; set it to at most {side - 1}")
     if config.cutout > side:
         raise DataError(f"augment.cutout: {config.cutout} is too large {size}; set it to at most {side}")
-    if config.small_epochs and config.small_size > side:
-        found = f"augment.small_size: {config.small_size} is too large {size}"
-        raise DataError(f"{found}; set it to at most {side}, or augment.small_epochs to 0")
+    for kind in ("small", "crop"):
+        epochs, chosen = getattr(config, f"{kind}_epochs"), getattr(config, f"{kind}_size")
+        if epochs and chosen > side:
+            found = f"augment.{kind}_size: {chosen} is too large {size}"
+            raise DataError(f"{found}; set it to at most {side}, or augment.{kind}_epochs to 0")
 
 
 def _flips(
@@ -150,3 +155,9 @@ def _shrink(images: Tensor, side: int) -> Tensor:
     pixels = images if images.device.type == "cpu" else images.float()
     small = nn.functional.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
     return small if small.dtype == torch.uint8 else small.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _middle(images: Tensor, side: int) -> Tensor:
+    """The middle (B, 3, side, side) of images that have been shifted: a random crop, without a border."""
+    top, left = ((length - side) // 2 for length in images.shape[2:])
+    return images.narrow(2, top, side).narrow(3, left, side).contiguous()

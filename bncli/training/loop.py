@@ -137,13 +137,14 @@ def _train_to_the_end(
                 raise StoppedError
         check_steps(run, last_good)
         metrics = _training_metrics(run)
-        evaluation = run.evaluate(stop)
+        is_due = _ends_interval(run.epoch + 1, config.evaluate_every, config)
+        evaluation = run.evaluate(stop) if is_due else None
 
         run.is_whole = False
         is_best = run.end_epoch(evaluation)
         metrics |= {
-            "test_loss": evaluation.loss,
-            "test_accuracy": evaluation.accuracy,
+            "test_loss": evaluation.loss if evaluation else None,
+            "test_accuracy": evaluation.accuracy if evaluation else None,
             "seconds": run.seconds,
         }
         # last.pt comes last: it says that the epoch is done, so everything else of it must be on the disk
@@ -152,7 +153,8 @@ def _train_to_the_end(
             last = run.checkpoint(evaluation)
             if is_best:
                 save_checkpoint(replace(last, optimizer=None), run_dir / "best.pt")
-        if _ends_interval(run.epoch, config):
+        every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
+        if _ends_interval(run.epoch, every, config):
             _save_last(run, last, run_dir)
         run.is_whole = True
         report(EpochDone(metrics))
@@ -218,8 +220,7 @@ def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:
         _save_last(run, run.checkpoint(None), run_dir)
 
 
-def _ends_interval(epoch: int, config: TrainConfig) -> bool:
-    every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
+def _ends_interval(epoch: int, every: int, config: TrainConfig) -> bool:
     return epoch % every == 0 or epoch == config.epochs
 
 

@@ -121,10 +121,12 @@ class Run:
         with runtime.autocast():
             return evaluate(self.model, batches())
 
-    def end_epoch(self, evaluation: Evaluation) -> bool:
-        """Count the epoch, and begin the next one; whether it was the best so far."""
-        is_best = evaluation.accuracy > self.best_accuracy or self.epoch == 0
-        self.best_accuracy = max(self.best_accuracy, evaluation.accuracy)
+    def end_epoch(self, evaluation: Evaluation | None) -> bool:
+        """Count the epoch, and begin the next one; whether it was evaluated, and the best so far."""
+        is_first = self.epoch < self.setup.config.train.evaluate_every
+        is_best = evaluation is not None and (is_first or evaluation.accuracy > self.best_accuracy)
+        if evaluation is not None:
+            self.best_accuracy = max(self.best_accuracy, evaluation.accuracy)
         self.tick()
         self.epoch += 1
         self.running_epoch = RunningEpoch(self.model, self.setup.runtime.device)
@@ -142,7 +144,7 @@ class Run:
         self.last_tick = now
 
     def checkpoint(self, evaluation: Evaluation | None) -> Checkpoint:
-        """The run as it is now; `evaluation` is of its present weights, None in the midst of an epoch."""
+        """The run as it is now; `evaluation` is of its present weights, None where there was none."""
         self.tick()
         return Checkpoint(
             config=self.setup.config,

@@ -85,8 +85,8 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     normalization = measure_normalization(dataset.train.images)
     _, channels, height, width = dataset.train.images.shape
     check_augmentation(config.augment, height, width)
-    if config.augment.small_epochs:  # the network and its batches must fit the smallest images
-        height = width = config.augment.small_size
+    # the network and its batches must fit the smallest images
+    height, width = config.augment.smallest_size(height, width)
     model = build_model(
         config.model,
         len(dataset.class_names),

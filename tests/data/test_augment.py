@@ -177,6 +177,20 @@ def test_the_first_epochs_see_smaller_images(images):
             assert torch.equal(result, whole)
 
 
+def test_the_epochs_after_small_ones_see_the_middle_of_the_shifted_images(images):
+    settings = config(
+        crop_padding=2, flip="random", cutout=3, small_epochs=1, small_size=8, crop_epochs=2, crop_size=6
+    )
+    for epoch in range(5):
+        whole = run(images, config(crop_padding=2, flip="random", cutout=3), epoch=epoch)
+        result = run(images, settings, epoch=epoch)
+        if epoch in {1, 2}:
+            assert torch.equal(result, whole[:, :, 2:8, 3:9])
+            assert result.is_contiguous()
+        else:
+            assert result.shape[2:] == ((8, 8) if epoch == 0 else (10, 12))
+
+
 def test_the_result_is_a_function_of_seed_epoch_and_step(images):
     settings = config(crop_padding=2, flip="random", cutout=3)
     torch.manual_seed(0)
@@ -194,6 +208,10 @@ def test_the_result_is_a_function_of_seed_epoch_and_step(images):
     [
         ({"crop_padding": 10}, "augment.crop_padding: 10 .* 10x12 pixels; set it to at most 9"),
         ({"cutout": 11}, "augment.cutout: 11 .* 10x12 pixels; set it to at most 10"),
+        (
+            {"crop_epochs": 1, "crop_size": 11},
+            "augment.crop_size: 11 .* 10x12 pixels; set it to at most 10, or augment.crop_epochs to 0",
+        ),
         (
             {"small_epochs": 1, "small_size": 11},
             "augment.small_size: 11 .* 10x12 pixels; set it to at most 10",

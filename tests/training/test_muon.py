@@ -100,9 +100,10 @@ def test_gradients_of_filters_are_forgotten() -> None:
 
 
 def test_the_network_must_fit_the_smaller_images_too(tiny_config: Path) -> None:
-    changes = ["augment.small_epochs=1", "augment.small_size=3"]
-    with pytest.raises(ConfigError, match="3x3 pixels allow 1"):
-        prepare(load_config(tiny_config, changes))
+    for kind in ("small", "crop"):
+        changes = [f"augment.{kind}_epochs=1", f"augment.{kind}_size=3"]
+        with pytest.raises(ConfigError, match="3x3 pixels allow 1"):
+            prepare(load_config(tiny_config, changes))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "muon"])

@@ -17,6 +17,7 @@ from bncli.training import EpochDone, Started, StepDone, prepare, train
 from bncli.training.loop import training_step
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
+from tests.conftest import Bncli
 
 
 def same_tensors(first: Path, second: Path) -> bool:
@@ -165,6 +166,50 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
     for whole, resumed in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "resumed"), strict=True):
         for key in ("epoch", "step", "train_loss", "test_accuracy", "layers"):
             assert whole[key] == resumed[key]
+
+
+def test_only_every_so_many_epochs_and_the_last_are_evaluated(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path
+) -> None:
+    """Which changes nothing else: weights and evaluations have the bits of a run with all of them."""
+    overrides = ["train.epochs=5", "augment.crop_epochs=3"]
+    train(load_config(tiny_config, overrides), tmp_path / "all")
+    arguments = [part for one in [*overrides, "train.evaluate_every=3"] for part in ("--set", one)]
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "some", *arguments)
+    assert outcome.code == 0
+    rows = [line.split() for line in outcome.err.splitlines() if line.split()[0] in {*"12345"}]
+    assert [row[3] == row[4] == "-" for row in rows] == [True, True, False, True, False]
+    whole, some = metrics_of(tmp_path / "all"), metrics_of(tmp_path / "some")
+    for one, other in zip(whole, some, strict=True):
+        is_evaluated = one["epoch"] in {3, 5}
+        assert other["test_accuracy"] == (one["test_accuracy"] if is_evaluated else None)
+        assert other["test_loss"] == (one["test_loss"] if is_evaluated else None)
+        assert other["train_loss"] == one["train_loss"]
+    assert same_tensors(tmp_path / "all" / "last.pt", tmp_path / "some" / "last.pt")
+    best = load_checkpoint(tmp_path / "some" / "best.pt")
+    assert best.test_accuracy == max(one["test_accuracy"] for one in whole if one["epoch"] in {3, 5})
+
+
+def test_a_run_resumed_after_an_epoch_without_evaluation_ends_with_the_same_bits(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny_config, ["train.epochs=4", "train.evaluate_every=3"])
+    train(config, tmp_path / "whole")
+
+    def kill_after_epoch_2(event: Started | StepDone | EpochDone) -> None:
+        if isinstance(event, EpochDone) and event.metrics["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "resumed", report=kill_after_epoch_2)
+    last = load_checkpoint(tmp_path / "resumed" / "last.pt")
+    assert (last.epoch, last.test_accuracy, (last.running_epoch or {})["num_steps"]) == (2, None, 0)
+    train(config, tmp_path / "resumed", resume=True)
+    assert same_tensors(tmp_path / "whole" / "last.pt", tmp_path / "resumed" / "last.pt")
+    whole, resumed = (load_checkpoint(tmp_path / name / "best.pt") for name in ("whole", "resumed"))
+    assert whole.epoch == resumed.epoch
+    assert all(torch.equal(whole.state_dict[key], value) for key, value in resumed.state_dict.items())
+    assert [one["epoch"] for one in metrics_of(tmp_path / "resumed")] == [1, 2, 3, 4]
 
 
 def test_the_whitening_filters_are_fitted_before_training_and_never_trained(
