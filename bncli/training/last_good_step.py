@@ -61,8 +61,9 @@ class LastGoodStep:
         self._run.is_whole = True
 
     def _tensors(self) -> list[Tensor]:
-        model = self._run.model
-        return [*model.parameters(), *model.buffers(), *self._run.running_epoch.tensors()]
+        run = self._run
+        losses = [] if run.image_losses is None else [run.image_losses.latest]
+        return [*run.model.parameters(), *run.model.buffers(), *run.running_epoch.tensors(), *losses]
 
     @torch.no_grad()
     def _keep(self) -> None:
