@@ -159,7 +159,12 @@ def test_a_step_that_is_undone_leaves_the_losses_as_they_were(
 
 
 def test_batches_that_would_be_too_small_are_refused_before_the_first_step(tiny_config: Path) -> None:
-    changes = ["train.batch_size=3", "train.skip_easy=0.49", "model.widths=[4,4,4,4,4]", "model.blocks_per_stage=2"]
+    changes = [
+        "train.batch_size=3",
+        "train.skip_easy=0.49",
+        "model.widths=[4,4,4,4,4]",
+        "model.blocks_per_stage=2",
+    ]
     with pytest.raises(ConfigError, match=r"train\.skip_easy: 0\.49 leaves BatchNorm one value per channel"):
         prepare(load_config(tiny_config, changes))
     with pytest.raises(ConfigError, match=r"train\.skip_easy: .*less than 0\.5"):
