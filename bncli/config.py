@@ -116,9 +116,6 @@ class TrainConfig(Section):
     decay: Literal["linear", "cosine", "none"] = "linear"  # after the warm-up, to 0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**32)
-    # share of the images that an epoch leaves out: half of twice as many with the lowest losses; not in the
-    # first epoch nor in the last
-    skip_easy: float = Field(0.0, ge=0, lt=0.5)
     evaluate_every: int = Field(1, ge=1, le=100_000)  # epochs between evaluations on the test split
     checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps
     checkpoint_unit: Literal["epochs", "steps"] = "epochs"  # steps: and at the end of every epoch

@@ -25,7 +25,6 @@ from bncli.data import Progress as DataProgress
 from bncli.errors import BncliError
 from bncli.runtime import describe_machine, synchronize
 from bncli.training import Setup, prepare
-from bncli.training.batch import Batch
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import take_step
 from bncli.training.run import Run
@@ -162,7 +161,7 @@ def _rates(setup: Setup, num_steps: int) -> Iterator[float]:
         images, labels = next(batches)
         num_images, start = 0, time.perf_counter()
         for _ in range(num_steps):
-            take_step(run, last_good, Batch(images, labels))
+            take_step(run, last_good, images, labels)
             num_images += len(labels)
             images, labels = next(batches, (images, labels))
         synchronize(setup.runtime.device)

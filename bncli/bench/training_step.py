@@ -106,9 +106,9 @@ def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
     while True:
         num_images = 0
         start = time.perf_counter()
-        for _, batch in zip(range(num_steps), run.batches(), strict=False):
-            training_step(run, batch)
-            num_images += len(batch)
+        for _, (images, labels) in zip(range(num_steps), run.batches(), strict=False):
+            training_step(run, images, labels)
+            num_images += len(labels)
         synchronize(setup.runtime.device)
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1

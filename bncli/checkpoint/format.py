@@ -50,7 +50,6 @@ class Checkpoint:
     machine: dict[str, Any]  # versions and hardware
     optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
     running_epoch: dict[str, Any] | None = None  # the sums of an unfinished epoch; None at its end
-    image_losses: dict[str, Tensor] | None = None  # with train.skip_easy: of each training image, last seen
     data_digest: str | None = None  # SHA-256 of the images and labels; None in files of version 1
     recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
 

@@ -59,6 +59,6 @@ def parse_targets(text: str) -> tuple[float, ...]:
 
 def _report(run: "SeedRun") -> None:
     print_note(
-        f"seed {run.seed}: accuracy {run.accuracy:.2%} after {len(run.epochs)} epochs,"
+        f"seed {run.seed}: accuracy {run.accuracy:.2%} after {run.epochs[-1].epoch} epochs,"
         f" {run.seconds:.1f} s, {run.peak_mib:,.0f} MiB"
     )

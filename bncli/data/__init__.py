@@ -6,9 +6,7 @@ from bncli.data.digest import digest_dataset
 from bncli.data.load import load_dataset
 from bncli.data.loader import (
     BatchPlan,
-    ChosenImages,
-    choose_images,
-    leave_out_easy,
+    micro_batches,
     num_micro_batches,
     sequential_batches,
     training_batches,
@@ -18,18 +16,16 @@ from bncli.data.sample import sample_batches
 
 __all__ = [
     "BatchPlan",
-    "ChosenImages",
     "Dataset",
     "Normalization",
     "Progress",
     "Split",
     "augment",
     "check_augmentation",
-    "choose_images",
     "digest_dataset",
-    "leave_out_easy",
     "load_dataset",
     "measure_normalization",
+    "micro_batches",
     "num_micro_batches",
     "sample_batches",
     "sequential_batches",

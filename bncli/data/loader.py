@@ -4,14 +4,11 @@ The plan is made before the first step, so that the learning-rate schedule knows
 BatchNorm never meets a batch too small for it. The order is a function of (seed, epoch) alone.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -82,42 +79,6 @@ class BatchPlan:
         return sum(self.batch_sizes)
 
 
-@dataclass(frozen=True, eq=False)
-class ChosenImages:
-    """The images of an epoch in their order, and the sizes of its batches."""
-
-    order: npt.NDArray[np.int64]  # (P,), places in the split
-    batch_sizes: tuple[int, ...]  # P in all
-    weights: npt.NDArray[np.float32] | None = None  # (P,), for how many images each one stands; None: 1
-
-    def steps(self) -> list[slice]:
-        """Where in `order` the images of each step are."""
-        ends = list(itertools.accumulate(self.batch_sizes, initial=0))
-        return [slice(start, end) for start, end in itertools.pairwise(ends)]
-
-
-def choose_images(plan: BatchPlan, *, seed: int, epoch: int) -> ChosenImages:
-    """All images that the plan has room for, in random order."""
-    order = generator(Stream.ORDER, seed, epoch).permutation(plan.num_images)
-    return ChosenImages(order[: plan.num_images_per_epoch], plan.batch_sizes)
-
-
-def leave_out_easy(
-    chosen: ChosenImages, losses: npt.NDArray[np.float32], batch_sizes: tuple[int, ...]
-) -> ChosenImages:
-    """As many of the chosen images as fill smaller batches, with the same sum of weights.
-
-    Of the images with the lowest losses (N,), as many as are left out are kept, and stand for two. They
-    alternate in the random order.
-    """
-    num_left_out = len(chosen.order) - sum(batch_sizes)
-    easiest = np.sort(np.argsort(losses[chosen.order], kind="stable")[: 2 * num_left_out])
-    weights = np.ones(len(chosen.order), np.float32)
-    weights[easiest] = 2
-    left_out = easiest[::2]
-    return ChosenImages(np.delete(chosen.order, left_out), batch_sizes, np.delete(weights, left_out))
-
-
 def training_batches(
     split: Split,
     plan: BatchPlan,
@@ -127,12 +88,10 @@ def training_batches(
     epoch: int,
     fill: Sequence[float],
     start_step: int = 0,
-    chosen: ChosenImages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented images (B, 3, H, W) uint8 and labels (B,) of an epoch from `start_step` on.
 
-    Steps are the same whether or not the ones before were taken. For `fill` see `augment`; `chosen` are other
-    images than `choose_images` gives.
+    Steps are the same whether or not the ones before were taken. For `fill` see `augment`.
 
     Raises:
         DataError: at once, if the images are too small for `config`.
@@ -143,14 +102,12 @@ def training_batches(
     check_augmentation(config, split.images.shape[2], split.images.shape[3])
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        images_of = choose_images(plan, seed=seed, epoch=epoch) if chosen is None else chosen
+        order = generator(Stream.ORDER, seed, epoch).permutation(len(split))[: plan.num_images_per_epoch]
         # once an epoch: a copy to a GPU waits until it has done all before
-        places = torch.from_numpy(images_of.order).to(split.images.device)
-        for step, where in enumerate(images_of.steps()):
-            if step < start_step:
-                continue
-            images, labels = (each.index_select(0, places[where]) for each in (split.images, split.labels))
-            indices = images_of.order[where]
+        places = torch.from_numpy(order).to(split.images.device).split(list(plan.batch_sizes))
+        for step in range(start_step, plan.num_steps):
+            indices = order[step * plan.batch_size :][: plan.batch_sizes[step]]
+            images, labels = (each.index_select(0, places[step]) for each in (split.images, split.labels))
             yield (
                 augment(images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill),
                 labels,
@@ -159,8 +116,17 @@ def training_batches(
     return batches()
 
 
+def micro_batches(images: Tensor, labels: Tensor, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a batch into as few parts as hold at most `size` images each, equal to within one.
+
+    None leaves it whole.
+    """
+    count = num_micro_batches(len(labels), size)
+    return zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+
+
 def num_micro_batches(batch_size: int, size: int | None) -> int:
-    """Into how many parts a batch is cut so that each has at most `size` images; None: one."""
+    """Into how many parts `micro_batches` cuts a batch."""
     return 1 if size is None else -(-batch_size // size)
 
 

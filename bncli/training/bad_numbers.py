@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.data import micro_batches
 from bncli.stats.modes import preserved_buffers
-from bncli.training.batch import Batch
 from bncli.training.run import Run
 
 
@@ -23,7 +23,7 @@ def all_finite(model: nn.Module, loss: Tensor) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in (loss, *tensors))
 
 
-def find_origin(run: Run, batch: Batch) -> str:
+def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:
     """In words, where the next step of `run`, on this batch, makes a number that is not finite.
 
     The batch is computed once more, from the state before the step; buffers and weights are left alone.
@@ -43,8 +43,8 @@ def find_origin(run: Run, batch: Batch) -> str:
     ]
     try:
         with preserved_buffers(run.model):
-            for part in batch.parts(run.setup.config.train.micro_batch_size):
-                origin = _origin_in_part(run, part.images, part.labels, outputs)
+            for part, part_labels in micro_batches(images, labels, run.setup.config.train.micro_batch_size):
+                origin = _origin_in_part(run, part, part_labels, outputs)
                 if origin is not None:
                     return f"it began in {origin}"
         return "it began in the update of the weights"

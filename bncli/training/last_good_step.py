@@ -61,9 +61,8 @@ class LastGoodStep:
         self._run.is_whole = True
 
     def _tensors(self) -> list[Tensor]:
-        run = self._run
-        losses = [] if run.image_losses is None else [run.image_losses.latest]
-        return [*run.model.parameters(), *run.model.buffers(), *run.running_epoch.tensors(), *losses]
+        model = self._run.model
+        return [*model.parameters(), *model.buffers(), *self._run.running_epoch.tensors()]
 
     @torch.no_grad()
     def _keep(self) -> None:

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from bncli.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
+from bncli.data import micro_batches
 from bncli.errors import DivergedError, StoppedError
 from bncli.training.bad_numbers import find_origin
-from bncli.training.batch import Batch
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
@@ -126,9 +126,9 @@ def _train_to_the_end(
     config = run.setup.config.train
     while run.epoch < config.epochs:
         run.model.train()
-        for batch in run.batches():
-            take_step(run, last_good, batch)
-            report(StepDone(run.epoch + 1, run.step, len(batch)))
+        for images, labels in run.batches():
+            take_step(run, last_good, images, labels)
+            report(StepDone(run.epoch + 1, run.step, len(labels)))
             if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
                 check_steps(run, last_good)
                 _save_last(run, run.checkpoint(None), run_dir)
@@ -163,13 +163,13 @@ def _train_to_the_end(
         save_recalibrated(run, run_dir, config.recalibrate, stop)
 
 
-def take_step(run: Run, last_good: LastGoodStep, batch: Batch) -> None:
+def take_step(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
     """One training step and its place in the epoch's sums, or nothing; on a CPU its numbers are checked.
 
     Raises:
         DivergedError: see `check_steps`.
     """
-    _take_unchecked(run, last_good, batch)
+    _take_unchecked(run, last_good, images, labels)
     if last_good.num_unchecked == run.setup.steps_between_checks:
         check_steps(run, last_good)
 
@@ -185,23 +185,23 @@ def check_steps(run: Run, last_good: LastGoodStep) -> None:
     if last_good.holds():
         return
     last_good.go_back()
-    for batch in run.batches():  # the same steps once more, each looked at
-        _take_unchecked(run, last_good, batch)
+    for images, labels in run.batches():  # the same steps once more, each looked at
+        _take_unchecked(run, last_good, images, labels)
         if not last_good.holds():
             last_good.go_back()
             raise DivergedError(
                 f"not a finite number in step {run.step + 1} (epoch {run.epoch + 1}), at a learning rate"
-                f" of {run.learning_rate:.3g}: {find_origin(run, batch)}; step {run.step}, the last"
+                f" of {run.learning_rate:.3g}: {find_origin(run, images, labels)}; step {run.step}, the last"
                 " good one, is saved; start again with a lower train.learning_rate"
             )
         if run.step == num_steps:  # on a GPU sums may round otherwise, and all end well this time
             return
 
 
-def _take_unchecked(run: Run, last_good: LastGoodStep, batch: Batch) -> None:
+def _take_unchecked(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
     with last_good.or_back():
-        loss, num_correct, num_counted = training_step(run, batch)
-        run.running_epoch.add(loss, num_correct, num_counted, len(batch))
+        loss, num_correct = training_step(run, images, labels)
+        run.running_epoch.add(loss, num_correct, len(labels))
 
 
 def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
@@ -243,7 +243,6 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
     last = load_checkpoint(path)
     # every configuration has at least one epoch, and the end of the last one is evaluated
     assert last.test_accuracy is not None and last.test_loss is not None
-    num_images = sum(sum(run.setup.batch_sizes(epoch)) for epoch in range(last.epoch))
     return TrainResult(
         run_dir=run_dir,
         checkpoint=path,
@@ -254,42 +253,30 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         best_accuracy=last.best_accuracy,
         epochs=last.epoch,
         seconds=last.seconds,
-        images_per_second=num_images / last.seconds,
+        images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         recalibration=last.recalibration,
     )
 
 
-def training_step(run: Run, batch: Batch) -> tuple[Tensor, Tensor, Tensor | int]:
-    """One step of gradient descent on a batch.
+def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of gradient descent on uint8 images (B, 3, H, W) with labels (B,).
 
-    Returns the batch's mean loss in nats, its number of correct predictions and the number of images, both as
-    weighted by the batch; all on the device.
+    Returns the batch's mean loss in nats and its number of correct predictions, both on the device.
     """
     config, runtime = run.setup.config.train, run.setup.runtime
-    batch = replace(batch, labels=batch.labels.to(runtime.device))
-    num_counted: Tensor | int = len(batch) if batch.weights is None else batch.weights.sum().long()
+    labels = labels.to(runtime.device)
     run.set_learning_rate(run.step)
     losses, hits = [], []
     run.optimizer.zero_grad()
-    for part in batch.parts(config.micro_batch_size):
+    for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
         with runtime.autocast():
-            logits = run.model(runtime.place(part.images))
-        is_right = logits.detach().argmax(1) == part.labels
-        if run.image_losses is None or part.places is None:
-            loss = F.cross_entropy(logits, part.labels, label_smoothing=config.label_smoothing)
-            loss = loss * (len(part) / len(batch))  # its share of the batch's mean
-        else:
-            each = F.cross_entropy(
-                logits, part.labels, label_smoothing=config.label_smoothing, reduction="none"
-            )
-            run.image_losses.keep(part.places, each)
-            if part.weights is not None:
-                each, is_right = each * part.weights, is_right * part.weights.long()
-            loss = each.sum() / num_counted
+            logits = run.model(runtime.place(part))
+        loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
+        loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
         loss.backward()
         run.running_epoch.statistics.observe()
         losses.append(loss.detach())
-        hits.append(is_right.sum())
+        hits.append((logits.detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
-    return torch.stack(losses).sum(), torch.stack(hits).sum(), num_counted
+    return torch.stack(losses).sum(), torch.stack(hits).sum()

@@ -4,17 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from bncli.checkpoint import Checkpoint
-from bncli.data import choose_images, leave_out_easy, sequential_batches, training_batches
+from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.model import ConvNet
 from bncli.runtime import describe_machine, keep_freed_memory, release_freed_memory
-from bncli.training.batch import Batch
-from bncli.training.image_losses import ImageLosses
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -28,7 +25,6 @@ class Run:
     model: ConvNet
     optimizer: Optimizer
     running_epoch: RunningEpoch
-    image_losses: ImageLosses | None = None  # with train.skip_easy
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
     best_accuracy: float = 0.0  # on the test split, of all epochs, as a fraction
@@ -45,9 +41,7 @@ class Run:
             # not before: what preparing the data took for a moment would be kept, and fit no activation
             keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
-        device = setup.runtime.device
-        losses = ImageLosses(len(setup.dataset.train), device) if setup.config.train.skip_easy else None
-        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, device), losses)
+        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
@@ -74,8 +68,6 @@ class Run:
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
                 run.running_epoch.load_state_dict(last.running_epoch)
-            if run.image_losses is not None:
-                run.image_losses.load_state_dict(last.image_losses or {})
             if last.step != last.epoch * setup.plan.num_steps + run.running_epoch.num_steps:
                 raise ValueError(f"step {last.step} is not in epoch {last.epoch + 1}")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -98,30 +90,17 @@ class Run:
         """Of the step taken last, of the convolutions."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that are left of the running epoch."""
-        setup, config, start = self.setup, self.setup.config, self.running_epoch.num_steps
-        chosen = choose_images(setup.plan, seed=config.train.seed, epoch=self.epoch)
-        sizes = setup.batch_sizes(self.epoch)
-        if self.image_losses is not None and sizes != chosen.batch_sizes:
-            chosen = leave_out_easy(chosen, self.image_losses.at_start.cpu().numpy(), sizes)
-        pairs = training_batches(
-            setup.train_split,
-            setup.plan,
+        config = self.setup.config
+        return training_batches(
+            self.setup.train_split,
+            self.setup.plan,
             config.augment,
             seed=config.train.seed,
             epoch=self.epoch,
-            fill=setup.normalization.mean,
-            start_step=start,
-            chosen=chosen,
-        )
-        if self.image_losses is None:
-            return (Batch(images, labels) for images, labels in pairs)
-        places = torch.from_numpy(chosen.order).to(self.image_losses.latest.device)
-        weights = None if chosen.weights is None else torch.from_numpy(chosen.weights).to(places.device)
-        return (
-            Batch(images, labels, places[where], None if weights is None else weights[where])
-            for (images, labels), where in zip(pairs, chosen.steps()[start:], strict=True)
+            fill=self.setup.normalization.mean,
+            start_step=self.running_epoch.num_steps,
         )
 
     def evaluate(self, stop: Callable[[], bool]) -> Evaluation:
@@ -151,8 +130,6 @@ class Run:
         self.tick()
         self.epoch += 1
         self.running_epoch = RunningEpoch(self.model, self.setup.runtime.device)
-        if self.image_losses is not None:
-            self.image_losses.begin_epoch()
         if self.setup.reuses_memory:
             # gaps between tensors grow from step to step: speedrun.yaml with 4 steps in each of 4 epochs took
             # 985 MiB in place of 1,035
@@ -187,5 +164,4 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),
             data_digest=self.setup.data_digest,
-            image_losses=self.image_losses.state_dict() if self.image_losses else None,
         )

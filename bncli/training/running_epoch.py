@@ -13,29 +13,26 @@ class RunningEpoch:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.num_steps = 0
-        self.num_images = 0  # computed
-        # for how many they stand: the sums below are over these, which are more with train.skip_easy
-        self.num_counted = torch.zeros((), dtype=torch.int64, device=device)
+        self.num_images = 0
         self.seconds = 0.0  # of the sessions before this one
         # sums stay on the device: reading them would make it wait in every step
         self.loss_sum = torch.zeros((), device=device)  # nats, over images
         self.num_correct = torch.zeros((), dtype=torch.int64, device=device)
         self.statistics = EpochStatistics(model)
 
-    def add(self, loss: Tensor, num_correct: Tensor, num_counted: Tensor | int, num_images: int) -> None:
+    def add(self, loss: Tensor, num_correct: Tensor, num_images: int) -> None:
         """Count one step, after it is taken: its mean loss in nats and its correct predictions.
 
         `statistics` has observed every forward pass of it already.
         """
-        self.loss_sum += loss * num_counted
+        self.loss_sum += loss * num_images
         self.num_correct += num_correct
-        self.num_counted += num_counted
         self.num_images += num_images
         self.num_steps += 1
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes in place."""
-        return [self.loss_sum, self.num_correct, self.num_counted, *self.statistics.sums()]
+        return [self.loss_sum, self.num_correct, *self.statistics.sums()]
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -49,8 +46,8 @@ class RunningEpoch:
     def metrics(self) -> dict[str, Any]:
         """The training half of the epoch's line in metrics.jsonl, but for its times."""
         return {
-            "train_loss": self.loss_sum.item() / self.num_counted.item(),
-            "train_accuracy": self.num_correct.item() / self.num_counted.item(),
+            "train_loss": self.loss_sum.item() / self.num_images,
+            "train_accuracy": self.num_correct.item() / self.num_images,
             "layers": [
                 {
                     "name": layer.name,
@@ -71,7 +68,6 @@ class RunningEpoch:
             "seconds": self.seconds,
             "loss_sum": self.loss_sum.clone(),
             "num_correct": self.num_correct.clone(),
-            "num_counted": self.num_counted.clone(),
             "statistics": self.statistics.state_dict(),
         }
 
@@ -84,6 +80,5 @@ class RunningEpoch:
         self.statistics.load_state_dict(state["statistics"])
         self.loss_sum.copy_(state["loss_sum"])
         self.num_correct.copy_(state["num_correct"])
-        self.num_counted.copy_(torch.as_tensor(state.get("num_counted", state["num_images"])))
         self.num_steps, self.num_images = int(state["num_steps"]), int(state["num_images"])
         self.seconds = float(state["seconds"])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from bncli.config import Config, TrainConfig
+from bncli.config import Config
 from bncli.data import (
     BatchPlan,
     Dataset,
@@ -19,7 +19,6 @@ from bncli.data import (
 from bncli.errors import ConfigError
 from bncli.model import ConvNet, build_model, smallest_map
 from bncli.runtime import Runtime, resolve_runtime
-from bncli.training.image_losses import smaller_batches
 
 STEPS_BETWEEN_CHECKS = 100  # on a GPU; as many are taken once more, one by one, to find the first bad one
 NUM_WHITENING_IMAGES = 1_000  # a million 2x2 patches at 32x32; more only take memory
@@ -49,13 +48,6 @@ class Setup:
         if not self.runtime.has_room(train.images.nbytes):
             return train
         return Split(train.images.to(device), train.labels.to(device))
-
-    def batch_sizes(self, epoch: int) -> tuple[int, ...]:
-        """Of the steps of an epoch, from 0: smaller where it leaves images out."""
-        config = self.config.train
-        if config.skip_easy and 0 < epoch < config.epochs - 1:
-            return smaller_batches(self.plan, config.skip_easy)
-        return self.plan.batch_sizes
 
     @property
     def steps_between_checks(self) -> int:
@@ -116,17 +108,14 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         last_batch=config.train.last_batch,
         min_batch=min_batch,
     )
-    _check_smaller_batches(plan, config.train)
+    _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
     return Setup(config, runtime, dataset, normalization, plan, model)
 
 
-def _check_smaller_batches(plan: BatchPlan, config: TrainConfig) -> None:
-    """Raise ConfigError where less than a batch would be too small for BatchNorm, as a batch must not be."""
-    for key, size in (("skip_easy", None), ("micro_batch_size", config.micro_batch_size)):
-        batches = smaller_batches(plan, config.skip_easy)
-        smallest = min(batch // num_micro_batches(batch, size) for batch in batches)
-        if smallest < plan.min_batch:
-            reason = f"{getattr(config, key)} leaves BatchNorm one value per channel in a part of a batch"
-            fix = "null or a larger number" if size else "0 or a smaller number"
-            raise ConfigError("train", [f"train.{key}: {reason}; set it to {fix}"])
+def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
+    """Raise ConfigError where a part of a batch would be too small for BatchNorm, as a batch must not be."""
+    smallest = min(batch // num_micro_batches(batch, size) for batch in plan.batch_sizes)
+    if smallest < plan.min_batch:
+        reason = f"{size} leaves BatchNorm one value per channel in a part of a batch"
+        raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])

@@ -112,7 +112,7 @@ def test_a_first_step_that_is_undone_leaves_no_momentum(tiny_config: Path, kind:
     last_good = LastGoodStep(run)
     before = copy.deepcopy(run.model.state_dict())
     with pytest.raises(ZeroDivisionError), last_good.or_back():
-        training_step(run, next(run.batches()))
+        training_step(run, *next(run.batches()))
         assert run.optimizer.momenta()
         raise ZeroDivisionError
     assert run.optimizer.momenta() == []

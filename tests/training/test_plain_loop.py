@@ -63,9 +63,9 @@ def both_losses(
     run = Run.start(setup)
     batches, losses = [], []
     for _ in range(5):
-        for batch in run.batches():
-            batches.append((batch.images, batch.labels))
-            loss, _, _ = training_step(run, batch)
+        for images, labels in run.batches():
+            batches.append((images, labels))
+            loss, _ = training_step(run, images, labels)
             losses.append(loss.item())
         run.epoch += 1
     assert len(losses) == NUM_STEPS

@@ -14,7 +14,6 @@ from bncli.data import load_dataset, training_batches
 from bncli.errors import ConfigError, RunError
 from bncli.model import build_model
 from bncli.training import EpochDone, Started, StepDone, prepare, train
-from bncli.training.batch import Batch
 from bncli.training.loop import training_step
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
@@ -94,7 +93,7 @@ def test_a_step_is_that_of_plain_pytorch(tiny_config: Path) -> None:
         setup.dataset.train, setup.plan, config.augment, seed=0, epoch=0, fill=setup.normalization.mean
     )
     for step, (images, labels) in enumerate(batches):
-        loss, hits, _ = training_step(run, Batch(images, labels))
+        loss, hits = training_step(run, images, labels)
         logits = plain(images)
         expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -117,9 +116,9 @@ def test_every_epoch_sees_the_same_images_in_another_order(
 ) -> None:
     seen: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
-    def recording(run: Run, batch: Batch):
-        seen[run.epoch].append(batch.labels)
-        return training_step(run, batch)
+    def recording(run: Run, images: torch.Tensor, labels: torch.Tensor):
+        seen[run.epoch].append(labels)
+        return training_step(run, images, labels)
 
     monkeypatch.setattr("bncli.training.loop.training_step", recording)
     train(load_config(tiny_config), tmp_path / "run")
