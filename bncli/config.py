@@ -63,8 +63,10 @@ class AugmentConfig(Section):
     def smallest_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the smallest images that any epoch sees."""
         sizes = [(height, width)]
-        sizes += [(self.small_size,) * 2] * (self.small_epochs > 0)
-        sizes += [(self.crop_size,) * 2] * (self.crop_epochs > 0)
+        if self.small_epochs:
+            sizes.append((self.small_size, self.small_size))
+        if self.crop_epochs:
+            sizes.append((self.crop_size, self.crop_size))
         return min(sizes, key=min)
 
 
