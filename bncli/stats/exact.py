@@ -3,27 +3,30 @@
 Every layer is measured while all layers before it are in eval mode on their own new statistics, so what it
 sees is what it will see from then on: over the same images, in eval mode, each layer's input has exactly
 the recorded mean and (biased) variance, whatever the batch size and order, up to the rounding of its
-buffers. That takes a pass per layer, made cheap in two ways: a pass stops at the last layer it measures,
-and layers that do not depend on each other share a pass.
+buffers. That takes a pass per layer, made cheap in three ways: a pass stops at the last layer it measures,
+layers that do not depend on each other share a pass, and a pass starts where an earlier one kept what the
+layers before put out (`bncli.stats.restart`).
 
 Layers without running statistics use batch statistics in eval mode too. What lies behind them depends on
 the batches, whatever one does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.errors import BncliError, DataError
 from bncli.stats.batch_tree import BatchTree
-from bncli.stats.dataflow import trace_calls
+from bncli.stats.dataflow import DataFlow, trace_flow
 from bncli.stats.measured_pass import MeasuredPass, PassProgress, measure_pass
 from bncli.stats.modes import preserved_buffers
 from bncli.stats.moments import Moments
 from bncli.stats.passes import Batches, SameImages, check_repeatable, inputs_of
+from bncli.stats.restart import Restarts
 from bncli.stats.stages import Stage, plan_stages
 
 MAX_REPEATS = 50  # of a pass over layers whose input depends on their own output
@@ -62,8 +65,9 @@ def measure_exact(
     if sample is None:
         raise DataError("there is nothing to measure: the batches hold no images")
     with preserved_buffers(nn.ModuleList(layers.values())):
-        stages = plan_stages(trace_calls(model, sample, layers))
-        passes = _Passes(model, batches, layers, stages, progress)
+        flow = trace_flow(model, sample, layers)
+        stages = plan_stages(flow.calls)
+        passes = _Passes(model, batches, layers, stages, flow, Restarts(model, flow.cuts, sample), progress)
         if tolerance is not None:
             passes.limit(tolerance)
         trees: dict[str, BatchTree] = {}
@@ -92,6 +96,8 @@ class _Passes:
         batches: Batches,
         layers: Mapping[str, _BatchNorm],
         stages: tuple[Stage, ...],
+        flow: DataFlow,
+        restarts: Restarts,
         progress: PassProgress | None,
     ) -> None:
         self.cost = 0.0
@@ -104,6 +110,9 @@ class _Passes:
         self._num_stages = len(stages)
         reached = {name for stage in stages for name in stage.layers}
         self._unreached = {name: layer for name, layer in layers.items() if name not in reached}
+        self._calls = flow.calls
+        self._restarts = restarts
+        self._final: set[str] = set()  # layers that have their new statistics
         self._progress = progress
         self._num_batches: int | None = None
         self._same_images = SameImages()
@@ -111,13 +120,17 @@ class _Passes:
     def limit(self, tolerance: float) -> None:
         """Find out how many batches bring every standard error below the tolerance, and take only those."""
         self._num_stages += 1
-        done = self._run(self._layers, by_batch=True, until=None, cost=1.0, tolerance=tolerance)
+        done = self._run(
+            self._layers, by_batch=True, until=None, cost=1.0, tolerance=tolerance, forward=self._model
+        )
         self._num_batches = done.num_batches
         self.stopped_early = done.stopped_early
 
     def measure(self, stage: Stage) -> dict[str, BatchTree]:
         """Measure a stage in one pass and let its layers use the result from now on."""
-        return self._measure(stage, by_batch=False)
+        trees = self._measure(stage, by_batch=False)
+        self._final |= trees.keys()
+        return trees
 
     def solve(self, stage: Stage) -> dict[str, BatchTree]:
         """Repeat the pass until it finds the statistics that it started from.
@@ -130,6 +143,7 @@ class _Passes:
             before, trees = trees, self._measure(stage, by_batch=False)
             pairs = ((self._layers[name], before[name].total(), trees[name].total()) for name in trees)
             if all(_is_settled(*pair) for pair in pairs):
+                self._final |= trees.keys()
                 return trees
         names = ", ".join(stage.layers)
         raise BncliError(
@@ -139,7 +153,15 @@ class _Passes:
 
     def _measure(self, stage: Stage, *, by_batch: bool) -> dict[str, BatchTree]:
         chosen = {name: self._layers[name] for name in stage.layers}
-        done = self._run(chosen | self._unreached, by_batch=by_batch, until=stage.layers, cost=stage.cost)
+        final_calls = takewhile(lambda call: call.layer in self._final, self._calls)
+        self._restarts.aim(sum(1 for _ in final_calls), None if self.last is None else self.last.num_images)
+        done = self._run(
+            chosen | self._unreached,
+            by_batch=by_batch,
+            until=stage.layers,
+            cost=stage.cost,
+            forward=self._restarts.forward,
+        )
         surprises = self._unreached.keys() & done.trees.keys()
         if surprises:
             raise BncliError(
@@ -157,11 +179,13 @@ class _Passes:
         by_batch: bool,
         until: Mapping[str, int] | None,
         cost: float,
+        forward: Callable[[Tensor], object],
         tolerance: float | None = None,
     ) -> MeasuredPass:
         self.num_passes += 1
         report = self._progress
         number, of = self.num_passes, max(self._num_stages, self.num_passes)
+        saved = self._restarts.saved
         done = measure_pass(
             self._model,
             self._batches,
@@ -171,9 +195,10 @@ class _Passes:
             num_batches=self._num_batches,
             tolerance=tolerance,
             same_images=self._same_images,
+            forward=forward,
             progress=None if report is None else lambda num_images: report(number, of, num_images),
         )
-        self.cost += cost
+        self.cost += cost - (self._restarts.saved - saved) / done.num_images
         self.last = done
         return done
 

@@ -39,6 +39,7 @@ def measure_pass(
     tolerance: float | None = None,
     first_batch: int = 0,
     same_images: SameImages | None = None,
+    forward: Callable[[Tensor], object] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> MeasuredPass:
     """Run the model over the batches as `recording` does, and keep the moments of every layer.
@@ -50,7 +51,7 @@ def measure_pass(
     trees: dict[str, BatchTree] = {}
     num_images = count = 0
     stopped = False
-    with recording(model, layers, by_batch=by_batch, until=until) as record:
+    with recording(model, layers, by_batch=by_batch, until=until, forward=forward) as record:
         for inputs in inputs_of(batches, num_batches):
             for name, moments in record(inputs).items():
                 trees.setdefault(name, BatchTree()).add(first_batch + count, moments)

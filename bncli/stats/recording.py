@@ -18,6 +18,10 @@ from bncli.stats.passes import model_device
 Recorder = Callable[[Tensor], dict[str, Moments]]
 
 
+class RestartError(Exception):
+    """A pass that started in the middle got stuck; from the beginning it may get through."""
+
+
 class _EnoughSeenError(BaseException):
     """Ends a forward pass early. No Exception, so that no `except Exception` in a model catches it."""
 
@@ -35,13 +39,15 @@ def recording(
     *,
     by_batch: Collection[str] = (),
     until: Mapping[str, int] | None = None,
+    forward: Callable[[Tensor], object] | None = None,
 ) -> Iterator[Recorder]:
     """Give a function that computes one batch and returns the moments of what entered each layer.
 
     Everything is in eval mode, dropout too, and nothing takes gradients. Layers that were called several
     times for the batch have the pooled moments of all uses; those that were not called are missing. The
     layers named in `by_batch` normalise by batch statistics. With `until`, calls by layer, the pass ends
-    as soon as those calls were made.
+    as soon as those calls were made. `forward` computes the model; what it leaves out gives meta tensors, and
+    a RestartError of its own means that the model itself is to compute this batch.
 
     BatchNorm is measured where it reads: behind autocast, in the type and shape that it is given. Batch
     statistics are written into the buffers, so that a layer of any kind, SyncBatchNorm on a CPU too, uses
@@ -54,6 +60,8 @@ def recording(
     missing: dict[str, int] = {}
 
     def measure(name: str, layer: _BatchNorm, x: Tensor) -> None:
+        if x.is_meta:
+            return
         moments = Moments.of(x)
         calls.setdefault(name, []).append(moments)
         if name in by_batch:
@@ -63,12 +71,19 @@ def recording(
             if missing[name] == 0 and not any(missing.values()):
                 raise _EnoughSeenError
 
-    def record(inputs: Tensor) -> dict[str, Moments]:
+    def run(compute: Callable[[Tensor], object], inputs: Tensor) -> None:
         calls.clear()
         missing.clear()
         missing.update(until or {})
         with suppress(_EnoughSeenError):
-            model(inputs.to(device, non_blocking=True))
+            compute(inputs)
+
+    def record(inputs: Tensor) -> dict[str, Moments]:
+        placed = inputs.to(device, non_blocking=True)
+        try:
+            run(forward or model, placed)
+        except RestartError:
+            run(model, placed)
         return {name: pooled(made).to("cpu") for name, made in calls.items()}
 
     device = model_device(model)

@@ -3,13 +3,13 @@ import torch
 from torch import Tensor, nn
 
 from bncli.stats import batch_norm_layers
-from bncli.stats.dataflow import Call, trace_calls
+from bncli.stats.dataflow import Call, trace_flow
 from bncli.stats.stages import plan_stages
 from tests.stats.networks import Residual, Shared, Twins
 
 
 def sources(model: nn.Module, data: Tensor) -> list[tuple[str, set[str]]]:
-    calls = trace_calls(model, data, dict(batch_norm_layers(model)))
+    calls = trace_flow(model, data, dict(batch_norm_layers(model))).calls
     return [(call.layer, set(call.sources)) for call in calls]
 
 
@@ -76,7 +76,7 @@ def test_costs_are_floating_point_operations() -> None:
         nn.Linear(18, 100),
         nn.BatchNorm1d(100),
     )
-    first, second = trace_calls(model, torch.randn(2, 1, 5, 5), dict(batch_norm_layers(model)))
+    first, second = trace_flow(model, torch.randn(2, 1, 5, 5), dict(batch_norm_layers(model))).calls
     conv, linear = 2 * (2 * 2 * 9 * 9), 2 * (2 * 18 * 100)
     assert first.cost == pytest.approx(conv / (conv + linear), rel=0.1)
     assert 0.9 < second.cost < 1
