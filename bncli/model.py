@@ -101,10 +101,13 @@ class Whitening(nn.Sequential):
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
         """Set the filters from normalised images (N, C, H, W); 1,000 are plenty."""
-        patches = nn.functional.unfold(images.double(), 2)  # (N, 4C, number of patches)
-        size = patches.shape[1]
-        patches = patches.transpose(0, 1).reshape(size, -1)
-        eigenvalues, eigenvectors = torch.linalg.eigh(patches @ patches.T / patches.shape[1])
+        squares, count = torch.zeros((), dtype=torch.float64), 0
+        for part in images.split(100):  # small enough for memory to be used again
+            patches = nn.functional.unfold(part.double(), 2)  # (N, 4C, number of patches of one)
+            squares = squares + torch.bmm(patches, patches.transpose(1, 2)).sum(0)  # (4C, 4C)
+            count += len(patches) * patches.shape[2]
+        size = len(squares)
+        eigenvalues, eigenvectors = torch.linalg.eigh(squares / count)
         # the smallest eigenvalues are noise; the constant keeps them from being blown up
         filters = eigenvectors.T / (eigenvalues[:, None] + 5e-4).sqrt()  # (4C, 4C), one filter a row
         filters = filters.reshape(size, -1, 2, 2)

@@ -5,7 +5,6 @@ needs itself) is imported at the top, and each check tells its own failure.
 """
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -113,10 +112,12 @@ def _torchvision() -> Check:
 
 
 def _library(name: str) -> Check:
+    from importlib.metadata import version  # 10 ms, and every command imports this file
+
     distribution = _DISTRIBUTIONS.get(name, name)
     try:
         importlib.import_module(name)
-        return Check(distribution, "ok", importlib.metadata.version(distribution))
+        return Check(distribution, "ok", version(distribution))
     except Exception as error:
         fix = f"install it: pip install {distribution}"
         return Check(distribution, "problem", f"cannot be imported: {_reason(error)}", fix)

@@ -169,7 +169,7 @@ def test_files_that_were_read_ahead_are_not_read_again(tiny, tmp_path):
 def test_what_a_thread_could_not_read_is_reported_where_it_is_needed(tiny, tmp_path, monkeypatch):
     root = tmp_path / "data"
     load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
-    monkeypatch.setattr(cifar10_files, "_content", lambda file, md5: file.read_text(encoding="ascii"))
+    monkeypatch.setattr(cifar10_files, "_read_into", lambda _, file, __: file.read_text(encoding="ascii"))
     cifar10_files.read_ahead(root)
     with pytest.raises(DataError, match=r"cannot be read: .*codec"):
         load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
