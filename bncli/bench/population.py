@@ -3,10 +3,11 @@
 Right: data with mean 1e3 and deviation 1e-3, in which every digit counts, through one BatchNorm layer, in
 equal, unequal and single-image batches. The oracle is the mean and variance of all of it at once in float64.
 
-Fast: one pass over the same images by each tool, and a plain forward pass in eval mode, in turns, over
-torchvision's ResNet-18. Ratios are taken within a round.
+Fast: one pass over the same images by each tool, and a plain forward pass in eval mode, in turns, over a
+network of torchvision's with random weights. Ratios are taken within a round.
 """
 
+import difflib
 import statistics
 import time
 import warnings
@@ -69,6 +70,7 @@ class PopulationBench:
 
 def bench_population(
     *,
+    network: str = "resnet18",  # of torchvision
     num_rounds: int = 5,
     num_images: int = 64,
     batch_size: int = 32,
@@ -77,15 +79,11 @@ def bench_population(
 ) -> PopulationBench:
     """Measure errors and times.
 
-    Raises BncliError if fvcore is not installed.
+    Raises BncliError if fvcore is not installed, or for a network that there is not or that has no BatchNorm.
     """
     fvcore = _fvcore()
+    model = _network(network, image_size)
     errors = tuple(_errors(cut, sizes, fvcore) for cut, sizes in _CUTS.items())
-    import_torchvision()
-    from torchvision.models import resnet18
-
-    torch.manual_seed(0)
-    model = resnet18(num_classes=10)
     batches = list(torch.randn(num_images, 3, image_size, image_size).split(batch_size))
     tools: dict[str, Callable[[], object]] = {
         "plain forward": lambda: _plain_forward(model, batches),
@@ -99,7 +97,7 @@ def bench_population(
         data_mean=1e3,
         data_deviation=1e-3,
         errors=errors,
-        network="torchvision resnet18",
+        network=f"torchvision {network}",
         num_layers=len(batch_norm_layers(model)),
         num_images=num_images,
         image_size=image_size,
@@ -110,6 +108,27 @@ def bench_population(
         threads=torch.get_num_threads(),
         machine=describe_machine(),
     )
+
+
+def _network(name: str, image_size: int) -> nn.Module:
+    models = import_torchvision().models
+    names = models.list_models(module=models)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BncliError(f"--network: torchvision has no classifier {name!r}{hint}")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # how two of them initialise their weights
+        model: nn.Module = models.get_model(name, weights=None, num_classes=10)
+    if not batch_norm_layers(model):
+        raise BncliError(f"--network: {name} has no BatchNorm")
+    try:
+        _plain_forward(model, [torch.zeros(1, 3, image_size, image_size)])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        found = f"--network: {name} cannot take {image_size}x{image_size} pixels"
+        raise BncliError(f"{found}: {' '.join(str(error).split())}") from error
+    return model
 
 
 def _fvcore() -> Callable[..., object]:

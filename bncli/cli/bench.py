@@ -49,6 +49,7 @@ def bench_train(
 
 @bench_app.command("population")
 def bench_population_statistics(
+    network: Annotated[str, typer.Option(metavar="NAME", help="A classifier of torchvision's.")] = "resnet18",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 5,
     images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 64,
     batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
@@ -61,6 +62,7 @@ def bench_population_statistics(
     from bncli.cli.render_population import show_population_bench
 
     result = bench_population(
+        network=network,
         num_rounds=rounds,
         num_images=images,
         batch_size=batch_size,

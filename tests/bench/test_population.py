@@ -34,3 +34,23 @@ def test_without_fvcore_the_bench_says_so(bncli: Bncli, monkeypatch: pytest.Monk
     outcome = bncli(*SMALL)
     assert outcome.code == 2
     assert "pip install fvcore" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("resnet8", "torchvision has no classifier 'resnet8'; did you mean resnet18?"),
+        ("vgg11", "vgg11 has no BatchNorm"),
+        ("inception_v3", "inception_v3 cannot take 32x32 pixels: "),
+    ],
+)
+def test_a_network_that_cannot_be_measured_is_named(bncli: Bncli, network: str, message: str) -> None:
+    outcome = bncli(*SMALL, "--network", network)
+    assert outcome.code == 2
+    assert f"--network: {message}" in outcome.err
+
+
+def test_another_network_is_measured(bncli: Bncli) -> None:
+    result = bncli(*SMALL, "--network", "mobilenet_v3_small", "--json").json
+    assert (result["network"], result["num_layers"]) == ("torchvision mobilenet_v3_small", 34)
+    assert result["exact_forward_passes"] < 0.2 * 34
