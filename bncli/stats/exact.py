@@ -11,7 +11,7 @@ Layers without running statistics use batch statistics in eval mode too. What li
 the batches, whatever one does.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.errors import BncliError, DataError
 from bncli.stats.batch_tree import BatchTree
-from bncli.stats.dataflow import DataFlow, trace_flow
+from bncli.stats.dataflow import Call, trace_flow
 from bncli.stats.measured_pass import MeasuredPass, PassProgress, measure_pass
 from bncli.stats.modes import preserved_buffers
 from bncli.stats.moments import Moments
@@ -67,7 +67,8 @@ def measure_exact(
     with preserved_buffers(nn.ModuleList(layers.values())):
         flow = trace_flow(model, sample, layers)
         stages = plan_stages(flow.calls)
-        passes = _Passes(model, batches, layers, stages, flow, Restarts(model, flow.cuts, sample), progress)
+        restarts = Restarts(model, flow.cuts, sample)
+        passes = _Passes(model, batches, layers, stages, flow.calls, restarts, progress)
         if tolerance is not None:
             passes.limit(tolerance)
         trees: dict[str, BatchTree] = {}
@@ -96,7 +97,7 @@ class _Passes:
         batches: Batches,
         layers: Mapping[str, _BatchNorm],
         stages: tuple[Stage, ...],
-        flow: DataFlow,
+        calls: Sequence[Call],
         restarts: Restarts,
         progress: PassProgress | None,
     ) -> None:
@@ -110,7 +111,7 @@ class _Passes:
         self._num_stages = len(stages)
         reached = {name for stage in stages for name in stage.layers}
         self._unreached = {name: layer for name, layer in layers.items() if name not in reached}
-        self._calls = flow.calls
+        self._calls = calls
         self._restarts = restarts
         self._final: set[str] = set()  # layers that have their new statistics
         self._progress = progress
@@ -120,9 +121,7 @@ class _Passes:
     def limit(self, tolerance: float) -> None:
         """Find out how many batches bring every standard error below the tolerance, and take only those."""
         self._num_stages += 1
-        done = self._run(
-            self._layers, by_batch=True, until=None, cost=1.0, tolerance=tolerance, forward=self._model
-        )
+        done = self._run(self._layers, by_batch=True, until=None, cost=1.0, tolerance=tolerance)
         self._num_batches = done.num_batches
         self.stopped_early = done.stopped_early
 
@@ -137,14 +136,15 @@ class _Passes:
 
         The first one normalises by batch statistics: from a stale start it might not get there.
         """
+        self._num_stages += 1
         trees = self._measure(stage, by_batch=True)
         for _ in range(MAX_REPEATS):
-            self._num_stages += 1
             before, trees = trees, self._measure(stage, by_batch=False)
             pairs = ((self._layers[name], before[name].total(), trees[name].total()) for name in trees)
             if all(_is_settled(*pair) for pair in pairs):
                 self._final |= trees.keys()
                 return trees
+            self._num_stages += 1
         names = ", ".join(stage.layers)
         raise BncliError(
             f"{names}: used again on what came out of it, and no statistics were found that reproduce"
@@ -153,8 +153,10 @@ class _Passes:
 
     def _measure(self, stage: Stage, *, by_batch: bool) -> dict[str, BatchTree]:
         chosen = {name: self._layers[name] for name in stage.layers}
-        final_calls = takewhile(lambda call: call.layer in self._final, self._calls)
-        self._restarts.aim(sum(1 for _ in final_calls), None if self.last is None else self.last.num_images)
+        if self.num_passes + 1 < self._num_stages:  # there is a later pass to keep something for
+            final_calls = takewhile(lambda call: call.layer in self._final, self._calls)
+            num_images = None if self.last is None else self.last.num_images
+            self._restarts.aim(sum(1 for _ in final_calls), num_images)
         done = self._run(
             chosen | self._unreached,
             by_batch=by_batch,
@@ -179,7 +181,7 @@ class _Passes:
         by_batch: bool,
         until: Mapping[str, int] | None,
         cost: float,
-        forward: Callable[[Tensor], object],
+        forward: Callable[[Tensor], object] | None = None,
         tolerance: float | None = None,
     ) -> MeasuredPass:
         self.num_passes += 1

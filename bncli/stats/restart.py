@@ -72,7 +72,7 @@ class Restarts:
 
         Raises RestartError for whatever goes wrong in the middle; from then on it starts at the beginning.
         """
-        if not self._cuts:
+        if self._target is None and not self._kept:
             self._model(inputs)
             return
         digest = _digest(inputs)
@@ -217,11 +217,8 @@ def _at_cut(module: nn.Module, number: int, do: Callable[[Tensor], Tensor | None
     def after(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
         return do(output) if next(calls) == number else None
 
-    handle = module.register_forward_hook(after)
-    try:
+    with module.register_forward_hook(after):
         yield
-    finally:
-        handle.remove()
 
 
 def _to_meta(value: object) -> object:

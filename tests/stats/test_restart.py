@@ -1,6 +1,7 @@
 """Starting in the middle of a forward pass against starting at its beginning: the same bits, or not used."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import count
 
 import pytest
@@ -118,6 +119,28 @@ def test_what_is_kept_serves_more_than_once(monkeypatch: pytest.MonkeyPatch) -> 
     plain, kept = both_ways(monkeypatch, Block(), list(images().split(8)))
     assert same_bits(plain, kept)
     assert kept.forward_passes < plain.forward_passes - 2 * 0.15
+
+
+@pytest.mark.parametrize(("network", "expected"), [(Chain, 2), (nn.BatchNorm2d, 0)])
+def test_nothing_is_kept_for_a_pass_that_does_not_come(
+    network: Callable[..., nn.Module], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[restart.Cut] = []
+    keeping = restart.Restarts._keeping
+
+    def watched(
+        self: restart.Restarts, cut: restart.Cut | None, digest: bytes
+    ) -> AbstractContextManager[None]:
+        if cut is not None:
+            made.append(cut)
+        return keeping(self, cut, digest)
+
+    monkeypatch.setattr(restart.Restarts, "_keeping", watched)
+    model = network() if network is Chain else network(3)
+    found = measure_population(model, list(images().split(8)))
+    assert found.num_passes == expected + 1
+    assert len(made) == 3 * expected  # three batches
+    assert len(set(made)) == expected
 
 
 def test_layers_of_every_dimension_and_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
