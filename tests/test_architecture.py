@@ -1,6 +1,7 @@
 """The layers of the house: an import may only point down, and heavy packages stay in their rooms."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,11 +87,32 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_training_imports_nothing_of_other_commands() -> None:
+    code = "import sys; from bncli.training import train; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"bncli.training.loop", "bncli.stats.tracking", "bncli.evaluation.evaluate"} <= loaded
+    others = {"bncli.stats.recalibrate", "bncli.evaluation.certificate", "bncli.checkpoint.any_file"}
+    assert not others & loaded
+
+
+@pytest.mark.parametrize("stub", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda path: path.parent.name)
+def test_every_name_of_a_package_is_there_whatever_was_imported_before(stub: Path) -> None:
+    package = importlib.import_module(".".join(["bncli", *stub.relative_to(PACKAGE).parts[:-1]]))
+    lines = [line.split() for line in stub.read_text().splitlines() if line.startswith("from ")]
+    assert package.__all__ == sorted(name for *_, name in lines)
+    for _, module, _, name, _, public_name in lines:
+        home = importlib.import_module(module, package.__name__)
+        assert public_name == name
+        # recalibrate is a function of the package and a module of it: the function is meant
+        assert getattr(package, name) is getattr(home, name)
+
+
 def test_the_package_is_typed_and_names_its_public_interface() -> None:
     import bncli
 
     assert (PACKAGE / "py.typed").is_file()
     for name in bncli.__all__:
         assert getattr(bncli, name).__doc__
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="No bncli attribute nothing"):
         _ = bncli.nothing

@@ -1,29 +1,5 @@
 """Training: from a configuration to a run directory with checkpoints."""
 
-from bncli.training.describe import SetupDescription, describe_setup
-from bncli.training.loop import EpochDone, Started, StepDone, TrainResult, train
-from bncli.training.recalibrated import (
-    RecalibratedCheckpoint,
-    RecalibrationMethod,
-    recalibrate_checkpoint,
-    training_sample,
-    verify_checkpoint,
-)
-from bncli.training.setup import Setup, prepare
+import lazy_loader
 
-__all__ = [
-    "EpochDone",
-    "RecalibratedCheckpoint",
-    "RecalibrationMethod",
-    "Setup",
-    "SetupDescription",
-    "Started",
-    "StepDone",
-    "TrainResult",
-    "describe_setup",
-    "prepare",
-    "recalibrate_checkpoint",
-    "train",
-    "training_sample",
-    "verify_checkpoint",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

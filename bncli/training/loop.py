@@ -23,9 +23,8 @@ from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
-from bncli.training.recalibrated import RECALIBRATED, save_recalibrated
 from bncli.training.run import Run
-from bncli.training.run_dir import append_metrics, writing
+from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
 from bncli.training.setup import Setup
 
 
@@ -160,6 +159,9 @@ def _train_to_the_end(
         report(EpochDone(metrics))
     # here the weights are final
     if config.recalibrate != "none":
+        # most of bncli.stats and bncli.evaluation: imported in this case only
+        from bncli.training.recalibrated import save_recalibrated
+
         save_recalibrated(run, run_dir, config.recalibrate, stop)
 
 

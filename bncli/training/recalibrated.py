@@ -21,9 +21,8 @@ from bncli.runtime import Runtime, describe_machine
 from bncli.stats import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.stats.passes import Batches
 from bncli.training.run import Run
-from bncli.training.run_dir import writing
+from bncli.training.run_dir import RECALIBRATED, writing
 
-RECALIBRATED = "recalibrated.pt"  # beside last.pt, from which training can still go on
 RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
 

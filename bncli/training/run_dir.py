@@ -17,8 +17,10 @@ from bncli.errors import RunError
 from bncli.serialization import to_json
 from bncli.training.lock import LOCK_NAME, locked
 
+RECALIBRATED = "recalibrated.pt"  # beside last.pt, from which training can still go on
+
 # what `atomic_file` leaves behind when the process is killed in its midst
-_LEFTOVER = re.compile(r"\.(config\.yaml|metrics\.jsonl|last\.pt|best\.pt)\.[a-z0-9_]{8}\.tmp")
+_LEFTOVER = re.compile(r"\.(config\.yaml|metrics\.jsonl|(last|best|recalibrated)\.pt)\.[a-z0-9_]{8}\.tmp")
 
 
 def default_run_dir(config_path: str | Path | None) -> Path:

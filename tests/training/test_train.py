@@ -168,6 +168,21 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
             assert whole[key] == resumed[key]
 
 
+def test_what_a_kill_left_of_any_file_goes_when_the_run_is_resumed(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    config = load_config(run_dir / "config.yaml", ["train.recalibrate=precise"])
+    train(config, run_dir, resume=True)
+    names = {path.name for path in run_dir.iterdir()}
+    assert "recalibrated.pt" in names
+    for name in names - {".lock"}:
+        (run_dir / f".{name}.abcd_123.tmp").write_text("half of it")
+    train(config, run_dir, resume=True)
+    assert {path.name for path in run_dir.iterdir()} == names
+
+
 def test_only_every_so_many_epochs_and_the_last_are_evaluated(
     bncli: Bncli, tiny_config: Path, tmp_path: Path
 ) -> None:

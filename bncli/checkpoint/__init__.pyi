@@ -1,0 +1,11 @@
+from .any_file import OpenCheckpoint as OpenCheckpoint
+from .any_file import open_checkpoint as open_checkpoint
+from .digest import file_sha256 as file_sha256
+from .format import Checkpoint as Checkpoint
+from .format import load_checkpoint as load_checkpoint
+from .format import load_model as load_model
+from .format import save_checkpoint as save_checkpoint
+from .integrity import Integrity as Integrity
+from .integrity import check_integrity as check_integrity
+from .locate import Candidate as Candidate
+from .stored_tensor import StoredTensor as StoredTensor

@@ -1,0 +1,14 @@
+from .describe import SetupDescription as SetupDescription
+from .describe import describe_setup as describe_setup
+from .loop import EpochDone as EpochDone
+from .loop import Started as Started
+from .loop import StepDone as StepDone
+from .loop import TrainResult as TrainResult
+from .loop import train as train
+from .recalibrated import RecalibratedCheckpoint as RecalibratedCheckpoint
+from .recalibrated import RecalibrationMethod as RecalibrationMethod
+from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
+from .recalibrated import training_sample as training_sample
+from .recalibrated import verify_checkpoint as verify_checkpoint
+from .setup import Setup as Setup
+from .setup import prepare as prepare
