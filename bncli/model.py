@@ -103,7 +103,10 @@ class Whitening(nn.Sequential):
         """Set the filters from normalised images (N, C, H, W); 1,000 are plenty."""
         squares, count = torch.zeros((), dtype=torch.float64), 0
         for part in images.split(100):  # small enough for memory to be used again
-            patches = nn.functional.unfold(part.double(), 2)  # (N, 4C, number of patches of one)
+            # as of nn.functional.unfold(part, 2), in a fifth of its time: (N, 4C, number of patches of one)
+            height, width = part.shape[2] - 1, part.shape[3] - 1
+            pixels = [part[:, :, y : y + height, x : x + width] for y in (0, 1) for x in (0, 1)]
+            patches = torch.stack(pixels, 2).double().flatten(1, 2).flatten(2)
             squares = squares + torch.bmm(patches, patches.transpose(1, 2)).sum(0)  # (4C, 4C)
             count += len(patches) * patches.shape[2]
         size = len(squares)

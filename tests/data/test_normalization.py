@@ -7,8 +7,9 @@ from bncli.data import Normalization, load_dataset, measure_normalization
 from bncli.errors import DataError
 
 
-def test_mean_and_deviation_equal_numpys_in_float64(rng):
-    images = rng.integers(0, 256, (300, 3, 5, 7)) * np.array([1, 0.5, 0.1]).reshape(1, 3, 1, 1)
+@pytest.mark.parametrize("shape", [(300, 3, 5, 7), (1300, 3, 32, 32)])  # one part, and three of them
+def test_mean_and_deviation_equal_numpys_in_float64(rng, shape):
+    images = rng.integers(0, 256, shape) * np.array([1, 0.5, 0.1]).reshape(1, 3, 1, 1)
     images = images.astype(np.uint8)
     found = measure_normalization(torch.from_numpy(images))
     scaled = images.astype(np.float64) / 255
