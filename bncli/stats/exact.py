@@ -84,7 +84,7 @@ def measure_exact(
         passes.stopped_early,
         passes.num_passes,
         # computing the first batch once more to see what depends on what
-        passes.cost + len(sample) / seen.num_images,
+        passes.cost + (len(sample) - restarts.saved) / seen.num_images,
     )
 
 
@@ -101,7 +101,7 @@ class _Passes:
         restarts: Restarts,
         progress: PassProgress | None,
     ) -> None:
-        self.cost = 0.0
+        self.cost = 0.0  # had every pass started at the beginning
         self.num_passes = 0
         self.last: MeasuredPass | None = None
         self.stopped_early = False
@@ -187,7 +187,6 @@ class _Passes:
         self.num_passes += 1
         report = self._progress
         number, of = self.num_passes, max(self._num_stages, self.num_passes)
-        saved = self._restarts.saved
         done = measure_pass(
             self._model,
             self._batches,
@@ -200,7 +199,7 @@ class _Passes:
             forward=forward,
             progress=None if report is None else lambda num_images: report(number, of, num_images),
         )
-        self.cost += cost - (self._restarts.saved - saved) / done.num_images
+        self.cost += cost
         self.last = done
         return done
 

@@ -39,7 +39,8 @@ class Restarts:
     """What is kept of each batch, and forward passes that use it."""
 
     def __init__(self, model: nn.Module, cuts: Sequence[Cut], sample: Tensor) -> None:
-        self.saved = 0.0  # forward passes of a single image that were not computed
+        # forward passes of a single image that were not computed, less those of trials
+        self.saved = 0.0
         self._model = model
         self._modules = dict(model.named_modules())
         self._cuts = [cut for cut in cuts if cut.cost > 0]
@@ -140,6 +141,7 @@ class Restarts:
     def _try(self, cut: Cut) -> bool:
         kept: list[Tensor] = []
         module = self._modules[cut.module]
+        self.saved -= len(self._sample) * (2 - cut.cost)
         # Whatever a model cannot do on the meta device, it says in any kind of exception; without the cut
         # it is only slower.
         with eval_mode(self._model), torch.no_grad(), suppress(Exception):

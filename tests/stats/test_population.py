@@ -370,10 +370,10 @@ def test_resnet18_costs_a_few_forward_passes_for_20_layers() -> None:
     result = recalibrate(model, data.split([20, 19, 1]))
     assert result.num_passes == 17  # 20 layers, of which 3 shortcuts share a pass
     assert len(result.layers) == 20
-    assert 2 < result.forward_passes < 3.2
-    trials = 17 * 2 * 2 / 40  # in each stage two images, with and without what is kept
     really = (count() - one_pass) / one_pass
-    assert result.forward_passes - 0.1 < really < result.forward_passes + 0.1 + trials
+    # in each stage two images are computed twice, once in part, to try what is kept
+    assert 2.8 < really < 4.2
+    assert result.forward_passes == pytest.approx(really, abs=0.1)
     assert max(one.max_relative_error for one in verify_fixed_point(model, data.split([20, 19, 1]))) < 1e-6
     # in float32 kernels for other batch sizes round differently, and 40 values per channel do not average it
     model.double()

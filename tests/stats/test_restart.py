@@ -97,7 +97,8 @@ def test_starting_in_the_middle_changes_no_bit(
 def test_a_chain_of_layers_costs_one_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, kept = both_ways(monkeypatch, Chain(), list(images(120).split(12)))
     assert plain.forward_passes > 1.8
-    assert kept.forward_passes < 1.15  # 0.1 is the first look
+    # 0.1 is the first look, and two cuts are each tried on two of the 120 images, twice
+    assert kept.forward_passes < 1 + 0.1 + 2 * 2 * 2 / 120
 
 
 class Block(nn.Module):
@@ -255,7 +256,8 @@ def test_batches_that_take_another_way_are_computed_from_their_start(
     model, batches = Large(), list(images(30).split([2, 6, 2, 10, 10]))
     plain, kept = both_ways(monkeypatch, model, batches)
     assert same_bits(plain, kept)
-    assert kept.forward_passes <= plain.forward_passes
+    trials = 2 * 2 * 2 / 30  # two cuts, each tried on two of the 30 images, twice
+    assert kept.forward_passes <= plain.forward_passes + trials
     assert hooks_of(model) == 0
 
 
