@@ -52,6 +52,7 @@ def test_a_network_that_cannot_be_measured_is_named(bncli: Bncli, network: str, 
 
 def test_another_network_is_measured(bncli: Bncli) -> None:
     # more images, since in each of the passes two are computed twice for a trial
-    result = bncli(*SMALL, "--images", 40, "--network", "mobilenet_v3_small", "--json").json
+    more = ("--images", 40, "--batch-size", 20)
+    result = bncli(*SMALL, *more, "--network", "mobilenet_v3_small", "--json").json
     assert (result["network"], result["num_layers"]) == ("torchvision mobilenet_v3_small", 34)
     assert result["exact_forward_passes"] < 0.2 * 34

@@ -94,11 +94,13 @@ def test_starting_in_the_middle_changes_no_bit(
     assert hooks_of(model) == 0
 
 
-def test_a_chain_of_layers_costs_one_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_of_layers_costs_one_forward_pass(
+    monkeypatch: pytest.MonkeyPatch, trials: dict[restart.Restarts, float]
+) -> None:
     plain, kept = both_ways(monkeypatch, Chain(), list(images(120).split(12)))
     assert plain.forward_passes > 1.8
-    # 0.1 is the first look, and two cuts are each tried on two of the 120 images, twice
-    assert kept.forward_passes < 1 + 0.1 + 2 * 2 * 2 / 120
+    _, tried = trials.values()
+    assert kept.forward_passes - tried / 120 < 1.15  # 0.1 is the first look
 
 
 class Block(nn.Module):
@@ -237,7 +239,7 @@ def test_what_only_looks_like_a_cut_is_not_used(way: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("way", ["takes it", "does not call it", "calls it twice", "looks at numbers"])
 def test_batches_that_take_another_way_are_computed_from_their_start(
-    way: str, monkeypatch: pytest.MonkeyPatch
+    way: str, monkeypatch: pytest.MonkeyPatch, trials: dict[restart.Restarts, float]
 ) -> None:
     class Large(Chain):
         def forward(self, x: Tensor) -> Tensor:
@@ -256,8 +258,8 @@ def test_batches_that_take_another_way_are_computed_from_their_start(
     model, batches = Large(), list(images(30).split([2, 6, 2, 10, 10]))
     plain, kept = both_ways(monkeypatch, model, batches)
     assert same_bits(plain, kept)
-    trials = 2 * 2 * 2 / 30  # two cuts, each tried on two of the 30 images, twice
-    assert kept.forward_passes <= plain.forward_passes + trials
+    in_vain, tried = trials.values()
+    assert kept.forward_passes - tried / 30 <= plain.forward_passes - in_vain / 30
     assert hooks_of(model) == 0
 
 
