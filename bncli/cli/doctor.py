@@ -23,7 +23,18 @@ from bncli.cli.messages import one_line
 from bncli.cli.options import JsonOption, SetOption
 from bncli.errors import ConfigError
 
-LIBRARIES = ("numpy", "pydantic", "yaml", "PIL", "rich", "typer", "matplotlib", "safetensors", "fsspec")
+LIBRARIES = (
+    "numpy",
+    "pydantic",
+    "yaml",
+    "PIL",
+    "rich",
+    "typer",
+    "matplotlib",
+    "safetensors",
+    "fsspec",
+    "lazy_loader",
+)
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has another name
 _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
 

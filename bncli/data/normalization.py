@@ -6,19 +6,20 @@ count). For CIFAR-10 that is mean (0.4914, 0.4822, 0.4465) and std (0.2470, 0.24
 (0.2023, ...) is the mean of per-image deviations instead.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from bncli.errors import DataError
 
-_CHUNK = 1 << 19  # pixels a channel: 6 MiB in float32; a memory-mapped set is never in memory as a whole
+# pixels a channel: 6 MiB in float32 in each thread; a memory-mapped set is never in memory as a whole
+_CHUNK = 1 << 19
 _ROW = 256  # pixels
-_MAX_THREADS = 4
+_MAX_THREADS = 4  # each holds a chunk
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ def measure_normalization(images: Tensor) -> Normalization:
 def _sums(images: Tensor) -> tuple[list[int], list[int]]:
     """Of the pixels of each channel, and of their squares.
 
-    With numpy in threads of our own, which wait for each other once: torch's would in every call, which took
-    14 s beside another busy process.
+    With numpy in as many threads as PyTorch has, which wait for each other once: PyTorch's own would in
+    every call, which took 14 s beside another busy process.
     """
     chunks = images.split(max(1, _CHUNK // (images.shape[2] * images.shape[3])))
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(_MAX_THREADS, torch.get_num_threads())) as pool:
         sums: npt.NDArray[np.int64] = sum(pool.map(_sums_of_chunk, chunks), np.zeros((2, 3), np.int64))
     totals, squares = sums.tolist()
     return totals, squares

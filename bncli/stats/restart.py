@@ -141,7 +141,7 @@ class Restarts:
     def _try(self, cut: Cut) -> bool:
         kept: list[Tensor] = []
         module = self._modules[cut.module]
-        self.saved -= len(self._sample) * (2 - cut.cost)
+        self.saved -= len(self._sample) * (2 - cut.cost)  # once from the start, once from the cut
         # Whatever a model cannot do on the meta device, it says in any kind of exception; without the cut
         # it is only slower.
         with eval_mode(self._model), torch.no_grad(), suppress(Exception):
