@@ -25,7 +25,7 @@ run: $(INSTALLED)  ## train, evaluate and inspect on the embedded data set
 	$(BIN)/bncli inspect-stats $(RUN_DIR)/last.pt
 
 test: $(INSTALLED)  ## run the quick tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 test-all: $(INSTALLED)  ## run all tests, slow proofs included
 	$(BIN)/python -m pytest -m ''

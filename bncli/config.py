@@ -131,6 +131,7 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     memory_format: Literal["channels_last", "contiguous"] = "channels_last"
     threads: int | None = Field(None, ge=1, le=1024)  # CPU threads; null: PyTorch's choice
+    compile: bool = False  # torch.compile for the training step; evaluation computes as without it
     reuse_memory: bool = True  # freed memory stays with the process, for the next step
     eval_batch_size: int = Field(250, ge=1, le=1_000_000)
 

@@ -37,6 +37,10 @@ class DeviceError(BncliError):
     """A device or precision that this machine does not have."""
 
 
+class CompileError(BncliError):
+    """A network that PyTorch cannot compile here."""
+
+
 class IncomparableError(BncliError):
     """Two checkpoints that have no BatchNorm layer in common."""
 

@@ -6,15 +6,15 @@ from compute capability 8.0, CPUs with AVX-512-bf16 or AMX. Elsewhere bfloat16 i
 
 import contextlib
 import ctypes
-import os
-import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from bncli.config import RuntimeConfig
-from bncli.errors import DeviceError
+from bncli.errors import CompileError, DeviceError
+from bncli.hardware import has_fast_bfloat16
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -30,6 +30,11 @@ class Runtime:
     precision: torch.dtype  # torch.float32, or torch.bfloat16 for autocast with float32 weights
     memory_format: torch.memory_format
     threads: int
+
+    @property
+    def emulates_bfloat16(self) -> bool:
+        """Whether bfloat16 was asked for where the hardware is not known to be fast at it."""
+        return self.precision == torch.bfloat16 and not has_fast_bfloat16(self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which matrix products and convolutions run in `precision`."""
@@ -101,14 +106,35 @@ def _resolve_device(name: str) -> torch.device:
     return device
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = _cpu_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return False
+def check_compiler(device: torch.device) -> None:
+    """Compile something small, to know before a run begins whether it can be done.
+
+    Raises:
+        CompileError: when `torch.compile` fails, for example for want of a C++ compiler or of Triton.
+    """
+    try:
+        torch.compile(torch.nn.Softplus())(torch.ones(8, device=device))
+    except Exception as error:  # each backend has errors of its own
+        raise _compile_error(error) from None
+
+
+@contextlib.contextmanager
+def short_compile_errors() -> Iterator[None]:
+    """Raise CompileError in place of what PyTorch's compiler raises: up to 200 KB, with all that g++ said."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        raise _compile_error(error) from None
+
+
+def _compile_error(error: Exception) -> CompileError:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    reason = (first_line or type(error).__name__)[:200].rstrip(".: ")
+    return CompileError(
+        f"runtime.compile: PyTorch {torch.__version__} cannot compile this: {reason}; set it to false"
+    )
 
 
 def keep_freed_memory() -> bool:
@@ -152,32 +178,3 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that it was asked for: before a clock is read."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def describe_machine() -> dict[str, Any]:
-    """Versions and hardware, as plain values: what a number is worth nothing without."""
-    import bncli
-
-    machine: dict[str, Any] = {
-        "bncli": bncli.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "num_cpus": os.cpu_count(),
-    }
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
-        machine["cuda"] = torch.version.cuda
-    return machine
-
-
-def _cpu_name() -> str:
-    name = _cpu_capabilities().get("cpu_name")
-    return str(name or platform.processor() or "unknown")
-
-
-def _cpu_capabilities() -> dict[str, Any]:
-    # absent from some versions of PyTorch; without it `auto` stays with float32, which always works
-    return dict(getattr(torch.cpu, "get_capabilities", dict)())

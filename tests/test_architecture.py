@@ -20,7 +20,7 @@ LAYERS = [
     {"stats", "model"},
     {"config_file", "runtime", "torchvision_compat"},
     {"config", "serialization", "cifar10_files"},
-    {"errors", "atomic_file"},
+    {"errors", "atomic_file", "hardware"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {

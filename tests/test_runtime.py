@@ -7,13 +7,8 @@ import torch
 
 from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
-from bncli.runtime import (
-    describe_machine,
-    has_fast_bfloat16,
-    keep_freed_memory,
-    release_freed_memory,
-    resolve_runtime,
-)
+from bncli.hardware import has_fast_bfloat16
+from bncli.runtime import keep_freed_memory, release_freed_memory, resolve_runtime
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,7 +18,7 @@ def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) ->
         ({"avx512_bf16": False, "avx2": True}, torch.float32),
         ({}, torch.float32),
     ):
-        monkeypatch.setattr("bncli.runtime._cpu_capabilities", lambda found=capabilities: found)
+        monkeypatch.setattr("bncli.hardware._cpu_capabilities", lambda found=capabilities: found)
         assert resolve_runtime(RuntimeConfig(device="cpu")).precision == expected
         assert has_fast_bfloat16(torch.device("cpu")) == (expected == torch.bfloat16)
 
@@ -60,13 +55,6 @@ def test_an_unknown_device_is_refused(name: str) -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(DeviceError, match="finds 0 CUDA devices"):
         resolve_runtime(RuntimeConfig(device="cuda"))
-
-
-def test_the_description_of_a_machine_holds_versions_and_hardware() -> None:
-    machine = describe_machine()
-    assert machine["torch"] == torch.__version__
-    assert machine["num_cpus"] >= 1
-    assert machine["cpu"]
 
 
 _PAGE_FAULTS = """

@@ -27,7 +27,8 @@ from bncli.bench.time_to_accuracy import (
 )
 from bncli.config_file import load_config
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine, resolve_runtime
+from bncli.hardware import describe_machine
+from bncli.runtime import resolve_runtime
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,14 @@ def bench_accuracy(
         except OSError as error:
             raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
         report(runs[-1])
-    runtime = resolve_runtime(load_config(config, list(overrides)).runtime)
+    settings = load_config(config, list(overrides)).runtime
+    runtime = resolve_runtime(settings)
     return AccuracyBench(
         config=str(config),
         command=shlex.join(["bncli", *_train_arguments(config, overrides, "K", "DIR")]),
         commit=_commit(),
         machine=describe_machine(),
-        runtime=runtime.describe(),
+        runtime=runtime.describe() | {"compile": settings.compile},
         peak_gflops_per_second=matrix_gflops(runtime.device, runtime.precision),
         seeds=tuple(runs),
         targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bncli.bench.child_process import BNCLI, run_child
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine
+from bncli.hardware import describe_machine
 
 CHANNELS = 256
 

@@ -34,7 +34,7 @@ def plain_process(config: Config, num_steps: int, workers: int) -> Iterator[Call
     Raises:
         BncliError: from the call, when the plain loop failed or its process was killed.
     """
-    runtime = config.runtime.model_copy(update={"reuse_memory": False})
+    runtime = config.runtime.model_copy(update={"reuse_memory": False, "compile": False})
     config = config.model_copy(update={"runtime": runtime})
     context = multiprocessing.get_context("spawn")  # a fork would inherit this process's allocator
     here, there = context.Pipe()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine
+from bncli.hardware import describe_machine
 from bncli.stats import batch_norm_layers, eval_mode, measure_population, train_mode
 from bncli.torchvision_compat import import_torchvision
 

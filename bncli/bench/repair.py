@@ -19,8 +19,9 @@ from bncli.checkpoint import Checkpoint, load_model, save_checkpoint
 from bncli.config import Config
 from bncli.data import BatchPlan, Dataset, sample_batches, training_batches
 from bncli.evaluation import Gap, measure_gap
+from bncli.hardware import describe_machine
 from bncli.model import ConvNet
-from bncli.runtime import Runtime, describe_machine
+from bncli.runtime import Runtime
 from bncli.stats import batch_norm_layers, batch_statistics_mode
 from bncli.training import training_sample
 from bncli.training.optimizer import build_optimizer

@@ -23,7 +23,8 @@ from bncli.config_file import dump_config
 from bncli.data import BatchPlan, Split, training_batches
 from bncli.data import Progress as DataProgress
 from bncli.errors import BncliError
-from bncli.runtime import describe_machine, synchronize
+from bncli.hardware import describe_machine
+from bncli.runtime import synchronize
 from bncli.training import Setup, prepare
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import take_step
@@ -106,7 +107,7 @@ def bench_scale(
         start_ratio_max=max(ratios),
         num_starts=num_starts,
         reads_data=isinstance(config.data, Cifar10Config),
-        runtime=setup.runtime.describe(),
+        runtime=setup.describe_runtime(),
         machine=describe_machine(),
     )
 

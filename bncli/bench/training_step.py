@@ -17,8 +17,9 @@ from bncli.bench.plain_loop import plain_process
 from bncli.config import Config
 from bncli.data import Progress as DataProgress
 from bncli.errors import ConfigError
+from bncli.hardware import describe_machine
 from bncli.model import measure_layers
-from bncli.runtime import describe_machine, synchronize
+from bncli.runtime import synchronize
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step
 from bncli.training.run import Run
@@ -94,7 +95,7 @@ def bench_training_step(
         share_of_peak=gflops / peak,
         peak_gflops_per_second=peak,
         plain_workers=plain_workers,
-        runtime=setup.runtime.describe(),
+        runtime=setup.describe_runtime(),
         machine=describe_machine(),
     )
 

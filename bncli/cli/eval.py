@@ -113,7 +113,7 @@ def _examine(
     from bncli.cli.render_eval import EvalReport
     from bncli.data import load_dataset, sequential_batches
     from bncli.evaluation import certify, evaluate
-    from bncli.runtime import describe_machine
+    from bncli.hardware import describe_machine
 
     model, runtime, rows = subject.model, subject.runtime, subject.fixed_rows or 1
     dataset = load_dataset(subject.config.data, progress=DataReporter())

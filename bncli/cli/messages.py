@@ -1,6 +1,10 @@
 """What goes to stderr: one line each, with nothing in it that a terminal would obey."""
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bncli.runtime import Runtime
 
 
 def one_line(text: str) -> str:
@@ -15,6 +19,15 @@ def one_line(text: str) -> str:
 def print_error(message: str) -> None:
     """Say on stderr why the command ends."""
     print(f"bncli: error: {one_line(message)}", file=sys.stderr)
+
+
+def note_emulation(runtime: "Runtime") -> None:
+    """Say that bfloat16 was asked for where it does not pay: a wait without a visible reason."""
+    if runtime.emulates_bfloat16:
+        print_note(
+            f"warning: runtime.precision: bfloat16 is emulated or unknown on {runtime.device}, where it may"
+            " take many times as long as float32; set it to auto or float32"
+        )
 
 
 def print_note(message: str) -> None:

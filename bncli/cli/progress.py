@@ -7,7 +7,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import note_emulation, one_line
+from bncli.cli.render import runtime_line
 from bncli.training import EpochDone, Started, StepDone
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
@@ -91,12 +92,11 @@ class TrainReporter:
 
     def _started(self, event: Started) -> None:
         setup = event.setup
-        runtime = setup.runtime.describe()
+        note_emulation(setup.runtime)
         self._num_epochs = setup.config.train.epochs
         self._line(
             f"Training on {len(setup.dataset.train):,} images of {setup.dataset.name}"
-            f" ({runtime['device']}, {runtime['precision']}, {runtime['memory_format']},"
-            f" {runtime['threads']} threads) into {one_line(str(event.run_dir))}"
+            f" ({runtime_line(setup.describe_runtime())}) into {one_line(str(event.run_dir))}"
         )
         if event.step > event.epoch * setup.plan.num_steps:
             self._line(

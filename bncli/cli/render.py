@@ -42,8 +42,9 @@ def number(value: float | None) -> str:
 
 
 def runtime_line(runtime: dict[str, Any]) -> str:
-    """`Runtime.describe()` as text."""
-    return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime)
+    """`Runtime.describe()` or `Setup.describe_runtime()` as text."""
+    compiled = ", compiled" if runtime.get("compile") else ""
+    return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime) + compiled
 
 
 def machine_line(machine: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
     Raises CheckpointError, ConfigError or DeviceError.
     """
     from bncli.checkpoint import load_checkpoint, load_model
+    from bncli.cli.messages import note_emulation
     from bncli.config_file import config_from_dict
     from bncli.evaluation import FixedShape
     from bncli.runtime import resolve_runtime
@@ -39,6 +40,7 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
     checkpoint = load_checkpoint(path)
     config = config_from_dict(checkpoint.config.model_dump(mode="json"), overrides, source=str(path))
     runtime = resolve_runtime(config.runtime)
+    note_emulation(runtime)
     network = runtime.place_model(load_model(checkpoint))
     if not batch_invariant:
         return Subject(checkpoint, config, runtime, network, None)

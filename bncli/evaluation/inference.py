@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bncli.errors import BncliError
 from bncli.evaluation.folded import fold_batch_norm
+from bncli.hardware import has_fast_bfloat16
 
 # Measured on CPU (1 MiB of L2 cache a core): chunks of 64, 128 and 256 are within 5 % of each other,
 # 32 are slower, and memory grows with them.
@@ -60,7 +61,7 @@ class InferenceNetwork(nn.Module):
 
 
 def optimize_for_inference(
-    model: nn.Module, *, dtype: torch.dtype = torch.bfloat16, rows: int = INFERENCE_ROWS
+    model: nn.Module, *, dtype: torch.dtype | None = None, rows: int = INFERENCE_ROWS
 ) -> InferenceNetwork:
     """Return a fast copy of `model` for eval mode; `model` is left alone.
 
@@ -78,17 +79,21 @@ def optimize_for_inference(
     one epoch of training. Check on your own data. The last bits depend on the size of the chunk, as in any
     eval mode; put a `FixedShape` around the result where that matters.
 
-    How fast: bfloat16 pays only where the hardware multiplies it fast (CPUs with AVX-512-bf16 or AMX, recent
-    GPUs); elsewhere take torch.float32. Layers must be called as modules: code that hands the weight of a
-    convolution to `torch.nn.functional` itself may meet two types, and PyTorch raises RuntimeError.
+    Without `dtype` it is torch.bfloat16 where the processor that holds the model multiplies it fast (CPUs
+    with AVX-512-bf16 or AMX, GPUs from compute capability 8.0), and elsewhere, where bfloat16 is emulated and
+    many times slower, the model's own type. Layers must be called as modules: code that hands the weight of
+    a convolution to `torch.nn.functional` itself may meet two types, and PyTorch raises RuntimeError.
 
     Raises ValueError for fewer than one row, or a `dtype` that is not a floating point type.
     """
     if rows < 1:
         raise ValueError(f"rows must be 1 or more, got {rows}")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    own_dtype = weight.dtype
+    if dtype is None:
+        dtype = torch.bfloat16 if has_fast_bfloat16(weight.device) else own_dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating point type such as torch.bfloat16, got {dtype}")
-    own_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     network = fold_batch_norm(model).requires_grad_(False)
     for layer in network.modules():
         if isinstance(layer, _ConvNd):

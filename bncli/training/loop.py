@@ -18,7 +18,8 @@ from bncli.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
 from bncli.data import micro_batches
-from bncli.errors import DivergedError, StoppedError
+from bncli.errors import CompileError, DivergedError, StoppedError
+from bncli.runtime import short_compile_errors
 from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
@@ -92,6 +93,7 @@ def train(
 
     Raises:
         StoppedError: when `stop` said so.
+        CompileError: when `runtime.compile` is set and PyTorch cannot do so; the steps before are saved.
         DivergedError: when a loss, gradient, weight or running statistic stops being finite; saved is the
             last good step.
         BncliError: on a configuration, data or directory that cannot be used.
@@ -102,8 +104,11 @@ def train(
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, report, stop)
-        except StoppedError:
+        except (StoppedError, CompileError) as error:
             _save_last_step(run, last_good, run_dir)
+            # Ctrl-C on a terminal also ends the C++ compiler that is at work, and that comes first
+            if isinstance(error, CompileError) and not stop():
+                raise
             raise StoppedError(
                 f"stopped after step {run.step} of {run.setup.num_steps}; continue with:"
                 f" bncli train --resume {shlex.quote(str(run_dir))}"
@@ -201,7 +206,7 @@ def check_steps(run: Run, last_good: LastGoodStep) -> None:
 
 
 def _take_unchecked(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
-    with last_good.or_back():
+    with last_good.or_back(), short_compile_errors():
         loss, num_correct = training_step(run, images, labels)
         run.running_epoch.add(loss, num_correct, len(labels))
 
@@ -272,7 +277,7 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     run.optimizer.zero_grad()
     for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
         with runtime.autocast():
-            logits = run.model(runtime.place(part))
+            logits = run.forward(runtime.place(part))
         loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
         loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
         loss.backward()

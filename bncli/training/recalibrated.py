@@ -16,8 +16,9 @@ from bncli.checkpoint import Checkpoint, file_sha256, load_checkpoint, load_mode
 from bncli.data import Dataset, sample_batches, sequential_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.hardware import describe_machine
 from bncli.model import ConvNet
-from bncli.runtime import Runtime, describe_machine
+from bncli.runtime import Runtime
 from bncli.stats import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.stats.passes import Batches
 from bncli.training.run import Run

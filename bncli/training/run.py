@@ -4,14 +4,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from bncli.checkpoint import Checkpoint
 from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
+from bncli.hardware import describe_machine
 from bncli.model import ConvNet
-from bncli.runtime import describe_machine, keep_freed_memory, release_freed_memory
+from bncli.runtime import keep_freed_memory, release_freed_memory
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -23,6 +25,7 @@ class Run:
 
     setup: Setup
     model: ConvNet
+    forward: Callable[[Tensor], Tensor]  # the model in a training step: itself, or compiled
     optimizer: Optimizer
     running_epoch: RunningEpoch
     epoch: int = 0  # epochs finished
@@ -41,7 +44,11 @@ class Run:
             # not before: what preparing the data took for a moment would be kept, and fit no activation
             keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
-        return cls(setup, setup.model, optimizer, RunningEpoch(setup.model, setup.runtime.device))
+        forward: Callable[[Tensor], Tensor] = setup.model
+        if setup.config.runtime.compile:
+            # for each size of images anew: a network for any size is slower
+            forward = torch.compile(setup.model, dynamic=False)
+        return cls(setup, setup.model, forward, optimizer, RunningEpoch(setup.model, setup.runtime.device))
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
@@ -159,7 +166,7 @@ class Run:
             test_loss=evaluation.loss if evaluation else None,
             best_accuracy=self.best_accuracy,
             seconds=self.seconds,
-            runtime=self.setup.runtime.describe(),
+            runtime=self.setup.describe_runtime(),
             machine=describe_machine(),
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),

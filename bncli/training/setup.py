@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from bncli.config import Config
 from bncli.data import (
@@ -18,7 +19,7 @@ from bncli.data import (
 )
 from bncli.errors import ConfigError
 from bncli.model import ConvNet, build_model, smallest_map
-from bncli.runtime import Runtime, resolve_runtime
+from bncli.runtime import Runtime, check_compiler, resolve_runtime
 
 STEPS_BETWEEN_CHECKS = 100  # on a GPU; as many are taken once more, one by one, to find the first bad one
 NUM_WHITENING_IMAGES = 1_000  # a million 2x2 patches at 32x32; more only take memory
@@ -59,6 +60,10 @@ class Setup:
         """SHA-256 of the images and labels."""
         return digest_dataset(self.dataset)
 
+    def describe_runtime(self) -> dict[str, Any]:
+        """How training computes, as plain values for checkpoints, JSON and headers."""
+        return self.runtime.describe() | {"compile": self.config.runtime.compile}
+
     @property
     def reuses_memory(self) -> bool:
         """Whether the process keeps what it frees, as configured."""
@@ -81,6 +86,8 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         fix = "set it to none, or model.batch_norm.track_running_stats to true"
         raise ConfigError("train", [f"train.recalibrate: {reason}; {fix}"])
     runtime = resolve_runtime(config.runtime)
+    if config.runtime.compile:
+        check_compiler(runtime.device)
     dataset = load_dataset(config.data, progress=progress)
     normalization = measure_normalization(dataset.train.images)
     _, channels, height, width = dataset.train.images.shape

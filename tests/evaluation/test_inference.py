@@ -52,7 +52,7 @@ def test_in_float32_the_copy_computes_what_the_network_does(whitening: bool, poo
 def test_in_bfloat16_logits_are_close_float32_and_mostly_agree_on_the_class() -> None:
     model = our_network()
     images = pixels(200)
-    logits = optimize_for_inference(model, rows=64)(images)
+    logits = optimize_for_inference(model, dtype=torch.bfloat16, rows=64)(images)
     oracle = in_float64(model, images)
     assert logits.dtype == torch.float32
     assert (logits - oracle).abs().max() < 0.03 * oracle.abs().max()
@@ -62,12 +62,25 @@ def test_in_bfloat16_logits_are_close_float32_and_mostly_agree_on_the_class() ->
 
 
 def test_weights_of_convolutions_are_held_in_bfloat16_and_channels_last_without_batch_norm() -> None:
-    fast = optimize_for_inference(our_network())
+    fast = optimize_for_inference(our_network(), dtype=torch.bfloat16)
     convolutions = [module for module in fast.modules() if isinstance(module, nn.Conv2d)]
     assert {convolution.weight.dtype for convolution in convolutions} == {torch.bfloat16}
     assert all(one.weight.is_contiguous(memory_format=torch.channels_last) for one in convolutions)
     assert fast.model.head.weight.dtype == torch.float32
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_without_a_type_it_is_bfloat16_only_where_the_hardware_is_fast_at_it(
+    own: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_fast, expected in ((True, torch.bfloat16), (False, own)):
+        monkeypatch.setattr(
+            "bncli.hardware._cpu_capabilities", lambda is_fast=is_fast: {"avx512_bf16": is_fast}
+        )
+        fast = optimize_for_inference(our_network().to(own))
+        assert {one.weight.dtype for one in fast.modules() if isinstance(one, nn.Conv2d)} == {expected}
+        assert fast(pixels(2)).dtype == own
 
 
 def test_the_original_stays_as_it_was_to_the_last_bit() -> None:

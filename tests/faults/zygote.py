@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bncli.config_file import load_config
-from bncli.runtime import describe_machine
+from bncli.hardware import describe_machine
 from bncli.training import StepDone, prepare, train
 from bncli.training.run import Run
 

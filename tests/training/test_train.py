@@ -97,8 +97,8 @@ def test_a_step_is_that_of_plain_pytorch(tiny_config: Path) -> None:
     batches = training_batches(
         setup.dataset.train, setup.plan, config.augment, seed=0, epoch=0, fill=setup.normalization.mean
     )
-    for step, (images, labels) in enumerate(batches):
-        images = images.double()
+    for step, (pixels, labels) in enumerate(batches):
+        images = pixels.double()
         loss, hits = training_step(run, images, labels)
         logits = plain(images)
         expected = F.cross_entropy(logits, labels, label_smoothing=0.1)
