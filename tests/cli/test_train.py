@@ -33,6 +33,30 @@ def test_the_table_on_stdout_names_the_accuracy_and_the_checkpoint(
     assert str(tmp_path / "run" / "last.pt") in outcome.out
 
 
+@pytest.mark.parametrize(("precision", "is_fast"), [("bfloat16", False), ("bfloat16", True), ("auto", False)])
+def test_bfloat16_that_would_be_emulated_is_named_as_the_reason_of_a_wait(
+    bncli: Bncli,
+    tiny_config: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    is_fast: bool,
+) -> None:
+    monkeypatch.setattr("bncli.hardware._cpu_capabilities", lambda: {"avx2": True, "avx512_bf16": is_fast})
+    asked = ("--set", f"runtime.precision={precision}")
+    commands = [
+        ("train", tiny_config, "--run-dir", tmp_path / "run", "--set", "train.epochs=1", *asked),
+        ("eval", finished_run / "last.pt", *asked),
+    ]
+    for command in commands:
+        outcome = bncli(*command)
+        assert outcome.code == 0
+        warnings = [line for line in outcome.err.splitlines() if "warning" in line]
+        assert len(warnings) == (precision == "bfloat16" and not is_fast)
+        assert all("runtime.precision: bfloat16 is emulated" in line for line in warnings)
+
+
 def test_resume_continues_in_the_same_directory(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     bncli("train", tiny_config, "--run-dir", run_dir)
