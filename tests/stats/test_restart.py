@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bncli.stats import Population, batch_norm_layers, measure_population, restart
 from bncli.stats.bits import bitwise_equal
 from bncli.stats.dataflow import trace_flow
+from bncli.stats.recording import RestartError
 from tests.stats.networks import Residual, Shared, Twins, mixed
 
 
@@ -261,6 +262,28 @@ def test_batches_that_take_another_way_are_computed_from_their_start(
     in_vain, tried = trials.values()
     assert kept.forward_passes - tried / 30 <= plain.forward_passes - in_vain / 30
     assert hooks_of(model) == 0
+
+
+def test_a_start_in_the_middle_that_fails_counts_as_saved_nothing() -> None:
+    def fail(_module: nn.Module, _args: tuple[Tensor]) -> None:
+        raise ZeroDivisionError
+
+    model, data = Chain().eval(), images(8)
+    cuts = trace_flow(model, data, dict(batch_norm_layers(model))).cuts
+    restarts = restart.Restarts(model, cuts, data)
+    with torch.no_grad():
+        restarts.aim(2, len(data))
+        tried = restarts.saved
+        restarts.forward(data)
+        assert restarts.saved == tried < 0
+        restarts.forward(data)
+        saved = restarts.saved
+        assert saved == pytest.approx(tried + len(data) * max(cut.cost for cut in cuts))
+        with model.convs[2].register_forward_pre_hook(fail), pytest.raises(RestartError):
+            restarts.forward(data)
+        assert restarts.saved == pytest.approx(saved)
+        restarts.forward(data)  # from its beginning, from now on
+    assert restarts.saved == pytest.approx(saved)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
