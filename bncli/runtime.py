@@ -30,6 +30,7 @@ class Runtime:
     precision: torch.dtype  # torch.float32, or torch.bfloat16 for autocast with float32 weights
     memory_format: torch.memory_format
     threads: int
+    compiles: bool  # the training step, and nothing else
 
     @property
     def emulates_bfloat16(self) -> bool:
@@ -55,13 +56,17 @@ class Runtime:
         return self.device.type == "cuda" and 2 * num_bytes <= torch.cuda.mem_get_info(self.device)[0]
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for checkpoints, JSON and headers."""
+        """How evaluation computes: plain values for checkpoints, JSON and headers."""
         return {
             "device": str(self.device),
             "precision": str(self.precision).removeprefix("torch."),
             "memory_format": str(self.memory_format).removeprefix("torch."),
             "threads": self.threads,
         }
+
+    def describe_training(self) -> dict[str, Any]:
+        """The same of training."""
+        return self.describe() | {"compile": self.compiles}
 
 
 def resolve_runtime(config: RuntimeConfig) -> Runtime:
@@ -82,6 +87,7 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
             torch.channels_last if config.memory_format == "channels_last" else torch.contiguous_format
         ),
         threads=torch.get_num_threads(),
+        compiles=config.compile,
     )
 
 

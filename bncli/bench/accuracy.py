@@ -79,14 +79,13 @@ def bench_accuracy(
         except OSError as error:
             raise BncliError(f"{tempfile.gettempdir()}: {error.strerror or error}") from None
         report(runs[-1])
-    settings = load_config(config, list(overrides)).runtime
-    runtime = resolve_runtime(settings)
+    runtime = resolve_runtime(load_config(config, list(overrides)).runtime)
     return AccuracyBench(
         config=str(config),
         command=shlex.join(["bncli", *_train_arguments(config, overrides, "K", "DIR")]),
         commit=_commit(),
         machine=describe_machine(),
-        runtime=runtime.describe() | {"compile": settings.compile},
+        runtime=runtime.describe_training(),
         peak_gflops_per_second=matrix_gflops(runtime.device, runtime.precision),
         seeds=tuple(runs),
         targets=tuple(summarize_target(runs, accuracy) for accuracy in targets),

@@ -107,7 +107,7 @@ def bench_scale(
         start_ratio_max=max(ratios),
         num_starts=num_starts,
         reads_data=isinstance(config.data, Cifar10Config),
-        runtime=setup.describe_runtime(),
+        runtime=setup.runtime.describe_training(),
         machine=describe_machine(),
     )
 

@@ -95,7 +95,7 @@ def bench_training_step(
         share_of_peak=gflops / peak,
         peak_gflops_per_second=peak,
         plain_workers=plain_workers,
-        runtime=setup.describe_runtime(),
+        runtime=setup.runtime.describe_training(),
         machine=describe_machine(),
     )
 

@@ -96,7 +96,7 @@ class TrainReporter:
         self._num_epochs = setup.config.train.epochs
         self._line(
             f"Training on {len(setup.dataset.train):,} images of {setup.dataset.name}"
-            f" ({runtime_line(setup.describe_runtime())}) into {one_line(str(event.run_dir))}"
+            f" ({runtime_line(setup.runtime.describe_training())}) into {one_line(str(event.run_dir))}"
         )
         if event.step > event.epoch * setup.plan.num_steps:
             self._line(

@@ -42,7 +42,7 @@ def number(value: float | None) -> str:
 
 
 def runtime_line(runtime: dict[str, Any]) -> str:
-    """`Runtime.describe()` or `Setup.describe_runtime()` as text."""
+    """`Runtime.describe()` or `Runtime.describe_training()` as text."""
     compiled = ", compiled" if runtime.get("compile") else ""
     return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime) + compiled
 

@@ -1,4 +1,4 @@
-"""A network made ready for fast inference: BatchNorm folded, weights in bfloat16, chunks that fit the cache.
+"""A network made ready for fast inference: BatchNorm folded, weights ready to use, chunks that fit the cache.
 
 Autocast casts every weight anew in every call, which is most of what a single image costs. Here weights are
 held in the precision and the memory format in which they are used. Only public PyTorch is called; what packs

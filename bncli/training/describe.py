@@ -37,7 +37,7 @@ def describe_setup(setup: Setup) -> SetupDescription:
     num_train_images = len(setup.dataset.train)
     return SetupDescription(
         config=setup.config,
-        runtime=setup.describe_runtime(),
+        runtime=setup.runtime.describe_training(),
         dataset=setup.dataset.name,
         class_names=setup.dataset.class_names,
         image_shape=setup.image_shape,

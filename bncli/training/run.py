@@ -45,7 +45,7 @@ class Run:
             keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
         forward: Callable[[Tensor], Tensor] = setup.model
-        if setup.config.runtime.compile:
+        if setup.runtime.compiles:
             # for each size of images anew: a network for any size is slower
             forward = torch.compile(setup.model, dynamic=False)
         return cls(setup, setup.model, forward, optimizer, RunningEpoch(setup.model, setup.runtime.device))
@@ -166,7 +166,7 @@ class Run:
             test_loss=evaluation.loss if evaluation else None,
             best_accuracy=self.best_accuracy,
             seconds=self.seconds,
-            runtime=self.setup.describe_runtime(),
+            runtime=self.setup.runtime.describe_training(),
             machine=describe_machine(),
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bncli.config import Config
 from bncli.data import (
@@ -60,10 +59,6 @@ class Setup:
         """SHA-256 of the images and labels."""
         return digest_dataset(self.dataset)
 
-    def describe_runtime(self) -> dict[str, Any]:
-        """How training computes, as plain values for checkpoints, JSON and headers."""
-        return self.runtime.describe() | {"compile": self.config.runtime.compile}
-
     @property
     def reuses_memory(self) -> bool:
         """Whether the process keeps what it frees, as configured."""
@@ -86,7 +81,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
         fix = "set it to none, or model.batch_norm.track_running_stats to true"
         raise ConfigError("train", [f"train.recalibrate: {reason}; {fix}"])
     runtime = resolve_runtime(config.runtime)
-    if config.runtime.compile:
+    if runtime.compiles:
         check_compiler(runtime.device)
     dataset = load_dataset(config.data, progress=progress)
     normalization = measure_normalization(dataset.train.images)

@@ -13,6 +13,7 @@ from bncli.training import prepare, train
 from bncli.training.loop import training_step
 from bncli.training.run import Run
 from tests.conftest import Bncli
+from tests.faults.conftest import same_run
 
 COMPILE = "runtime.compile=true"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
@@ -66,8 +67,7 @@ def test_a_step_that_cannot_be_compiled_ends_the_run_and_loses_nothing(
     monkeypatch.undo()
     train(load_config(tiny_config), tmp_path / "run", resume=True)
     train(load_config(tiny_config), tmp_path / "whole")
-    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt").state_dict for name in ("whole", "run"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_another_error_of_a_step_stays_what_it_is(
@@ -97,7 +97,7 @@ def test_only_the_training_step_is_compiled(tiny_config: Path, monkeypatch: pyte
     _, (model, options) = compiled  # the first is something small, to see whether it can be done
     assert model is run.model is not run.forward
     assert options == {"dynamic": False}
-    assert run.setup.describe_runtime()["compile"] is True
+    assert run.setup.runtime.describe_training()["compile"] is True
     assert list(run.model.state_dict()) == list(plain.model.state_dict())
 
 
@@ -143,7 +143,6 @@ def test_a_compiled_run_resumes_to_the_same_bits_and_its_checkpoint_is_an_ordina
     with pytest.raises(StoppedError):
         train(config, tmp_path / "run", stop=stop)
     result = train(config, tmp_path / "run", resume=True)
-    whole, resumed = (load_checkpoint(tmp_path / name / "last.pt").state_dict for name in ("whole", "run"))
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert same_run(tmp_path / "whole", tmp_path / "run")
     evaluated = bncli("eval", result.checkpoint, "--json").json
     assert (evaluated["accuracy"], evaluated["loss"]) == (result.test_accuracy, result.test_loss)
