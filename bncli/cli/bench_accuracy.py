@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bncli.cli.messages import print_error, print_note
+from bncli.cli.messages import note_emulation, print_error, print_note
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import BncliError, ConfigError
@@ -31,7 +31,10 @@ def bench_time_to_accuracy(
     from bncli.bench import bench_accuracy
     from bncli.cli.render import print_json
     from bncli.cli.render_bench_accuracy import show_accuracy_bench
+    from bncli.config_file import load_config
+    from bncli.runtime import resolve_runtime
 
+    note_emulation(resolve_runtime(load_config(config, overrides).runtime))
     with StopSignals() as signals:
         try:
             result = bench_accuracy(config, targets, seeds, overrides or (), views=tta, report=_report)
