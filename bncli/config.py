@@ -117,6 +117,8 @@ class TrainConfig(Section):
     warmup: float = Field(0.2, ge=0, le=1)  # fraction of all steps in which the learning rate rises
     decay: Literal["linear", "cosine", "none"] = "linear"  # after the warm-up, to 0
     label_smoothing: float = Field(0.1, ge=0, lt=1)
+    # epochs over which weights are averaged, exponentially, for evaluation and checkpoints; null: not at all
+    ema_epochs: float | None = Field(None, gt=0, le=100_000)
     seed: int = Field(0, ge=0, lt=2**32)
     evaluate_every: int = Field(1, ge=1, le=100_000)  # epochs between evaluations on the test split
     checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps

@@ -52,6 +52,16 @@ def check_content(content: Mapping[str, Any], source: str) -> None:
     claims["test_loss"] = ("a number", content["test_loss"] is None or type(content["test_loss"]) is float)
     optimizer = content.get("optimizer")
     claims["optimizer"] = ("a state dict or nothing", optimizer is None or isinstance(optimizer, dict))
+    averaging = content.get("averaging")
+    claims["averaging"] = (
+        "two state dicts, last and average, or nothing",
+        averaging is None
+        or (
+            isinstance(averaging, dict)
+            and set(averaging) == {"last", "average"}
+            and all(map(_is_state_dict, averaging.values()))
+        ),
+    )
     for key, (expected, holds) in claims.items():
         if not holds:
             found = repr(content[key])

@@ -52,6 +52,9 @@ class Checkpoint:
     running_epoch: dict[str, Any] | None = None  # the sums of an unfinished epoch; None at its end
     data_digest: str | None = None  # SHA-256 of the images and labels; None in files of version 1
     recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
+    # with train.ema_epochs, to continue from: `last`, the state dict after the last step, and `average`, that
+    # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
+    averaging: dict[str, dict[str, Tensor]] | None = None
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

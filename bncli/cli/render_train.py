@@ -45,7 +45,8 @@ def show_dry_run(setup: "SetupDescription") -> None:
 
 def show_training(result: "TrainResult") -> None:
     """What a finished run leaves behind."""
-    accuracy = f"{result.test_accuracy:.2%} after epoch {result.epochs}, in eval mode"
+    averaged = "" if result.ema_epochs is None else ", averaged weights"
+    accuracy = f"{result.test_accuracy:.2%} after epoch {result.epochs}{averaged}, in eval mode"
     if result.recalibration is not None:
         before = result.recalibration["before"]["accuracy"]
         accuracy += f", recalibrated ({before:.2%} before)"

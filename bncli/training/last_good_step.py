@@ -61,8 +61,9 @@ class LastGoodStep:
         self._run.is_whole = True
 
     def _tensors(self) -> list[Tensor]:
-        model = self._run.model
-        return [*model.parameters(), *model.buffers(), *self._run.running_epoch.tensors()]
+        model, average = self._run.model, self._run.average
+        averaged = average.tensors() if average is not None else []
+        return [*model.parameters(), *model.buffers(), *averaged, *self._run.running_epoch.tensors()]
 
     @torch.no_grad()
     def _keep(self) -> None:

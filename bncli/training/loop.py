@@ -72,6 +72,7 @@ class TrainResult:
     epochs: int
     seconds: float  # of all epochs: training, evaluation and checkpoints
     images_per_second: float  # of all epochs, evaluation and checkpoints included
+    ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
 
 
@@ -135,14 +136,15 @@ def _train_to_the_end(
             report(StepDone(run.epoch + 1, run.step, len(labels)))
             if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
                 check_steps(run, last_good)
-                _save_last(run, run.checkpoint(None), run_dir)
+                _save_last(run, run.checkpoint(run.model, None), run_dir)
             if stop():
                 check_steps(run, last_good)
                 raise StoppedError
         check_steps(run, last_good)
         metrics = _training_metrics(run)
         is_due = _ends_interval(run.epoch + 1, config.evaluate_every, config)
-        evaluation = run.evaluate(stop) if is_due else None
+        network = run.network_to_use(stop) if is_due else run.model
+        evaluation = run.evaluate(network, stop) if is_due else None
 
         run.is_whole = False
         is_best = run.end_epoch(evaluation)
@@ -154,9 +156,9 @@ def _train_to_the_end(
         # last.pt comes last: it says that the epoch is done, so everything else of it must be on the disk
         with writing(run_dir):
             append_metrics(run_dir / "metrics.jsonl", metrics)
-            last = run.checkpoint(evaluation)
+            last = run.checkpoint(network, evaluation)
             if is_best:
-                save_checkpoint(replace(last, optimizer=None), run_dir / "best.pt")
+                save_checkpoint(replace(last, optimizer=None, averaging=None), run_dir / "best.pt")
         every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
         if _ends_interval(run.epoch, every, config):
             _save_last(run, last, run_dir)
@@ -224,7 +226,7 @@ def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:
     if not last_good.holds():
         last_good.go_back()
     if run.saved_step != run.step:
-        _save_last(run, run.checkpoint(None), run_dir)
+        _save_last(run, run.checkpoint(run.model, None), run_dir)
 
 
 def _ends_interval(epoch: int, every: int, config: TrainConfig) -> bool:
@@ -261,6 +263,7 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         epochs=last.epoch,
         seconds=last.seconds,
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
+        ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration,
     )
 
@@ -286,4 +289,6 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         hits.append((logits.detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
+    if run.average is not None:
+        run.average.add(run.step)
     return torch.stack(losses).sum(), torch.stack(hits).sum()

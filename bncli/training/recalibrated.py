@@ -102,6 +102,7 @@ def recalibrate_checkpoint(
         test_loss=after.score.loss,
         optimizer=None,
         running_epoch=None,
+        averaging=None,
         recalibration=record,
     )
     return RecalibratedCheckpoint(made, done, before.score, after.score, difference)

@@ -14,6 +14,7 @@ from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
 from bncli.model import ConvNet
 from bncli.runtime import keep_freed_memory, release_freed_memory
+from bncli.training.average import AveragedWeights, averaged_network
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -28,6 +29,7 @@ class Run:
     forward: Callable[[Tensor], Tensor]  # the model in a training step: itself, or compiled
     optimizer: Optimizer
     running_epoch: RunningEpoch
+    average: AveragedWeights | None  # of the weights, where configured
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
     best_accuracy: float = 0.0  # on the test split, of all epochs, as a fraction
@@ -48,7 +50,11 @@ class Run:
         if setup.runtime.compiles:
             # for each size of images anew: a network for any size is slower
             forward = torch.compile(setup.model, dynamic=False)
-        return cls(setup, setup.model, forward, optimizer, RunningEpoch(setup.model, setup.runtime.device))
+        average = None
+        if setup.config.train.ema_epochs is not None:
+            average = AveragedWeights(setup.model, setup.config.train.ema_epochs * setup.plan.num_steps)
+        epoch = RunningEpoch(setup.model, setup.runtime.device)
+        return cls(setup, setup.model, forward, optimizer, epoch, average)
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
@@ -70,7 +76,9 @@ class Run:
                 f" {last.mean}, now {setup.normalization.mean}); check data.root"
             )
         try:
-            run.model.load_state_dict(last.state_dict)
+            run.model.load_state_dict(last.averaging["last"] if last.averaging else last.state_dict)
+            if run.average is not None:
+                run.average.load_state_dict((last.averaging or {})["average"])
             run.optimizer.load_momenta(last.optimizer or {})
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
@@ -110,8 +118,18 @@ class Run:
             start_step=self.running_epoch.num_steps,
         )
 
-    def evaluate(self, stop: Callable[[], bool]) -> Evaluation:
-        """Accuracy and loss on the test split, in eval mode.
+    def network_to_use(self, stop: Callable[[], bool]) -> ConvNet:
+        """The one that is evaluated and saved: as the last step left it, or with averaged weights.
+
+        Raises:
+            StoppedError, DivergedError: see `averaged_network`.
+        """
+        if self.average is None:
+            return self.model
+        return averaged_network(self.setup, self.average, self.model, stop)
+
+    def evaluate(self, network: ConvNet, stop: Callable[[], bool]) -> Evaluation:
+        """Accuracy and loss of `network` on the test split, in eval mode.
 
         Raises:
             StoppedError: when `stop`, which is asked before every batch, says so.
@@ -126,7 +144,7 @@ class Run:
                 yield runtime.place(images), labels
 
         with runtime.autocast():
-            return evaluate(self.model, batches())
+            return evaluate(network, batches())
 
     def end_epoch(self, evaluation: Evaluation | None) -> bool:
         """Count the epoch, and begin the next one; whether it was evaluated, and the best so far."""
@@ -150,12 +168,15 @@ class Run:
         self.running_epoch.seconds += now - self.last_tick
         self.last_tick = now
 
-    def checkpoint(self, evaluation: Evaluation | None) -> Checkpoint:
-        """The run as it is now; `evaluation` is of its present weights, None where there was none."""
+    def checkpoint(self, network: ConvNet, evaluation: Evaluation | None) -> Checkpoint:
+        """The run as it is now, and the network to use, which is the one that `evaluation` is of, if any."""
         self.tick()
+        last, averaging = _on_cpu(self.model.state_dict()), None
+        if self.average is not None:
+            averaging = {"last": last, "average": _on_cpu(self.average.state_dict())}
         return Checkpoint(
             config=self.setup.config,
-            state_dict={key: value.cpu() for key, value in self.model.state_dict().items()},
+            state_dict=last if network is self.model else _on_cpu(network.state_dict()),
             mean=self.setup.normalization.mean,
             std=self.setup.normalization.std,
             class_names=self.setup.dataset.class_names,
@@ -171,4 +192,9 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),
             data_digest=self.setup.data_digest,
+            averaging=averaging,
         )
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.cpu() for key, value in state.items()}

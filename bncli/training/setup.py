@@ -76,10 +76,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
-    if config.train.recalibrate != "none" and not config.model.batch_norm.track_running_stats:
-        reason = f"{config.train.recalibrate!r} needs running statistics to replace"
-        fix = "set it to none, or model.batch_norm.track_running_stats to true"
-        raise ConfigError("train", [f"train.recalibrate: {reason}; {fix}"])
+    _check_statistics(config)
     runtime = resolve_runtime(config.runtime)
     if runtime.compiles:
         check_compiler(runtime.device)
@@ -113,6 +110,25 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
     return Setup(config, runtime, dataset, normalization, plan, model)
+
+
+def _check_statistics(config: Config) -> None:
+    """Raise ConfigError where running statistics are to be replaced and there are none."""
+    if config.model.batch_norm.track_running_stats:
+        return
+    train = config.train
+    problems = []
+    if train.recalibrate != "none":
+        problems.append(
+            f"train.recalibrate: {train.recalibrate!r} needs running statistics to replace; set it to none"
+        )
+    if train.ema_epochs is not None:
+        problems.append(
+            f"train.ema_epochs: {train.ema_epochs:g} needs running statistics to measure; set it to null"
+        )
+    if problems:
+        fix = "or model.batch_norm.track_running_stats to true"
+        raise ConfigError("train", [f"{problem}, {fix}" for problem in problems])
 
 
 def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
