@@ -158,7 +158,7 @@ def _read_shard(index: str, name: str, stack: ExitStack) -> tuple[str, Mapping[s
 
 
 def _with_own_hyperparameters(found: list[StateDict], content: object) -> list[StateDict]:
-    """In a checkpoint of bncli's, its configuration tells momentum and eps of the layers in `state_dict`."""
+    """A checkpoint of bncli's tells momentum, eps and more of the layers in `state_dict`."""
     for state_dict in found:
         if state_dict.key == "state_dict":
             means = {

@@ -1,6 +1,7 @@
 """What the configuration in a checkpoint of bncli's tells about its BatchNorm layers, as plain values."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from bncli.checkpoint.format import FORMAT
 from bncli.checkpoint.pickled_module import checked_hyperparameters
@@ -8,7 +9,7 @@ from bncli.stats import Hyperparameters
 
 
 def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dict[str, Hyperparameters]:
-    """Momentum and eps by layer name; nothing where the file is not bncli's.
+    """Momentum, eps and whether it was recalibrated, by layer name; nothing where the file is not bncli's.
 
     `num_features` has the layers with running statistics. Of a network without any the layers are those
     that the configuration describes.
@@ -23,7 +24,21 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
         name: checked_hyperparameters(size, batch_norm.get("eps"), batch_norm.get("momentum", "missing"))
         for name, size in num_features.items()
     }
-    return {name: known for name, known in found.items() if known is not None}
+    measured = _measured_layers(content, found)
+    return {
+        name: replace(known, was_measured=name in measured)
+        for name, known in found.items()
+        if known is not None
+    }
+
+
+def _measured_layers(content: Mapping[str, object], names: Iterable[str]) -> set[str]:
+    """Those whose running statistics were replaced: all of an averaged network, and the recalibrated ones."""
+    is_averaged = _part(_part(content, "config"), "train").get("ema_epochs") is not None
+    if is_averaged and content.get("test_accuracy") is not None:
+        return set(names)
+    layers = _part(content, "recalibration").get("recalibrated_layers")
+    return {name for name in layers if isinstance(name, str)} if isinstance(layers, list | tuple) else set()
 
 
 def _described_layers(model: Mapping[str, object]) -> Iterator[tuple[str, int]]:

@@ -69,7 +69,7 @@ def initial_residue(layers: Sequence[LayerStats], channels: Channels, limits: Li
         count = layer.num_batches_tracked
         if momentum is None or not 0 < momentum < 1 or not count or count < 0:
             continue
-        if untouched[index] or layer.running_var is None:
+        if untouched[index] or layer.was_measured or layer.running_var is None:
             continue
         residue = (1 - momentum) ** count
         # float32 averages may round a variance of 0 to slightly below the residue

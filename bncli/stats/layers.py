@@ -21,6 +21,7 @@ class Hyperparameters:
     num_features: int
     eps: float
     momentum: float | None  # weight of the new batch; None: cumulative average
+    was_measured: bool = False  # whether its statistics were replaced by what was measured, as in LayerStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,9 @@ class LayerStats:
     running_var: Tensor | None  # (C,)
     weight: Tensor | None  # (C,)
     bias: Tensor | None  # (C,)
+    # True where something tells that the statistics were measured since: then they are no average of what
+    # num_batches_tracked counts
+    was_measured: bool = False
 
 
 def batch_norm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
@@ -131,6 +135,7 @@ def _read_tensors(
         momentum=known.momentum if known else None,
         eps=known.eps if known else None,
         hyperparameters_known=known is not None,
+        was_measured=known is not None and known.was_measured,
         running_mean=_copy(mean),
         running_var=_copy(var),
         weight=_copy(weight),

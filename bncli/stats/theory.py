@@ -34,8 +34,9 @@ THEORY = {
         "first batch replaces the start), momentum 0, layers that BN001 reports, a counter of 0 (a "
         "checkpoint without counter), and layers with a running_var below r: since a variance is never "
         "negative, an average that started at 1 cannot have come down below r, so these started elsewhere, "
-        "from pretrained statistics for example. Where momentum was constant the residue can be removed "
-        "without data: mean / (1 - r) and (var - r) / (1 - r).",
+        "from pretrained statistics for example. Nor is what a checkpoint of bncli's says was measured: "
+        "recalibrated statistics, and those of averaged weights. Where momentum was constant the residue can "
+        "be removed without data: mean / (1 - r) and (var - r) / (1 - r).",
         f"{BATCH_NORM}; the same bias as of Adam's averages: Kingma and Ba 2015, arXiv:1412.6980, section 3",
     ),
     "non_finite": Theory(

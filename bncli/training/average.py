@@ -87,7 +87,7 @@ def averaged_network(
                 network,
                 lambda: (
                     runtime.place(images)
-                    for images, _ in sample_batches(setup.dataset.train, size, NUM_MEASURED_IMAGES)
+                    for images, _ in sample_batches(setup.train_split, size, NUM_MEASURED_IMAGES)
                 ),
                 method="precise",
                 progress=ask,

@@ -6,7 +6,28 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import Bncli, save_as_if_whole
+from tests.conftest import Bncli, Outcome, save_as_if_whole
+
+
+def codes(outcome: Outcome) -> set[str]:
+    return {finding["code"] for finding in outcome.json["findings"]}
+
+
+def test_measured_statistics_are_not_said_to_hold_a_start(
+    bncli: Bncli, finished_run: Path, tiny_config: Path, tmp_path: Path
+) -> None:
+    assert "BN002" in codes(bncli("inspect-stats", finished_run / "last.pt", "--json"))
+    for layers, has_start in (("*", False), ("stages.0.*", True)):
+        made = tmp_path / f"{has_start}.pt"
+        recalibrated = bncli("recalibrate", finished_run / "last.pt", "-o", made, "--layers", layers)
+        assert recalibrated.code == 0
+        assert ("BN002" in codes(bncli("inspect-stats", made, "--json"))) == has_start
+    averaging = ("--set", "train.ema_epochs=0.5")
+    assert bncli("train", tiny_config, "--run-dir", tmp_path / "run", *averaging).code == 0
+    for name in ("last.pt", "best.pt"):
+        assert "BN002" not in codes(bncli("inspect-stats", tmp_path / "run" / name, "--json"))
+    last_step = bncli("inspect-stats", tmp_path / "run" / "last.pt", "--json", "--key", "averaging.last")
+    assert "BN002" in codes(last_step)
 
 
 def test_inspect_stats_keeps_its_contract(bncli: Bncli, finished_run: Path) -> None:

@@ -34,6 +34,11 @@ def layer(name: str = "norm", **changes: object) -> LayerStats:
     return replace(healthy, **{**changes, **tensors})
 
 
+def test_what_was_measured_has_no_start_left_in_it() -> None:
+    assert found(layer(num_batches_tracked=10)) == [("initial_residue", "norm", ())]
+    assert found(layer(num_batches_tracked=10, was_measured=True)) == []
+
+
 def found(*layers: LayerStats, **options: object) -> list[tuple[str, str, tuple[int, ...]]]:
     return [(finding.name, finding.layer, finding.channels) for finding in audit(layers, **options)]
 
