@@ -22,6 +22,7 @@ RECIPE = [
     "augment.small_epochs=1",
     "augment.cutout=4",
     "model.whitening=true",
+    "train.ema_epochs=0.5",
 ]
 
 

@@ -68,7 +68,7 @@ def test_the_saved_statistics_are_those_of_the_averaged_network(averaged_run: Pa
     train_split = load_dataset(checkpoint.config.data).train
     model.train()
     with torch.no_grad():
-        for images, _ in sample_batches(train_split, 50, 5000):  # all 500, in batches as in training
+        for images, _ in sample_batches(train_split, 50, 2000):  # all 500, in batches as in training
             model(images)
     assert len(seen) == 2
     for name, inputs in seen.items():
