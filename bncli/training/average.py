@@ -96,5 +96,8 @@ def averaged_network(
     except StoppedError:
         raise
     except BncliError as error:
-        raise DivergedError(f"the average of the weights cannot be measured: {error}") from None
+        raise DivergedError(
+            f"the average of the weights cannot be measured: {error}; the last step is saved; start again"
+            " with a lower train.learning_rate, or without train.ema_epochs"
+        ) from None
     return network
