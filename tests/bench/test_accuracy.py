@@ -96,10 +96,15 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bnc
 
 def test_a_run_that_fails_shows_its_last_line(bncli: Bncli, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    outcome = bncli(
-        *("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.5", "--set", "train.epochs=none")
-    )
+    command = ("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.5", "--set")
+    # the data are the run's own affair, so it is the run that does not find them
+    outcome = bncli(*command, f"data={{name: imagefolder, root: {tmp_path / 'missing'}}}")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "seed 0: bncli ended with 2" in outcome.err
+    assert str(tmp_path / "missing") in outcome.err
+    # a configuration that nobody can run is refused before any is started
+    outcome = bncli(*command, "train.epochs=none")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "seed 0" not in outcome.err
     assert "train.epochs" in outcome.err
