@@ -50,6 +50,7 @@ def test_a_network_that_cannot_be_measured_is_named(bncli: Bncli, network: str, 
     assert f"--network: {message}" in outcome.err
 
 
+@pytest.mark.slow
 def test_another_network_is_measured(bncli: Bncli) -> None:
     # more images, since in each of the passes two are computed twice for a trial
     more = ("--images", 40, "--batch-size", 20)

@@ -84,6 +84,7 @@ def test_what_fails_in_the_rivals_process_is_said_here(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_rival_loads_with_workers(tiny_config: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with plain_process(load_config(tiny_config), 2, 2) as plain_round:
         assert min(plain_round(), plain_round()) > 0
