@@ -79,7 +79,7 @@ class _Scene:
             return measure_gap(
                 model,
                 lambda: ((place(images), labels) for images, labels in sample_batches(test, size, len(test))),
-                training_sample(self.dataset, self.runtime, size, self.num_images),
+                training_sample(self.dataset.train, self.runtime, size, self.num_images),
                 progress=self.progress,
             )
 
@@ -224,10 +224,10 @@ def _ruined(checkpoint: Checkpoint, model: ConvNet, gap: Gap) -> Checkpoint:
     batch_norm = config.model.batch_norm.model_copy(update={"momentum": momentum})
     network = config.model.model_copy(update={"batch_norm": batch_norm})
     return replace(
-        checkpoint,
+        checkpoint.finished(),
         config=config.model_copy(update={"model": network}),
         state_dict={key: value.cpu() for key, value in model.state_dict().items()},
         test_accuracy=gap.running.accuracy,
         test_loss=gap.running.loss,
-        optimizer=None,
+        recalibration=None,  # what was measured is ruined
     )

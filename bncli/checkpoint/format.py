@@ -9,7 +9,7 @@ Version 2 adds `digests` (see `bncli.checkpoint.digest`), `data_digest` and `run
 """
 
 import io
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class Checkpoint:
     # with train.ema_epochs, to continue from: `last`, the state dict after the last step, and `average`, that
     # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
     averaging: dict[str, dict[str, Tensor]] | None = None
+
+    def finished(self) -> "Checkpoint":
+        """The same to be used only: without what training would continue from."""
+        return replace(self, optimizer=None, running_epoch=None, averaging=None)
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -1,6 +1,6 @@
-"""What the configuration in a checkpoint of bncli's tells about its BatchNorm layers, as plain values."""
+"""What a checkpoint of bncli's tells about its BatchNorm layers beside their tensors, as plain values."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from bncli.checkpoint.format import FORMAT
@@ -24,21 +24,15 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
         name: checked_hyperparameters(size, batch_norm.get("eps"), batch_norm.get("momentum", "missing"))
         for name, size in num_features.items()
     }
-    measured = _measured_layers(content, found)
+    recorded = _part(content, "recalibration").get("recalibrated_layers")
+    measured = (
+        {name for name in recorded if isinstance(name, str)} if isinstance(recorded, list | tuple) else set()
+    )
     return {
         name: replace(known, was_measured=name in measured)
         for name, known in found.items()
         if known is not None
     }
-
-
-def _measured_layers(content: Mapping[str, object], names: Iterable[str]) -> set[str]:
-    """Those whose running statistics were replaced: all of an averaged network, and the recalibrated ones."""
-    is_averaged = _part(_part(content, "config"), "train").get("ema_epochs") is not None
-    if is_averaged and content.get("test_accuracy") is not None:
-        return set(names)
-    layers = _part(content, "recalibration").get("recalibrated_layers")
-    return {name for name in layers if isinstance(name, str)} if isinstance(layers, list | tuple) else set()
 
 
 def _described_layers(model: Mapping[str, object]) -> Iterator[tuple[str, int]]:

@@ -8,7 +8,7 @@ import typer
 from bncli.cli.bench_accuracy import bench_time_to_accuracy
 from bncli.cli.bench_eval import bench_evaluation_paths
 from bncli.cli.bench_scale import bench_scale_of_training
-from bncli.cli.messages import note_emulation, print_note
+from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, ConfigArgument, JsonOption, SetOption, make_empty_dir
 
 bench_app = typer.Typer(help="Measure what the README claims, beside rivals in the same run.")
@@ -33,13 +33,10 @@ def bench_train(
     from bncli.cli.progress import DataReporter
     from bncli.cli.render import print_json
     from bncli.cli.render_train import show_training_step_bench
-    from bncli.config_file import load_config
-    from bncli.runtime import resolve_runtime
+    from bncli.cli.subject import open_config
 
-    loaded = load_config(config, overrides)
-    note_emulation(resolve_runtime(loaded.runtime))
     result = bench_training_step(
-        loaded,
+        open_config(config, overrides),
         num_rounds=rounds,
         steps_per_round=steps,
         plain_workers=workers,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bncli.cli.messages import note_emulation, print_error, print_note
+from bncli.cli.messages import print_error, print_note
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import BncliError, ConfigError
@@ -31,10 +31,9 @@ def bench_time_to_accuracy(
     from bncli.bench import bench_accuracy
     from bncli.cli.render import print_json
     from bncli.cli.render_bench_accuracy import show_accuracy_bench
-    from bncli.config_file import load_config
-    from bncli.runtime import resolve_runtime
+    from bncli.cli.subject import open_config
 
-    note_emulation(resolve_runtime(load_config(config, overrides).runtime))
+    open_config(config, overrides)  # what nobody can run is refused before a process is started
     with StopSignals() as signals:
         try:
             result = bench_accuracy(config, targets, seeds, overrides or (), views=tta, report=_report)

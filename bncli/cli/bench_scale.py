@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bncli.cli.messages import note_emulation, print_note
+from bncli.cli.messages import print_note
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.errors import ConfigError
 
@@ -25,11 +25,9 @@ def bench_scale_of_training(
     from bncli.bench import bench_scale
     from bncli.cli.progress import DataReporter
     from bncli.cli.render import print_json
-    from bncli.config_file import load_config
-    from bncli.runtime import resolve_runtime
+    from bncli.cli.subject import open_config
 
-    loaded = load_config(config, overrides)
-    note_emulation(resolve_runtime(loaded.runtime))
+    loaded = open_config(config, overrides)
     result = bench_scale(
         loaded,
         sizes=_parse_sizes(sizes, loaded.train.batch_size * (steps + 1)),

@@ -176,7 +176,7 @@ def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Ga
                 (runtime.place(images), labels)
                 for images, labels in sample_batches(test, batch_size, len(test))
             ),
-            training_sample(dataset, runtime, batch_size, num_images),
+            training_sample(dataset.train, runtime, batch_size, num_images),
             progress=progress,
         )
 

@@ -1,4 +1,4 @@
-"""What commands begin with: a checkpoint's network, ready to compute in eval mode, and its data set."""
+"""What commands begin with: a checkpoint's network and its data set, or the configuration of a timed run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,20 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
         return Subject(checkpoint, config, runtime, network, None)
     fixed = FixedShape(network)
     return Subject(checkpoint, config, runtime, fixed, fixed.rows)
+
+
+def open_config(path: Path, overrides: list[str] | None) -> "Config":
+    """Read the configuration of a run that is to be timed.
+
+    Raises ConfigError or DeviceError.
+    """
+    from bncli.cli.messages import note_emulation
+    from bncli.config_file import load_config
+    from bncli.runtime import resolve_runtime
+
+    config = load_config(path, overrides)
+    note_emulation(resolve_runtime(config.runtime))
+    return config
 
 
 def check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:

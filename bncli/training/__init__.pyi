@@ -8,7 +8,7 @@ from .loop import train as train
 from .recalibrated import RecalibratedCheckpoint as RecalibratedCheckpoint
 from .recalibrated import RecalibrationMethod as RecalibrationMethod
 from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
-from .recalibrated import training_sample as training_sample
 from .recalibrated import verify_checkpoint as verify_checkpoint
+from .sample import training_sample as training_sample
 from .setup import Setup as Setup
 from .setup import prepare as prepare

@@ -8,13 +8,15 @@ own are measured on training images.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bncli.data import sample_batches
 from bncli.errors import BncliError, DivergedError, StoppedError
 from bncli.model import ConvNet
+from bncli.stats import batch_norm_layers
+from bncli.training.sample import training_sample
 from bncli.training.setup import Setup
 
 # For the statistics. 2,000 repair a ruined network as well as it ever was (README: A demonstration), and take
@@ -78,21 +80,14 @@ def averaged_network(
         if stop():
             raise StoppedError
 
-    runtime, config = setup.runtime, setup.config.train
-    size = config.micro_batch_size or config.batch_size
     network = copy.deepcopy(model)
     network.load_state_dict(average.state_dict(), strict=False)
     try:
-        with runtime.autocast():
-            recalibrate(
-                network,
-                lambda: (
-                    runtime.place(images)
-                    for images, _ in sample_batches(setup.train_split, size, NUM_MEASURED_IMAGES)
-                ),
-                method="precise",
-                progress=ask,
+        with setup.runtime.autocast():
+            sample = training_sample(
+                setup.train_split, setup.runtime, setup.norm_batch_size, NUM_MEASURED_IMAGES
             )
+            recalibrate(network, sample, method="precise", progress=ask)
     except StoppedError:
         raise
     except BncliError as error:
@@ -101,3 +96,13 @@ def averaged_network(
             " with a lower train.learning_rate, or without train.ema_epochs"
         ) from None
     return network
+
+
+def describe_measurement(setup: Setup, network: ConvNet) -> dict[str, Any]:
+    """How `averaged_network` got its statistics, for the checkpoint's `recalibration`."""
+    return {
+        "method": "precise",
+        "num_images": min(NUM_MEASURED_IMAGES, len(setup.dataset.train)),
+        "batch_size": setup.norm_batch_size,
+        "recalibrated_layers": [name for name, _ in batch_norm_layers(network)],
+    }

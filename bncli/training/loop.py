@@ -6,7 +6,7 @@ learning rate. Nothing else is random, so a run that was interrupted continues b
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def _train_to_the_end(
             append_metrics(run_dir / "metrics.jsonl", metrics)
             last = run.checkpoint(network, evaluation)
             if is_best:
-                save_checkpoint(replace(last, optimizer=None, averaging=None), run_dir / "best.pt")
+                save_checkpoint(last.finished(), run_dir / "best.pt")
         every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
         if _ends_interval(run.epoch, every, config):
             _save_last(run, last, run_dir)
@@ -264,7 +264,7 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         seconds=last.seconds,
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
-        recalibration=last.recalibration,
+        recalibration=last.recalibration if recalibrated else None,
     )
 
 

@@ -13,16 +13,16 @@ from typing import Literal
 from torch import Tensor
 
 from bncli.checkpoint import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
-from bncli.data import Dataset, sample_batches, sequential_batches
+from bncli.data import Dataset, sequential_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.hardware import describe_machine
 from bncli.model import ConvNet
 from bncli.runtime import Runtime
 from bncli.stats import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
-from bncli.stats.passes import Batches
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, writing
+from bncli.training.sample import training_sample
 
 RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
@@ -74,7 +74,7 @@ def recalibrate_checkpoint(
         before = outcomes("test images before")
         done = recalibrate(
             model,
-            None if method == "debias" else training_sample(dataset, runtime, size, sample),
+            None if method == "debias" else training_sample(dataset.train, runtime, size, sample),
             method=method,
             layers=layers,
             tolerance=tolerance,
@@ -96,13 +96,10 @@ def recalibrate_checkpoint(
         "machine": describe_machine(),
     }
     made = replace(
-        checkpoint,
+        checkpoint.finished(),
         state_dict=checkpoint.state_dict | _running_stats(model),
         test_accuracy=after.score.accuracy,
         test_loss=after.score.loss,
-        optimizer=None,
-        running_epoch=None,
-        averaging=None,
         recalibration=record,
     )
     return RecalibratedCheckpoint(made, done, before.score, after.score, difference)
@@ -128,7 +125,7 @@ def save_recalibrated(
         source={"file": path.name, "sha256": file_sha256(path)},
         eval_batch_size=setup.config.runtime.eval_batch_size,
         method=method,
-        batch_size=setup.config.train.micro_batch_size or setup.config.train.batch_size,
+        batch_size=setup.norm_batch_size,
         progress=ask,
     )
     with writing(run_dir):
@@ -142,13 +139,6 @@ def _running_stats(model: ConvNet) -> dict[str, Tensor]:
         for key, value in model.state_dict().items()
         if key.endswith((".running_mean", ".running_var"))
     }
-
-
-def training_sample(dataset: Dataset, runtime: Runtime, batch_size: int, num_images: int) -> Batches:
-    """Training images on the device, as often as a measurement wants to go through them."""
-    return lambda: (
-        runtime.place(images) for images, _ in sample_batches(dataset.train, batch_size, num_images)
-    )
 
 
 def verify_checkpoint(
@@ -169,7 +159,7 @@ def verify_checkpoint(
     with runtime.autocast():
         return verify_fixed_point(
             model,
-            training_sample(dataset, runtime, batch_size, num_images),
+            training_sample(dataset.train, runtime, batch_size, num_images),
             layers=layers,
             progress=partial(progress, "training images, verifying"),
         )

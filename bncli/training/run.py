@@ -14,7 +14,7 @@ from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
 from bncli.model import ConvNet
 from bncli.runtime import keep_freed_memory, release_freed_memory
-from bncli.training.average import AveragedWeights, averaged_network
+from bncli.training.average import AveragedWeights, averaged_network, describe_measurement
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -76,9 +76,10 @@ class Run:
                 f" {last.mean}, now {setup.normalization.mean}); check data.root"
             )
         try:
-            run.model.load_state_dict(last.averaging["last"] if last.averaging else last.state_dict)
+            trained = last.averaging or {"last": last.state_dict}
+            run.model.load_state_dict(trained["last"])
             if run.average is not None:
-                run.average.load_state_dict((last.averaging or {})["average"])
+                run.average.load_state_dict(trained["average"])
             run.optimizer.load_momenta(last.optimizer or {})
             run.running_epoch = RunningEpoch(run.model, setup.runtime.device)
             if last.running_epoch is not None:
@@ -171,7 +172,9 @@ class Run:
     def checkpoint(self, network: ConvNet, evaluation: Evaluation | None) -> Checkpoint:
         """The run as it is now, and the network to use, which is the one that `evaluation` is of, if any."""
         self.tick()
-        last, averaging = _on_cpu(self.model.state_dict()), None
+        last, averaging, recalibration = _on_cpu(self.model.state_dict()), None, None
+        if network is not self.model:
+            recalibration = describe_measurement(self.setup, network)
         if self.average is not None:
             averaging = {"last": last, "average": _on_cpu(self.average.state_dict())}
         return Checkpoint(
@@ -192,6 +195,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),
             data_digest=self.setup.data_digest,
+            recalibration=recalibration,
             averaging=averaging,
         )
 

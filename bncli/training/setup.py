@@ -65,6 +65,11 @@ class Setup:
         return self.config.runtime.reuse_memory and self.runtime.device.type == "cpu"
 
     @property
+    def norm_batch_size(self) -> int:
+        """Images that BatchNorm normalises together in training."""
+        return self.config.train.micro_batch_size or self.config.train.batch_size
+
+    @property
     def num_steps(self) -> int:
         """Training steps of all epochs together."""
         return self.plan.num_steps * self.config.train.epochs

@@ -57,6 +57,18 @@ def test_the_accidents_are_what_they_are_called(bncli: Bncli, finished_run: Path
     assert torch.equal(reset["stages.0.0.norm.running_var"], old.state_dict["stages.0.0.norm.running_var"])
 
 
+def test_what_was_ruined_is_no_longer_called_measured(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert bncli("train", tiny_config, "--run-dir", run, "--set", "train.ema_epochs=0.5").code == 0
+    bncli("bench", "repair", run / "last.pt", "--num-images", 50, "--save-dir", tmp_path / "ruins")
+    ruined = load_checkpoint(tmp_path / "ruins" / "short_average.pt")
+    assert (ruined.averaging, ruined.recalibration) == (None, None)
+    found = bncli("inspect-stats", tmp_path / "ruins" / "short_average.pt", "--json").json["findings"]
+    assert "BN002" in {finding["code"] for finding in found}
+
+
 def test_the_table_names_every_accident_and_what_was_found(bncli: Bncli, finished_run: Path) -> None:
     outcome = bncli("bench", "repair", finished_run / "last.pt", "--num-images", 50)
     assert outcome.code == 0

@@ -1,6 +1,7 @@
 """A run of a second that checkpoints often, and what its files hold apart from times."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from bncli.checkpoint.digest import digest_parts
 from bncli.config_file import load_config
 from bncli.training import train
+from tests.conftest import Bncli, Outcome, save_as_if_whole
 
 # 5 epochs of 4 steps, with a smaller last batch; 3 does not divide 4, so checkpoints fall everywhere
 FAULTY = """
@@ -46,6 +48,14 @@ def same_run(first: Path, second: Path) -> bool:
     assert names == [[".lock", "best.pt", "config.yaml", "last.pt", "metrics.jsonl"]] * 2
     assert metrics_of(first) == metrics_of(second)
     return all(content_of(first / name) == content_of(second / name) for name in ("last.pt", "best.pt"))
+
+
+def resume_forged(bncli: Bncli, run_dir: Path, change: Callable[[dict[str, Any]], object]) -> Outcome:
+    """Change what is in last.pt, as a program would that means it, and resume for one epoch more."""
+    content = torch.load(run_dir / "last.pt", weights_only=True)
+    change(content)
+    save_as_if_whole(content, run_dir / "last.pt")
+    return bncli("train", "--resume", run_dir, "--set", "train.epochs=6")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from bncli.checkpoint import load_checkpoint
 from bncli.config_file import load_config
 from bncli.errors import DivergedError, StoppedError
 from bncli.training import Setup, StepDone, prepare, train
-from tests.conftest import Bncli, save_as_if_whole
-from tests.faults.conftest import content_of, same_run
+from tests.conftest import Bncli
+from tests.faults.conftest import content_of, resume_forged, same_run
 
 EMA = "train.ema_epochs=0.5"  # 2 steps
 
@@ -118,10 +118,7 @@ def test_a_forged_average_is_refused_in_one_line(
     said: str,
 ) -> None:
     shutil.copytree(averaged_run, tmp_path / "run")
-    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    change(content)
-    save_as_if_whole(content, tmp_path / "run" / "last.pt")
-    outcome = bncli("train", "--resume", tmp_path / "run", "--set", "train.epochs=6")
+    outcome = resume_forged(bncli, tmp_path / "run", change)
     errors = [line for line in outcome.err.splitlines() if "draw images" not in line]
     assert (outcome.code, len(errors)) == (2, 1), outcome.err
     assert said in errors[0]

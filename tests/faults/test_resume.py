@@ -18,7 +18,7 @@ from bncli.training import Started, train
 from bncli.training.lock import LOCK_NAME, locked
 from bncli.training.setup import Setup, prepare
 from tests.conftest import Bncli, save_as_if_whole
-from tests.faults.conftest import FAULTY, content_of, metrics_of, same_run
+from tests.faults.conftest import FAULTY, content_of, metrics_of, resume_forged, same_run
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -164,10 +164,7 @@ def test_a_forged_checkpoint_is_refused_in_one_line(
     bncli: Bncli, whole_run: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
     shutil.copytree(whole_run, tmp_path / "run")
-    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    change(content)
-    save_as_if_whole(content, tmp_path / "run" / "last.pt")
-    outcome = bncli("train", "--resume", tmp_path / "run", "--set", "train.epochs=6")
+    outcome = resume_forged(bncli, tmp_path / "run", change)
     progress, line, *more = outcome.err.splitlines()  # the progress of drawing images comes first
     assert (outcome.code, more) == (2, []), outcome.err
     assert "draw images" in progress
