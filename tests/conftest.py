@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bncli.checkpoint.digest import digest_parts
+from bncli.checkpoints.part_digests import digest_parts
 from bncli.cli.app import main
 
 # Networks this small gain nothing from a second thread, and beside another busy process two threads

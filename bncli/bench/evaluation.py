@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bncli.bench.onnx_session import missing_packages, onnx_classifier
-from bncli.checkpoint import Checkpoint, load_model
-from bncli.evaluation import optimize_for_inference
+from bncli.checkpoints import Checkpoint, load_model
 from bncli.hardware import describe_machine
+from bncli.inference import optimize_for_inference
 from bncli.runtime import Runtime
 
 Classify = Callable[[Tensor], Tensor]  # uint8 images (N, 3, H, W) on the CPU to logits (N, num_classes)

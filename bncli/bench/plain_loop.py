@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bncli.config import AugmentConfig, Config
 from bncli.data import Dataset
 from bncli.errors import BncliError
-from bncli.model import build_model
+from bncli.models.convnet import build_model
 from bncli.runtime import synchronize
 from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from bncli.batchnorm import batch_norm_layers, eval_mode, measure_population, train_mode
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
-from bncli.stats import batch_norm_layers, eval_mode, measure_population, train_mode
 from bncli.torchvision_compat import import_torchvision
 
 _CUTS = {"equal": (16,) * 8, "unequal": (64, 32, 16, 9, 4, 2, 1), "single image": (1,) * 128}

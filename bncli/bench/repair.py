@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bncli.checkpoint import Checkpoint, load_model, save_checkpoint
+from bncli.batchnorm import batch_norm_layers, batch_statistics_mode
+from bncli.checkpoints import Checkpoint, load_model, save_checkpoint
 from bncli.config import Config
 from bncli.data import BatchPlan, Dataset, sample_batches, training_batches
 from bncli.evaluation import Gap, measure_gap
 from bncli.hardware import describe_machine
-from bncli.model import ConvNet
+from bncli.models.convnet import ConvNet
 from bncli.runtime import Runtime
-from bncli.stats import batch_norm_layers, batch_statistics_mode
 from bncli.training import training_sample
 from bncli.training.optimizer import build_optimizer
 

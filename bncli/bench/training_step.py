@@ -18,7 +18,7 @@ from bncli.config import Config
 from bncli.data import Progress as DataProgress
 from bncli.errors import ConfigError
 from bncli.hardware import describe_machine
-from bncli.model import measure_layers
+from bncli.models.convnet import measure_layers
 from bncli.runtime import synchronize
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step

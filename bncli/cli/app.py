@@ -11,14 +11,14 @@ from typing import Annotated
 import typer
 
 import bncli
-from bncli.cli.bench import bench_app
-from bncli.cli.doctor import examine
-from bncli.cli.eval import evaluate_checkpoint
-from bncli.cli.inspect_stats import inspect_stats
+from bncli.cli.commands.bench import bench_app
+from bncli.cli.commands.doctor import examine
+from bncli.cli.commands.eval import evaluate_checkpoint
+from bncli.cli.commands.inspect_stats import inspect_stats
+from bncli.cli.commands.predict import predict_images
+from bncli.cli.commands.recalibrate import recalibrate_checkpoint
+from bncli.cli.commands.train import train_config
 from bncli.cli.messages import one_line, print_error
-from bncli.cli.predict import predict_images
-from bncli.cli.recalibrate import recalibrate_checkpoint
-from bncli.cli.train import train_config
 from bncli.errors import BncliError
 
 app = typer.Typer(

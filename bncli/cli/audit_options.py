@@ -9,7 +9,7 @@ import typer
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bncli.stats import Finding, LayerStats
+    from bncli.batchnorm import Finding, LayerStats
 
 FailOn = Literal["error", "warning", "never"]
 SortBy = Literal["model", "name", "findings", "gain", "mean", "variance"]
@@ -87,7 +87,7 @@ def sort_layers(
     """The layers by name, or the worst first; layers without the quantity come last."""
     from collections import Counter
 
-    from bncli.stats.channels import channels_of, gain, mean_in_deviations
+    from bncli.batchnorm.audit.channels import channels_of, gain, mean_in_deviations
 
     if by == "model":
         return list(layers)

@@ -8,7 +8,7 @@ from bncli.errors import BncliError, CheckpointError
 
 def checks_of_checkpoint(path: Path) -> list[Check]:
     """Whether every part of a checkpoint of bncli is what was saved."""
-    from bncli.checkpoint import check_integrity, load_model
+    from bncli.checkpoints import check_integrity, load_model
 
     try:
         found = check_integrity(path)
@@ -39,7 +39,7 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
 
 def _of_foreign_checkpoint(path: Path, problem: str) -> Check:
     """What lies in a file that bncli did not write; one that is damaged remains a problem."""
-    from bncli.checkpoint import open_checkpoint
+    from bncli.checkpoints import open_checkpoint
 
     fix = "inspect-stats reads its running statistics; eval and predict need a file of bncli train"
     # another format, or a file of torch.save that was read to its end

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bncli.cli.messages import note_emulation, one_line
-from bncli.cli.render import runtime_line
+from bncli.cli.tables.table import runtime_line
 from bncli.training import EpochDone, Started, StepDone
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"

@@ -9,7 +9,7 @@ from bncli.errors import DataError
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from bncli.checkpoint import Checkpoint
+    from bncli.checkpoints import Checkpoint
     from bncli.config import Config
     from bncli.data import Dataset
     from bncli.runtime import Runtime
@@ -31,10 +31,10 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
-    from bncli.checkpoint import load_checkpoint, load_model
+    from bncli.checkpoints import load_checkpoint, load_model
     from bncli.cli.messages import note_emulation
     from bncli.config_file import config_from_dict
-    from bncli.evaluation import FixedShape
+    from bncli.determinism import FixedShape
     from bncli.runtime import resolve_runtime
 
     checkpoint = load_checkpoint(path)

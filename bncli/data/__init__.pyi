@@ -3,7 +3,7 @@ from .augment import check_augmentation as check_augmentation
 from .dataset import Dataset as Dataset
 from .dataset import Progress as Progress
 from .dataset import Split as Split
-from .digest import digest_dataset as digest_dataset
+from .fingerprint import digest_dataset as digest_dataset
 from .load import load_dataset as load_dataset
 from .loader import BatchPlan as BatchPlan
 from .loader import micro_batches as micro_batches
@@ -12,4 +12,4 @@ from .loader import sequential_batches as sequential_batches
 from .loader import training_batches as training_batches
 from .normalization import Normalization as Normalization
 from .normalization import measure_normalization as measure_normalization
-from .sample import sample_batches as sample_batches
+from .random_sample import sample_batches as sample_batches

@@ -19,8 +19,8 @@ from typing import IO
 
 import torch
 
-from bncli import cifar10_files as files
 from bncli.config import Cifar10Config
+from bncli.data import cifar10_files as files
 from bncli.data.dataset import Dataset, Progress, Split
 from bncli.data.memory import require_memory
 from bncli.errors import DataError

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.errors import DataError
-from bncli.evaluation.forward import forward
-from bncli.stats.modes import eval_mode, preserved_buffers
+from bncli.forward import forward
 
 
 @dataclass(frozen=True)

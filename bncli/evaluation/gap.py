@@ -3,8 +3,8 @@
 The same test images are computed four times, each time with other statistics in the BatchNorm layers and
 everything else, dropout too, in eval mode: the running statistics as they are; the batch statistics of the
 test batches; and the population statistics of the training images, measured in the two ways of
-`bncli.stats.population`. What exact population statistics gain over the running ones is what BatchNorm
-explains, and what `bncli.stats.recalibrate` would bring.
+`batchnorm/population/measure.py`. What exact population statistics gain over the running ones is what
+BatchNorm explains, and what `recalibrate` would bring.
 
 A layer is self-consistent if what enters it in eval mode has the mean and variance that it normalises by.
 Behind a stale layer others look stale too, so the score does not name the culprit; a trial does. Each layer
@@ -24,24 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
+from bncli.batchnorm.population.exact.layer_by_layer import write_statistics
+from bncli.batchnorm.population.measure import Method, measure_population
+from bncli.batchnorm.population.measured_pass import measure_pass
+from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.passes import Batches
+from bncli.batchnorm.population.recalibrate import apply_population
+from bncli.batchnorm.population.selection import select_layers
+from bncli.batchnorm.population.verify import mean_shift, var_ratio
 from bncli.errors import BncliError
-from bncli.evaluation.forward import is_too_few_values
-from bncli.evaluation.outcomes import (
-    Outcomes,
-    PairedDifference,
-    Score,
-    compare_outcomes,
-    measure_outcomes,
-)
-from bncli.stats.exact import write_statistics
-from bncli.stats.fixed_point import mean_shift, var_ratio
-from bncli.stats.measured_pass import measure_pass
-from bncli.stats.modes import batch_statistics_mode, eval_mode, preserved_buffers
-from bncli.stats.moments import Moments
-from bncli.stats.passes import Batches
-from bncli.stats.population import Method, measure_population
-from bncli.stats.recalibrate import apply_population
-from bncli.stats.selection import select_layers
+from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.forward import is_too_few_values
 
 NUM_TRIAL_IMAGES = 1_000
 MAX_TRIALS = 16  # layers repaired alone, each at the price of NUM_TRIAL_IMAGES
@@ -106,7 +100,7 @@ def measure_gap(
 
     `test_batches()` gives batches of (inputs, labels (N,)), the same each time, in an order in which every
     batch is a sample of all classes. `training_batches` are unaugmented training images: see
-    `bncli.stats.passes`. For another precision call this inside `torch.autocast`.
+    `bncli.batchnorm.population.passes`. For another precision call this inside `torch.autocast`.
 
     Raises DataError for batches that cannot be used, BncliError if no layer has running statistics, or
     a batch holds a single value per channel.

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import preserved_buffers
 from bncli.errors import DataError
 from bncli.evaluation.evaluate import judge
-from bncli.evaluation.forward import forward
 from bncli.evaluation.sweep import NORMAL_QUANTILE
-from bncli.stats.modes import preserved_buffers
+from bncli.forward import forward
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.errors import DataError
-from bncli.evaluation.forward import forward
-from bncli.stats.modes import eval_mode, preserved_buffers
+from bncli.forward import forward
 
 
 @dataclass(frozen=True)

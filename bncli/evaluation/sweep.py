@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
+from bncli.determinism.difference import predictions
+from bncli.determinism.fixed_shape import without_fixed_shape
 from bncli.errors import DataError
-from bncli.evaluation.difference import predictions
-from bncli.evaluation.fixed_shape import without_fixed_shape
-from bncli.evaluation.forward import forward, is_too_few_values
-from bncli.stats.modes import batch_statistics_mode, eval_mode, preserved_buffers
+from bncli.forward import forward, is_too_few_values
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: two-sided 95 %
 

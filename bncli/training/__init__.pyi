@@ -1,3 +1,4 @@
+from .calibration_images import training_sample as training_sample
 from .describe import SetupDescription as SetupDescription
 from .describe import describe_setup as describe_setup
 from .loop import EpochDone as EpochDone
@@ -9,6 +10,5 @@ from .recalibrated import RecalibratedCheckpoint as RecalibratedCheckpoint
 from .recalibrated import RecalibrationMethod as RecalibrationMethod
 from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
 from .recalibrated import verify_checkpoint as verify_checkpoint
-from .sample import training_sample as training_sample
 from .setup import Setup as Setup
 from .setup import prepare as prepare

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bncli.batchnorm import batch_norm_layers
 from bncli.errors import BncliError, DivergedError, StoppedError
-from bncli.model import ConvNet
-from bncli.stats import batch_norm_layers
-from bncli.training.sample import training_sample
+from bncli.models.convnet import ConvNet
+from bncli.training.calibration_images import training_sample
 from bncli.training.setup import Setup
 
 # For the statistics. 2,000 repair a ruined network as well as it ever was (README: A demonstration), and take
@@ -74,7 +74,7 @@ def averaged_network(
         StoppedError: when `stop`, which is asked after every batch, says so.
         DivergedError: when the averaged network reaches a number that is not finite.
     """
-    from bncli.stats import recalibrate  # most of bncli.stats: imported in this case only
+    from bncli.batchnorm import recalibrate
 
     def ask(number: int, of: int, num_images: int) -> None:
         if stop():

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.batchnorm.modes import preserved_buffers
 from bncli.data import micro_batches
-from bncli.stats.modes import preserved_buffers
 from bncli.training.run import Run
 
 

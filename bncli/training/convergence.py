@@ -1,7 +1,7 @@
 """How each layer's running statistics came to match the batches, epoch by epoch: from a run's metrics.jsonl.
 
-The distances were recorded while training (`bncli.stats.tracking`); here they are only read. The last line
-may be torn, by a crash or because the run is writing it now.
+The distances were recorded while training (`bncli.batchnorm.tracking`); here they are only read. The last
+line may be torn, by a crash or because the run is writing it now.
 """
 
 import json
@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class EpochPoint:
-    """One layer after one epoch; None for what could not be recovered (see `bncli.stats.LayerEpoch`)."""
+    """One layer after one epoch; None for what could not be recovered (see `bncli.batchnorm.LayerEpoch`)."""
 
     epoch: int  # from 1
     mean_shift: float | None  # running mean from the batches', RMS over channels, in standard deviations

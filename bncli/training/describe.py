@@ -5,7 +5,7 @@ from typing import Any
 
 from bncli.config import Config
 from bncli.data import Normalization
-from bncli.model import LayerCost, measure_layers
+from bncli.models.convnet import LayerCost, measure_layers
 from bncli.training.setup import Setup
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bncli.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
 from bncli.data import micro_batches
@@ -166,7 +166,7 @@ def _train_to_the_end(
         report(EpochDone(metrics))
     # here the weights are final
     if config.recalibrate != "none":
-        # most of bncli.stats and bncli.evaluation: imported in this case only
+        # most of bncli.batchnorm and bncli.evaluation: imported in this case only
         from bncli.training.recalibrated import save_recalibrated
 
         save_recalibrated(run, run_dir, config.recalibrate, stop)

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from bncli.checkpoint import Checkpoint, load_checkpoint
+from bncli.checkpoints import Checkpoint, load_checkpoint
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import Progress

@@ -1,6 +1,6 @@
 """A checkpoint with population statistics in place of its running statistics: how good, and how made.
 
-The population is the data set's training split, unaugmented, in the order of `bncli.data.sample`. All is
+The population is the data set's training split, unaugmented, in the order of `data/random_sample.py`. All is
 computed as `bncli eval` computes it, autocast included, since that is where the statistics will be used.
 """
 
@@ -12,17 +12,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from bncli.checkpoint import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
+from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
+from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
 from bncli.data import Dataset, sequential_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.hardware import describe_machine
-from bncli.model import ConvNet
+from bncli.models.convnet import ConvNet
 from bncli.runtime import Runtime
-from bncli.stats import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
+from bncli.training.calibration_images import training_sample
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, writing
-from bncli.training.sample import training_sample
 
 RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
@@ -59,7 +59,7 @@ def recalibrate_checkpoint(
     sample of training images (default: all), `batch_size` that of its batches (default:
     `eval_batch_size`), `layers` a glob. The new checkpoint has no optimiser: training cannot go on from it.
 
-    Raises BncliError where nothing can be recalibrated: see `bncli.stats.recalibrate`.
+    Raises BncliError where nothing can be recalibrated: see `bncli.batchnorm.population.recalibrate`.
     """
     size = batch_size or eval_batch_size
     sample = min(num_images or len(dataset.train), len(dataset.train))

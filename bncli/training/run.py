@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bncli.checkpoint import Checkpoint
+from bncli.checkpoints import Checkpoint
 from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
-from bncli.model import ConvNet
+from bncli.models.convnet import ConvNet
 from bncli.runtime import keep_freed_memory, release_freed_memory
 from bncli.training.average import AveragedWeights, averaged_network, describe_measurement
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at

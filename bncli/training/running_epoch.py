@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.stats import EpochStatistics
+from bncli.batchnorm import EpochStatistics
 
 
 class RunningEpoch:

@@ -17,7 +17,7 @@ from bncli.data import (
     num_micro_batches,
 )
 from bncli.errors import ConfigError
-from bncli.model import ConvNet, build_model, smallest_map
+from bncli.models.convnet import ConvNet, build_model, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
 
 STEPS_BETWEEN_CHECKS = 100  # on a GPU; as many are taken once more, one by one, to find the first bad one

@@ -12,7 +12,7 @@ from bncli.bench.time_to_accuracy import (
     spread_of,
     summarize_target,
 )
-from bncli.cli.bench_accuracy import parse_targets
+from bncli.cli.commands.bench_accuracy import parse_targets
 from bncli.errors import ConfigError
 from tests.conftest import TINY, Bncli
 

@@ -6,7 +6,7 @@ import torch
 
 from bncli.bench import evaluation, onnx_session
 from bncli.bench.evaluation import FOLDED, ONNX, OURS, PLAIN, _in_turns, _paths, _ratio
-from bncli.checkpoint import load_checkpoint, load_model
+from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config import RuntimeConfig
 from bncli.runtime import resolve_runtime
 from tests.conftest import Bncli

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.checkpoint import load_checkpoint
+from bncli.checkpoints import load_checkpoint
 from tests.conftest import Bncli
 
 NAMES = ["short_average", "batches_of_2", "averaged_weights", "one_layer_reset"]

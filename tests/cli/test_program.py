@@ -133,7 +133,7 @@ def test_an_unforeseen_error_is_one_line_too_unless_its_traceback_is_asked_for(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("first\nsecond")
 
-    monkeypatch.setattr("bncli.checkpoint.load_checkpoint", fail)
+    monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)
     outcome = bncli("eval", finished_run / "last.pt")
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
@@ -157,7 +157,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
 
 @pytest.mark.parametrize(
     ("command", "place"),
-    [("eval", "bncli.evaluation.evaluate"), ("inspect-stats", "bncli.checkpoint.open_checkpoint")],
+    [("eval", "bncli.evaluation.evaluate"), ("inspect-stats", "bncli.checkpoints.open_checkpoint")],
 )
 def test_ctrl_c_is_answered_in_every_command(
     bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str

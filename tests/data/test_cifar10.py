@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-from bncli import cifar10_files
 from bncli.config import Cifar10Config
-from bncli.data import load_dataset
+from bncli.data import cifar10_files, load_dataset
 from bncli.errors import DataError
 from bncli.torchvision_compat import import_torchvision
 

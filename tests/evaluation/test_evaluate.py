@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import buffers_digest
 from bncli.errors import BncliError, DataError
 from bncli.evaluation.evaluate import evaluate
-from bncli.stats.modes import buffers_digest
 
 SIZES = [8, 8, 3]
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bncli.batchnorm import buffers_digest, recalibrate
 from bncli.errors import BncliError, DataError
 from bncli.evaluation import Gap, LayerGap, measure_gap
 from bncli.evaluation import gap as gap_module
-from bncli.stats import buffers_digest, recalibrate
 
 Batch = tuple[Tensor, Tensor]
 LAYERS = ("0.1", "1.1", "2.1")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import buffers_digest
 from bncli.evaluation import predict
-from bncli.stats.modes import buffers_digest
 
 
 def test_each_image_is_computed_alone_in_eval_mode_and_gets_its_own_answer() -> None:

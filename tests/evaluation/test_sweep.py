@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm.modes import buffers_digest
+from bncli.determinism import FixedShape
 from bncli.errors import DataError
-from bncli.evaluation import FixedShape, sweep_batch_sizes
+from bncli.evaluation import sweep_batch_sizes
 from bncli.evaluation.sweep import Hits, wilson_interval
-from bncli.stats.modes import buffers_digest
 
 
 def trained_net(guest: nn.Module | None = None) -> nn.Sequential:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bncli.checkpoint.digest import digest_parts
+from bncli.checkpoints.part_digests import digest_parts
 from bncli.config_file import load_config
 from bncli.training import train
 from tests.conftest import Bncli, Outcome, save_as_if_whole

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.checkpoint import load_checkpoint
+from bncli.checkpoints import load_checkpoint
 from bncli.config_file import load_config
 from bncli.errors import DivergedError, StoppedError
 from bncli.training import Setup, StepDone, prepare, train

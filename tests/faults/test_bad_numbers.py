@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.checkpoint import check_integrity
+from bncli.checkpoints import check_integrity
 from bncli.config_file import load_config
 from bncli.errors import DivergedError, StoppedError
 from bncli.training import train

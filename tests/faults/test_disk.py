@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bncli.checkpoint import check_integrity
+from bncli.checkpoints import check_integrity
 from bncli.cli.progress import TrainReporter
 from bncli.training import StepDone
 from tests.conftest import Bncli, Outcome

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bncli.checkpoint import load_checkpoint
+from bncli.checkpoints import load_checkpoint
 from tests.faults.conftest import metrics_of, same_run
 
 ROOT = Path(__file__).parent.parent.parent

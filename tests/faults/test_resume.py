@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bncli.checkpoint import load_checkpoint
+from bncli.checkpoints import load_checkpoint
 from bncli.config_file import load_config
 from bncli.data import Split
 from bncli.errors import CheckpointError, RunError, StoppedError

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.checkpoint import check_integrity, load_checkpoint
+from bncli.batchnorm import EpochStatistics
+from bncli.checkpoints import check_integrity, load_checkpoint
 from bncli.cli.progress import DataReporter, TrainReporter
 from bncli.config_file import load_config
 from bncli.errors import StoppedError
-from bncli.stats import EpochStatistics
 from bncli.training import EpochDone, Setup, StepDone, train
 from bncli.training.optimizer import Optimizer
 from tests.conftest import Bncli

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bncli.checkpoint import load_checkpoint, load_model
-from bncli.checkpoint.digest import digest_parts
-from bncli.checkpoint.own_zip import read_own_zip
+from bncli.checkpoints import load_checkpoint, load_model
+from bncli.checkpoints.own_zip import read_own_zip
+from bncli.checkpoints.part_digests import digest_parts
 from bncli.errors import CheckpointError
 from tests.conftest import Bncli
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from bncli.checkpoint.digest import digest_parts
+from bncli.checkpoints.part_digests import digest_parts
 from tests.conftest import Bncli
 from tests.hostile.mutations import mutated, with_changed_bytes
 

@@ -47,8 +47,8 @@ def run_on_meta(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run on PyTorch's meta device, whose tensors have no values: whoever asks for one gets an error."""
     # it has no autocast; and an epoch reads each layer's number of batches before its first step
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr("bncli.stats.tracking._num_batches", lambda _: 0)
-    monkeypatch.setattr("bncli.stats.tracking._float64_copies", lambda _: [])
+    monkeypatch.setattr("bncli.batchnorm.tracking._num_batches", lambda _: 0)
+    monkeypatch.setattr("bncli.batchnorm.tracking._float64_copies", lambda _: [])
     setup = prepare(load_config(tiny_config, RECIPE))
     runtime = replace(setup.runtime, device=torch.device("meta"))
     train_split = Split(setup.dataset.train.images.to("meta"), setup.dataset.train.labels.to("meta"))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bncli.checkpoint import load_checkpoint, load_model
+from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config_file import load_config
 from bncli.data import load_dataset, sample_batches
 from bncli.training import train

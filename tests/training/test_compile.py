@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.checkpoint import load_checkpoint
+from bncli.checkpoints import load_checkpoint
 from bncli.config_file import load_config
 from bncli.errors import CompileError, StoppedError
 from bncli.training import prepare, train

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bncli.config import ModelConfig, TrainConfig
-from bncli.model import build_model
+from bncli.models.convnet import build_model
 from bncli.training.optimizer import build_optimizer, learning_rate_at
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bncli.checkpoint import load_checkpoint, load_model
+from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import load_dataset, training_batches
 from bncli.errors import ConfigError, RunError
-from bncli.model import build_model
+from bncli.models.convnet import build_model
 from bncli.training import EpochDone, Started, StepDone, prepare, train
 from bncli.training.loop import training_step
 from bncli.training.optimizer import learning_rate_at

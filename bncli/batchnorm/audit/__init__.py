@@ -1,0 +1,1 @@
+"""What is wrong with running statistics, judged from their numbers."""

@@ -1,0 +1,242 @@
+"""Two checkpoints of one network: how far its running statistics moved, and whether its weights did.
+
+*Moved* means that a bit differs (`bncli.batchnorm.bits`): equal NaNs have not moved, and another dtype or
+shape is another tensor. How far is another question, which `bncli.batchnorm.distance` answers; which weights
+feed a layer is a guess, explained in `bncli.batchnorm.feeding`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from bncli.batchnorm.bits import bitwise_equal
+from bncli.batchnorm.distance import Divergence, DivergenceSummary, diverge, summarize_divergence
+from bncli.batchnorm.feeding import STATISTICS, Feeding, find_feeding, order_is_lost, owner
+from bncli.batchnorm.layers import LayerStats
+from bncli.errors import IncomparableError
+
+
+class ReadableTensor(Protocol):
+    """A tensor in a file, of which only shape and dtype are known until it is read."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its shape, without reading it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type, without reading it."""
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its memory in row-major order; of one shape and dtype the chunks have the same sizes."""
+
+
+class Contents(Protocol):
+    """What a checkpoint holds: BatchNorm layers, and all tensors by name in the order of the file."""
+
+    def layers(self) -> Sequence[LayerStats]:
+        """Its BatchNorm layers."""
+
+    @property
+    def tensors(self) -> Mapping[str, ReadableTensor]:
+        """Every tensor; a layer's own are called after it, as in 'bn1.running_mean'."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerComparison:
+    """One BatchNorm layer in both checkpoints: the second's distance from the first."""
+
+    name: str  # in the first
+    name_in_second: str
+    divergence: Divergence | None  # per channel; None where either has no running statistics
+    summary: DivergenceSummary | None
+    statistics_moved: bool  # running_mean or running_var
+    weights_moved: bool  # its own weight or bias
+    feeding_weights_moved: bool | None  # None: no tensor is known to feed it
+    hyperparameters_changed: bool  # momentum or eps, where both know them
+    num_batches_tracked: tuple[int | None, int | None]
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The second checkpoint against the first, in the first's order."""
+
+    identical: bool  # every tensor in every bit, and every hyperparameter that both know
+    matched_by: Literal["name", "order"]
+    order_known: bool  # whether a file keeps the order of registration
+    layers: tuple[LayerComparison, ...]
+    only_in_first: tuple[str, ...]  # BatchNorm layers
+    only_in_second: tuple[str, ...]
+    different_num_features: tuple[str, ...]  # layers of one name but other channels: not compared
+    num_tensors: int  # of any kind, that both have
+    num_tensors_changed: int  # of these
+    num_tensors_only_in_first: int
+    num_tensors_only_in_second: int
+
+
+def compare(first: Contents, second: Contents) -> Comparison:
+    """Compare layer by layer and tensor by tensor; a chunk of each is in memory at a time.
+
+    Layers are matched by name. Where no name agrees but the numbers of channels do, one after the other,
+    they are matched by order, and `matched_by` says so. The flags of a layer:
+
+    - 'statistics_moved_weights_unchanged': its statistics moved, though neither its own weights nor any
+      before it did; where the order is unknown, nor any weight of the network.
+    - 'weights_moved_statistics_unchanged': its own weights or those that feed it moved, its statistics not.
+
+    Raises IncomparableError when no layer has a counterpart.
+    """
+    layers = first.layers(), second.layers()
+    matched_by, pairs = _match(*layers)
+    names = _counterparts(first.tensors, second.tensors) if matched_by == "order" else {}
+    changed, num_lone = _changed_tensors(first.tensors, second.tensors, names)
+    order = _registration_order(first.tensors, {} if names else second.tensors)
+    known = {layer.name for layer in layers[0]}
+    moves = _WeightMoves(changed, known, None if order is None else find_feeding(order, known))
+    lone = _lone(layers[0], pairs, side=0), _lone(layers[1], pairs, side=1)
+    compared = tuple(
+        _compare_layer(one, two, moves) for one, two in pairs if one.num_features == two.num_features
+    )
+    differing = any(changed.values()) or any(layer.hyperparameters_changed for layer in compared)
+    return Comparison(
+        identical=not differing and lone == ((), ()),
+        matched_by=matched_by,
+        order_known=order is not None,
+        layers=compared,
+        only_in_first=lone[0],
+        only_in_second=lone[1],
+        different_num_features=tuple(one.name for one, two in pairs if one.num_features != two.num_features),
+        num_tensors=len(first.tensors) - num_lone[0],
+        num_tensors_changed=sum(changed.values()) - sum(num_lone),
+        num_tensors_only_in_first=num_lone[0],
+        num_tensors_only_in_second=num_lone[1],
+    )
+
+
+def _lone(
+    layers: Sequence[LayerStats], pairs: Sequence[tuple[LayerStats, LayerStats]], *, side: Literal[0, 1]
+) -> tuple[str, ...]:
+    matched = {pair[side].name for pair in pairs}
+    return tuple(layer.name for layer in layers if layer.name not in matched)
+
+
+def _match(
+    first: Sequence[LayerStats], second: Sequence[LayerStats]
+) -> tuple[Literal["name", "order"], list[tuple[LayerStats, LayerStats]]]:
+    by_name = {layer.name: layer for layer in second}
+    pairs = [(layer, by_name[layer.name]) for layer in first if layer.name in by_name]
+    if pairs:
+        return "name", pairs
+    if first and [layer.num_features for layer in first] == [layer.num_features for layer in second]:
+        return "order", list(zip(first, second, strict=True))
+    raise IncomparableError(
+        f"no BatchNorm layer of the first ({_examples(first)}) has a counterpart in the second"
+        f" ({_examples(second)}), neither by name nor by the order of their channels"
+    )
+
+
+def _examples(layers: Sequence[LayerStats]) -> str:
+    shown = ", ".join(f"{layer.name} with {layer.num_features}" for layer in layers[:3])
+    return f"{len(layers)}: {shown}" + (", ..." if len(layers) > 3 else "")
+
+
+def _counterparts(
+    first: Mapping[str, ReadableTensor], second: Mapping[str, ReadableTensor]
+) -> dict[str, str]:
+    """The tensors' names in the second, by their names in the first, where the shapes agree in order."""
+    shapes = [[tuple(tensor.shape) for tensor in tensors.values()] for tensors in (first, second)]
+    return dict(zip(first, second, strict=True)) if shapes[0] == shapes[1] else {}
+
+
+def _changed_tensors(
+    first: Mapping[str, ReadableTensor], second: Mapping[str, ReadableTensor], names: Mapping[str, str]
+) -> tuple[dict[str, bool], tuple[int, int]]:
+    """Which tensors differ, by their names in the first; and how many are only in one, which counts too."""
+    changed = {}
+    for name, tensor in first.items():
+        other = second.get(names.get(name, name))
+        changed[name] = other is None or not _equal(tensor, other)
+    found = {names.get(name, name) for name in first}
+    only_in_second = [name for name in second if name not in found]
+    num_only_in_first = sum(name not in second for name in found)
+    return changed | dict.fromkeys(only_in_second, True), (num_only_in_first, len(only_in_second))
+
+
+def _equal(first: ReadableTensor, second: ReadableTensor) -> bool:
+    if tuple(first.shape) != tuple(second.shape) or first.dtype != second.dtype:
+        return False  # without reading either
+    return all(one == two for one, two in zip(first.chunks(), second.chunks(), strict=True))
+
+
+def _registration_order(*candidates: Mapping[str, ReadableTensor]) -> list[str] | None:
+    for tensors in candidates:
+        if not order_is_lost({name: tensor.dtype for name, tensor in tensors.items()}):
+            return list(tensors)
+    return None
+
+
+class _WeightMoves:
+    """Which weights moved, seen from a layer."""
+
+    def __init__(self, changed: Mapping[str, bool], layers: set[str], feeding: Feeding | None) -> None:
+        weights = [name for name, moved in changed.items() if moved and not _is_statistic(name, layers)]
+        self._moved = set(weights)
+        self._feeding = feeding
+        self._earliest = (
+            None
+            if feeding is None
+            else min((feeding.position.get(name, 0) for name in weights), default=len(feeding.position))
+        )
+
+    def feeding(self, layer: str) -> bool | None:
+        """Whether one of those that feed it moved; None where none is known."""
+        tensors = () if self._feeding is None else self._feeding.tensors.get(layer, ())
+        return any(name in self._moved for name in tensors) if tensors else None
+
+    def before(self, layer: str) -> bool:
+        """Whether one before it moved; where the order is unknown, whether any did."""
+        if self._feeding is None or self._earliest is None or layer not in self._feeding.start:
+            return bool(self._moved)
+        return self._earliest < self._feeding.start[layer]
+
+
+def _is_statistic(name: str, layers: set[str]) -> bool:
+    return owner(name, layers) is not None and name.rpartition(".")[2] in STATISTICS
+
+
+def _compare_layer(first: LayerStats, second: LayerStats, moves: _WeightMoves) -> LayerComparison:
+    statistics_moved = _moved(first.running_mean, second.running_mean) or _moved(
+        first.running_var, second.running_var
+    )
+    weights_moved = _moved(first.weight, second.weight) or _moved(first.bias, second.bias)
+    feeding_moved = moves.feeding(first.name)
+    has_statistics = first.running_mean is not None and second.running_mean is not None
+    flags = {
+        "statistics_moved_weights_unchanged": statistics_moved
+        and not (weights_moved or moves.before(first.name)),
+        "weights_moved_statistics_unchanged": (weights_moved or bool(feeding_moved)) and not statistics_moved,
+    }
+    divergence = diverge(first, second)
+    both_known = first.hyperparameters_known and second.hyperparameters_known
+    return LayerComparison(
+        name=first.name,
+        name_in_second=second.name,
+        divergence=divergence,
+        summary=None if divergence is None else summarize_divergence(divergence),
+        statistics_moved=statistics_moved,
+        weights_moved=weights_moved,
+        feeding_weights_moved=feeding_moved,
+        hyperparameters_changed=both_known and (first.momentum, first.eps) != (second.momentum, second.eps),
+        num_batches_tracked=(first.num_batches_tracked, second.num_batches_tracked),
+        flags=tuple(flag for flag, found in flags.items() if found and has_statistics),
+    )
+
+
+def _moved(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return (first is None) != (second is None)
+    return not bitwise_equal(first, second)

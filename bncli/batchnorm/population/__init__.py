@@ -1,0 +1,1 @@
+"""Population statistics: measured over a data set, put in place of running statistics, verified."""

@@ -1,0 +1,223 @@
+"""Population statistics layer by layer: a fixed point of eval mode.
+
+Every layer is measured while all layers before it are in eval mode on their own new statistics, so what it
+sees is what it will see from then on: over the same images, in eval mode, each layer's input has exactly
+the recorded mean and (biased) variance, whatever the batch size and order, up to the rounding of its
+buffers. That takes a pass per layer, made cheap in three ways: a pass stops at the last layer it measures,
+layers that do not depend on each other share a pass, and a pass starts where an earlier one kept what the
+layers before put out (`bncli.batchnorm.population.exact.restart`).
+
+Layers without running statistics use batch statistics in eval mode too. What lies behind them depends on
+the batches, whatever one does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bncli.batchnorm.modes import preserved_buffers
+from bncli.batchnorm.population.exact.dataflow import Call, trace_flow
+from bncli.batchnorm.population.exact.restart import Restarts
+from bncli.batchnorm.population.exact.stages import Stage, plan_stages
+from bncli.batchnorm.population.measured_pass import MeasuredPass, PassProgress, measure_pass
+from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.passes import Batches, SameImages, check_repeatable, inputs_of
+from bncli.batchnorm.population.tree import BatchTree
+from bncli.errors import BncliError, DataError
+
+MAX_REPEATS = 50  # of a pass over layers whose input depends on their own output
+
+
+@dataclass(frozen=True, eq=False)
+class ExactPasses:
+    """What all passes together saw."""
+
+    trees: dict[str, BatchTree]
+    num_images: int
+    num_batches: int
+    stopped_early: bool
+    num_passes: int
+    forward_passes: float  # their cost: 1.0 is one forward pass over all the images
+
+
+def measure_exact(
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, _BatchNorm],
+    *,
+    tolerance: float | None = None,
+    progress: PassProgress | None = None,
+) -> ExactPasses:
+    """Measure the layers one after the other; the model is left as it was.
+
+    With a tolerance a first pass, of the method precise, decides how many batches all others take.
+
+    Raises DataError for batches that cannot be gone through again or that change from pass to pass, and
+    BncliError where a layer used several times within a forward pass has no statistics that reproduce
+    themselves.
+    """
+    check_repeatable(batches)
+    sample = next(inputs_of(batches), None)
+    if sample is None:
+        raise DataError("there is nothing to measure: the batches hold no images")
+    with preserved_buffers(nn.ModuleList(layers.values())):
+        flow = trace_flow(model, sample, layers)
+        stages = plan_stages(flow.calls)
+        restarts = Restarts(model, flow.cuts, sample)
+        passes = _Passes(model, batches, layers, stages, flow.calls, restarts, progress)
+        if tolerance is not None:
+            passes.limit(tolerance)
+        trees: dict[str, BatchTree] = {}
+        for stage in stages:
+            trees |= passes.solve(stage) if stage.implicit else passes.measure(stage)
+    seen = passes.last
+    if seen is None:  # no layer saw an input
+        raise BncliError("no BatchNorm layer to measure was reached by the first batch")
+    return ExactPasses(
+        trees,
+        seen.num_images,
+        seen.num_batches,
+        passes.stopped_early,
+        passes.num_passes,
+        # computing the first batch once more to see what depends on what
+        passes.cost + (len(sample) - restarts.saved) / seen.num_images,
+    )
+
+
+class _Passes:
+    """All passes over the same images, each stage on the statistics that the stages before it left."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        layers: Mapping[str, _BatchNorm],
+        stages: tuple[Stage, ...],
+        calls: Sequence[Call],
+        restarts: Restarts,
+        progress: PassProgress | None,
+    ) -> None:
+        self.cost = 0.0  # had every pass started at the beginning
+        self.num_passes = 0
+        self.last: MeasuredPass | None = None
+        self.stopped_early = False
+        self._model = model
+        self._batches = batches
+        self._layers = layers
+        self._num_stages = len(stages)
+        reached = {name for stage in stages for name in stage.layers}
+        self._unreached = {name: layer for name, layer in layers.items() if name not in reached}
+        self._calls = calls
+        self._restarts = restarts
+        self._final: set[str] = set()  # layers that have their new statistics
+        self._progress = progress
+        self._num_batches: int | None = None
+        self._same_images = SameImages()
+
+    def limit(self, tolerance: float) -> None:
+        """Find out how many batches bring every standard error below the tolerance, and take only those."""
+        self._num_stages += 1
+        done = self._run(self._layers, by_batch=True, until=None, cost=1.0, tolerance=tolerance)
+        self._num_batches = done.num_batches
+        self.stopped_early = done.stopped_early
+
+    def measure(self, stage: Stage) -> dict[str, BatchTree]:
+        """Measure a stage in one pass and let its layers use the result from now on."""
+        trees = self._measure(stage, by_batch=False)
+        self._final |= trees.keys()
+        return trees
+
+    def solve(self, stage: Stage) -> dict[str, BatchTree]:
+        """Repeat the pass until it finds the statistics that it started from.
+
+        The first one normalises by batch statistics: from a stale start it might not get there.
+        """
+        self._num_stages += 1
+        trees = self._measure(stage, by_batch=True)
+        for _ in range(MAX_REPEATS):
+            before, trees = trees, self._measure(stage, by_batch=False)
+            pairs = ((self._layers[name], before[name].total(), trees[name].total()) for name in trees)
+            if all(_is_settled(*pair) for pair in pairs):
+                self._final |= trees.keys()
+                return trees
+            self._num_stages += 1
+        names = ", ".join(stage.layers)
+        raise BncliError(
+            f"{names}: used again on what came out of it, and no statistics were found that reproduce"
+            f" themselves in {MAX_REPEATS} passes; take the method precise, or leave it out"
+        )
+
+    def _measure(self, stage: Stage, *, by_batch: bool) -> dict[str, BatchTree]:
+        chosen = {name: self._layers[name] for name in stage.layers}
+        if self.num_passes + 1 < self._num_stages:  # there is a later pass to keep something for
+            final_calls = takewhile(lambda call: call.layer in self._final, self._calls)
+            num_images = None if self.last is None else self.last.num_images
+            self._restarts.aim(sum(1 for _ in final_calls), num_images)
+        done = self._run(
+            chosen | self._unreached,
+            by_batch=by_batch,
+            until=stage.layers,
+            cost=stage.cost,
+            forward=self._restarts.forward,
+        )
+        surprises = self._unreached.keys() & done.trees.keys()
+        if surprises:
+            raise BncliError(
+                f"{min(surprises)} is reached by some batches and not by the first: the method exact needs"
+                " the same layers in every batch; take the method precise"
+            )
+        for name, tree in done.trees.items():
+            write_statistics(chosen[name], tree.total())
+        return done.trees
+
+    def _run(
+        self,
+        layers: Mapping[str, _BatchNorm],
+        *,
+        by_batch: bool,
+        until: Mapping[str, int] | None,
+        cost: float,
+        forward: Callable[[Tensor], object] | None = None,
+        tolerance: float | None = None,
+    ) -> MeasuredPass:
+        self.num_passes += 1
+        report = self._progress
+        number, of = self.num_passes, max(self._num_stages, self.num_passes)
+        done = measure_pass(
+            self._model,
+            self._batches,
+            layers,
+            by_batch=tuple(until or layers) if by_batch else (),
+            until=until,
+            num_batches=self._num_batches,
+            tolerance=tolerance,
+            same_images=self._same_images,
+            forward=forward,
+            progress=None if report is None else lambda num_images: report(number, of, num_images),
+        )
+        self.cost += cost
+        self.last = done
+        return done
+
+
+def write_statistics(layer: _BatchNorm, moments: Moments) -> None:
+    """Write the mean and the biased variance into the layer's buffers, in place."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    with torch.no_grad():
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.variance())
+
+
+def _is_settled(layer: _BatchNorm, before: Moments, after: Moments) -> bool:
+    """Whether two repeats agree, as far as the buffers between them can tell."""
+    assert layer.running_var is not None
+    tolerance = max(1e-10, 2 * torch.finfo(layer.running_var.dtype).eps)
+    variance = after.variance() + layer.eps
+    shifts = (after.mean - before.mean).abs() / torch.maximum(after.mean.abs(), variance.sqrt())
+    ratios = (after.variance() - before.variance()).abs() / variance
+    return float(torch.cat([shifts, ratios]).max()) <= tolerance

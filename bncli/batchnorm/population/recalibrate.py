@@ -1,0 +1,158 @@
+"""Replace running statistics by population statistics: the one function here that changes a model."""
+
+from dataclasses import dataclass
+from math import isnan
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bncli.batchnorm.layers import batch_norm_layers
+from bncli.batchnorm.population.debias import without_start
+from bncli.batchnorm.population.measure import Population, measure_population
+from bncli.batchnorm.population.measured_pass import PassProgress
+from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.passes import Batches
+from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
+from bncli.batchnorm.population.verify import mean_shift, var_ratio
+from bncli.errors import BncliError
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How far one layer moved. Deviations are the new ones, sqrt(variance + eps)."""
+
+    name: str
+    mean_shift: float  # old running_mean from the new one, in deviations, RMS over channels
+    var_ratio: float  # old running_var to the new one, eps added to both, geometric mean; NaN if negative
+    standard_error: float | None  # of the new mean, in deviations, RMS over channels; None if unknown
+    var_standard_error: float | None  # of the new variance, relative, RMS over channels; None if unknown
+    num_values: int | None  # that the new statistics were measured on, per channel; None: no data
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What `recalibrate` did. Layers are in model order."""
+
+    method: str
+    num_images: int  # 0: no data was needed
+    num_batches: int
+    stopped_early: bool  # because every standard error was below the tolerance
+    num_passes: int
+    forward_passes: float  # what it cost: 1.0 is one forward pass over all the images, counted in FLOPs
+    layers: tuple[LayerChange, ...]
+    skipped: tuple[SkippedLayer, ...]  # asked for and left alone, with the reason
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    method: Literal["exact", "precise", "debias"] = "exact",
+    layers: Layers = None,
+    tolerance: float | None = None,
+    progress: PassProgress | None = None,
+) -> Recalibration:
+    """Change the model: write population statistics into running_mean and running_var, in place.
+
+    Only those two buffers of the chosen layers change, by `copy_`, and only after everything was measured:
+    an error or Ctrl-C leaves the model as it was. num_batches_tracked and momentum stay, since no batch
+    was tracked. The variance written is the biased one (`bncli.batchnorm.population.measure` says why).
+
+    `exact` and `precise` take the arguments of `measure_population`. `debias` takes no batches: it removes
+    the start (0, 1) from an exponential average of few steps (`bncli.batchnorm.population.debias`).
+
+    Raises DataError for batches that cannot be used, and BncliError if no layer can be recalibrated or
+    one sees values that are not finite.
+    """
+    if method == "debias":
+        return _debias(model, layers)
+    if batches is None:
+        raise BncliError(f"the method {method} needs batches to measure")
+    population = measure_population(
+        model, batches, method=method, layers=layers, tolerance=tolerance, progress=progress
+    )
+    return apply_population(model, population)
+
+
+def apply_population(model: nn.Module, population: Population) -> Recalibration:
+    """Change the model: write what `measure_population` found for it into its buffers.
+
+    Raises BncliError if a layer is missing or a value is not finite in its buffer; nothing is written then.
+    """
+    modules = dict(batch_norm_layers(model))
+    writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    changes = []
+    for one in population.layers:
+        layer, seen = modules.get(one.name), one.moments
+        if layer is None or layer.num_features != len(seen.mean):
+            raise BncliError(f"this population is of another model: no layer {one.name} of its size here")
+        writes.append((layer, *_as_stored(one.name, layer, seen.mean, seen.variance())))
+        changes.append(
+            LayerChange(
+                one.name,
+                mean_shift(layer, seen),
+                var_ratio(layer, seen),
+                _known(one.standard_error()),
+                _known(one.variance_standard_error()),
+                seen.count,
+            )
+        )
+    _write(writes)
+    return Recalibration(
+        population.method,
+        population.num_images,
+        population.num_batches,
+        population.stopped_early,
+        population.num_passes,
+        population.forward_passes,
+        tuple(changes),
+        population.skipped,
+    )
+
+
+def _debias(model: nn.Module, layers: Layers) -> Recalibration:
+    selection = select_layers(model, layers)
+    writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
+    changes, skipped = [], list(selection.skipped)
+    for name, layer in selection.layers.items():
+        result = without_start(layer)
+        if isinstance(result, str):
+            skipped.append(SkippedLayer(name, result))
+            continue
+        mean, var = result
+        new = Moments(1, mean, var)
+        writes.append((layer, *_as_stored(name, layer, mean, var)))
+        changes.append(LayerChange(name, mean_shift(layer, new), var_ratio(layer, new), None, None, None))
+    if not changes:
+        reasons = "; ".join(f"{one.name} {one.reason}" for one in skipped)
+        raise BncliError(f"no layer can be freed of its start: {reasons}")
+    _write(writes)
+    return Recalibration("debias", 0, 0, False, 0, 0.0, tuple(changes), tuple(skipped))
+
+
+def _as_stored(name: str, layer: _BatchNorm, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the buffers' types. Raises BncliError if one is not finite there."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    stored = (mean.to(layer.running_mean.dtype), var.to(layer.running_var.dtype))
+    if not all(bool(one.isfinite().all()) for one in stored):
+        raise BncliError(
+            f"{name} sees values that are not finite, or too large for its {layer.running_var.dtype} buffers:"
+            " nothing was changed"
+        )
+    return stored
+
+
+def _write(writes: list[tuple[_BatchNorm, Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for layer, mean, var in writes:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+
+
+def _known(value: float) -> float | None:
+    return None if isnan(value) else value

@@ -1,0 +1,73 @@
+"""Which BatchNorm layers a measurement takes, and why it leaves the others alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from bncli.batchnorm.layers import batch_norm_layers
+from bncli.errors import BncliError
+
+Layers = str | Callable[[str], bool] | None  # a glob such as "stages.1.*", a predicate, or None: all
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A BatchNorm layer that was asked for and left alone."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to measure, in model order, and those that cannot be."""
+
+    layers: dict[str, _BatchNorm]
+    skipped: tuple[SkippedLayer, ...]
+
+
+def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
+    """The BatchNorm layers whose names match, except those that must be left alone.
+
+    Left alone are layers without running statistics, layers that are not built yet, and frozen ones: a
+    layer in eval mode inside a model in train mode was put there on purpose. In a model that is in eval
+    mode as a whole no layer counts as frozen; name those to leave alone with `layers`.
+
+    Raises BncliError if nothing is left to measure.
+    """
+    found = batch_norm_layers(model)
+    matches = layers if callable(layers) else lambda name: layers is None or fnmatchcase(name, layers)
+    chosen: dict[str, _BatchNorm] = {}
+    skipped = []
+    for name, layer in found:
+        if matches(name):
+            reason = _why_not(layer, frozen=model.training and not layer.training)
+            if reason is None:
+                chosen[name] = layer
+            else:
+                skipped.append(SkippedLayer(name, reason))
+    if not chosen:
+        raise BncliError(_nothing_left(layers, found, skipped))
+    return Selection(chosen, tuple(skipped))
+
+
+def _why_not(layer: _BatchNorm, *, frozen: bool) -> str | None:
+    if layer.running_mean is None or layer.running_var is None:
+        return "has no running statistics"
+    if is_lazy(layer.running_mean):
+        return "is not built yet"
+    return "is frozen: in eval mode inside a model in train mode" if frozen else None
+
+
+def _nothing_left(layers: Layers, found: list[tuple[str, _BatchNorm]], skipped: list[SkippedLayer]) -> str:
+    if not found:
+        return "the model has no BatchNorm layer"
+    if skipped:
+        return "no BatchNorm layer to measure: " + "; ".join(f"{one.name} {one.reason}" for one in skipped)
+    names = ", ".join(name for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
+    wanted = repr(layers) if isinstance(layers, str) else "the given predicate"
+    return f"no BatchNorm layer matches {wanted}; the model has {names}"

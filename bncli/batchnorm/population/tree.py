@@ -1,0 +1,110 @@
+"""Moments of many batches, merged in one fixed order: any shards give the bits of one process.
+
+Merging floating-point moments is not associative, so the order must not depend on who merges. Batches
+carry their index in the whole data set and are leaves of a binary tree in which node (level, i) holds the
+batches from i * 2**level up to (i + 1) * 2**level. A parent is always its left child merged with its right
+one, whoever computed them. The total is the same function of the same batches, however they were divided.
+
+Siblings are merged only to save memory: at most `MAX_NODES` stay where batches come in runs. What is left
+serves as clusters for the standard errors.
+"""
+
+import torch
+from torch import Tensor
+
+from bncli.batchnorm.population.moments import Moments
+
+MAX_NODES = 128
+_NUM_GROUPS = 64  # at most, for the standard errors
+
+
+class BatchTree:
+    """One layer's moments, by batch. Holds CPU tensors."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[int, int], Moments] = {}
+        self._num_indices = 0  # the highest index plus 1
+        self.num_batches = 0
+
+    def add(self, index: int, moments: Moments) -> None:
+        """Put in the batch of that index in the whole data set. Raises ValueError if it is there."""
+        self._insert({(0, index): moments.to("cpu")}, index + 1, 1)
+
+    def merge(self, other: "BatchTree") -> "BatchTree":
+        """Both shards' batches. Raises ValueError if one batch is in both."""
+        both = BatchTree()
+        for tree in (self, other):
+            both._insert(tree._nodes, tree._num_indices, tree.num_batches)
+        return both
+
+    def total(self) -> Moments:
+        """The moments of all batches. Raises ValueError without any."""
+        if not self._nodes:
+            raise ValueError("no batch was added")
+        return _merged_up_to(self._num_indices.bit_length(), self._nodes)[0]
+
+    def standard_errors(self) -> tuple[Tensor, Tensor]:
+        """Standard errors (C,) of the mean and of the (biased) variance; NaN with fewer than two groups.
+
+        Values of one image, and images of one batch, are not independent. So the at most 64 runs of
+        consecutive batches count as clusters, and the estimators are those of ratios of cluster totals,
+        linearised (Cochran 1977, section 6.3): with G groups of n_g values, mean m_g and variance v_g,
+
+            se(mean)**2 = G / (G - 1) * sum_g (n_g (m_g - mean))**2 / n**2
+            se(var)**2  = G / (G - 1) * sum_g (n_g (v_g + (m_g - mean)**2 - var))**2 / n**2
+
+        It takes the batches for a random sample. With few groups it is rough.
+        """
+        total = self.total()
+        level = max(0, (self._num_indices - 1).bit_length() - (_NUM_GROUPS.bit_length() - 1))
+        groups = _merged_up_to(level, self._nodes)
+        num_groups = len(groups)
+        if num_groups < 2:
+            unknown = torch.full_like(total.mean, torch.nan)
+            return unknown, unknown.clone()
+        counts = torch.tensor([group.count for group in groups], dtype=torch.float64)[:, None]
+        shifts = torch.stack([group.mean for group in groups]) - total.mean  # (G, C)
+        variances = torch.stack([group.variance() for group in groups])
+        influences = (shifts, variances + shifts.square() - total.variance())
+        factor = num_groups / (num_groups - 1)
+        mean, var = ((factor * (counts * one).square().sum(0)).sqrt() / total.count for one in influences)
+        return mean, var
+
+    def _insert(self, nodes: dict[tuple[int, int], Moments], num_indices: int, num_batches: int) -> None:
+        for level, index in nodes:
+            if _overlaps(level, index, self._nodes):
+                raise ValueError(f"batch {index << level} was measured twice")
+        self._nodes.update(nodes)
+        self._num_indices = max(self._num_indices, num_indices)
+        self.num_batches += num_batches
+        level = 0
+        while len(self._nodes) > MAX_NODES and level < self._num_indices.bit_length():
+            self._merge_pairs(level)
+            level += 1
+
+    def _merge_pairs(self, level: int) -> None:
+        """Merge every two siblings of a level of which both are there."""
+        for lower, index in sorted(self._nodes):
+            if lower == level and index % 2 == 0 and (level, index + 1) in self._nodes:
+                left, right = self._nodes.pop((level, index)), self._nodes.pop((level, index + 1))
+                self._nodes[level + 1, index // 2] = left.merge(right)
+
+
+def _overlaps(level: int, index: int, nodes: dict[tuple[int, int], Moments]) -> bool:
+    """Whether a batch of this node is in one of the others."""
+    for other_level, other_index in nodes:
+        common = max(level, other_level)
+        if index >> (common - level) == other_index >> (common - other_level):
+            return True
+    return False
+
+
+def _merged_up_to(top: int, nodes: dict[tuple[int, int], Moments]) -> list[Moments]:
+    """The nodes of level `top` in order; a node without a sibling rises as it is."""
+    nodes = dict(nodes)
+    for level in range(top):
+        for key in sorted(key for key in nodes if key[0] == level):
+            moments = nodes.pop(key)
+            parent = (level + 1, key[1] // 2)
+            nodes[parent] = nodes[parent].merge(moments) if parent in nodes else moments
+    return [nodes[key] for key in sorted(nodes)]

@@ -1,0 +1,11 @@
+from .any_file import OpenCheckpoint as OpenCheckpoint
+from .any_file import open_checkpoint as open_checkpoint
+from .integrity import Integrity as Integrity
+from .integrity import check_integrity as check_integrity
+from .locate import Candidate as Candidate
+from .own import Checkpoint as Checkpoint
+from .own import load_checkpoint as load_checkpoint
+from .own import load_model as load_model
+from .own import save_checkpoint as save_checkpoint
+from .part_digests import file_sha256 as file_sha256
+from .stored_tensor import StoredTensor as StoredTensor

@@ -1,0 +1,1 @@
+"""One file per file format; nothing in a file is ever executed."""

@@ -1,0 +1,166 @@
+"""Files of `torch.save` since version 1.6, and of `torch.jit.save`: a zip archive.
+
+`NAME/data.pkl` is a pickle of everything but the numbers, which lie in `NAME/data/KEY`, one entry for every
+storage, not compressed. Reference: caffe2/serialize/inline_container.h.
+"""
+
+import io
+import struct
+import zipfile
+import zlib
+from functools import partial
+
+from bncli.checkpoints.byte_source import MAX_READ, ByteSource, UnreadableFileError
+from bncli.checkpoints.formats.inert_pickle import read_pickle
+from bncli.checkpoints.formats.torch_pickle import TorchMeanings
+from bncli.checkpoints.stored_tensor import Storage
+
+SIGNATURE = b"PK\x03\x04"
+MAX_DIRECTORY = 16 * 2**20  # bytes: 200,000 entries with names of 30 characters
+MAX_INFLATED = 4 * MAX_READ  # bytes, of all compressed entries
+_HEADER = struct.Struct("<4s22xHH")  # of an entry: signature, ..., lengths of its name and of its padding
+_PADDING = 256  # torch.save aligns numbers to 64 bytes; one read gets header, padding and numbers
+_WHOLE = 2**20  # storages up to this size are read whole, because only then their checksum can be checked
+
+
+def read_torch_zip(source: ByteSource) -> tuple[str, object]:
+    """The kind of the file and what its pickle says, with `StoredTensor` for tensors.
+
+    Raises:
+        UnreadableFileError: when it is damaged, or another kind of zip archive.
+    """
+    archive = _Archive(source)
+    pickle = archive.find_pickle()
+    meanings = TorchMeanings(partial(archive.find_storage, pickle.filename.removesuffix("data.pkl")))
+    with archive.stream(pickle) as stream:
+        content = read_pickle(stream, meanings)
+    is_script = any("/code/" in name for name in archive.entries)
+    return "torchscript" if is_script else "torch zip", content
+
+
+class _Archive:
+    """The entries of a zip archive, read by position and with their checksums checked."""
+
+    def __init__(self, source: ByteSource) -> None:
+        self.source = source
+        self._num_inflated = 0  # bytes
+        self._last: tuple[str, bytes] = ("", b"")  # of entries read whole: tensors may share a storage
+        try:
+            with _CarefulFile(source.stream().detach()) as stream, zipfile.ZipFile(stream) as archive:
+                self.entries = {info.filename: info for info in archive.infolist()}
+        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError, struct.error):
+            raise UnreadableFileError("not a checkpoint: a damaged or truncated zip archive") from None
+
+    def find_pickle(self) -> zipfile.ZipInfo:
+        """The entry with the pickle; all of torch's lie in one folder with it."""
+        found = [name for name in self.entries if name == "data.pkl" or name.endswith("/data.pkl")]
+        if not found:
+            names = ", ".join(list(self.entries)[:4]) or "nothing"
+            raise UnreadableFileError(f"not a checkpoint: a zip archive without data.pkl; it holds {names}")
+        pickle = self.entries[min(found, key=len)]
+        order = self.entries.get(pickle.filename.removesuffix("data.pkl") + "byteorder")
+        if order is not None and order.file_size == 3:  # "big", not "little"
+            raise UnreadableFileError(
+                "it was written on a big-endian machine; load it there and save it again"
+            )
+        return pickle
+
+    def find_storage(self, folder: str, key: str, size: int) -> Storage:
+        """The storage under a key of `find_persistent`, which wants `size` bytes of it."""
+        info = self.entries.get(f"{folder}data/{key}")
+        if info is None:
+            raise UnreadableFileError(
+                f"a damaged file: there is no entry data/{key[:40]} with the numbers of a tensor"
+            )
+        if size > info.file_size:
+            raise UnreadableFileError(
+                f"a damaged file: the entry data/{key[:40]} is smaller than its tensors"
+            )
+        return Storage(info.file_size, partial(self.read, info))
+
+    def read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
+        """A range of an entry's content."""
+        if info.compress_type != zipfile.ZIP_STORED:
+            with self.stream(info) as stream:  # torch never compresses; archivers do
+                stream.seek(start)
+                return stream.read(size)
+        if info.file_size <= _WHOLE:
+            return self._read_whole(info)[start : start + size]
+        if (start, size) == (0, info.file_size):
+            return self._read_whole(info)
+        return self.source.read_at(self._position(info) + start, size)
+
+    def _read_whole(self, info: zipfile.ZipInfo) -> bytes:
+        """A stored entry in one read of header and content."""
+        if self._last[0] == info.filename:
+            self.source.count(info.file_size)
+            return self._last[1]
+        room = _HEADER.size + len(info.orig_filename) * 4 + _PADDING + info.file_size
+        block = self.source.read_at(info.header_offset, min(room, self.source.size - info.header_offset))
+        start = self._length_of_header(info, block[: _HEADER.size])
+        content = block[start : start + info.file_size]
+        if len(content) < info.file_size:
+            content = self.source.read_at(info.header_offset + start, info.file_size)
+        _check(info, zlib.crc32(content))
+        self._last = (info.filename, content)
+        return content
+
+    def stream(self, info: zipfile.ZipInfo) -> io.BufferedReader | io.BytesIO:
+        """An entry's whole content as a file, its checksum checked."""
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UnreadableFileError(
+                f"its entry {info.filename} is compressed in a way that bncli does not read"
+            )
+        start = self._position(info)
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            return io.BytesIO(self._inflate(info, start))
+        checksum = 0
+        for position in range(start, start + info.file_size, 2**20):
+            size = min(2**20, start + info.file_size - position)
+            checksum = zlib.crc32(self.source.read_at(position, size), checksum)
+        _check(info, checksum)
+        return self.source.stream(start, start + info.file_size)
+
+    def _inflate(self, info: zipfile.ZipInfo, start: int) -> bytes:
+        self._num_inflated += info.file_size
+        if info.file_size > MAX_READ or self._num_inflated > MAX_INFLATED:
+            raise UnreadableFileError("too much of it is compressed; write it again with torch.save")
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            packed = self.source.read_at(start, info.compress_size)
+            content = machine.decompress(packed, info.file_size + 1)  # never more, whatever it expands to
+        except zlib.error:
+            content = b""
+        if len(content) != info.file_size:
+            raise UnreadableFileError(f"a damaged file: its entry {info.filename} does not decompress")
+        _check(info, zlib.crc32(content))
+        return content
+
+    def _position(self, info: zipfile.ZipInfo) -> int:
+        header = self.source.read_at(info.header_offset, _HEADER.size)
+        return info.header_offset + self._length_of_header(info, header)
+
+    def _length_of_header(self, info: zipfile.ZipInfo, header: bytes) -> int:
+        signature, name, padding = _HEADER.unpack(header)
+        if signature != SIGNATURE:
+            raise UnreadableFileError(f"a damaged file: its entry {info.filename} is not where it should be")
+        if info.flag_bits & 0x1:
+            raise UnreadableFileError(f"its entry {info.filename} is encrypted")
+        return _HEADER.size + int(name) + int(padding)
+
+
+class _CarefulFile(io.BufferedReader):
+    """What `zipfile` reads the directory from: it would read as many bytes at once as the file claims."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > MAX_DIRECTORY:
+            raise UnreadableFileError(
+                f"a zip directory of {size:,} bytes; bncli reads up to {MAX_DIRECTORY:,}"
+            )
+        return super().read(size)
+
+
+def _check(info: zipfile.ZipInfo, checksum: int) -> None:
+    # 0 is what torch.serialization.set_crc32_options(False) leaves
+    if info.CRC not in (0, checksum):
+        raise UnreadableFileError(f"a damaged file: the checksum of its entry {info.filename} does not fit")

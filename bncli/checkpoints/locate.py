@@ -1,0 +1,198 @@
+"""Where in a checkpoint the state dict lies: under `state_dict`, `model`, `ema`, ... or at the top.
+
+Every dict that holds tensors is a candidate, and every pickled module. Chosen is the one with the most
+BatchNorm layers; of several with equally many an exponential moving average (`ema`, `model_ema`,
+`state_dict_ema`), because it is the one meant for evaluation and what Ultralytics and timm load; otherwise
+the outermost, then the first.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import torch
+
+from bncli.batchnorm import Hyperparameters
+from bncli.checkpoints.byte_source import UnreadableFileError
+from bncli.checkpoints.formats.pickle_machine import Inert
+from bncli.checkpoints.formats.pickled_module import is_module, read_module
+from bncli.checkpoints.stored_tensor import StoredTensor
+
+MAX_DEPTH = 6
+MAX_CONTAINERS = 20_000
+MAX_KEY = 200  # characters of one key on the way
+MAX_LISTED = 16  # elements of a list that are looked into
+MAX_PREFIXES = 20
+# what wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and habit
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+HABITS = ("model.", "net.", "network.", "state_dict.")
+# the types that BatchNorm computes in; what else is called running_mean is none of it
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_EMA = re.compile(r"(^|[._])ema($|[._])")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place in a checkpoint that holds tensors."""
+
+    key: str
+    num_tensors: int
+    num_batch_norm_layers: int
+
+
+@dataclass
+class StateDict:
+    """The tensors of one place, and what a pickled module tells beyond them."""
+
+    key: str
+    tensors: dict[str, StoredTensor]
+    layer_names: list[str]  # of BatchNorm layers, in file order or module order
+    hyperparameters: dict[str, Hyperparameters] = field(default_factory=dict)
+    is_whole_module: bool = False
+
+    @property
+    def candidate(self) -> Candidate:
+        """Its summary."""
+        return Candidate(self.key, len(self.tensors), len(self.layer_names))
+
+
+def find_state_dicts(content: object) -> list[StateDict]:
+    """All places that hold tensors, outermost first.
+
+    Raises:
+        UnreadableFileError: where a pickled module grows without bounds.
+    """
+    found = []
+    seen: set[int] = set()
+    level = [("", content)]
+    for _ in range(MAX_DEPTH):
+        following: list[tuple[str, object]] = []
+        for key, value in level:
+            if id(value) in seen or len(seen) > MAX_CONTAINERS:
+                continue
+            seen.add(id(value))
+            if isinstance(value, Inert) and is_module(value):
+                found.append(_from_module(key, value))
+                continue
+            for part in (value.attributes, value.items) if isinstance(value, Inert) else (value,):
+                found += _from_container(key, part)
+                following += _inside(key, part, seen)
+        level = following[:MAX_CONTAINERS]
+    return found
+
+
+def _from_container(key: str, value: object) -> list[StateDict]:
+    if not isinstance(value, dict):
+        return []
+    tensors = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
+    return [StateDict(key, tensors, batch_norm_names(tensors))] if tensors else []
+
+
+def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]:
+    """The containers that a container holds, with their keys."""
+    parts: Iterable[tuple[str, object]] = ()
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, list | tuple):
+        parts = ((str(index), part) for index, part in enumerate(value[:MAX_LISTED]))
+    containers = (
+        (f"{key}.{name}" if key else name, part)
+        for name, part in parts
+        if isinstance(part, dict | list | tuple | Inert) and id(part) not in seen and len(name) <= MAX_KEY
+    )
+    return list(islice(containers, MAX_CONTAINERS))
+
+
+def choose(state_dicts: list[StateDict], key: str | None) -> StateDict:
+    """The state dict under `key`; without one, by the rule at the top of this file.
+
+    Raises:
+        UnreadableFileError: when there is none under the key, or none with BatchNorm.
+    """
+    if key is not None:
+        for state_dict in state_dicts:
+            if state_dict.key == key:
+                return _with_batch_norm(state_dict)
+        raise UnreadableFileError(
+            f"no tensors under the key {key!r}; there are {describe_candidates(state_dicts)}"
+        )
+    if not state_dicts:
+        raise UnreadableFileError("no BatchNorm layer with running statistics in it, and no tensor at all")
+    most = max(len(state_dict.layer_names) for state_dict in state_dicts)
+    if most == 0:
+        return _with_batch_norm(max(state_dicts, key=lambda found: len(found.tensors)))
+    tied = [state_dict for state_dict in state_dicts if len(state_dict.layer_names) == most]
+    return next((found for found in tied if _EMA.search(found.key)), tied[0])
+
+
+def describe_candidates(state_dicts: list[StateDict]) -> str:
+    """The candidates with the most BatchNorm layers, in words."""
+    best = sorted(state_dicts, key=lambda found: (-len(found.layer_names), -len(found.tensors)))
+    words = [
+        f"{found.key or 'the top'} ({len(found.layer_names)} BatchNorm layers, {len(found.tensors)} tensors)"
+        for found in best[:6]
+    ]
+    return ", ".join(words) + (", ..." if len(best) > 6 else "") if words else "no tensors anywhere"
+
+
+def batch_norm_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Layers with `running_mean` and `running_var` of one shape (C,) in a floating-point type."""
+    names = []
+    for name, mean in tensors.items():
+        prefix, dot, leaf = name.rpartition(".")
+        if leaf == "running_mean" and is_per_channel(mean):
+            var = tensors.get(f"{prefix}{dot}running_var")
+            if var is not None and is_per_channel(var) and var.shape == mean.shape:
+                names.append(prefix)
+    return names
+
+
+def is_per_channel(tensor: StoredTensor) -> bool:
+    """Whether it has a shape (C,) and a type that BatchNorm has."""
+    return len(tensor.shape) == 1 and tensor.shape[0] > 0 and tensor.dtype in FLOATS
+
+
+def strip_prefixes(state_dict: StateDict) -> StateDict:
+    """Without the prefixes that every tensor has, again and again; so no two names become one.
+
+    The names of a pickled module are the module's own: only what wrappers put there is taken away.
+    """
+    prefixes = WRAPPERS if state_dict.is_whole_module else WRAPPERS + HABITS
+    names = [*state_dict.tensors, *(f"{name}." for name in state_dict.hyperparameters)]
+    length = 0
+    for _ in range(MAX_PREFIXES):
+        length += len(_common_prefix(names, length, prefixes))
+    return replace(
+        state_dict,
+        tensors={name[length:]: tensor for name, tensor in state_dict.tensors.items()},
+        layer_names=[name[length:] for name in state_dict.layer_names],
+        hyperparameters={name[length:]: known for name, known in state_dict.hyperparameters.items()},
+    )
+
+
+def _common_prefix(names: list[str], start: int, prefixes: tuple[str, ...]) -> str:
+    """One of the prefixes that every name has at `start`, with something behind it."""
+    for prefix in prefixes:
+        end = start + len(prefix)
+        if names and all(name.startswith(prefix, start) and len(name) > end for name in names):
+            return prefix
+    return ""
+
+
+def _from_module(key: str, value: Inert) -> StateDict:
+    module = read_module(value)
+    with_statistics = {name for name in batch_norm_names(module.tensors) if name not in module.instance_norms}
+    layers = [name for name in module.names if name in with_statistics or name in module.hyperparameters]
+    return StateDict(key, module.tensors, layers, module.hyperparameters, is_whole_module=True)
+
+
+def _with_batch_norm(state_dict: StateDict) -> StateDict:
+    if state_dict.layer_names:
+        return state_dict
+    names = ", ".join(name[:60] for name in list(state_dict.tensors)[:3])
+    where = f" under {state_dict.key}" if state_dict.key else ""
+    raise UnreadableFileError(
+        f"no BatchNorm layer with running statistics in it, but {len(state_dict.tensors)} tensors{where},"
+        f" such as {names}"
+    )

@@ -1,0 +1,169 @@
+"""bncli's own checkpoint: what is in it, and saving and loading it.
+
+A checkpoint is a dict of tensors and plain values, so that `torch.load(path, weights_only=True)` reads
+it without bncli. Its `state_dict` holds the weights and, for every BatchNorm layer, `running_mean`,
+`running_var` and `num_batches_tracked`.
+
+Version 2 adds `digests` (see `part_digests.py`), `data_digest` and `running_epoch`; a file of version
+1 is read as one without them.
+"""
+
+import io
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bncli.atomic_file import atomic_file
+from bncli.checkpoints.own_content import check_content, check_tensors
+from bncli.checkpoints.own_zip import read_own_zip
+from bncli.checkpoints.part_digests import digest_parts, find_damage
+from bncli.config import Config
+from bncli.config_file import config_from_dict
+from bncli.errors import BncliError, CheckpointError, ConfigError
+from bncli.models.convnet import ConvNet, build_model
+
+FORMAT = "bncli.checkpoints"
+FORMAT_VERSION = 2  # written; older ones are read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything that evaluating, inspecting or continuing a run needs."""
+
+    config: Config
+    state_dict: dict[str, Tensor]
+    mean: tuple[float, ...]  # normalisation per channel, in units of the full range (0..1)
+    std: tuple[float, ...]
+    class_names: tuple[str, ...]
+    image_size: int  # height and width in pixels
+    epoch: int  # epochs finished
+    step: int  # training steps finished
+    # of these weights in eval mode, as a fraction; None in the midst of an epoch: they were not evaluated
+    test_accuracy: float | None
+    test_loss: float | None  # nats
+    best_accuracy: float  # of all epochs so far
+    seconds: float  # of training so far, over all sessions
+    runtime: dict[str, Any]  # device, precision, memory format, threads
+    machine: dict[str, Any]  # versions and hardware
+    optimizer: dict[str, Any] | None = None  # its state dict; None where it is not meant to continue
+    running_epoch: dict[str, Any] | None = None  # the sums of an unfinished epoch; None at its end
+    data_digest: str | None = None  # SHA-256 of the images and labels; None in files of version 1
+    recalibration: dict[str, Any] | None = None  # how the running statistics were replaced; None: never
+    # with train.ema_epochs, to continue from: `last`, the state dict after the last step, and `average`, that
+    # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
+    averaging: dict[str, dict[str, Tensor]] | None = None
+
+    def finished(self) -> "Checkpoint":
+        """The same to be used only: without what training would continue from."""
+        return replace(self, optimizer=None, running_epoch=None, averaging=None)
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the file atomically: after a crash it is the old one or the new one.
+
+    Raises:
+        OSError: when it cannot be written; a former file of that name is intact.
+    """
+    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    content["config"] = checkpoint.config.model_dump(mode="json")
+    content["normalization"] = {"mean": content.pop("mean"), "std": content.pop("std")}
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
+    content["digests"] = digest_parts(content)
+    # into memory first: on a full disk torch.save raises a RuntimeError that does not tell the reason
+    memory = io.BytesIO()
+    torch.save(content, memory)
+    with atomic_file(path) as file:
+        file.write(memory.getbuffer())
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint that bncli wrote; no code in it is executed.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it, a damaged tensor by its name.
+    """
+    content = load_content(path)
+    _check_digests(content, path)
+    try:
+        check_content(content, str(path))
+        config = config_from_dict(content["config"], source=f"{path} (its configuration)")
+        values = {field.name: content[field.name] for field in fields(Checkpoint) if field.name in content}
+        normalization = {key: tuple(content["normalization"][key]) for key in ("mean", "std")}
+        class_names = tuple(content["class_names"])
+        return Checkpoint(**{**values, **normalization, "config": config, "class_names": class_names})
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: an incomplete bncli checkpoint ({error})") from None
+
+
+def load_content(path: str | Path) -> dict[str, Any]:
+    """The dict in a checkpoint of bncli, as it stands there.
+
+    Raises:
+        CheckpointError: when the file cannot be read, is none, or has a newer format.
+    """
+    content = read_own_zip(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
+    version = content.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version!r}; this bncli reads up to {FORMAT_VERSION}; upgrade bncli"
+        )
+    return content
+
+
+def find_damaged_parts(content: dict[str, Any]) -> tuple[str, ...] | None:
+    """The names of the parts that are not what was saved; None for a file of version 1, without digests."""
+    rest = {key: value for key, value in content.items() if key != "digests"}
+    digests = content.get("digests")
+    if not isinstance(digests, dict):
+        return None if digests is None and content["format_version"] == 1 else ("digests",)
+    try:
+        return find_damage(rest, digests)
+    except (ValueError, RuntimeError, TypeError, RecursionError) as error:
+        return (" ".join(str(error).split()) or type(error).__name__,)
+
+
+def _check_digests(content: dict[str, Any], path: str | Path) -> None:
+    damaged = find_damaged_parts(content)
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise CheckpointError(
+            f"{path}: damaged: its SHA-256 is not the one that was saved, in {', '.join(damaged[:3])}{more};"
+            " restore the file from a copy, or train again"
+        )
+
+
+def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
+    """The checkpoint's network in eval mode, on the CPU.
+
+    It takes images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, and returns logits
+    (N, num_classes).
+
+    Raises:
+        CheckpointError: when the file is no checkpoint, or its tensors do not fit its configuration.
+    """
+    source = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    try:
+        check_tensors(checkpoint, source)
+        model = build_model(
+            checkpoint.config.model,
+            len(checkpoint.class_names),
+            image_size=checkpoint.image_size,
+            mean=checkpoint.mean,
+            std=checkpoint.std,
+        )
+        model.load_state_dict(checkpoint.state_dict)
+    except CheckpointError:
+        raise
+    except (BncliError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None
+    return model.eval()

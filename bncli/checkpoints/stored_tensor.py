@@ -1,0 +1,118 @@
+"""A tensor that lies in a file and is read when asked for.
+
+The claims of the file (shape, stride, offset, type) are checked against the bytes that are there before
+anything is allocated.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bncli.batchnorm.bits import as_bytes
+from bncli.checkpoints.byte_source import MAX_READ, UnreadableFileError
+
+MAX_DIMENSIONS = 64  # PyTorch's own limit
+CHUNK = 16 * 2**20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A run of bytes in a file that tensors are views of; `read(start, size)` is relative to it."""
+
+    size: int  # bytes
+    read: Callable[[int, int], bytes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor in a file: its shape and type are known, its numbers are read on demand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: Storage
+    offset: int  # elements
+    stride: tuple[int, ...]  # elements
+
+    def read(self) -> Tensor:
+        """A CPU copy, contiguous; only the bytes between its first and last element are read.
+
+        Raises:
+            UnreadableFileError: on damage, and on a tensor that is far larger than any of BatchNorm.
+        """
+        size = self.dtype.itemsize
+        if self.num_elements == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        span = _span(self.shape, self.stride)
+        if max(span, self.num_elements) * size > MAX_READ:
+            raise UnreadableFileError(f"a tensor of shape {self.shape} is too large to be read here")
+        data = bytearray(self.storage.read(self.offset * size, span * size))
+        tensor = torch.frombuffer(data, dtype=self.dtype)
+        if self.num_elements == span and len(self.shape) <= 1:
+            return tensor.reshape(self.shape)
+        return tensor.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The numbers as bytes, row by row, `CHUNK` at a time: a tensor of any size in little memory.
+
+        Raises:
+            UnreadableFileError: on damage, and on a very large tensor that lies otherwise.
+        """
+        start, size = self.offset * self.dtype.itemsize, self.num_elements * self.dtype.itemsize
+        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        if all(length == 1 or stride == expected for length, stride, expected in strides):
+            for position in range(0, size, CHUNK):
+                yield self.storage.read(start + position, min(CHUNK, size - position))
+        else:
+            data = as_bytes(self.read()).numpy()
+            for position in range(0, size, CHUNK):
+                yield data[position : position + CHUNK].tobytes()
+
+    @property
+    def num_elements(self) -> int:
+        """As `Tensor.numel()`."""
+        return math.prod(self.shape)
+
+
+def stored_tensor(
+    storage: Storage, dtype: torch.dtype, offset: object, shape: object, stride: object
+) -> StoredTensor:
+    """A checked view of a storage.
+
+    Raises:
+        UnreadableFileError: when the view is malformed or reaches beyond the storage.
+    """
+    if not (_are_sizes(shape) and _are_sizes(stride) and _is_size(offset)) or len(shape) != len(stride):  # type: ignore[arg-type]
+        raise UnreadableFileError("a damaged file: a tensor without a proper shape, stride and offset")
+    tensor = StoredTensor(tuple(shape), dtype, storage, offset, tuple(stride))  # type: ignore[arg-type]
+    if tensor.num_elements:
+        end = tensor.offset + _span(tensor.shape, tensor.stride)
+        if end * dtype.itemsize > storage.size:
+            raise UnreadableFileError(
+                f"a damaged or truncated file: a tensor of shape {tensor.shape} reaches beyond its storage"
+                f" of {storage.size:,} bytes"
+            )
+    return tensor
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of a tensor whose elements lie one after another."""
+    return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
+
+
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last, both included, of a view that is not empty."""
+    last = 0
+    for length, step in zip(shape, stride, strict=True):
+        last += (length - 1) * step
+    return 1 + last
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, tuple) and len(values) <= MAX_DIMENSIONS and all(map(_is_size, values))

@@ -1,0 +1,1 @@
+"""One file per command: it reads what was asked, calls the library and shows the result."""

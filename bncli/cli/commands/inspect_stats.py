@@ -1,0 +1,167 @@
+"""`bncli inspect-stats`: the running statistics of a checkpoint, and what is wrong with them."""
+
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bncli.cli.audit_options import (
+    AUDIT_FLAGS,
+    AllOption,
+    ExplainOption,
+    FailOnOption,
+    IgnoreOption,
+    SelectOption,
+    SortOption,
+    ThresholdOption,
+    fails,
+    parse_rules,
+    parse_thresholds,
+    refuse_options,
+    sort_layers,
+)
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption
+from bncli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from bncli.batchnorm import LayerStats
+    from bncli.checkpoints import OpenCheckpoint
+
+
+def inspect_stats(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN_DIR", help="A file of any kind, a URL, or a run.", show_default=False
+        ),
+    ] = None,
+    second: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SECOND]", help="A checkpoint to compare the first with.", show_default=False
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+    ] = None,
+    channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where the state dict lies, as in 'ema'.")
+    ] = None,
+    select: SelectOption = None,
+    ignore: IgnoreOption = None,
+    fail_on: FailOnOption = "error",
+    threshold: ThresholdOption = None,
+    sort: SortOption = "model",
+    show_all: AllOption = False,
+    explain: ExplainOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Show the running statistics of every BatchNorm layer, and what is wrong with them.
+
+    The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. Of two
+    checkpoints: how far they moved, with exit code 1 if anything differs. Of the directory of a run: how they
+    came to match the batches, epoch by epoch.
+    """
+    if explain is not None:
+        return _explain(context, explain, as_json=as_json)
+    if source is None:
+        raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
+    from bncli.batchnorm.audit.audit import audit, check_thresholds, selected_rules
+    from bncli.cli.commands.compare import inspect_pair
+    from bncli.cli.commands.history import inspect_run, is_run_dir
+    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.csv_layers import layer_rows
+    from bncli.cli.tables.layers import describe_layers, show_channels, show_layers
+    from bncli.cli.tables.table import print_json
+
+    check_csv_option(csv, as_json=as_json)
+    if second is not None:
+        refuse_options(
+            context, AUDIT_FLAGS, f"{source} {second}", "two checkpoints are compared, not audited"
+        )
+        return inspect_pair(
+            source, second, key=key, layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json
+        )
+    if is_run_dir(Path(source)):
+        refuse_options(
+            context,
+            AUDIT_FLAGS | {"--key"},
+            source,
+            "what a run recorded is not audited: give a checkpoint in it",
+        )
+        return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
+    rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
+    limits = check_thresholds(parse_thresholds(threshold))
+    layers, checkpoint = _read_layers(source, key)
+    # all layers, before --layer: their counters are compared with each other
+    everything = audit(layers, thresholds=limits)
+    codes = {rule.code for rule in rules}
+    findings = tuple(finding for finding in everything if finding.code in codes)
+    if layer is not None:
+        found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
+        if not found:
+            names = ", ".join(item.name for item in layers)
+            raise ConfigError("--layer", [f"no BatchNorm layer matches {layer!r}; there are {names}"])
+        layers = found
+        shown = {item.name for item in found}
+        findings = tuple(finding for finding in findings if finding.layer in shown)
+    layers = sort_layers(layers, findings, sort)
+    if plot is not None:
+        from bncli.cli.plots.running_stats import plot_running_stats
+
+        plot_running_stats(layers, findings, plot)
+        print_note(f"wrote {plot}")
+    if csv is not None:
+        write_csv(layer_rows(layers, findings, channels=channels), csv)
+    if as_json:
+        # a fact about the layer, whether or not the rule is asked for
+        dead = [finding for finding in everything if finding.name == "dead_channel"]
+        described = describe_layers(source, layers, findings, dead, channels=channels)
+        described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
+        print_json({**described, "num_tensors": len(checkpoint.tensors)})
+    elif csv == STDOUT:
+        pass
+    elif channels:
+        show_channels(layers, findings, num_rules=len(rules), everything=show_all)
+    else:
+        found_in_all = f"{len(checkpoint.layer_names)} BatchNorm layers in {len(checkpoint.tensors)} tensors"
+        headline = f"{source}: found {found_in_all}"
+        show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
+    return 1 if fails(findings, fail_on) else 0
+
+
+def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
+    unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
+    refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
+    from bncli.batchnorm import RULES, find_rule
+    from bncli.batchnorm.audit.rules import describe_rule
+    from bncli.cli.tables.findings import show_explanation
+    from bncli.cli.tables.table import print_json
+
+    rules = RULES if wanted == "all" else (find_rule(wanted),)
+    if as_json:
+        print_json({"rules": [describe_rule(rule) for rule in rules]})
+    else:
+        show_explanation(rules)
+    return 0
+
+
+def _read_layers(source: str, key: str | None) -> "tuple[list[LayerStats], OpenCheckpoint]":
+    """The layers, and the checkpoint they come from, closed again: its numbers are read."""
+    from bncli.checkpoints import open_checkpoint
+
+    with open_checkpoint(source, key) as checkpoint:
+        layers = list(checkpoint.layers())
+    keys = [candidate.key for candidate in checkpoint.candidates]
+    if len(keys) > 1 and key is None:
+        listed = ", ".join(name or "the top" for name in keys[:8])
+        print_note(f"BatchNorm layers under {listed}; took {checkpoint.key or 'the top'} (--key chooses)")
+    return layers, checkpoint

@@ -1,0 +1,100 @@
+"""`bncli predict`: the class of single images, each answered as if it were alone."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bncli.cli.messages import one_line, print_error
+from bncli.cli.options import BatchInvariantOption, CheckpointArgument, JsonOption, SetOption
+from bncli.cli.subject import open_subject
+from bncli.errors import DataError
+
+if TYPE_CHECKING:
+    from bncli.cli.subject import Subject
+
+STDIN = "-"
+
+
+def predict_images(
+    checkpoint: CheckpointArgument,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, WebP, a folder of them, or - (stdin).")
+    ],
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="Show the K most probable classes.")] = 1,
+    batch_invariant: BatchInvariantOption = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Name the class of each image, and its probability, on one line.
+
+    Every image is computed on its own, whatever else is on the command line. Exit code 2 if one is no
+    image; the others are answered all the same.
+    """
+    from bncli.cli.tables.table import print_json
+
+    subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
+    answers: list[dict[str, Any]] = []
+    all_answered = True
+    for name in images:
+        try:
+            for source in _sources(name):
+                all_answered &= _answer(subject, source, top, answers, as_json=as_json)
+        except DataError as error:  # a folder that cannot be listed
+            print_error(str(error))
+            all_answered = False
+    if as_json:
+        print_json(
+            {
+                "checkpoint": str(checkpoint),
+                "batch_invariant": batch_invariant,
+                "predictions": answers,
+                "runtime": subject.runtime.describe(),
+            }
+        )
+    return 0 if all_answered else 2
+
+
+def _sources(name: str) -> Iterator[str]:
+    """The image itself, or those of a folder."""
+    if name == STDIN or not Path(name).is_dir():
+        yield name
+        return
+    from bncli.data.imagefolder import list_images
+
+    yield from list_images(Path(name))
+
+
+def _answer(
+    subject: "Subject", source: str, top: int, answers: list[dict[str, Any]], *, as_json: bool
+) -> bool:
+    """Answer for one image, at once on stdout or into `answers`; False, with a message, if it is none."""
+    try:
+        best = _best_classes(subject, source, top)
+    except DataError as error:
+        print_error(f"{source}: {error}")
+        return False
+    if as_json:
+        answers.append({"image": source, **best[0], "top": best})
+    else:
+        classes = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
+        print(f"{one_line(source)}: {classes}", flush=True)
+    return True
+
+
+def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, Any]]:
+    from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file, read_image
+    from bncli.evaluation import predict
+
+    if source == STDIN:
+        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+        check_size(content)
+    else:
+        content = read_file(Path(source))
+    image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])
+    with subject.runtime.autocast():
+        (found,) = predict(subject.model, image, top=top)
+    names = subject.checkpoint.class_names
+    return [{"class": names[item.label], "probability": item.probability} for item in found]

@@ -1,0 +1,186 @@
+"""`bncli recalibrate`: population statistics instead of running statistics, in a new checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bncli.cli.messages import print_note
+from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, check_writable
+from bncli.cli.subject import check_dataset, open_subject
+from bncli.errors import BncliError, ConfigError
+
+if TYPE_CHECKING:
+    from bncli.cli.subject import Subject
+    from bncli.cli.tables.recalibration import Verification
+    from bncli.data import Dataset
+    from bncli.training import RecalibratedCheckpoint
+
+MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers, about 1e-7
+
+
+def recalibrate_checkpoint(
+    checkpoint: CheckpointArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="NEW", help="The new checkpoint's file.")
+    ] = None,
+    overrides: SetOption = None,
+    method: Annotated[
+        Literal["exact", "precise", "debias"],
+        typer.Option(help="Layer by layer; all in one pass; or without data."),
+    ] = "exact",
+    num_images: Annotated[
+        int | None, typer.Option(min=2, help="Training images, drawn at random; default: all.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Of these images; default: runtime.eval_batch_size.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Stop when every layer's mean is known to this many deviations, as in 0.001."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check that the statistics are a fixed point of eval mode.")
+    ] = False,
+    max_error: Annotated[
+        float, typer.Option(help="Relative error that --verify allows in each channel.")
+    ] = MAX_ERROR,
+    as_json: JsonOption = False,
+) -> int:
+    """Replace running statistics by population statistics of the training images, in a new file.
+
+    With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
+    """
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.tables.recalibration import RecalibrateReport, show_recalibrate, show_verification
+    from bncli.cli.tables.table import print_json
+    from bncli.data import load_dataset
+
+    _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
+    subject = open_subject(checkpoint, overrides, batch_invariant=False)
+    dataset = load_dataset(subject.config.data, progress=DataReporter())
+    check_dataset(subject.checkpoint, dataset)
+    if output is None:
+        found = _verify(checkpoint, subject, dataset, num_images, batch_size, layers, max_error)
+        print_json(found.to_dict()) if as_json else show_verification(found)
+        return 0 if found.self_consistent else 1
+    made = _recalibrate(
+        checkpoint, output, subject, dataset,
+        method=method, num_images=num_images, batch_size=batch_size, layers=layers, tolerance=tolerance,
+    )  # fmt: skip
+    verification = None
+    if verify:
+        verification = _verify(output, _reopen(output, overrides), dataset, None, None, None, max_error)
+    report = RecalibrateReport(
+        str(checkpoint), str(output), dataset.name, made, subject.runtime.describe(), verification
+    )
+    print_json(report.to_dict()) if as_json else show_recalibrate(report)
+    return 1 if verification is not None and not verification.self_consistent else 0
+
+
+def _check_options(
+    checkpoint: Path, output: Path | None, *, verify: bool, tolerance: float | None, max_error: float
+) -> None:
+    """Refuse before the work begins what could not be done, or written after it."""
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError("--tolerance", [f"expected a number above 0, found {tolerance:g}"])
+    if not max_error > 0:
+        raise ConfigError("--max-error", [f"expected a number above 0, found {max_error:g}"])
+    if output is None:
+        if not verify:
+            raise ConfigError(
+                "bncli recalibrate",
+                ["give -o NEW for the new checkpoint, or --verify to check this one"],
+            )
+        return
+    if output.exists() or output.is_symlink():
+        if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
+            raise BncliError(f"{output}: is the checkpoint itself, which is never changed; give another name")
+        raise BncliError(f"{output}: exists already; give another name, or remove it first")
+    check_writable(output)
+
+
+def _recalibrate(
+    path: Path,
+    output: Path,
+    subject: "Subject",
+    dataset: "Dataset",
+    *,
+    method: Literal["exact", "precise", "debias"],
+    num_images: int | None,
+    batch_size: int | None,
+    layers: str | None,
+    tolerance: float | None,
+) -> "RecalibratedCheckpoint":
+    from bncli.checkpoints import file_sha256, save_checkpoint
+    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.training import recalibrate_checkpoint as recalibrate
+
+    source = {"file": path.name, "sha256": file_sha256(path)}
+    with PhaseReporter() as progress:
+        made = recalibrate(
+            subject.checkpoint,
+            dataset,
+            subject.runtime,
+            source=source,
+            eval_batch_size=subject.config.runtime.eval_batch_size,
+            method=method,
+            num_images=num_images,
+            batch_size=batch_size,
+            layers=layers,
+            tolerance=tolerance,
+            progress=progress,
+        )
+    try:
+        save_checkpoint(made.checkpoint, output)
+    except OSError as error:
+        raise BncliError(f"{output}: cannot be written: {error.strerror or error}") from error
+    print_note(f"wrote {output}")
+    return made
+
+
+def _verify(
+    path: Path,
+    subject: "Subject",
+    dataset: "Dataset",
+    num_images: int | None,
+    batch_size: int | None,
+    layers: str | None,
+    max_error: float,
+) -> "Verification":
+    """Check one checkpoint on the images it was recalibrated on, unless told otherwise."""
+    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.tables.recalibration import Verification
+    from bncli.training import verify_checkpoint
+
+    record = subject.checkpoint.recalibration or {}
+    size = batch_size or _count(record, "batch_size") or subject.config.runtime.eval_batch_size
+    count = num_images or _count(record, "num_images") or len(dataset.train)
+    count = min(count, len(dataset.train))
+    recorded = record.get("layers")
+    glob = layers or (recorded if isinstance(recorded, str) else None)
+    with PhaseReporter() as progress:
+        found = verify_checkpoint(
+            subject.checkpoint,
+            dataset,
+            subject.runtime,
+            batch_size=size,
+            num_images=count,
+            layers=glob,
+            progress=progress,
+        )
+    return Verification(str(path), dataset.name, count, size, max_error, found)
+
+
+def _reopen(path: Path, overrides: list[str] | None) -> "Subject":
+    """The new checkpoint as any other command will see it."""
+    return open_subject(path, overrides, batch_invariant=False)
+
+
+def _count(record: dict[str, object], key: str) -> int | None:
+    """A number from a checkpoint's record, which may come from a stranger."""
+    value = record.get(key)
+    return value if type(value) is int and value > 0 else None

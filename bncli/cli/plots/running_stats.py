@@ -1,0 +1,132 @@
+"""The running statistics of all layers as one figure: distributions above, heat maps below.
+
+Above, a row per layer and a column per quantity show how the channels are distributed; below, a row per
+layer shows its channels one beside the other, in their order, so that single damaged ones are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bncli.cli.plots.figure import check_suffix, save_figure
+from bncli.cli.plots.heat_map import HeatMap, draw_heat_map, label_heat_map
+from bncli.cli.plots.rows import (
+    MARGINS,
+    MAX_PIXELS,
+    NOTES_WIDTH,
+    ROW_HEIGHT,
+    WIDTH,
+    Column,
+    Flags,
+    draw_column,
+    label_rows,
+    make_column,
+    row_name,
+    row_notes,
+)
+from bncli.errors import BncliError
+
+if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and matplotlib
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from bncli.batchnorm.audit.audit import Finding
+    from bncli.batchnorm.layers import LayerStats
+
+MAP_ROW_HEIGHT, MAP_MARGINS = 0.2, 1.5  # inches
+
+
+def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding], path: Path) -> None:
+    """Draw running_mean, running_var and |weight| / sqrt(running_var + eps) of every layer into a file.
+
+    Beside a layer stands what the audit found in it.
+
+    The suffix of `path` selects PNG or SVG. The same layers give the same bytes.
+
+    Raises BncliError for no layers, another suffix, or a path that cannot be written.
+    """
+    from bncli.cli.tables.layers import flags_of
+
+    check_suffix(path)
+    if not layers:
+        raise BncliError(f"{path}: nothing to draw: there are no BatchNorm layers")
+    columns, maps = _columns(layers), _heat_maps(layers)
+    flags_by_layer = flags_of(findings)
+    flags = [tuple(flags_by_layer[layer.name]) for layer in layers]
+    notes = row_notes(columns, flags)
+    width = WIDTH + (NOTES_WIDTH if any(notes) else 0.0)
+    heights = MARGINS + ROW_HEIGHT * len(layers), MAP_MARGINS + MAP_ROW_HEIGHT * len(layers)
+
+    def draw(figure: Figure) -> None:
+        names = [row_name(layer.name, layer.num_features) for layer in layers]
+        figure.set_layout_engine("constrained", wspace=0.03)
+        ((above,), (below,)) = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)
+        above.suptitle(_title(layers, flags), fontsize=12, fontweight="bold")
+        axes = above.subplots(1, len(columns), sharey=True)
+        for axis, column in zip(axes, columns, strict=True):
+            draw_column(axis, column, flags, neutral=None if column.log else 0.0)
+        label_rows(axes[0], axes[-1], names, flags, notes)
+        map_axes = below.subplots(1, len(maps), sharey=True)
+        for axis, heat_map in zip(map_axes, maps, strict=True):
+            draw_heat_map(axis, heat_map)
+        label_heat_map(map_axes[0], names, flags)
+
+    height = sum(heights)
+    save_figure(path, (width, height), draw, dpi=min(150, MAX_PIXELS / height))
+
+
+def _title(layers: Sequence[LayerStats], flags: Flags) -> str:
+    channels = sum(layer.num_features for layer in layers)
+    title = f"Running statistics of {_plural(len(layers), 'BatchNorm layer')}"
+    num_flagged = sum(1 for names in flags if names)
+    flagged = f", {num_flagged} flagged" if num_flagged else ""
+    return f"{title} ({_plural(channels, 'channel')}{flagged})"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _columns(layers: Sequence[LayerStats]) -> list[Column]:
+    assumed = "" if all(layer.eps is not None for layer in layers) else "; eps = 1e-5 assumed"
+    means = [layer.running_mean for layer in layers]
+    variances = [layer.running_var for layer in layers]
+    gain = f"|weight| / sqrt(running_var + eps)\n1 / activation units, log scale{assumed}"
+    return [
+        make_column("running_mean", "activation units", False, means),
+        make_column("running_var", "activation units², log scale", True, variances),
+        make_column("gain", gain, True, [_gain(layer) for layer in layers]),
+    ]
+
+
+def _heat_maps(layers: Sequence[LayerStats]) -> list[HeatMap]:
+    deviations, logarithms = [], []
+    for layer in layers:
+        scale, mean = _scale(layer), layer.running_mean
+        deviations.append(None if mean is None or scale is None else mean.double() / scale)
+        logarithms.append(None if layer.running_var is None else layer.running_var.double().log10())
+    return [
+        HeatMap("running_mean by channel", "standard deviations, sqrt(running_var + eps)", deviations, 0.0),
+        HeatMap("running_var by channel", "log10 of activation units²", logarithms, None),
+    ]
+
+
+def _scale(layer: LayerStats) -> Tensor | None:
+    """What eval mode divides each channel by (C,)."""
+    from bncli.batchnorm.audit.audit import DEFAULT_EPS
+
+    if layer.running_var is None:
+        return None
+    return (layer.running_var.double() + (DEFAULT_EPS if layer.eps is None else layer.eps)).sqrt()
+
+
+def _gain(layer: LayerStats) -> Tensor | None:
+    """By how much eval mode multiplies each channel (C,); a layer without weight multiplies by 1."""
+    import torch
+
+    scale = _scale(layer)
+    if scale is None:
+        return None
+    return (torch.ones(()) if layer.weight is None else layer.weight.double().abs()) / scale

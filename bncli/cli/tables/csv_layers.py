@@ -1,0 +1,64 @@
+"""The rows of `bncli inspect-stats --csv`: layers or channels, of one checkpoint, of two, or of a run."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from bncli.batchnorm import Comparison, Finding, LayerStats, summarize
+from bncli.cli.tables.comparison import describe_layer_comparison
+from bncli.cli.tables.csv_file import Row
+from bncli.cli.tables.layers import flags_of
+from bncli.training.convergence import LayerHistory
+
+QUANTITIES = ("running_mean", "running_var", "weight", "bias")
+EXTREMES = ("min", "median", "max")
+
+
+def layer_rows(layers: Sequence[LayerStats], findings: Sequence[Finding], *, channels: bool) -> Iterator[Row]:
+    """One row per layer, or per channel."""
+    flags = flags_of(findings)
+    for layer in layers:
+        if channels:
+            yield from _channel_rows(layer)
+            continue
+        summaries = {name: summarize(getattr(layer, name)) for name in QUANTITIES}
+        yield {
+            "layer": layer.name,
+            "num_features": layer.num_features,
+            "num_batches_tracked": layer.num_batches_tracked,
+            "momentum": layer.momentum,
+            "eps": layer.eps,
+            **{
+                f"{name}_{which}": None if summary is None else getattr(summary, which)
+                for name, summary in summaries.items()
+                for which in EXTREMES
+            },
+            "flags": flags[layer.name],
+        }
+
+
+def _channel_rows(layer: LayerStats) -> Iterator[Row]:
+    tensors = [getattr(layer, name) for name in QUANTITIES]
+    columns = [[None] * layer.num_features if tensor is None else tensor.tolist() for tensor in tensors]
+    for channel, values in enumerate(zip(*columns, strict=True)):
+        yield {"layer": layer.name, "channel": channel, **dict(zip(QUANTITIES, values, strict=True))}
+
+
+def comparison_rows(comparison: Comparison, *, channels: bool) -> Iterator[Row]:
+    """One row per layer that both have, or per channel of these."""
+    for layer in comparison.layers:
+        if channels and layer.divergence is not None:
+            found = layer.divergence
+            columns = (found.mean_shift.tolist(), found.var_ratio.tolist(), found.kl.tolist())
+            for channel, (shift, ratio, kl) in enumerate(zip(*columns, strict=True)):
+                row = {"channel": channel, "mean_shift": shift, "var_ratio": ratio, "kl": kl}
+                yield {"layer": layer.name, **row}
+        if not channels:
+            entry = describe_layer_comparison(layer)
+            yield {"layer": entry.pop("name"), **entry}
+
+
+def convergence_rows(histories: Sequence[LayerHistory]) -> Iterator[Row]:
+    """One row per layer and epoch."""
+    for history in histories:
+        for point in history.epochs:
+            yield {"layer": history.name, **dataclasses.asdict(point)}

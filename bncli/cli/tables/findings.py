@@ -1,0 +1,78 @@
+"""What the audit found, and the pages of `--explain`: text for people."""
+
+import textwrap
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Console
+
+from bncli.batchnorm import Finding, Rule
+from bncli.cli.messages import one_line
+from bncli.cli.tables.table import console_for_results
+
+MAX_MESSAGES = 5  # layers of one rule that get a line each; more of them are named in one paragraph
+MAX_NAMES = 20
+
+
+def show_findings(console: Console, findings: Sequence[Finding], *, num_rules: int, everything: bool) -> None:
+    """Findings by rule: a heading, the layers with their numbers, and what to do."""
+    if not findings:
+        console.print(f"No findings: {_plural(num_rules, 'rule')} checked.")
+        return
+    for _, group in groupby(findings, key=lambda finding: finding.code):
+        _show_rule(console, list(group), everything=everything)
+    errors = sum(finding.severity == "error" for finding in findings)
+    counts = f"{_plural(errors, 'error')}, {_plural(len(findings) - errors, 'warning')}"
+    _say(console, f"{counts}. bncli inspect-stats --explain CODE tells why, and who says so.")
+
+
+def _show_rule(console: Console, findings: Sequence[Finding], *, everything: bool) -> None:
+    first = findings[0]
+    style = "bold red" if first.severity == "error" else "bold yellow"
+    where = one_line(first.layer) if len(findings) == 1 else _plural(len(findings), "layer")
+    _say(console, f"{first.code} {first.name} ({first.severity}): {where}", style=style)
+    if everything or len(findings) <= MAX_MESSAGES:
+        for finding in findings:
+            name = "" if len(findings) == 1 else f"{one_line(finding.layer)}: "
+            _say(console, f"{name}{finding.message}", indent=2)
+    else:
+        names = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
+        more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
+        _say(console, names + more, indent=2)
+        _say(console, f"the first: {first.message}", indent=2)
+    _say(console, first.advice, indent=2)
+    console.print()
+
+
+def show_explanation(rules: Sequence[Rule]) -> None:
+    """A page for every rule."""
+    console = console_for_results()
+    for number, rule in enumerate(rules):
+        if number:
+            console.print()
+        _say(console, f"{rule.code} {rule.name} ({rule.severity})", style="bold")
+        _say(console, _plain(f"Finds {rule.summary}."))
+        console.print()
+        _say(console, rule.theory)
+        console.print()
+        _say(console, f"What to do: {_plain(rule.advice)}")
+        for threshold in rule.thresholds:
+            option = f"--threshold {threshold.name}={threshold.default:.6g}"
+            _say(console, f"{option} ({threshold.meaning}): {threshold.reason}.")
+        _say(console, f"Source: {rule.source}.")
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "")
+
+
+def _say(console: Console, text: str, *, indent: int = 0, style: str | None = None) -> None:
+    """Whole words on lines that fit; off a terminal too, up to 80 columns."""
+    width = max(min(console.width, 80), indent + 10)
+    space = " " * indent
+    lines = textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+    console.print("\n".join(lines), style=style)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,207 @@
+"""The output of `bncli inspect-stats`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from bncli.batchnorm import Finding, LayerStats, summarize
+from bncli.cli.messages import one_line
+from bncli.cli.tables.findings import show_findings
+from bncli.cli.tables.table import console_for_results, number, table_of
+
+MAX_ROWS = 200  # more are shown only when asked for
+MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
+DROPPED_FIRST = (
+    "weight\nmin, max",
+    "eps",
+    "momentum",
+    "num_batches\n_tracked",
+    "channels",
+    "running_mean\nmin, median, max",
+)
+
+
+def describe_layers(
+    checkpoint: str,
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    dead: Sequence[Finding],
+    *,
+    channels: bool,
+) -> dict[str, Any]:
+    """The JSON document of `bncli inspect-stats`; `dead` is what the rule dead_channel found."""
+    flags = flags_of(findings)
+    dead_channels = {finding.layer: finding.channels for finding in dead}
+    num_errors = sum(finding.severity == "error" for finding in findings)
+    return {
+        "checkpoint": checkpoint,
+        "num_layers": len(layers),
+        "num_errors": num_errors,
+        "num_warnings": len(findings) - num_errors,
+        "layers": [
+            {
+                **_describe_layer(layer, channels=channels),
+                "flags": flags[layer.name],
+                "dead_channels": dead_channels.get(layer.name, ()),
+            }
+            for layer in layers
+        ],
+        "findings": findings,
+    }
+
+
+def flags_of(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    """Per layer, the names of the rules that found something in it."""
+    flags: dict[str, list[str]] = defaultdict(list)
+    for finding in findings:
+        flags[finding.layer].append(finding.name)
+    return flags
+
+
+def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
+    tensors = {
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
+        "weight": layer.weight,
+        "bias": layer.bias,
+    }
+    described: dict[str, Any] = {
+        "name": layer.name,
+        "num_features": layer.num_features,
+        "num_batches_tracked": layer.num_batches_tracked,
+        "momentum": layer.momentum,
+        "eps": layer.eps,
+        "hyperparameters_known": layer.hyperparameters_known,
+        **{name: summarize(tensor) for name, tensor in tensors.items()},
+    }
+    if channels:
+        described["channels"] = tensors
+    return described
+
+
+def show_layers(
+    headline: str,
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    *,
+    num_rules: int,
+    everything: bool = False,
+) -> None:
+    """The headline, one row per BatchNorm layer, then the findings."""
+    console = console_for_results()
+    flags = flags_of(findings)
+    shown = list(layers)
+    if len(layers) > MAX_ROWS and not everything:
+        shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
+    console.print(one_line(headline), style="bold")
+    columns = _columns(console, layers, shown)
+    table = table_of(None, *columns)
+    for column in table.columns[1:]:
+        column.no_wrap = True  # a number over two lines could not be read
+    for layer, row in zip(shown, zip(*columns.values(), strict=True), strict=True):
+        table.add_row(*row, style="bold red" if layer.name in flags else None)
+    console.print(table)
+    if len(shown) < len(layers):
+        console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
+    console.print()
+    show_findings(console, findings, num_rules=num_rules, everything=everything)
+
+
+def _columns(
+    console: Console, layers: Sequence[LayerStats], shown: Sequence[LayerStats]
+) -> dict[str, list[str]]:
+    """Header to cells; says above the table what is the same in all layers, and what found no room."""
+    common: dict[str, Callable[[LayerStats], str]] = {
+        "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
+        "momentum": _momentum,
+        "eps": _eps,
+    }
+    uniform = {name: text(layers[0]) for name, text in common.items() if len(set(map(text, layers))) == 1}
+    if uniform:
+        line = ", ".join(f"{name} {value}" for name, value in uniform.items())
+        console.print(f"In every layer: {line}")
+    weights = [summarize(layer.weight) for layer in shown]
+    columns = {
+        "layer": [one_line(layer.name) for layer in shown],
+        "channels": [str(layer.num_features) for layer in shown],
+        **{
+            name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
+            for name, text in common.items()
+            if name not in uniform
+        },
+        "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
+        "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
+        "weight\nmin, max": ["-" if w is None else f"{number(w.min)} {number(w.max)}" for w in weights],
+    }
+    return _fitting(console, columns)
+
+
+def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """As many columns as a narrow terminal has room for, beside names that may fold."""
+    widths = {
+        name: max(map(len, [*name.split("\n"), *(line for cell in cells for line in cell.split("\n"))]))
+        for name, cells in columns.items()
+    }
+    widths["layer"] = min(widths["layer"], MIN_NAME)
+    kept = dict(columns)
+    for name in DROPPED_FIRST:
+        if sum(widths[column] + 2 for column in kept) - 2 > console.width:
+            kept.pop(name, None)
+    if lost := [name.split("\nm")[0].replace("\n", "") for name in columns if name not in kept]:
+        console.print(f"Too narrow for: {', '.join(lost)}")
+    return kept
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else str(number)
+
+
+def _momentum(layer: LayerStats) -> str:
+    if not layer.hyperparameters_known:
+        return "unknown"
+    return "cumulative" if layer.momentum is None else f"{layer.momentum:g}"
+
+
+def _eps(layer: LayerStats) -> str:
+    return "unknown" if layer.eps is None else f"{layer.eps:g}"
+
+
+def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
+    """Minimum, median and maximum of each, aligned among themselves: narrower than three columns."""
+    summaries = [summarize(tensor) for tensor in tensors]
+    rows = [[number(s.min), number(s.median), number(s.max)] if s else ["-"] * 3 for s in summaries]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [" ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def show_channels(
+    layers: Sequence[LayerStats], findings: Sequence[Finding], *, num_rules: int, everything: bool = False
+) -> None:
+    """One table per layer with one row per channel, then the findings."""
+    console = console_for_results()
+    codes: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for finding in findings:
+        for channel in finding.channels:
+            codes[finding.layer, channel].append(finding.code)
+    for layer in layers:
+        table = table_of(
+            f"{one_line(layer.name)}: momentum {_momentum(layer)}, eps {_eps(layer)}",
+            "channel",
+            "running_mean",
+            "running_var",
+            "weight",
+            "bias",
+            "findings",
+            left=0,
+        )
+        tensors = (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        columns = [[None] * layer.num_features if t is None else t.tolist() for t in tensors]
+        for channel, values in enumerate(zip(*columns, strict=True)):
+            numbers = ("-" if value is None else f"{value:.4g}" for value in values)
+            table.add_row(str(channel), *numbers, " ".join(codes[layer.name, channel]))
+        console.print(table)
+    console.print()
+    show_findings(console, findings, num_rules=num_rules, everything=everything)

@@ -1,0 +1,94 @@
+"""The output of `bncli train`, `train --dry-run` and `bench`."""
+
+from typing import TYPE_CHECKING
+
+from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
+from bncli.config_file import dump_config
+
+if TYPE_CHECKING:
+    from bncli.bench import InspectionBench, TrainingStepBench
+    from bncli.training import SetupDescription, TrainResult
+
+
+def show_dry_run(setup: "SetupDescription") -> None:
+    """The resolved configuration, the network and the steps of a run that is not started."""
+    console = console_for_results()
+    console.print("# the resolved configuration", style="dim")
+    console.print(dump_config(setup.config), soft_wrap=True)
+    table = table_of("Network, for one image", "layer", "kind", "output", "parameters", "MFLOPs", left=2)
+    for layer in setup.layers:
+        shape = "x".join(map(str, layer.output_shape))
+        flops = f"{layer.flops / 1e6:.2f}" if layer.flops else ""
+        parameters = f"{layer.num_parameters:,}" if layer.num_parameters else ""
+        table.add_row(layer.name, layer.kind, shape, parameters, flops)
+    table.add_section()
+    total = f"{setup.flops_per_image / 1e6:.2f}"
+    table.add_row("in all", "", "", f"{setup.num_parameters:,}", total)
+    console.print(table)
+    console.print()
+    left_out = setup.images_left_out_per_epoch
+    size = setup.config.train.micro_batch_size
+    lines = {
+        "data": f"{setup.dataset}, {len(setup.class_names)} classes, {setup.num_train_images:,} training and"
+        f" {setup.num_test_images:,} test images of {'x'.join(map(str, setup.image_shape))}",
+        "pixel mean": ", ".join(f"{value:.4f}" for value in setup.normalization.mean),
+        "pixel std": ", ".join(f"{value:.4f}" for value in setup.normalization.std),
+        "runtime": runtime_line(setup.runtime),
+        "steps": f"{setup.steps_per_epoch:,} an epoch, {setup.num_steps:,} in all",
+        "batches": f"{setup.batch_size:,} images, the last of an epoch {setup.last_batch_size:,}"
+        + (f"; {left_out:,} images are left out, others in each epoch" if left_out else ""),
+        **({"at once": f"{size:,} images at most, normalised apart"} if size else {}),
+        "trained": "nothing (--dry-run)",
+    }
+    show_lines(console, lines)
+
+
+def show_training(result: "TrainResult") -> None:
+    """What a finished run leaves behind."""
+    averaged = "" if result.ema_epochs is None else ", averaged weights"
+    accuracy = f"{result.test_accuracy:.2%} after epoch {result.epochs}{averaged}, in eval mode"
+    if result.recalibration is not None:
+        before = result.recalibration["before"]["accuracy"]
+        accuracy += f", recalibrated ({before:.2%} before)"
+    lines = {
+        "test accuracy": f"{accuracy} (best epoch {result.best_accuracy:.2%})",
+        "time": f"{result.seconds:.1f} s, {result.images_per_second:,.0f} training images/s"
+        " with evaluation and checkpoints",
+        "checkpoint": str(result.checkpoint),
+        "best": str(result.best_checkpoint),
+    }
+    if result.checkpoint != result.last_checkpoint:
+        lines["last"] = f"{result.last_checkpoint}, to resume from"
+    show_lines(console_for_results(), lines)
+
+
+def show_training_step_bench(result: "TrainingStepBench") -> None:
+    """Both rates, their ratio, and the share of the machine's matrix-product peak."""
+    lines = {
+        "machine": machine_line(result.machine),
+        "bncli": f"{result.images_per_second:,.0f} images/s ({runtime_line(result.runtime)})",
+        "plain loop": f"{result.plain_images_per_second:,.0f} images/s (float32, contiguous, DataLoader"
+        f" with {result.plain_workers} workers, torchvision transforms)",
+        "ratio": f"{result.ratio_to_plain:.2f}, from {result.ratio_min:.2f} to {result.ratio_max:.2f}"
+        f" (median of n = {result.num_rounds} rounds of {result.steps_per_round} steps in turns,"
+        f" batch {result.batch_size})",
+        "of the peak": f"{result.share_of_peak:.0%} ({result.gflops_per_second:,.0f} of"
+        f" {result.peak_gflops_per_second:,.0f} GFLOP/s, the best 2048x2048 matrix product)",
+    }
+    show_lines(console_for_results(), lines)
+
+
+def show_inspection_bench(result: "InspectionBench") -> None:
+    """One row per file; the first row is what any program with torch needs."""
+    console = console_for_results()
+    table = table_of(None, "file", "GiB", "layers", "tensors", "seconds", "peak MiB")
+    seconds, peak = f"{result.import_torch_seconds:.2f}", f"{result.import_torch_peak_mib:.0f}"
+    table.add_row("(import torch)", "", "", "", seconds, peak)
+    for done in result.inspections:
+        counts = (f"{done.num_layers:,}", f"{done.num_tensors:,}")
+        table.add_row(done.file, f"{done.gib:.2f}", *counts, f"{done.seconds:.2f}", f"{done.peak_mib:.0f}")
+    console.print(table)
+    machine = result.machine
+    console.print(
+        f"{machine['cpu']}, {machine['num_cpus']} CPUs; torch {machine['torch']}, Python {machine['python']}"
+    )

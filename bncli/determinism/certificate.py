@@ -1,0 +1,218 @@
+"""The certificate: on what does an image's answer depend, beside the image? Bit by bit, in eval mode.
+
+Four claims, each tested with the others held still:
+
+    repeat      the same batch, computed twice
+    neighbours  the same image at the same place in a batch of the same size, with other companions
+    position    the same image with the same companions, at another place
+    batch_size  the same image alone, and in batches of every size
+
+Eval-mode BatchNorm uses only the running statistics, so in exact arithmetic all four are true. With real
+kernels the last need not be, because another number of rows may select another order of summation
+(pytorch#116501). So the bits and the predictions are judged apart. `bncli.FixedShape` gives all images
+batches of one size, which leaves kernels no choice.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import chain, starmap
+
+import torch
+from torch import Tensor, nn
+
+from bncli.batchnorm.bits import as_bytes
+from bncli.batchnorm.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
+from bncli.batchnorm.population.passes import model_device
+from bncli.determinism.arrangement import consecutive, one_by_one
+from bncli.determinism.claim import Claim, judge
+from bncli.determinism.fixed_shape import without_fixed_shape
+from bncli.determinism.pairing import Pairing, Pairings, Pass, differ
+from bncli.errors import DataError
+from bncli.forward import is_too_few_values
+
+BATCH_SIZES = (2, 3, 7, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the answer for an image does not depend on, as far as each claim holds."""
+
+    repeat: Claim
+    neighbours: Claim
+    position: Claim
+    batch_size: Claim
+
+    def __iter__(self) -> Iterator[Claim]:
+        """Iterate over them in this order."""
+        return iter((self.repeat, self.neighbours, self.position, self.batch_size))
+
+
+@dataclass(frozen=True)
+class BatchSizeCheck:
+    """Batches of one size against every image alone, in the given order and with the places shuffled."""
+
+    batch_size: int
+    bitwise_equal: bool  # in both orders
+    shuffled_bitwise_equal: bool  # in the shuffled order
+    max_abs_diff: float  # between logits, in both orders; inf: a NaN in one where the other has none
+    max_ulp: int | None
+    prediction_flips: int  # images whose prediction differs in either order
+
+
+@dataclass(frozen=True)
+class TrainModeContrast:
+    """The same comparison in train mode, where batch statistics tie the images together."""
+
+    batch_size: int
+    reference_batch_size: int  # 1, or 2 where BatchNorm refuses a batch of one
+    max_abs_diff: float  # between logits
+    prediction_flips: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was found for one model and one set of images."""
+
+    num_images: int
+    seed: int  # of the shuffled places and of train mode's random numbers
+    repeat_bitwise_equal: bool  # as claims.repeat says
+    claims: Claims
+    batch_sizes: tuple[BatchSizeCheck, ...]
+    train_mode: TrainModeContrast
+    running_stats_unchanged: bool  # every buffer, after eval mode and at the end, bit for bit
+    logits_sha256: str  # of every image's logits when it is alone, (N, num_classes) in row-major order
+
+    @property
+    def bitwise_equal(self) -> bool:
+        """All four claims hold to the last bit."""
+        return all(claim.bitwise_equal for claim in self.claims)
+
+    @property
+    def deterministic(self) -> bool:
+        """No prediction depends on the batch in eval mode, whatever the last bits do."""
+        return all(claim.prediction_flips == 0 for claim in self.claims)
+
+
+def certify(
+    model: nn.Module, images: Tensor, *, batch_sizes: Sequence[int] = BATCH_SIZES, seed: int = 0
+) -> Certificate:
+    """Test the four claims on images (N, ...), in eval mode, and show the contrast in train mode.
+
+    Works for any module that returns logits (N, num_classes), a `FixedShape` included. Batches that the
+    images do not fill are filled from their start again; a single image gets a blank one for company.
+    Modes, buffers, hooks and the random-number state (CPU, and the model's CUDA device) are restored,
+    also if the model raises. Costs 3 N forward passes of one image, four passes over the images per batch
+    size and one in train mode. Keeps logits only, and one image's activations to find a layer.
+
+    >>> import torch
+    >>> from torchvision.models import resnet18
+    >>> from bncli import FixedShape, certify
+    >>> images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    >>> found = certify(FixedShape(resnet18(weights=None), rows=16), images, batch_sizes=(2, 7, 16))
+    >>> found.bitwise_equal, found.claims.batch_size.max_ulp
+    (True, 0)
+    >>> found.train_mode.max_abs_diff > 0.1
+    True
+
+    Raises DataError without images, ValueError for a batch size below 1 or if none is above 1.
+    """
+    if len(images) == 0:
+        raise DataError("there is nothing to check: no images")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ValueError(f"batch sizes must be 1 or more, got {list(batch_sizes)}")
+    if max(batch_sizes) == 1:
+        raise ValueError("batch sizes must not all be 1: an image alone has no neighbours")
+    num_images = len(images)
+    if num_images == 1:
+        images = torch.cat([images, torch.zeros_like(images)])
+    before = buffers_digest(model)
+    with preserved_buffers(model), _preserved_rng(model), torch.no_grad():
+        with eval_mode(model):
+            pairings = Pairings.of(model, images, batch_sizes, num_images=num_images, seed=seed)
+            claims = Claims(
+                repeat=judge(model, images, pairings.repeat),
+                neighbours=judge(model, images, pairings.neighbours),
+                position=judge(model, images, pairings.position),
+                batch_size=judge(model, images, list(chain(*pairings.batch_size.values()))),
+            )
+        unchanged = buffers_digest(model) == before
+        with train_mode(model):
+            contrast = _contrast(without_fixed_shape(model), images, max(batch_sizes), seed, num_images)
+    return Certificate(
+        num_images=num_images,
+        seed=seed,
+        repeat_bitwise_equal=claims.repeat.bitwise_equal,
+        claims=claims,
+        batch_sizes=tuple(starmap(_check, pairings.batch_size.items())),
+        train_mode=contrast,
+        running_stats_unchanged=unchanged and buffers_digest(model) == before,
+        logits_sha256=_sha256(pairings.alone.logits[:num_images]),
+    )
+
+
+def check_determinism(
+    model: nn.Module, images: Tensor, *, batch_sizes: Sequence[int] = (2, 7, 64, 256), seed: int = 0
+) -> Certificate:
+    """`certify` under its older name, with fewer batch sizes."""
+    return certify(model, images, batch_sizes=batch_sizes, seed=seed)
+
+
+def _check(batch_size: int, pairings: tuple[Pairing, Pairing]) -> BatchSizeCheck:
+    both, num_flips = differ(pairings)
+    return BatchSizeCheck(
+        batch_size=batch_size,
+        bitwise_equal=both.bitwise_equal,
+        shuffled_bitwise_equal=differ(pairings[1:])[0].bitwise_equal,
+        max_abs_diff=both.max_abs_diff,
+        max_ulp=both.max_ulp,
+        prediction_flips=num_flips,
+    )
+
+
+def _contrast(
+    model: nn.Module, images: Tensor, batch_size: int, seed: int, num_images: int
+) -> TrainModeContrast:
+    reference_size = 1
+    _seed(model, seed)
+    try:
+        reference = Pass.of(model, images, one_by_one(len(images)))
+    except ValueError as error:
+        if not is_too_few_values(error):
+            raise
+        reference_size = 2
+        _seed(model, seed)
+        reference = Pass.of(model, images, consecutive(len(images), 2))
+    num_batches = -(-len(images) // batch_size)  # a further one would only hold two images in turn
+    together = Pass.of(model, images, consecutive(len(images), batch_size)[:num_batches])
+    rows = torch.empty(len(images), dtype=torch.int64)  # where the reference has each image
+    rows[reference.index.flatten()] = torch.arange(reference.index.numel())
+    difference, num_flips = differ([Pairing(together, reference, rows[together.index], num_images)])
+    return TrainModeContrast(
+        batch_size=batch_size,
+        reference_batch_size=reference_size,
+        max_abs_diff=difference.max_abs_diff,
+        prediction_flips=num_flips,
+    )
+
+
+def _sha256(logits: Tensor) -> str:
+    return hashlib.sha256(as_bytes(logits).numpy().data).hexdigest()
+
+
+def _preserved_rng(model: nn.Module) -> AbstractContextManager[None]:
+    """Restore the random-number state of the CPU and of the model's CUDA device at the end."""
+    return torch.random.fork_rng(_cuda_devices(model), device_type="cuda")
+
+
+def _seed(model: nn.Module, seed: int) -> None:
+    # not torch.manual_seed: it would also reseed devices whose state is not restored
+    torch.default_generator.manual_seed(seed)
+    for index in _cuda_devices(model):
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    device = model_device(model)
+    return [device.index] if device is not None and device.type == "cuda" else []

@@ -1,0 +1,4 @@
+from .fold import fold_batch_norm as fold_batch_norm
+from .optimize import INFERENCE_ROWS as INFERENCE_ROWS
+from .optimize import InferenceNetwork as InferenceNetwork
+from .optimize import optimize_for_inference as optimize_for_inference

@@ -1,0 +1,2 @@
+from .convnet import ConvNet as ConvNet
+from .convnet import build_model as build_model

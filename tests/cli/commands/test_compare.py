@@ -1,0 +1,238 @@
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bncli.cli.plots.heat_map import resample
+from bncli.cli.tables.csv_file import format_csv
+from tests.conftest import Bncli
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+@pytest.fixture
+def recalibrated(finished_run: Path, tmp_path: Path) -> Path:
+    """The run's checkpoint with other statistics and the same weights."""
+    content = torch.load(finished_run / "last.pt", weights_only=True)
+    content["state_dict"]["stages.1.0.norm.running_mean"] += 0.5
+    content["state_dict"]["stages.1.0.norm.running_var"] *= 2
+    torch.save(content, tmp_path / "recalibrated.pt")
+    return tmp_path / "recalibrated.pt"
+
+
+def test_a_checkpoint_against_itself_is_identical(bncli: Bncli, finished_run: Path) -> None:
+    outcome = bncli("inspect-stats", finished_run / "last.pt", finished_run / "last.pt")
+    assert outcome.code == 0
+    assert "Identical: all" in outcome.out
+
+
+def test_recalibrated_statistics_are_told_from_training(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    outcome = bncli("inspect-stats", finished_run / "last.pt", recalibrated)
+    assert outcome.code == 1
+    flat = " ".join(outcome.out.split())
+    assert "statistics_moved_weights_unchanged: 1 of the layers (stages.1.0.norm)" in flat
+    assert "2 of 14 tensors differ" in flat
+    assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines()[3:])
+    document = bncli("inspect-stats", finished_run / "last.pt", recalibrated, "--json").json
+    assert document["identical"] is False
+    still, moved = document["layers"]
+    assert (still["flags"], still["kl"], still["statistics_moved"]) == ([], 0.0, False)
+    var = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]["stages.1.0.norm.running_var"]
+    shift = 0.5 / (var.double() + 1e-5).sqrt()
+    assert moved["mean_shift"] == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-5)
+    assert moved["max_mean_shift"] == pytest.approx(float(shift.max()), rel=1e-5)
+    assert moved["var_ratio"] == pytest.approx(2, rel=1e-3)
+    assert (moved["weights_moved"], moved["feeding_weights_moved"]) == (False, False)
+
+
+def test_a_glob_restricts_what_is_shown_not_what_is_judged(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    pair = finished_run / "last.pt", recalibrated
+    outcome = bncli("inspect-stats", *pair, "--layer", "stages.0.*", "--json")
+    assert outcome.code == 1
+    assert [layer["name"] for layer in outcome.json["layers"]] == ["stages.0.0.norm"]
+    assert outcome.json["num_tensors_changed"] == 2
+    assert bncli("inspect-stats", *pair, "--layer", "x").code == 2
+
+
+def test_nothing_in_common_is_refused_on_one_line(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    torch.save(nn.Sequential(nn.BatchNorm2d(3)).state_dict(), tmp_path / "other.pt")
+    outcome = bncli("inspect-stats", finished_run / "last.pt", tmp_path / "other.pt")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "has a counterpart" in outcome.err
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_csv_of_one_checkpoint_reads_back_as_the_same_numbers(
+    bncli: Bncli, finished_run: Path, tmp_path: Path, channels: bool
+) -> None:
+    more = ["--channels"] if channels else []
+    path = tmp_path / "a.csv"
+    last = finished_run / "last.pt"
+    assert bncli("inspect-stats", last, "--csv", path, *more).code == 0
+    to_stdout = bncli("inspect-stats", last, "--csv", "-", *more)
+    assert path.read_bytes() == to_stdout.out.encode()
+    assert to_stdout.out.count("\r\n") == to_stdout.out.count("\n")
+    layers = bncli("inspect-stats", last, "--json", "--channels").json["layers"]
+    found = rows(to_stdout.out)
+    if channels:
+        expected = [
+            (layer["name"], str(channel), *(layer["channels"][name][channel] for name in layer["channels"]))
+            for layer in layers
+            for channel in range(layer["num_features"])
+        ]
+        assert [(r["layer"], r["channel"], *map(float, list(r.values())[2:])) for r in found] == expected
+    else:
+        assert [float(row["running_var_median"]) for row in found] == [
+            layer["running_var"]["median"] for layer in layers
+        ]
+        assert [row["flags"].split() for row in found] == [layer["flags"] for layer in layers]
+
+
+def test_csv_of_a_comparison_reads_back_as_the_same_numbers(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    pair = finished_run / "last.pt", recalibrated
+    outcome = bncli("inspect-stats", *pair, "--csv", "-")
+    assert outcome.code == 1
+    document = bncli("inspect-stats", *pair, "--json", "--channels").json
+    for row, layer in zip(rows(outcome.out), document["layers"], strict=True):
+        for key in ("mean_shift", "var_ratio", "max_kl"):
+            assert float(row[key]) == layer[key]
+        assert (row["layer"], row["weights_moved"]) == (layer["name"], "false")
+        assert row["flags"] == " ".join(layer["flags"])
+    channels = rows(bncli("inspect-stats", *pair, "--csv", "-", "--channels").out)
+    kl = [value for layer in document["layers"] for value in layer["channels"]["kl"]]
+    assert [float(row["kl"]) for row in channels] == kl
+
+
+def test_csv_and_json_cannot_share_stdout(bncli: Bncli, finished_run: Path) -> None:
+    outcome = bncli("inspect-stats", finished_run / "last.pt", "--csv", "-", "--json")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "stdout" in outcome.err
+    missing = bncli("inspect-stats", finished_run / "last.pt", "--csv", finished_run / "no" / "a.csv")
+    assert (missing.code, missing.out) == (2, "")
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@x", "\tx", "\rx"])
+def test_a_spreadsheet_computes_no_name(name: str) -> None:
+    (row,) = rows(format_csv([{"layer": name, "value": -1.5}]))
+    assert row == {"layer": "'" + name, "value": "-1.5"}
+
+
+def test_csv_keeps_what_is_odd(tmp_path: Path) -> None:
+    given = {"layer": 'a,"b"\nc\ud800', "nan": math.nan, "inf": -math.inf, "none": None, "third": 1 / 3}
+    (row,) = rows(format_csv([given]))
+    assert row == {"layer": 'a,"b"\nc\\ud800', "nan": "nan", "inf": "-inf", "none": "", "third": repr(1 / 3)}
+    assert format_csv([]) == ""
+
+
+def test_a_run_directory_shows_first_and_last_epoch(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    recorded = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    outcome = bncli("inspect-stats", finished_run)
+    assert outcome.code == 0
+    for layer, ends in zip(recorded[0]["layers"], recorded[-1]["layers"], strict=True):
+        (line,) = [line for line in outcome.out.splitlines() if line.startswith(layer["name"])]
+        values = (layer["mean_shift"], ends["mean_shift"], layer["var_ratio"], ends["var_ratio"])
+        assert line.split()[1:] == [f"{value:.2g}" for value in values]
+    document = bncli("inspect-stats", finished_run, "--json").json
+    first = document["layers"][0]["epochs"]
+    assert first == [
+        {"epoch": e["epoch"], **{k: v for k, v in e["layers"][0].items() if k != "name"}} for e in recorded
+    ]
+    table = rows(bncli("inspect-stats", finished_run, "--csv", "-").out)
+    assert [float(r["mean_shift"]) for r in table[:2]] == [point["mean_shift"] for point in first]
+    assert bncli("inspect-stats", finished_run, "--channels").code == 2
+    assert bncli("inspect-stats", finished_run, "--layer", "x").code == 2
+    assert bncli("inspect-stats", tmp_path).code == 2
+    (tmp_path / "config.yaml").touch()
+    assert "no epoch of this run has ended" in bncli("inspect-stats", tmp_path).err
+
+
+@pytest.mark.parametrize("num_epochs", [1, 3])
+@pytest.mark.parametrize("num_layers", [1, 40])
+def test_a_run_is_drawn_the_same_each_time_with_gaps(
+    bncli: Bncli, tmp_path: Path, num_epochs: int, num_layers: int
+) -> None:
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for epoch in range(1, num_epochs + 1):
+            layers = [{"name": f"_{i}", "mean_shift": [None, 0.0, 0.3][i % 3], "var_ratio": 1.0 + i}
+                      for i in range(num_layers)]  # fmt: skip
+            file.write(json.dumps({"epoch": epoch, "layers": layers}) + "\n")
+    paths = tmp_path / "a.svg", tmp_path / "b.svg"
+    for path in paths:
+        assert bncli("inspect-stats", tmp_path, "--plot", path).code == 0
+    text = paths[0].read_text()
+    assert paths[1].read_text() == text
+    assert "<!-- epoch -->" in text
+    assert ("<!-- 14 of 40 layers -->" in text) == (num_layers == 40)
+    assert "_0 -->" in text
+
+
+def test_a_comparison_is_drawn_the_same_each_time(
+    bncli: Bncli, finished_run: Path, recalibrated: Path, tmp_path: Path
+) -> None:
+    paths = tmp_path / "a.svg", tmp_path / "b.svg"
+    for path in paths:
+        assert bncli("inspect-stats", finished_run / "last.pt", recalibrated, "--plot", path).code == 1
+    text = paths[0].read_text()
+    assert paths[1].read_text() == text
+    for expected in ("How far 2 BatchNorm layers moved", "mean shift", "weights unchanged\nKL divergence"):
+        assert expected.splitlines()[0] in text
+
+
+def test_a_heat_map_shows_every_channel_or_the_farthest_of_a_group() -> None:
+    few = torch.tensor([1.0, 2.0, math.inf], dtype=torch.float64)
+    assert resample(few, 0.0, 6).nan_to_num(-1).tolist() == [1, 1, 2, 2, -1, -1]
+    many = torch.tensor([1.0, -5, 2, 0, math.nan, 9, 3, 4], dtype=torch.float64)
+    assert resample(many, 0.0, 4).nan_to_num(-1).tolist() == [-5, 2, -1, 4]
+    assert resample(many, 4.0, 4).nan_to_num(-1).tolist() == [-5, 0, -1, 3]
+    values: Tensor = torch.arange(1000).double()
+    assert resample(values, 0.0).shape == (512,)
+
+
+@pytest.mark.parametrize("place", [None, 0, 2**24, 2**26 + 4321, 80 * 2**20 - 1])
+def test_one_flipped_bit_is_found_in_a_tensor_larger_than_what_is_read_at_once(
+    bncli: Bncli, tmp_path: Path, place: int | None
+) -> None:
+    size = 80 * 2**20
+    shapes = {"bn.running_mean": (0, 4), "bn.running_var": (16, 4), "big.weight": (32, size // 4)}
+    header = {
+        name: {"dtype": "F32", "shape": [length], "data_offsets": [start, start + 4 * length]}
+        for name, (start, length) in shapes.items()
+    }
+    text = json.dumps(header).encode()
+    for name in ("a", "b"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text + np.arange(1, 9, dtype="<f4").tobytes())
+            start = file.tell()
+            if name == "b" and place is not None:
+                file.seek(start + place)
+                file.write(b"\x10")
+            file.truncate(start + size)
+    found = bncli("inspect-stats", tmp_path / "a", tmp_path / "b", "--json")
+    assert found.json["num_tensors_changed"] == (place is not None)
+    assert (found.code, found.json["identical"]) == (int(place is not None), place is None)
+
+
+def test_a_transposed_tensor_equals_the_same_numbers_row_by_row(bncli: Bncli, tmp_path: Path) -> None:
+    norm = {f"bn.{name}": value for name, value in nn.BatchNorm2d(3).state_dict().items()}
+    weight = torch.randn(7, 5)
+    others = weight.clone()
+    others[3, 4] += 1
+    torch.save(norm | {"w": weight}, tmp_path / "rows.pt")
+    for numbers, code in ((weight, 0), (others, 1)):
+        torch.save(norm | {"w": numbers.t().contiguous().t()}, tmp_path / "columns.pt")
+        assert bncli("inspect-stats", tmp_path / "rows.pt", tmp_path / "columns.pt").code == code
