@@ -194,7 +194,7 @@ def test_without_memory_to_read_ahead_files_are_read_later(tiny, tmp_path, monke
 
 AHEAD = """
 import sys
-from bncli import cifar10_files
+from bncli.data import cifar10_files
 cifar10_files.read_ahead = lambda root: print(root, "torch" in sys.modules)
 from bncli.cli.app import main
 sys.exit(main(["train", "configs/cifar10.yaml", "--set", "data.root=" + sys.argv[1], "--dry-run"]))

@@ -3,7 +3,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from tests.stats.networks import Residual, Shared, Twins, mixed
 from torch import Tensor, nn
 
 from bncli.batchnorm import (
@@ -16,6 +15,7 @@ from bncli.batchnorm import (
 from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.population.exact.restart import Restarts
 from bncli.errors import BncliError, DataError
+from tests.batchnorm.networks import Residual, Shared, Twins, mixed
 
 CUTS = [(8, 8, 8), (1, 13, 2, 8), (24,), (1,) * 24]
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import bncli as package
 from bncli.batchnorm import batch_norm_layers
-from bncli.checkpoints import Checkpoint, load_checkpoint, load_model
+from bncli.checkpoints import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from bncli.data import load_dataset
 from tests.conftest import Bncli
 
@@ -29,7 +28,7 @@ def stale(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if key.endswith(BUFFERS):
             value.mul_(3).add_(1)
     path = tmp_path_factory.mktemp("stale") / "stale.pt"
-    package.checkpoint.save_checkpoint(content, path)
+    save_checkpoint(content, path)
     return path
 
 

@@ -6,7 +6,6 @@ from itertools import count
 
 import pytest
 import torch
-from tests.stats.networks import Residual, Shared, Twins, mixed
 from torch import Tensor, nn
 
 from bncli.batchnorm import Population, batch_norm_layers, measure_population
@@ -14,6 +13,7 @@ from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.population.exact import restart
 from bncli.batchnorm.population.exact.dataflow import trace_flow
 from bncli.batchnorm.population.recording import RestartError
+from tests.batchnorm.networks import Residual, Shared, Twins, mixed
 
 
 def images(num: int = 24, side: int = 8) -> Tensor:

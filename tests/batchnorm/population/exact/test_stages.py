@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests.stats.networks import Residual, Shared, Twins
 from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers
 from bncli.batchnorm.population.exact.dataflow import Call, trace_flow
 from bncli.batchnorm.population.exact.stages import plan_stages
+from tests.batchnorm.networks import Residual, Shared, Twins
 
 
 def sources(model: nn.Module, data: Tensor) -> list[tuple[str, set[str]]]:
