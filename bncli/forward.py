@@ -1,9 +1,17 @@
 """One batch through any classifier: on its device, with its output checked."""
 
+from itertools import chain
+
+import torch
 from torch import Tensor, nn
 
-from bncli.batchnorm.population.passes import model_device
 from bncli.errors import BncliError
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """The device of the first parameter or buffer; None for a model that has neither."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return None if tensor is None else tensor.device
 
 
 def forward(model: nn.Module, inputs: Tensor) -> Tensor:

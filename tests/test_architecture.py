@@ -18,10 +18,10 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"determinism", "inference", "checkpoints", "data"},
-    {"forward", "models"},
+    {"models"},
     {"batchnorm"},
     {"config_file", "runtime", "torchvision_compat"},
-    {"config", "serialization"},
+    {"config", "serialization", "batches", "forward"},
     {"errors", "atomic_file", "hardware"},
 ]
 # a package, and the only places that may import it

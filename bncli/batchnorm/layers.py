@@ -81,6 +81,26 @@ def read_running_stats(
     raise TypeError(f"expected an nn.Module or a state dict (Mapping[str, Tensor]), got {kind}")
 
 
+def float64_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """running_mean and running_var (C,) of a layer that keeps them: float64 copies on the CPU."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    mean, var = (
+        buffer.detach().to("cpu", torch.float64, copy=True)
+        for buffer in (layer.running_mean, layer.running_var)
+    )
+    return mean, var
+
+
+def write_statistics(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    """Change the layer: write mean and variance (C,) into its buffers, in place and in their own types."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    with torch.no_grad():
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+
+
 def _read_module(name: str, module: _BatchNorm) -> LayerStats:
     return LayerStats(
         name=name,

@@ -4,7 +4,6 @@ from .certificate import Certificate as Certificate
 from .certificate import Claims as Claims
 from .certificate import TrainModeContrast as TrainModeContrast
 from .certificate import certify as certify
-from .certificate import check_determinism as check_determinism
 from .claim import Claim as Claim
 from .fixed_shape import DEFAULT_ROWS as DEFAULT_ROWS
 from .fixed_shape import FixedShape as FixedShape

@@ -16,23 +16,24 @@ batches of one size, which leaves kernels no choice.
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, starmap
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bncli.batches import Batches, GetTensor, gather_inputs
 from bncli.batchnorm.bits import as_bytes
 from bncli.batchnorm.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
-from bncli.batchnorm.population.passes import model_device
 from bncli.determinism.arrangement import consecutive, one_by_one
 from bncli.determinism.claim import Claim, judge
-from bncli.determinism.fixed_shape import without_fixed_shape
+from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.determinism.pairing import Pairing, Pairings, Pass, differ
-from bncli.errors import DataError
-from bncli.forward import is_too_few_values
+from bncli.forward import is_too_few_values, model_device
 
 BATCH_SIZES = (2, 3, 7, 16, 64, 256)
+DEFAULT_NUM_IMAGES = 256  # of batches without a number
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,16 @@ class Claims:
 
     def __iter__(self) -> Iterator[Claim]:
         """Iterate over them in this order."""
-        return iter((self.repeat, self.neighbours, self.position, self.batch_size))
+        return iter(self.by_name().values())
+
+    def by_name(self) -> dict[str, Claim]:
+        """The claims by name."""
+        return {
+            "repeat": self.repeat,
+            "neighbours": self.neighbours,
+            "position": self.position,
+            "batch_size": self.batch_size,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Certificate:
     train_mode: TrainModeContrast
     running_stats_unchanged: bool  # every buffer, after eval mode and at the end, bit for bit
     logits_sha256: str  # of every image's logits when it is alone, (N, num_classes) in row-major order
+    fixed_rows: int | None = None  # of a FixedShape, which promises the same bits; None for other modules
 
     @property
     def bitwise_equal(self) -> bool:
@@ -94,14 +105,65 @@ class Certificate:
         """No prediction depends on the batch in eval mode, whatever the last bits do."""
         return all(claim.prediction_flips == 0 for claim in self.claims)
 
+    @property
+    def holds(self) -> bool:
+        """No prediction depends on the batch; of a FixedShape, not one bit of any logit."""
+        return self.deterministic and (self.bitwise_equal or self.fixed_rows is None)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: on what a prediction depends in eval mode, and in train mode."""
+        failed = [one for one in self.claims.by_name().items() if not one[1].bitwise_equal]
+        where = ", ".join(
+            f"{name.replace('_', ' ')} (first in {claim.first_differing_layer})" for name, claim in failed
+        )
+        if not self.deterministic:
+            flips = max(claim.prediction_flips for claim in self.claims)
+            return (
+                f"In eval mode up to {flips} predictions depend on the batch: this network is not"
+                f" deterministic; its logits depend on {where}."
+            )
+        in_train = f"in train mode {self.train_mode.prediction_flips} of {self.num_images} change with their"
+        in_eval = "In eval mode every image gets the prediction it gets alone"
+        if not failed:
+            return f"{in_eval}, to the last bit of its logits; {in_train} companions."
+        if self.fixed_rows is not None:
+            return f"--batch-invariant does not hold on this machine: the last bits depend on {where}."
+        return (
+            f"{in_eval}, though the last bits of its logits depend on {where},"
+            f" which --batch-invariant prevents; {in_train} companions."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: all fields."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A line for each claim, and the verdict."""
+        lines = [
+            f"{name.replace('_', ' '):10}  {'same bits' if claim.bitwise_equal else 'other bits'},"
+            f" logits differ by up to {claim.max_abs_diff:.2g}, {claim.prediction_flips} predictions change"
+            for name, claim in self.claims.by_name().items()
+        ]
+        return "\n".join([f"{self.num_images} images in eval mode", *lines, self.verdict])
+
 
 def certify(
-    model: nn.Module, images: Tensor, *, batch_sizes: Sequence[int] = BATCH_SIZES, seed: int = 0
+    model: nn.Module,
+    images: Batches,
+    *,
+    num_images: int | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    seed: int = 0,
+    get_input: GetTensor | None = None,
 ) -> Certificate:
-    """Test the four claims on images (N, ...), in eval mode, and show the contrast in train mode.
+    """Test the four claims in eval mode, and show the contrast in train mode.
 
-    Works for any module that returns logits (N, num_classes), a `FixedShape` included. Batches that the
-    images do not fill are filled from their start again; a single image gets a blank one for company.
+    Works for any module that returns logits (N, num_classes), a `FixedShape` included. `images` is a tensor
+    (N, ...), all of which are taken unless `num_images` says how many; or batches (see `bncli.batches`), of
+    which the first 256 images are taken. A batch size beyond the number of images means all of them. Batches
+    that the images do not fill are filled from their start again; a single image gets a blank one for
+    company.
     Modes, buffers, hooks and the random-number state (CPU, and the model's CUDA device) are restored,
     also if the model raises. Costs 3 N forward passes of one image, four passes over the images per batch
     size and one in train mode. Keeps logits only, and one image's activations to find a layer.
@@ -118,15 +180,16 @@ def certify(
 
     Raises DataError without images, ValueError for a batch size below 1 or if none is above 1.
     """
-    if len(images) == 0:
-        raise DataError("there is nothing to check: no images")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch sizes must be 1 or more, got {list(batch_sizes)}")
     if max(batch_sizes) == 1:
         raise ValueError("batch sizes must not all be 1: an image alone has no neighbours")
+    wanted = num_images or (len(images) if isinstance(images, Tensor) else DEFAULT_NUM_IMAGES)
+    images = gather_inputs(images, wanted, get_input)
     num_images = len(images)
     if num_images == 1:
         images = torch.cat([images, torch.zeros_like(images)])
+    batch_sizes = sorted({min(size, len(images)) for size in batch_sizes})
     before = buffers_digest(model)
     with preserved_buffers(model), _preserved_rng(model), torch.no_grad():
         with eval_mode(model):
@@ -149,14 +212,8 @@ def certify(
         train_mode=contrast,
         running_stats_unchanged=unchanged and buffers_digest(model) == before,
         logits_sha256=_sha256(pairings.alone.logits[:num_images]),
+        fixed_rows=model.rows if isinstance(model, FixedShape) else None,
     )
-
-
-def check_determinism(
-    model: nn.Module, images: Tensor, *, batch_sizes: Sequence[int] = (2, 7, 64, 256), seed: int = 0
-) -> Certificate:
-    """`certify` under its older name, with fewer batch sizes."""
-    return certify(model, images, batch_sizes=batch_sizes, seed=seed)
 
 
 def _check(batch_size: int, pairings: tuple[Pairing, Pairing]) -> BatchSizeCheck:

@@ -1,5 +1,7 @@
 from .evaluate import Evaluation as Evaluation
 from .evaluate import evaluate as evaluate
+from .examine import Examination as Examination
+from .examine import examine as examine
 from .gap import Gap as Gap
 from .gap import LayerGap as LayerGap
 from .gap import measure_gap as measure_gap

@@ -1,13 +1,14 @@
 """Accuracy and loss of a classifier in eval mode."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bncli.batches import Batches, GetTensor, labelled
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.errors import DataError
 from bncli.forward import forward
@@ -24,14 +25,23 @@ class Evaluation:
     seconds: float  # wall-clock time of the pass, loading included
     images_per_second: float
 
+    def __str__(self) -> str:
+        """Accuracy, loss and speed in one line."""
+        return (
+            f"accuracy {self.accuracy:.2%} of {self.num_images:,} images in eval mode (loss {self.loss:.4f}),"
+            f" {self.images_per_second:,.0f} images/s"
+        )
+
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate any module that returns logits (N, num_classes) on batches of (inputs, labels (N,)).
+    """Evaluate any module that returns logits (N, num_classes) on labelled batches: see `bncli.batches`.
 
     The model runs in eval mode without gradients and is left as it was: every module's mode and every
     buffer. Batches are moved to its device. Logits are taken to float32 at least, the sums are float64.
@@ -45,9 +55,7 @@ def evaluate(
     loss = 0.0
     correct = total = torch.zeros(0, dtype=torch.int64)  # (num_classes,)
     with eval_mode(model), preserved_buffers(model), torch.no_grad():
-        for inputs, labels in batches:
-            if len(labels) == 0:
-                continue
+        for inputs, labels in labelled(batches, get_input, get_labels):
             logits = forward(model, inputs)  # (N, num_classes)
             losses, hits, classes = judge(logits, labels)
             correct = _add_counts(correct, classes[hits], logits.shape[1])

@@ -16,20 +16,20 @@ consistent are tried, and the first inconsistent one: what lies before it is in 
 own fault.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from math import isnan
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bncli.batches import Batches, GetTensor, check_repeatable, read_with
+from bncli.batchnorm.layers import float64_statistics, write_statistics
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
-from bncli.batchnorm.population.exact.layer_by_layer import write_statistics
 from bncli.batchnorm.population.measure import Method, measure_population
 from bncli.batchnorm.population.measured_pass import measure_pass
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.passes import Batches
 from bncli.batchnorm.population.recalibrate import apply_population
 from bncli.batchnorm.population.selection import select_layers
 from bncli.batchnorm.population.verify import mean_shift, var_ratio
@@ -41,7 +41,13 @@ NUM_TRIAL_IMAGES = 1_000
 MAX_TRIALS = 16  # layers repaired alone, each at the price of NUM_TRIAL_IMAGES
 INCONSISTENT = 0.1  # the score from which a layer counts as stale, in deviations
 
-LabelledBatches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+SOURCES = {
+    "running": "running statistics, as in eval mode",
+    "batch": "batch statistics, dropout off",
+    "precise": "population statistics, precise",
+    "exact": "population statistics, exact",
+}
+
 PhaseProgress = Callable[[str, int], None]
 """Called as `progress(phase, images done in it)` after every batch."""
 
@@ -85,32 +91,104 @@ class Gap:
     @property
     def points(self) -> float:
         """The whole gap: what the best of the four gains over the running statistics, as a fraction."""
-        best = max(score.accuracy for score in (self.running, self.batch, self.precise, self.exact))
+        best = max(score.accuracy for score in self.scores().values())
         return best - self.running.accuracy
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what BatchNorm explains, and what to do."""
+        change = (
+            f"{100 * self.explained.accuracy:+.2f} points of accuracy"
+            f" (standard error {100 * self.explained.accuracy_standard_error:.2f})"
+        )
+        if self.batch_norm_is_to_blame:
+            return (
+                f"BatchNorm explains {100 * self.explained.accuracy:.1f} of {100 * self.points:.1f} points;"
+                f" {self._culprit()}; run bncli recalibrate."
+            )
+        if self.beyond.is_gain:
+            return (
+                f"The running statistics are not stale: exact population statistics give {change}. But the"
+                f" test images' own batch statistics gain {100 * self.beyond.accuracy:.1f} points: test"
+                " images look different from training images; check how both are preprocessed."
+            )
+        if self.explained.is_loss:
+            return (
+                f"No gain: exact population statistics would lose accuracy, {change}; the running statistics"
+                " suit the test images better, and BatchNorm is not to blame."
+            )
+        return (
+            f"No gain beyond chance: exact population statistics give {change}; nothing here says that"
+            " BatchNorm is to blame."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: all fields, and what follows from them."""
+        return {
+            **asdict(self),
+            "batch_norm_is_to_blame": self.batch_norm_is_to_blame,
+            "points": self.points,
+            "verdict": self.verdict,
+        }
+
+    def __str__(self) -> str:
+        """The four accuracies, and the verdict."""
+        scores = [
+            f"{SOURCES[name]:36} {score.accuracy:7.2%}, loss {score.loss:.4f}"
+            for name, score in self.scores().items()
+        ]
+        return "\n".join([f"{self.num_images:,} test images with", *scores, self.verdict])
+
+    def scores(self) -> dict[str, Score]:
+        """The four, by where the statistics come from: the keys of SOURCES."""
+        return {
+            "running": self.running,
+            "batch": self.batch,
+            "precise": self.precise,
+            "exact": self.exact,
+        }
+
+    def _culprit(self) -> str:
+        worst = next((layer for layer in self.layers if layer.name == self.worst_layer), None)
+        if worst is None or worst.recovered is None:
+            return "no repair of a single layer recovers any of it"
+        recovered = f"{100 * worst.recovered:.1f}"
+        if self.num_trial_images < self.num_images:
+            recovered += f" on {self.num_trial_images:,} of the images"
+        if worst.recovered >= 0.9 * self.explained.accuracy:
+            return f"layer {worst.name} is stale: its repair alone recovers {recovered}"
+        return f"several layers are stale, {worst.name} most of all: its repair alone recovers {recovered}"
 
 
 def measure_gap(
     model: nn.Module,
-    test_batches: LabelledBatches,
+    test_batches: Batches,
     training_batches: Batches,
     *,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
     progress: PhaseProgress = lambda phase, num_images: None,
 ) -> Gap:
     """Take the gap of any classifier apart; it is left as it was: modes, buffers, hooks.
 
-    `test_batches()` gives batches of (inputs, labels (N,)), the same each time, in an order in which every
-    batch is a sample of all classes. `training_batches` are unaugmented training images: see
-    `bncli.batchnorm.population.passes`. For another precision call this inside `torch.autocast`.
+    `test_batches` are labelled, the same each time, in an order in which every batch is a sample of all
+    classes. `training_batches` are unaugmented training images. Both can be gone through again: see
+    `bncli.batches`. For another precision call this inside `torch.autocast`.
 
     Raises DataError for batches that cannot be used, BncliError if no layer has running statistics, or
     a batch holds a single value per channel.
     """
 
+    check_repeatable(test_batches)
+    training_batches = read_with(training_batches, get_input)
+
     def test(phase: str, num_images: int | None = None) -> Outcomes:
         return measure_outcomes(
             model,
-            test_batches(),
+            test_batches,
             num_images=num_images,
+            get_input=get_input,
+            get_labels=get_labels,
             progress=lambda done: progress(phase, done),
         )
 
@@ -183,11 +261,7 @@ def _under_population(
 
 
 def _consistency(name: str, layer: _BatchNorm, seen: Moments) -> LayerGap:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    mean, var = (
-        buffer.detach().to("cpu", torch.float64) for buffer in (layer.running_mean, layer.running_var)
-    )
+    mean, var = float64_statistics(layer)
     spread = seen.variance() + layer.eps
     shift = (mean - seen.mean).square() / spread
     ratio = ((var + layer.eps) / spread).log().square()
@@ -207,7 +281,7 @@ def _try_repairs(
     for name, moments in found.items():
         if name in shortlist:  # what lies behind a NaN is repaired with NaN, and recovers nothing
             with preserved_buffers(layers[name]):
-                write_statistics(layers[name], moments)
+                write_statistics(layers[name], moments.mean, moments.variance())
                 trials[name] = test(f"test images with {name} repaired", NUM_TRIAL_IMAGES)
     return trials
 

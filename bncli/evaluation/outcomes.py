@@ -6,12 +6,13 @@ with Edwards' correction for continuity (1948).
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from bncli.batches import Batches, GetTensor, labelled
 from bncli.batchnorm.modes import preserved_buffers
 from bncli.errors import DataError
 from bncli.evaluation.evaluate import judge
@@ -33,6 +34,10 @@ class Outcomes:
 
     right: Tensor  # (N,) bool
     losses: Tensor  # (N,) float64, cross-entropy in nats
+
+    def __str__(self) -> str:
+        """How many images, and how well."""
+        return f"{len(self.right):,} images: accuracy {self.score.accuracy:.2%}, loss {self.score.loss:.4f}"
 
     @property
     def score(self) -> Score:
@@ -62,18 +67,39 @@ class PairedDifference:
         """Whether the second is less accurate by more than chance would explain (5 %, two-sided)."""
         return self._exceeds_chance(self.num_lost - self.num_gained)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: was the change worth it? Only what McNemar's test tells from chance counts."""
+        points, error = 100 * self.accuracy, 100 * self.accuracy_standard_error
+        numbers = (
+            f"{points:+.2f} points of accuracy (standard error {error:.2f}, {self.num_gained:,} images"
+            f" gained, {self.num_lost:,} lost), {self.loss:+.4f} nats of loss (standard error"
+            f" {self.loss_standard_error:.4f})"
+        )
+        if self.is_gain:
+            return f"A gain: {numbers}."
+        if self.is_loss:
+            return f"Worse, keep the old checkpoint: {numbers}."
+        return f"No gain beyond chance: {numbers}."
+
+    def __str__(self) -> str:
+        """The verdict."""
+        return self.verdict
+
     def _exceeds_chance(self, surplus: int) -> bool:
         return surplus - 1 > NORMAL_QUANTILE * math.sqrt(self.num_gained + self.num_lost)
 
 
 def measure_outcomes(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     *,
     num_images: int | None = None,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Outcomes:
-    """Compute batches of (inputs, labels (N,)) in the model's mode; its buffers are left as they were.
+    """Compute labelled batches in the model's mode; its buffers are left as they were.
 
     `num_images` ends the pass with the batch that reaches so many. `progress` is given the number of images
     done after every batch. For another precision call this inside `torch.autocast`.
@@ -83,9 +109,7 @@ def measure_outcomes(
     right, losses = [], []
     done = 0
     with preserved_buffers(model), torch.no_grad():
-        for inputs, labels in batches:
-            if len(labels) == 0:
-                continue
+        for inputs, labels in labelled(batches, get_input, get_labels):
             loss, hits, _ = judge(forward(model, inputs), labels)
             right.append(hits)
             losses.append(loss)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bncli.batches import Batches, GetTensor, gather
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.determinism.difference import predictions
 from bncli.determinism.fixed_shape import without_fixed_shape
@@ -29,20 +30,28 @@ class SweepPoint:
     batch_statistics_accuracy: float | None
     batch_statistics_interval: tuple[float, float] | None
 
+    def __str__(self) -> str:
+        """Both accuracies at this batch size."""
+        measured = self.batch_statistics_accuracy
+        refused = "refused by BatchNorm" if measured is None else f"{measured:.2%}"
+        return f"batches of {self.batch_size}: eval mode {self.eval_accuracy:.2%}, batch statistics {refused}"
+
 
 def sweep_batch_sizes(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    batches: Batches,
     batch_sizes: Sequence[int],
     *,
     seed: int = 0,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SweepPoint, ...]:
     """Measure accuracy in eval mode and with batch statistics, in batches of each size, in rising order.
 
-    Images (N, ...) with labels (N,) are put into one random order, drawn from `seed`: batches of a data
-    set that is sorted by class would not look like the training batches. With batch statistics only
+    All images are held in memory, unless they are given as a pair of tensors, images (N, ...) and labels
+    (N,). They are put into one random order, drawn from `seed`: batches of a data set that is sorted by
+    class would not look like the training batches. With batch statistics only
     BatchNorm layers leave eval mode; of a `FixedShape` it is the module inside that is measured. A last
     batch is filled up from the start, so that all have one size, but every image counts once. Modes and
     buffers are restored, also if the model raises. `progress` is given the passes done and their total.
@@ -50,13 +59,14 @@ def sweep_batch_sizes(
     Raises DataError without images or for a batch larger than all of them, ValueError below 1.
     """
     sizes = sorted(set(batch_sizes))
+    images, labels = gather(batches, get_input, get_labels)
     if len(images) == 0 or len(images) != len(labels):
         raise DataError(f"nothing to measure: {len(images)} images with {len(labels)} labels")
     if not sizes or sizes[0] < 1:
         raise ValueError(f"batch sizes must be 1 or more, got {list(batch_sizes)}")
     if sizes[-1] > len(images):
         raise DataError(f"batches of {sizes[-1]} asked for, but there are {len(images)} images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = random_order(len(images), seed)
     inner = without_fixed_shape(model)
     points = []
     for done, size in enumerate(sizes):
@@ -79,6 +89,11 @@ def sweep_batch_sizes(
             )
         )
     return tuple(points)
+
+
+def random_order(num_images: int, seed: int = 0) -> Tensor:
+    """All indices (N,) int64 in the random order of a seed."""
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ reflection padding, as in airbench (https://github.com/KellerJordan/cifar10-airb
 tensors (N, C, H, W) of any kind of number, at least 2 pixels high and wide.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from bncli.batches import Batches, GetTensor
 from bncli.evaluation.evaluate import evaluate
 from bncli.forward import forward
 
@@ -29,9 +29,21 @@ class AugmentedEvaluation:
     loss: float  # mean cross-entropy of the averaged logits, nats
     seconds: float  # wall-clock time of the pass, loading included
 
+    def __str__(self) -> str:
+        """Accuracy and loss in one line."""
+        return (
+            f"accuracy {self.accuracy:.2%} of {self.num_images:,} images, {self.num_views} views of each"
+            f" ({self.views}), loss {self.loss:.4f}"
+        )
+
 
 def evaluate_augmented(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], views: Views
+    model: nn.Module,
+    batches: Batches,
+    views: Views,
+    *,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
 ) -> AugmentedEvaluation:
     """Evaluate like `evaluate`, with the weighted mean of the views' logits in place of an image's own.
 
@@ -39,7 +51,7 @@ def evaluate_augmented(
 
     Raises DataError if there are no images, or a label is not a class of the model.
     """
-    found = evaluate(_Averaged(model, views), batches)
+    found = evaluate(_Averaged(model, views), batches, get_input=get_input, get_labels=get_labels)
     num_views = len(view_weights(views)) * 2
     return AugmentedEvaluation(views, num_views, found.num_images, found.accuracy, found.loss, found.seconds)
 

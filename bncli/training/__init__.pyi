@@ -6,8 +6,10 @@ from .loop import Started as Started
 from .loop import StepDone as StepDone
 from .loop import TrainResult as TrainResult
 from .loop import train as train
+from .recalibrated import Calibration as Calibration
 from .recalibrated import RecalibratedCheckpoint as RecalibratedCheckpoint
 from .recalibrated import RecalibrationMethod as RecalibrationMethod
+from .recalibrated import Verification as Verification
 from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
 from .recalibrated import verify_checkpoint as verify_checkpoint
 from .setup import Setup as Setup

@@ -6,7 +6,7 @@ from bncli.data import Split, sample_batches
 from bncli.runtime import Runtime
 
 if TYPE_CHECKING:
-    from bncli.batchnorm.population.passes import Batches
+    from bncli.batches import Batches
 
 
 def training_sample(split: Split, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":

@@ -4,11 +4,12 @@ The population is the data set's training split, unaugmented, in the order of `d
 computed as `bncli eval` computes it, autocast included, since that is where the statistics will be used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import isnan
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,6 +29,28 @@ RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How population statistics are measured: what `bncli recalibrate` and a run's end can choose."""
+
+    method: RecalibrationMethod = "exact"
+    num_images: int | None = None  # sample of training images; None: all
+    batch_size: int | None = None  # of these images; None: runtime.eval_batch_size
+    layers: str | None = None  # a glob; None: all
+    tolerance: float | None = None  # standard error of a mean, in deviations, at which measuring stops
+
+    def or_as_recorded(self, checkpoint: Checkpoint) -> "Calibration":
+        """The same, with what is not given here taken from how the checkpoint was recalibrated."""
+        record = checkpoint.recalibration or {}
+        layers = record.get("layers")
+        return replace(
+            self,
+            num_images=self.num_images or _count(record, "num_images"),
+            batch_size=self.batch_size or _count(record, "batch_size"),
+            layers=self.layers or (layers if isinstance(layers, str) else None),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class RecalibratedCheckpoint:
     """The new checkpoint beside what it was made from."""
@@ -38,31 +61,72 @@ class RecalibratedCheckpoint:
     after: Score
     difference: PairedDifference  # after against before, image by image
 
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document: how good, the verdict, and how far each layer moved."""
+        return {
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "difference": asdict(self.difference),
+            "verdict": self.difference.verdict,
+            **asdict(self.recalibration),
+        }
+
+    def __str__(self) -> str:
+        """How far the layers moved, and the verdict."""
+        return f"{self.recalibration}\n{self.difference.verdict}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Running statistics against the training images that enter each layer in eval mode."""
+
+    dataset: str
+    num_images: int
+    batch_size: int
+    max_error: float  # relative, in any channel, up to which a layer counts as self-consistent
+    layers: tuple[LayerConsistency, ...]
+
+    @property
+    def self_consistent(self) -> bool:
+        """Whether no channel of any layer is further off; a value that is no number is."""
+        return all(layer.max_relative_error <= self.max_error for layer in self.layers)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether they are a fixed point, and where they are furthest off."""
+        worst = max(self.layers, key=lambda layer: _rank(layer.max_relative_error))
+        error = f"{worst.max_relative_error:.1e} in {worst.name}"
+        if self.self_consistent:
+            return f"Self-consistent: no statistic is further off than {error}."
+        return f"Not self-consistent: off by {error}, more than the {self.max_error:g} allowed."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {"self_consistent": self.self_consistent, **asdict(self)}
+
+    def __str__(self) -> str:
+        """The verdict."""
+        return self.verdict
+
 
 def recalibrate_checkpoint(
     checkpoint: Checkpoint,
     dataset: Dataset,
     runtime: Runtime,
+    how: Calibration,
     *,
     source: dict[str, str],
     eval_batch_size: int,
-    method: RecalibrationMethod = "exact",
-    num_images: int | None = None,
-    batch_size: int | None = None,
-    layers: str | None = None,
-    tolerance: float | None = None,
     progress: PhaseProgress = lambda phase, num_images: None,
 ) -> RecalibratedCheckpoint:
     """Measure, replace, and evaluate before and after; `checkpoint` itself is left as it was.
 
-    `source` says where it came from (`file`, `sha256`) and is recorded. `num_images` is the size of the
-    sample of training images (default: all), `batch_size` that of its batches (default:
-    `eval_batch_size`), `layers` a glob. The new checkpoint has no optimiser: training cannot go on from it.
+    `source` says where it came from (`file`, `sha256`) and is recorded. The new checkpoint has no optimiser:
+    training cannot go on from it.
 
-    Raises BncliError where nothing can be recalibrated: see `bncli.batchnorm.population.recalibrate`.
+    Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
-    size = batch_size or eval_batch_size
-    sample = min(num_images or len(dataset.train), len(dataset.train))
+    size = how.batch_size or eval_batch_size
     model = runtime.place_model(load_model(checkpoint))
 
     def outcomes(phase: str) -> Outcomes:
@@ -74,35 +138,33 @@ def recalibrate_checkpoint(
         before = outcomes("test images before")
         done = recalibrate(
             model,
-            None if method == "debias" else training_sample(dataset.train, runtime, size, sample),
-            method=method,
-            layers=layers,
-            tolerance=tolerance,
+            None
+            if how.method == "debias"
+            else training_sample(dataset.train, runtime, size, how.num_images or len(dataset.train)),
+            method=how.method,
+            layers=how.layers,
+            tolerance=how.tolerance,
             progress=lambda number, of, images: progress(f"training images, pass {number} of {of}", images),
         )
         after = outcomes("test images after")
-    difference = compare_outcomes(before, after)
-    record = {
-        "method": method,
-        "num_images": done.num_images,
-        "batch_size": size,
-        "layers": layers,
-        "tolerance": tolerance,
-        "recalibrated_layers": [layer.name for layer in done.layers],
-        "source": source,
-        "before": asdict(before.score),
-        "after": asdict(after.score),
-        "runtime": runtime.describe(),
-        "machine": describe_machine(),
-    }
     made = replace(
         checkpoint.finished(),
         state_dict=checkpoint.state_dict | _running_stats(model),
         test_accuracy=after.score.accuracy,
         test_loss=after.score.loss,
-        recalibration=record,
+        recalibration={
+            **asdict(how),
+            "num_images": done.num_images,
+            "batch_size": size,
+            "recalibrated_layers": [layer.name for layer in done.layers],
+            "source": source,
+            "before": asdict(before.score),
+            "after": asdict(after.score),
+            "runtime": runtime.describe(),
+            "machine": describe_machine(),
+        },
     )
-    return RecalibratedCheckpoint(made, done, before.score, after.score, difference)
+    return RecalibratedCheckpoint(made, done, before.score, after.score, compare_outcomes(before, after))
 
 
 def save_recalibrated(
@@ -122,10 +184,9 @@ def save_recalibrated(
         load_checkpoint(path),
         setup.dataset,
         setup.runtime,
+        Calibration(method, batch_size=setup.norm_batch_size),
         source={"file": path.name, "sha256": file_sha256(path)},
         eval_batch_size=setup.config.runtime.eval_batch_size,
-        method=method,
-        batch_size=setup.norm_batch_size,
         progress=ask,
     )
     with writing(run_dir):
@@ -145,21 +206,37 @@ def verify_checkpoint(
     checkpoint: Checkpoint,
     dataset: Dataset,
     runtime: Runtime,
+    how: Calibration,
     *,
-    batch_size: int,
-    num_images: int,
-    layers: str | None = None,
+    eval_batch_size: int,
+    max_error: float,
     progress: PhaseProgress = lambda phase, num_images: None,
-) -> tuple[LayerConsistency, ...]:
+) -> Verification:
     """Whether the running statistics are those of the training images in eval mode: a fixed point.
+
+    What `how` leaves open is as the checkpoint records of its recalibration: the same images again.
 
     Raises BncliError where no layer can be measured.
     """
+    how = how.or_as_recorded(checkpoint)
+    size = how.batch_size or eval_batch_size
+    num_images = min(how.num_images or len(dataset.train), len(dataset.train))
     model: ConvNet = runtime.place_model(load_model(checkpoint))
     with runtime.autocast():
-        return verify_fixed_point(
+        layers = verify_fixed_point(
             model,
-            training_sample(dataset.train, runtime, batch_size, num_images),
-            layers=layers,
+            training_sample(dataset.train, runtime, size, num_images),
+            layers=how.layers,
             progress=partial(progress, "training images, verifying"),
         )
+    return Verification(dataset.name, num_images, size, max_error, layers)
+
+
+def _count(record: Mapping[str, object], key: str) -> int | None:
+    """A number from a checkpoint's record, which may come from a stranger."""
+    value = record.get(key)
+    return value if type(value) is int and value > 0 else None
+
+
+def _rank(error: float) -> float:
+    return float("inf") if isnan(error) else error

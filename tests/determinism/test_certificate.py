@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm.modes import buffers_digest
-from bncli.determinism.certificate import Certificate, certify, check_determinism
+from bncli.determinism.certificate import Certificate, certify
 from bncli.errors import DataError
 
 SIZES = (2, 7, 16)
@@ -358,11 +358,27 @@ def test_no_images_and_no_batch_sizes_are_errors() -> None:
         certify(Flat(), images(), batch_sizes=(1, 1))
 
 
-def test_the_older_name_gives_the_same_certificate() -> None:
-    net, batch = conv_net(), images()
-    assert check_determinism(net, batch, batch_sizes=SIZES) == certify(net, batch, batch_sizes=SIZES)
-    sizes = [check.batch_size for check in check_determinism(net, batch).batch_sizes]
-    assert sizes == [2, 7, 64, 256]
+def test_batch_sizes_stop_at_the_number_of_images() -> None:
+    counted = []
+
+    class Counts(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            counted.append(len(inputs))
+            return super().forward(inputs)
+
+    found = certify(Counts(), images(4), batch_sizes=(2, 7, 64, 256))
+    assert [check.batch_size for check in found.batch_sizes] == [2, 4]
+    assert found.train_mode.batch_size == 4
+    assert max(counted) == 4
+
+
+def test_images_may_come_in_batches_of_which_256_are_taken() -> None:
+    net, batch = conv_net(), images(5)
+    assert certify(net, [batch[:2], (batch[2:], None)]) == certify(net, batch)
+    assert certify(net, [{"clip": batch}], get_input=lambda one: one["clip"]) == certify(net, batch)
+    many = (torch.zeros(100, *batch.shape[1:]) for _ in range(10))
+    assert certify(net, many, batch_sizes=(2,)).num_images == 256
+    assert certify(net, batch, num_images=3) == certify(net, batch[:3])
 
 
 def test_the_digest_is_that_of_the_logits_of_every_image_alone() -> None:

@@ -26,7 +26,7 @@ def trained_net(guest: nn.Module | None = None) -> nn.Sequential:
 def test_accuracies_are_those_of_eval_mode_and_of_pytorchs_own_batch_norm() -> None:
     """The oracle: the same order and batches by hand, in eval and in train mode (there is no dropout)."""
     net, images, labels = trained_net(), torch.randn(50, 3, 8, 8), torch.randint(0, 4, (50,))
-    points = sweep_batch_sizes(net, images, labels, (7, 1, 16), seed=3)
+    points = sweep_batch_sizes(net, (images, labels), (7, 1, 16), seed=3)
     assert [point.batch_size for point in points] == [1, 7, 16]
     order = torch.randperm(50, generator=torch.Generator().manual_seed(3)).tolist()
     for point in points:
@@ -56,8 +56,8 @@ def test_dropout_stays_off_and_only_batch_norm_leaves_eval_mode() -> None:
 
     net = nn.Sequential(nn.Dropout(0.9), trained_net(Watch()))
     images, labels = torch.randn(20, 3, 8, 8), torch.randint(0, 4, (20,))
-    first = sweep_batch_sizes(net, images, labels, (4,))
-    assert sweep_batch_sizes(net, images, labels, (4,)) == first
+    first = sweep_batch_sizes(net, (images, labels), (4,))
+    assert sweep_batch_sizes(net, (images, labels), (4,)) == first
 
 
 def test_a_data_set_sorted_by_class_is_shuffled() -> None:
@@ -74,13 +74,13 @@ def test_a_data_set_sorted_by_class_is_shuffled() -> None:
             return torch.cat([torch.zeros(len(x), 1), self.norm(x)], 1)
 
     labels = torch.arange(64) // 32
-    point = sweep_batch_sizes(Centered(), labels[:, None].float(), labels, (32,))[0]
+    point = sweep_batch_sizes(Centered(), (labels[:, None].float(), labels), (32,))[0]
     assert point.batch_statistics_accuracy == 1
 
 
 def test_where_batch_norm_refuses_a_single_value_there_is_no_accuracy() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4))
-    points = sweep_batch_sizes(net, torch.randn(9, 3, 2, 2), torch.randint(0, 4, (9,)), (1, 2))
+    points = sweep_batch_sizes(net, (torch.randn(9, 3, 2, 2), torch.randint(0, 4, (9,))), (1, 2))
     assert points[0].batch_statistics_accuracy is None
     assert points[0].batch_statistics_interval is None
     assert points[1].batch_statistics_accuracy is not None
@@ -90,13 +90,13 @@ def test_where_batch_norm_refuses_a_single_value_there_is_no_accuracy() -> None:
             raise ValueError("not today")
 
     with pytest.raises(ValueError, match="not today"):
-        sweep_batch_sizes(Refuses(), torch.randn(9, 3), torch.zeros(9), (1,))
+        sweep_batch_sizes(Refuses(), (torch.randn(9, 3), torch.zeros(9)), (1,))
 
 
 def test_of_a_fixed_shape_the_module_inside_gets_batch_statistics() -> None:
     net, images, labels = trained_net(), torch.randn(30, 3, 8, 8), torch.randint(0, 4, (30,))
-    plain = sweep_batch_sizes(net, images, labels, (2, 15))
-    fixed = sweep_batch_sizes(FixedShape(net, rows=8), images, labels, (2, 15))
+    plain = sweep_batch_sizes(net, (images, labels), (2, 15))
+    fixed = sweep_batch_sizes(FixedShape(net, rows=8), (images, labels), (2, 15))
     assert fixed == plain
 
 
@@ -120,10 +120,10 @@ def test_the_model_is_as_before_also_when_the_sweep_is_interrupted(
     images, labels = torch.randn(20, 3, 8, 8), torch.randint(0, 4, (20,))
     random_state = torch.get_rng_state()
     if at is None:
-        sweep_batch_sizes(net, images, labels, (5,))
+        sweep_batch_sizes(net, (images, labels), (5,))
     else:
         with pytest.raises(error):
-            sweep_batch_sizes(net, images, labels, (5,))
+            sweep_batch_sizes(net, (images, labels), (5,))
     assert [module.training for module in net.modules()] == modes
     assert buffers_digest(net) == digest
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -134,7 +134,7 @@ def test_progress_counts_passes() -> None:
     calls: list[tuple[int, int]] = []
     images = torch.randn(8, 3, 8, 8)
     sweep_batch_sizes(
-        trained_net(), images, torch.zeros(8), (2, 4), progress=lambda *call: calls.append(call)
+        trained_net(), (images, torch.zeros(8)), (2, 4), progress=lambda *call: calls.append(call)
     )
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 

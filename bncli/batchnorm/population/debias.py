@@ -8,15 +8,14 @@ start was PyTorch's; neither can be seen in a checkpoint, except where a varianc
 
 from math import isfinite
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from bncli.batchnorm.layers import float64_statistics
 
 
 def without_start(layer: _BatchNorm) -> tuple[Tensor, Tensor] | str:
     """What running_mean and running_var (C,) would hold without their start, float64; or why not."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
     if layer.momentum is None:
         return "has momentum None: a cumulative average holds nothing of its start"
     if layer.num_batches_tracked is None:
@@ -27,9 +26,7 @@ def without_start(layer: _BatchNorm) -> tuple[Tensor, Tensor] | str:
     rest = (1 - layer.momentum) ** num_batches
     if rest == 1:
         return f"holds nothing but its start: {num_batches:g} batches with momentum {layer.momentum:g}"
-    mean, var = (
-        buffer.detach().to("cpu", torch.float64) for buffer in (layer.running_mean, layer.running_var)
-    )
+    mean, var = float64_statistics(layer)
     mean, var = mean / (1 - rest), (var - rest) / (1 - rest)
     if not bool((var >= 0).all()):
         return "did not start at variance 1, or momentum was not constant: a variance would be negative"

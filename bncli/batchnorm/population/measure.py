@@ -18,10 +18,10 @@ from typing import Literal
 
 from torch import nn
 
+from bncli.batches import Batches, GetTensor, read_with
 from bncli.batchnorm.population.exact.layer_by_layer import measure_exact
 from bncli.batchnorm.population.measured_pass import PassProgress, measure_pass, rms
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.passes import Batches
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
 from bncli.batchnorm.population.tree import BatchTree
 from bncli.errors import BncliError
@@ -66,6 +66,14 @@ class Population:
     num_passes: int
     forward_passes: float  # what it cost: 1.0 is one forward pass over all the images, counted in FLOPs
 
+    def __str__(self) -> str:
+        """How many layers, on how many images, at what cost."""
+        left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
+        return (
+            f"population statistics ({self.method}) of {len(self.layers)} BatchNorm layers{left_alone},"
+            f" measured on {self.num_images:,} images at the cost of {self.forward_passes:.2f} forward passes"
+        )
+
     def merge(self, other: "Population") -> "Population":
         """Two shards of one data set, measured as `precise` with their own `first_batch`.
 
@@ -97,11 +105,12 @@ def measure_population(
     layers: Layers = None,
     tolerance: float | None = None,
     first_batch: int = 0,
+    get_input: GetTensor | None = None,
     progress: PassProgress | None = None,
 ) -> Population:
     """Measure population statistics and leave the model as it was, bit for bit, whatever happens.
 
-    Dropout is off. Batches are moved to the model's device; see `passes.py` for what they may be.
+    Dropout is off. Batches are moved to the model's device; see `bncli.batches` for what they may be.
     `layers` chooses by name: a glob or a predicate. Which layers are left alone is said in
     `selection.py`. With `tolerance` it stops when the standard error of every layer's mean, in
     deviations, is no larger, after 8 batches at the earliest. A shard gives the index of its `first_batch`
@@ -114,6 +123,7 @@ def measure_population(
     Raises DataError for batches that cannot be used, BncliError if no layer can be measured.
     """
     selection = select_layers(model, layers)
+    batches = read_with(batches, get_input)
     if method == "exact":
         if first_batch:
             raise BncliError(

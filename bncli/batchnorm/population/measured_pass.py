@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.batchnorm.population.passes import Batches, SameImages, inputs_of
+from bncli.batches import Batches, SameImages, inputs_of
 from bncli.batchnorm.population.recording import recording
 from bncli.batchnorm.population.tree import BatchTree
 from bncli.errors import DataError

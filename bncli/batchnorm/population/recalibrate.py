@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from math import isnan
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.batchnorm.layers import batch_norm_layers
+from bncli.batches import Batches, GetTensor
+from bncli.batchnorm.layers import batch_norm_layers, write_statistics
 from bncli.batchnorm.population.debias import without_start
 from bncli.batchnorm.population.measure import Population, measure_population
 from bncli.batchnorm.population.measured_pass import PassProgress
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.passes import Batches
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
 from bncli.batchnorm.population.verify import mean_shift, var_ratio
 from bncli.errors import BncliError
@@ -44,6 +43,17 @@ class Recalibration:
     layers: tuple[LayerChange, ...]
     skipped: tuple[SkippedLayer, ...]  # asked for and left alone, with the reason
 
+    def __str__(self) -> str:
+        """How many layers, on how many images, and which moved furthest."""
+        furthest = max(self.layers, key=lambda layer: layer.mean_shift)  # layers are never empty
+        measured = f", measured on {self.num_images:,} images" if self.num_images else ""
+        left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
+        return (
+            f"{len(self.layers)} BatchNorm layers recalibrated ({self.method}){measured}{left_alone}\n"
+            f"furthest off was {furthest.name}: running_mean by {furthest.mean_shift:.2g} deviations,"
+            f" running_var {furthest.var_ratio:.2g} times the new one"
+        )
+
 
 def recalibrate(
     model: nn.Module,
@@ -52,6 +62,7 @@ def recalibrate(
     method: Literal["exact", "precise", "debias"] = "exact",
     layers: Layers = None,
     tolerance: float | None = None,
+    get_input: GetTensor | None = None,
     progress: PassProgress | None = None,
 ) -> Recalibration:
     """Change the model: write population statistics into running_mean and running_var, in place.
@@ -71,7 +82,13 @@ def recalibrate(
     if batches is None:
         raise BncliError(f"the method {method} needs batches to measure")
     population = measure_population(
-        model, batches, method=method, layers=layers, tolerance=tolerance, progress=progress
+        model,
+        batches,
+        method=method,
+        layers=layers,
+        tolerance=tolerance,
+        get_input=get_input,
+        progress=progress,
     )
     return apply_population(model, population)
 
@@ -99,7 +116,8 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
                 seen.count,
             )
         )
-    _write(writes)
+    for write in writes:
+        write_statistics(*write)
     return Recalibration(
         population.method,
         population.num_images,
@@ -128,7 +146,8 @@ def _debias(model: nn.Module, layers: Layers) -> Recalibration:
     if not changes:
         reasons = "; ".join(f"{one.name} {one.reason}" for one in skipped)
         raise BncliError(f"no layer can be freed of its start: {reasons}")
-    _write(writes)
+    for write in writes:
+        write_statistics(*write)
     return Recalibration("debias", 0, 0, False, 0, 0.0, tuple(changes), tuple(skipped))
 
 
@@ -143,15 +162,6 @@ def _as_stored(name: str, layer: _BatchNorm, mean: Tensor, var: Tensor) -> tuple
             " nothing was changed"
         )
     return stored
-
-
-def _write(writes: list[tuple[_BatchNorm, Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for layer, mean, var in writes:
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
 
 
 def _known(value: float) -> float | None:

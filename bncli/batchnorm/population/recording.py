@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.batchnorm.population.moments import Moments, pooled
-from bncli.batchnorm.population.passes import model_device
 from bncli.errors import BncliError
+from bncli.forward import model_device
 
 Recorder = Callable[[Tensor], dict[str, Moments]]
 

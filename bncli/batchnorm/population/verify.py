@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bncli.batches import Batches, GetTensor, read_with
 from bncli.batchnorm.population.measured_pass import measure_pass, rms
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.passes import Batches
 from bncli.batchnorm.population.selection import Layers, select_layers
 
 
@@ -33,6 +33,7 @@ def verify_fixed_point(
     batches: Batches,
     layers: Layers = None,
     *,
+    get_input: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[LayerConsistency, ...]:
     """Compare every layer's running statistics with what enters it in eval mode, in one pass.
@@ -43,7 +44,7 @@ def verify_fixed_point(
     Raises DataError without images, BncliError if no layer can be measured.
     """
     chosen = select_layers(model, layers).layers
-    trees = measure_pass(model, batches, chosen, progress=progress).trees
+    trees = measure_pass(model, read_with(batches, get_input), chosen, progress=progress).trees
     found = []
     for name, layer in chosen.items():
         if name in trees:

@@ -18,12 +18,8 @@ from bncli.cli.subject import check_dataset, open_subject
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch.nn import Module
-
     from bncli.cli.subject import Subject
     from bncli.cli.tables.evaluation import EvalReport
-    from bncli.data import Dataset, Split
-    from bncli.evaluation import AugmentedEvaluation, Gap, SweepPoint
     from bncli.evaluation.views import Views
 
 
@@ -79,7 +75,7 @@ def evaluate_checkpoint(
     if plot is not None:
         _plot(report, plot)
     print_json(report.to_dict()) if as_json else show_eval(report)
-    return 0 if report.passed else 1
+    return 0 if report.found.passed else 1
 
 
 def _check_outputs(save: Path | None, plot: Path | None, *, sweep: bool, gap: bool) -> None:
@@ -109,86 +105,46 @@ def _examine(
     num_calibration_images: int | None,
     views: "Views | None",
 ) -> "EvalReport":
+    from bncli.cli.phase_progress import PhaseReporter
     from bncli.cli.progress import DataReporter
     from bncli.cli.tables.evaluation import EvalReport
-    from bncli.data import load_dataset, sequential_batches
-    from bncli.determinism import certify
-    from bncli.evaluation import evaluate
+    from bncli.data import load_dataset, sample_batches
+    from bncli.evaluation import examine
     from bncli.hardware import describe_machine
+    from bncli.training import training_sample
 
-    model, runtime, rows = subject.model, subject.runtime, subject.fixed_rows or 1
+    runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
     dataset = load_dataset(subject.config.data, progress=DataReporter())
     check_dataset(subject.checkpoint, dataset)
-    test, batch_size = dataset.test, subject.config.runtime.eval_batch_size
-    batch_size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
-    with runtime.autocast():
-        batches = sequential_batches(test, batch_size)
-        evaluation = evaluate(model, ((runtime.place(images), labels) for images, labels in batches))
-        certificate = certify(model, runtime.place(test.images[:num_images]), batch_sizes=batch_sizes)
-        points = _sweep(model, test, sweep) if sweep else ()
-        gap = None
-        if num_calibration_images is not None:
-            gap = _measure_gap(subject, dataset, num_calibration_images)
-        tta = None if views is None else _evaluate_views(subject, test, views)
+    test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
+    training = None
+    if num_calibration_images is not None:
+        training = training_sample(dataset.train, runtime, several, num_calibration_images)
+    with runtime.autocast(), PhaseReporter() as progress:
+        found = examine(
+            subject.model,
+            (test.images, test.labels),
+            training,
+            shuffled=lambda: (
+                (runtime.place(images), labels) for images, labels in sample_batches(test, several, len(test))
+            ),
+            num_images=num_images,
+            batch_sizes=batch_sizes,
+            batch_size=batch_size,
+            sweep=sweep,
+            views=views,
+            place=runtime.place,
+            progress=progress,
+        )
     return EvalReport(
         checkpoint=str(path),
         epoch=subject.checkpoint.epoch,
         dataset=dataset.name,
         class_names=dataset.class_names,
-        evaluation=evaluation,
-        determinism=certificate,
-        fixed_rows=subject.fixed_rows,
-        sweep=points,
-        gap=gap,
-        tta=tta,
+        found=found,
         runtime=runtime.describe(),
         machine=describe_machine(),
     )
-
-
-def _sweep(model: "Module", test: "Split", sizes: tuple[int, ...]) -> "tuple[SweepPoint, ...]":
-    from bncli.cli.progress import DataReporter
-    from bncli.evaluation import sweep_batch_sizes
-
-    reporter = DataReporter()
-    return sweep_batch_sizes(
-        model,
-        test.images,
-        test.labels,
-        sizes,
-        progress=lambda done, total: reporter("passes over the test split", done, total),
-    )
-
-
-def _measure_gap(subject: "Subject", dataset: "Dataset", num_images: int) -> "Gap":
-    """The test images and a sample of the training images, both in random order."""
-    from bncli.cli.phase_progress import PhaseReporter
-    from bncli.data import sample_batches
-    from bncli.determinism.fixed_shape import without_fixed_shape
-    from bncli.evaluation import measure_gap
-    from bncli.training import training_sample
-
-    runtime, test = subject.runtime, dataset.test
-    batch_size = max(2, subject.config.runtime.eval_batch_size)  # one image alone may have no variance
-    with PhaseReporter() as progress:
-        return measure_gap(
-            without_fixed_shape(subject.model),
-            lambda: (
-                (runtime.place(images), labels)
-                for images, labels in sample_batches(test, batch_size, len(test))
-            ),
-            training_sample(dataset.train, runtime, batch_size, num_images),
-            progress=progress,
-        )
-
-
-def _evaluate_views(subject: "Subject", test: "Split", views: "Views") -> "AugmentedEvaluation":
-    from bncli.data import sequential_batches
-    from bncli.evaluation import evaluate_augmented
-
-    batches = sequential_batches(test, subject.config.runtime.eval_batch_size)
-    place = subject.runtime.place
-    return evaluate_augmented(subject.model, ((place(images), labels) for images, labels in batches), views)
 
 
 def _save_certificate(report: "EvalReport", checkpoint: Path, path: Path) -> None:
@@ -207,14 +163,14 @@ def _plot(report: "EvalReport", path: Path) -> None:
     from bncli.cli.plots.sweep import plot_sweep
 
     source = (
-        f"{report.dataset}, {report.evaluation.num_images:,} test images, epoch {report.epoch},"
+        f"{report.dataset}, {report.found.evaluation.num_images:,} test images, epoch {report.epoch},"
         f" {report.runtime['precision']}."
     )
-    if report.gap is not None:
-        calibration = f"Population statistics of {report.gap.num_calibration_images:,} training images."
-        plot_gap(report.gap, path, source=f"{source} {calibration}")
+    if report.found.gap is not None:
+        calibration = f"Population statistics of {report.found.gap.num_calibration_images:,} training images."
+        plot_gap(report.found.gap, path, source=f"{source} {calibration}")
     else:
         bands = "Bands: 95 % confidence intervals."
         num_classes = len(report.class_names)
-        plot_sweep(report.sweep, path, source=f"{source} {bands}", num_classes=num_classes)
+        plot_sweep(report.found.sweep, path, source=f"{source} {bands}", num_classes=num_classes)
     print_note(f"wrote {path}")

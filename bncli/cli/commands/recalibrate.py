@@ -12,9 +12,8 @@ from bncli.errors import BncliError, ConfigError
 
 if TYPE_CHECKING:
     from bncli.cli.subject import Subject
-    from bncli.cli.tables.recalibration import Verification
     from bncli.data import Dataset
-    from bncli.training import RecalibratedCheckpoint
+    from bncli.training import Calibration, RecalibratedCheckpoint, Verification
 
 MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers, about 1e-7
 
@@ -55,25 +54,33 @@ def recalibrate_checkpoint(
     With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
     """
     from bncli.cli.progress import DataReporter
-    from bncli.cli.tables.recalibration import RecalibrateReport, show_recalibrate, show_verification
+    from bncli.cli.tables.recalibration import (
+        RecalibrateReport,
+        show_recalibrate,
+        show_verification,
+        verification_document,
+    )
     from bncli.cli.tables.table import print_json
     from bncli.data import load_dataset
+    from bncli.training import Calibration
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     subject = open_subject(checkpoint, overrides, batch_invariant=False)
     dataset = load_dataset(subject.config.data, progress=DataReporter())
     check_dataset(subject.checkpoint, dataset)
+    how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:
-        found = _verify(checkpoint, subject, dataset, num_images, batch_size, layers, max_error)
-        print_json(found.to_dict()) if as_json else show_verification(found)
+        found = _verify(subject, dataset, how, max_error)
+        if as_json:
+            print_json(verification_document(str(checkpoint), found))
+        else:
+            show_verification(str(checkpoint), found)
         return 0 if found.self_consistent else 1
-    made = _recalibrate(
-        checkpoint, output, subject, dataset,
-        method=method, num_images=num_images, batch_size=batch_size, layers=layers, tolerance=tolerance,
-    )  # fmt: skip
+    made = _recalibrate(checkpoint, output, subject, dataset, how)
     verification = None
-    if verify:
-        verification = _verify(output, _reopen(output, overrides), dataset, None, None, None, max_error)
+    if verify:  # the new checkpoint as any other command will see it, on the images that it records
+        reopened = open_subject(output, overrides, batch_invariant=False)
+        verification = _verify(reopened, dataset, Calibration(), max_error)
     report = RecalibrateReport(
         str(checkpoint), str(output), dataset.name, made, subject.runtime.describe(), verification
     )
@@ -104,34 +111,20 @@ def _check_options(
 
 
 def _recalibrate(
-    path: Path,
-    output: Path,
-    subject: "Subject",
-    dataset: "Dataset",
-    *,
-    method: Literal["exact", "precise", "debias"],
-    num_images: int | None,
-    batch_size: int | None,
-    layers: str | None,
-    tolerance: float | None,
+    path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration"
 ) -> "RecalibratedCheckpoint":
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.cli.phase_progress import PhaseReporter
     from bncli.training import recalibrate_checkpoint as recalibrate
 
-    source = {"file": path.name, "sha256": file_sha256(path)}
     with PhaseReporter() as progress:
         made = recalibrate(
             subject.checkpoint,
             dataset,
             subject.runtime,
-            source=source,
+            how,
+            source={"file": path.name, "sha256": file_sha256(path)},
             eval_batch_size=subject.config.runtime.eval_batch_size,
-            method=method,
-            num_images=num_images,
-            batch_size=batch_size,
-            layers=layers,
-            tolerance=tolerance,
             progress=progress,
         )
     try:
@@ -142,45 +135,17 @@ def _recalibrate(
     return made
 
 
-def _verify(
-    path: Path,
-    subject: "Subject",
-    dataset: "Dataset",
-    num_images: int | None,
-    batch_size: int | None,
-    layers: str | None,
-    max_error: float,
-) -> "Verification":
-    """Check one checkpoint on the images it was recalibrated on, unless told otherwise."""
+def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_error: float) -> "Verification":
     from bncli.cli.phase_progress import PhaseReporter
-    from bncli.cli.tables.recalibration import Verification
     from bncli.training import verify_checkpoint
 
-    record = subject.checkpoint.recalibration or {}
-    size = batch_size or _count(record, "batch_size") or subject.config.runtime.eval_batch_size
-    count = num_images or _count(record, "num_images") or len(dataset.train)
-    count = min(count, len(dataset.train))
-    recorded = record.get("layers")
-    glob = layers or (recorded if isinstance(recorded, str) else None)
     with PhaseReporter() as progress:
-        found = verify_checkpoint(
+        return verify_checkpoint(
             subject.checkpoint,
             dataset,
             subject.runtime,
-            batch_size=size,
-            num_images=count,
-            layers=glob,
+            how,
+            eval_batch_size=subject.config.runtime.eval_batch_size,
+            max_error=max_error,
             progress=progress,
         )
-    return Verification(str(path), dataset.name, count, size, max_error, found)
-
-
-def _reopen(path: Path, overrides: list[str] | None) -> "Subject":
-    """The new checkpoint as any other command will see it."""
-    return open_subject(path, overrides, batch_invariant=False)
-
-
-def _count(record: dict[str, object], key: str) -> int | None:
-    """A number from a checkpoint's record, which may come from a stranger."""
-    value = record.get(key)
-    return value if type(value) is int and value > 0 else None

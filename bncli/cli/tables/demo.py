@@ -5,7 +5,6 @@ from typing import Any
 
 from bncli.bench import RepairBench
 from bncli.cli.messages import one_line
-from bncli.cli.tables.gap import describe_gap, gap_verdict
 from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
 from bncli.evaluation import Gap
 
@@ -17,14 +16,14 @@ def describe_repair_bench(result: RepairBench) -> dict[str, Any]:
         "dataset": result.dataset,
         "num_test_images": result.num_test_images,
         "num_calibration_images": result.num_calibration_images,
-        "intact": describe_gap(result.intact),
+        "intact": result.intact.to_dict(),
         "ruins": [
             {
                 "name": ruin.name,
                 "what": ruin.what,
                 "ruined_layer": ruin.ruined_layer,
                 "saved": ruin.saved,
-                "gap": describe_gap(ruin.gap),
+                "gap": ruin.gap.to_dict(),
             }
             for ruin in result.ruins
         ],
@@ -75,5 +74,5 @@ def _show_finding(title: str, gap: Gap) -> None:
     console = console_for_results()
     console.print()
     console.print(title, style="bold")
-    for line in textwrap.wrap(gap_verdict(gap), 76, break_on_hyphens=False):
+    for line in textwrap.wrap(one_line(gap.verdict), 76, break_on_hyphens=False):
         console.print(f"    {line}")

@@ -1,16 +1,16 @@
 """The output of `bncli eval`."""
 
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from bncli.cli.messages import one_line
-from bncli.cli.tables.gap import describe_gap, gap_verdict, show_gap
+from bncli.cli.tables.gap import show_gap
 from bncli.cli.tables.table import console_for_results, number, runtime_line, show_lines, table_of
 from bncli.determinism import Certificate
-from bncli.evaluation import AugmentedEvaluation, Evaluation, Gap, SweepPoint
+from bncli.evaluation import Examination, SweepPoint
 
 CLAIMS = {
     "repeat": "the same batch, computed twice",
@@ -29,71 +29,45 @@ COLUMNS = ("same bits", "absolute", "ulp", "flips")
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Everything that `bncli eval` found."""
+    """What `bncli eval` found, and what it was found on."""
 
     checkpoint: str
     epoch: int
     dataset: str
     class_names: tuple[str, ...]
-    evaluation: Evaluation
-    determinism: Certificate
-    fixed_rows: int | None  # of --batch-invariant; None without it
-    sweep: tuple[SweepPoint, ...]  # empty without --sweep
-    gap: Gap | None  # None without --gap
-    tta: AugmentedEvaluation | None  # None without --tta
+    found: Examination
     runtime: dict[str, Any]
     machine: dict[str, Any]
 
-    @property
-    def batch_invariant(self) -> bool:
-        """Whether a fixed-shape forward was used."""
-        return self.fixed_rows is not None
-
-    @property
-    def passed(self) -> bool:
-        """No prediction depends on the batch, and with a fixed-shape forward not one bit."""
-        return self.determinism.deterministic and (self.determinism.bitwise_equal or not self.batch_invariant)
-
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: the evaluation's keys at the top, the certificate under `determinism`."""
-        evaluation = asdict(self.evaluation)
-        per_class = evaluation.pop("per_class_accuracy")
+        """The JSON document."""
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
             "dataset": self.dataset,
-            **evaluation,
-            "per_class_accuracy": dict(zip(self.class_names, per_class, strict=True)),
-            **self._findings(),
-            "sweep": [asdict(point) for point in self.sweep],
-            "gap": None if self.gap is None else describe_gap(self.gap),
-            "tta": None if self.tta is None else asdict(self.tta),
+            **self.found.to_dict(self.class_names),
+            "runtime": self.runtime,
+            "machine": self.machine,
         }
 
     def certificate_dict(self, checkpoint_sha256: str) -> dict[str, Any]:
         """The certificate as a document of its own, with all that it was obtained on."""
+        document = self.to_dict()
+        parts = ("batch_invariant", "fixed_rows", "determinism", "runtime", "machine")
         return {
             "checkpoint": self.checkpoint,
             "checkpoint_sha256": checkpoint_sha256,
             "epoch": self.epoch,
             "dataset": self.dataset,
-            **self._findings(),
-        }
-
-    def _findings(self) -> dict[str, Any]:
-        return {
-            "batch_invariant": self.batch_invariant,
-            "fixed_rows": self.fixed_rows,
-            "determinism": asdict(self.determinism),
-            "runtime": self.runtime,
-            "machine": self.machine,
+            **{name: document[name] for name in parts},
         }
 
 
 def show_eval(report: EvalReport) -> None:
     """Accuracy, per-class accuracy, the certificate, the sweep, and the verdict."""
     console = console_for_results()
-    evaluation = report.evaluation
+    found = report.found
+    evaluation = found.evaluation
     lines = {
         "checkpoint": f"{report.checkpoint}, after epoch {report.epoch}",
         "test split": f"{report.dataset}, {evaluation.num_images:,} images in eval mode",
@@ -103,30 +77,32 @@ def show_eval(report: EvalReport) -> None:
         "loss": f"{evaluation.loss:.4f} nats",
         "speed": f"{evaluation.images_per_second:,.0f} images/s",
     }
-    if report.tta is not None:
+    if found.tta is not None:
         lines["with views"] = (
-            f"{report.tta.accuracy:.2%}, loss {report.tta.loss:.4f}: --tta {report.tta.views},"
-            f" {report.tta.num_views} views, {report.tta.seconds:.1f} s"
+            f"{found.tta.accuracy:.2%}, loss {found.tta.loss:.4f}: --tta {found.tta.views},"
+            f" {found.tta.num_views} views, {found.tta.seconds:.1f} s"
         )
-    if report.batch_invariant:
-        lines["fixed shape"] = f"chunks of {report.fixed_rows} rows, padded where images are fewer"
+    if found.certificate.fixed_rows is not None:
+        lines["fixed shape"] = f"chunks of {found.certificate.fixed_rows} rows, padded where images are fewer"
     show_lines(console, lines)
     console.print()
     table = table_of("Accuracy by class", "class", "accuracy")
     for name, accuracy in zip(report.class_names, evaluation.per_class_accuracy, strict=True):
         table.add_row(one_line(name), "-" if accuracy is None else f"{accuracy:.2%}")
     console.print(table)
-    _show_claims(console, report.determinism)
-    _show_batch_sizes(console, report.determinism)
-    if report.sweep:
-        _show_sweep(console, report.sweep)
-    if report.gap is not None:
-        show_gap(console, report.gap)
+    _show_claims(console, found.certificate)
+    _show_batch_sizes(console, found.certificate)
+    if found.sweep:
+        _show_sweep(console, found.sweep)
+    if found.gap is not None:
+        show_gap(console, found.gap)
     console.print()
-    console.print(textwrap.fill(_verdict(report), 80, break_on_hyphens=False), style="bold")
-    if report.gap is not None:
+    console.print(
+        textwrap.fill(one_line(found.certificate.verdict), 80, break_on_hyphens=False), style="bold"
+    )
+    if found.gap is not None:
         console.print()
-        console.print(textwrap.fill(gap_verdict(report.gap), 80, break_on_hyphens=False), style="bold")
+        console.print(textwrap.fill(one_line(found.gap.verdict), 80, break_on_hyphens=False), style="bold")
 
 
 def _show_claims(console: Console, found: Certificate) -> None:
@@ -202,29 +178,3 @@ def _interval(interval: tuple[float, float] | None) -> str:
 
 def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}" if value < 10**6 else f"{value:.1e}"
-
-
-def _verdict(report: EvalReport) -> str:
-    found = report.determinism
-    failed = {
-        name.replace("_", " "): claim
-        for name in CLAIMS
-        if not (claim := getattr(found.claims, name)).bitwise_equal
-    }
-    where = ", ".join(f"{name} (first in {claim.first_differing_layer})" for name, claim in failed.items())
-    if not found.deterministic:
-        flips = max(claim.prediction_flips for claim in found.claims)
-        return (
-            f"In eval mode up to {flips} predictions depend on the batch: this network is not deterministic;"
-            f" its logits depend on {one_line(where)}."
-        )
-    in_train = f"in train mode {found.train_mode.prediction_flips} of {found.num_images} change with their"
-    in_eval = "In eval mode every image gets the prediction it gets alone"
-    if not failed:
-        return f"{in_eval}, to the last bit of its logits; {in_train} companions."
-    if report.batch_invariant:
-        return f"--batch-invariant does not hold on this machine: the last bits depend on {one_line(where)}."
-    return (
-        f"{in_eval}, though the last bits of its logits depend on {one_line(where)},"
-        f" which --batch-invariant prevents; {in_train} companions."
-    )

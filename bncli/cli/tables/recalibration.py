@@ -1,38 +1,14 @@
 """The output of `bncli recalibrate`."""
 
 import textwrap
-from dataclasses import asdict, dataclass
-from math import isnan
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from bncli.batchnorm import LayerConsistency
 from bncli.cli.messages import one_line
 from bncli.cli.tables.table import console_for_results, number, runtime_line, show_lines, table_of
-from bncli.evaluation import PairedDifference
-from bncli.training import RecalibratedCheckpoint
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Running statistics against the training images that enter each layer in eval mode."""
-
-    checkpoint: str
-    dataset: str
-    num_images: int
-    batch_size: int
-    max_error: float  # relative, in any channel, up to which a layer counts as self-consistent
-    layers: tuple[LayerConsistency, ...]
-
-    @property
-    def self_consistent(self) -> bool:
-        """Whether no channel of any layer is further off; a value that is no number is."""
-        return all(layer.max_relative_error <= self.max_error for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document of `--verify`."""
-        return {"input": self.checkpoint, "self_consistent": self.self_consistent, **asdict(self)}
+from bncli.training import RecalibratedCheckpoint, Verification
 
 
 @dataclass(frozen=True)
@@ -52,13 +28,11 @@ class RecalibrateReport:
             "input": self.input,
             "output": self.output,
             "dataset": self.dataset,
-            "before": asdict(self.made.before),
-            "after": asdict(self.made.after),
-            "difference": asdict(self.made.difference),
-            "verdict": verdict(self.made.difference),
-            **asdict(self.made.recalibration),
+            **self.made.to_dict(),
             "runtime": self.runtime,
-            "verification": None if self.verification is None else self.verification.to_dict(),
+            "verification": None
+            if self.verification is None
+            else verification_document(self.output, self.verification),
         }
 
 
@@ -109,28 +83,26 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
-    _show_verdict(console, verdict(made.difference))
+    _show_verdict(console, made.difference.verdict)
 
 
-def show_verification(found: Verification) -> None:
+def verification_document(checkpoint: str, found: Verification) -> dict[str, Any]:
+    """The JSON document of `--verify`."""
+    return {"input": checkpoint, "checkpoint": checkpoint, **found.to_dict()}
+
+
+def show_verification(checkpoint: str, found: Verification) -> None:
     """Each layer's statistics against its input, and whether they agree."""
     console = console_for_results()
     lines = {
-        "checkpoint": found.checkpoint,
+        "checkpoint": checkpoint,
         "images": f"{found.num_images:,} training images of {found.dataset},"
         f" in eval mode in batches of {found.batch_size:,}",
     }
     show_lines(console, lines)
     console.print()
     _show_consistency(console, found)
-    worst = max(found.layers, key=lambda layer: _rank(layer.max_relative_error))
-    error = f"{worst.max_relative_error:.1e} in {one_line(worst.name)}"
-    _show_verdict(
-        console,
-        f"Self-consistent: no statistic is further off than {error}."
-        if found.self_consistent
-        else f"Not self-consistent: off by {error}, more than the {found.max_error:g} allowed.",
-    )
+    _show_verdict(console, found.verdict)
 
 
 def _show_consistency(console: Console, found: Verification) -> None:
@@ -148,23 +120,4 @@ def _show_consistency(console: Console, found: Verification) -> None:
 
 def _show_verdict(console: Console, text: str) -> None:
     console.print()
-    console.print(textwrap.fill(text, 80, break_on_hyphens=False), style="bold")
-
-
-def verdict(difference: PairedDifference) -> str:
-    """One sentence: was it worth it? Only what McNemar's test tells from chance counts."""
-    points, error = 100 * difference.accuracy, 100 * difference.accuracy_standard_error
-    numbers = (
-        f"{points:+.2f} points of accuracy (standard error {error:.2f}, {difference.num_gained:,} images"
-        f" gained, {difference.num_lost:,} lost), {difference.loss:+.4f} nats of loss (standard error"
-        f" {difference.loss_standard_error:.4f})"
-    )
-    if difference.is_gain:
-        return f"A gain: {numbers}."
-    if difference.is_loss:
-        return f"Worse, keep the old checkpoint: {numbers}."
-    return f"No gain beyond chance: {numbers}."
-
-
-def _rank(error: float) -> float:
-    return float("inf") if isnan(error) else error
+    console.print(textwrap.fill(one_line(text), 80, break_on_hyphens=False), style="bold")

@@ -220,7 +220,7 @@ def test_what_cannot_be_gone_through_is_refused() -> None:
         with pytest.raises(DataError, match="no images"):
             measure_population(model, [], method=method)
         with pytest.raises(DataError, match="a batch is a dict"):
-            measure_population(model, [{"x": images()}], method=method)
+            measure_population(model, [{"video": images()}], method=method)
     with pytest.raises(DataError, match="differ from pass to pass"):
         measure_population(model, lambda: iter([images()]))
     sizes = iter([8, 8, 7])

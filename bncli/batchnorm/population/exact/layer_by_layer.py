@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bncli.batches import Batches, SameImages, check_repeatable, inputs_of
+from bncli.batchnorm.layers import write_statistics
 from bncli.batchnorm.modes import preserved_buffers
 from bncli.batchnorm.population.exact.dataflow import Call, trace_flow
 from bncli.batchnorm.population.exact.restart import Restarts
 from bncli.batchnorm.population.exact.stages import Stage, plan_stages
 from bncli.batchnorm.population.measured_pass import MeasuredPass, PassProgress, measure_pass
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.passes import Batches, SameImages, check_repeatable, inputs_of
 from bncli.batchnorm.population.tree import BatchTree
 from bncli.errors import BncliError, DataError
 
@@ -171,7 +172,8 @@ class _Passes:
                 " the same layers in every batch; take the method precise"
             )
         for name, tree in done.trees.items():
-            write_statistics(chosen[name], tree.total())
+            total = tree.total()
+            write_statistics(chosen[name], total.mean, total.variance())
         return done.trees
 
     def _run(
@@ -202,15 +204,6 @@ class _Passes:
         self.cost += cost
         self.last = done
         return done
-
-
-def write_statistics(layer: _BatchNorm, moments: Moments) -> None:
-    """Write the mean and the biased variance into the layer's buffers, in place."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    with torch.no_grad():
-        layer.running_mean.copy_(moments.mean)
-        layer.running_var.copy_(moments.variance())
 
 
 def _is_settled(layer: _BatchNorm, before: Moments, after: Moments) -> bool:

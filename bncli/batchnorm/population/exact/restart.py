@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bncli.batchnorm.bits import as_bytes, bitwise_equal
 from bncli.batchnorm.modes import eval_mode
 from bncli.batchnorm.population.exact.dataflow import Cut
-from bncli.batchnorm.population.passes import model_device
 from bncli.batchnorm.population.recording import RestartError
+from bncli.forward import model_device
 
 MAX_BYTES = 2**30  # of kept outputs
 _MAX_TRIALS = 4  # of cuts that turn out to be none, in a row

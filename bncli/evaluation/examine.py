@@ -1,0 +1,119 @@
+"""Everything that `bncli eval` finds about a network, in one call and in one result."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from bncli.batches import Batches, GetTensor, gather, read_with
+from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
+from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
+from bncli.evaluation.evaluate import Evaluation, evaluate
+from bncli.evaluation.gap import Gap, measure_gap
+from bncli.evaluation.sweep import SweepPoint, random_order, sweep_batch_sizes
+from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmented
+
+PhaseProgress = Callable[[str, int], None]
+"""Called as `progress(phase, images done in it)`."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found about one network on one set of labelled images; parts not asked for are empty."""
+
+    evaluation: Evaluation
+    certificate: Certificate
+    sweep: tuple[SweepPoint, ...]
+    gap: Gap | None
+    tta: AugmentedEvaluation | None
+
+    @property
+    def passed(self) -> bool:
+        """No prediction depends on the batch; of a FixedShape, not one bit of any logit."""
+        return self.certificate.holds
+
+    def to_dict(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
+        """The JSON document: the evaluation's keys at the top, the certificate under `determinism`."""
+        evaluation = asdict(self.evaluation)
+        per_class = evaluation.pop("per_class_accuracy")
+        names = class_names or [str(label) for label in range(len(per_class))]
+        return {
+            **evaluation,
+            "per_class_accuracy": dict(zip(names, per_class, strict=True)),
+            "batch_invariant": self.certificate.fixed_rows is not None,
+            "fixed_rows": self.certificate.fixed_rows,
+            "determinism": self.certificate.to_dict(),
+            "sweep": [asdict(point) for point in self.sweep],
+            "gap": None if self.gap is None else self.gap.to_dict(),
+            "tta": None if self.tta is None else asdict(self.tta),
+        }
+
+    def __str__(self) -> str:
+        """What each part says of itself."""
+        parts = [self.evaluation, self.tta, *self.sweep, self.certificate, self.gap]
+        return "\n".join(str(part) for part in parts if part is not None)
+
+
+def examine(
+    model: nn.Module,
+    data: Batches,
+    training: Batches | None = None,
+    *,
+    shuffled: Batches | None = None,
+    num_images: int = DEFAULT_NUM_IMAGES,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    batch_size: int = 256,
+    sweep: Sequence[int] = (),
+    views: Views | None = None,
+    place: Callable[[Tensor], Tensor] = lambda images: images,
+    get_input: GetTensor | None = None,
+    get_labels: GetTensor | None = None,
+    progress: PhaseProgress = lambda phase, num_images: None,
+) -> Examination:
+    """Evaluate a classifier in eval mode and certify it; on request sweep, gap and views. It stays as it was.
+
+    `data` are labelled images (see `bncli.batches`), all held in memory unless they are given as a pair of
+    tensors, images (N, ...) and labels (N,). They are computed in batches of `batch_size`; `place` brings a
+    batch to where and how the model computes. `num_images` and `batch_sizes` are the certificate's, `sweep`
+    lists the batch sizes whose accuracy is measured in both modes. With `training` images, unaugmented, the
+    gap between the modes is taken apart, on `shuffled`: the same data in an order in which every batch is a
+    sample of all classes (default: one random order). For another precision call this
+    inside `torch.autocast`.
+
+    Raises DataError for data that cannot be used, BncliError for a model that is no classifier, or where the
+    gap is asked for and no layer has running statistics.
+    """
+    images, labels = gather(data, get_input, get_labels)
+    rows = model.rows if isinstance(model, FixedShape) else 1
+    size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
+
+    def placed(size: int) -> Batches:
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        return lambda: ((place(part), truth) for part, truth in parts)
+
+    evaluation = evaluate(
+        model, placed(size), progress=lambda done: progress("test images in eval mode", done)
+    )
+    certificate = certify(model, place(images[:num_images]), batch_sizes=batch_sizes)
+    points = (
+        sweep_batch_sizes(
+            model,
+            (images, labels),
+            sweep,
+            progress=lambda done, total: progress(
+                f"pass {done} of {total} over the test images", len(images)
+            ),
+        )
+        if sweep
+        else ()
+    )
+    gap = None
+    if training is not None:
+        network = without_fixed_shape(model)
+        if shuffled is None:
+            order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
+            shuffled = lambda: ((place(images[part]), labels[part]) for part in order)  # noqa: E731
+        gap = measure_gap(network, shuffled, read_with(training, get_input), progress=progress)
+    tta = None if views is None else evaluate_augmented(model, placed(batch_size), views)
+    return Examination(evaluation, certificate, points, gap, tta)
