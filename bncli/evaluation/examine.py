@@ -101,7 +101,7 @@ def examine(
             model,
             (images, labels),
             sweep,
-            progress=lambda done, total: progress(
+            progress=lambda done, _: progress("passes over the test images, in both modes", done),
                 f"pass {done} of {total} over the test images", len(images)
             ),
         )

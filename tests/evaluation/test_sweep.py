@@ -150,7 +150,7 @@ def test_progress_counts_passes() -> None:
 )
 def test_what_cannot_be_swept_is_an_error(count: int, sizes: tuple, error: type[Exception]) -> None:
     with pytest.raises(error):
-        sweep_batch_sizes(trained_net(), torch.randn(count, 3, 8, 8), torch.zeros(count), sizes)
+        sweep_batch_sizes(trained_net(), (torch.randn(count, 3, 8, 8), torch.zeros(count)), sizes)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from bncli.checkpoints import load_checkpoint, save_checkpoint
-from bncli.cli.tables.gap import gap_verdict
 from bncli.evaluation import Gap, LayerGap, Outcomes, PairedDifference, Score, compare_outcomes
 from tests.conftest import Bncli
 
@@ -127,14 +126,14 @@ def gap_with(explained: PairedDifference, beyond: PairedDifference, recovered: f
 
 def test_the_verdict_is_one_honest_sentence() -> None:
     gain, none, loss = difference(312, 0), difference(3, 3), difference(0, 50)
-    assert gap_verdict(gap_with(gain, none, 0.31)) == (
+    assert gap_with(gain, none, 0.31).verdict == (
         "BatchNorm explains 31.2 of 31.2 points; layer second is stale: its repair alone recovers 31.0;"
         " run bncli recalibrate."
     )
     fewer = replace(gap_with(gain, none, 0.31), num_trial_images=100)
-    assert "alone recovers 31.0 on 100 of the images; run" in gap_verdict(fewer)
-    assert "several layers are stale, second most of all" in gap_verdict(gap_with(gain, none, 0.1))
-    assert "no repair of a single layer" in gap_verdict(gap_with(gain, none))
-    assert gap_verdict(gap_with(none, none)).startswith("No gain beyond chance")
-    assert "look different from training images" in gap_verdict(gap_with(none, gain))
-    assert "would lose accuracy, -5.00 points" in gap_verdict(gap_with(loss, none))
+    assert "alone recovers 31.0 on 100 of the images; run" in fewer.verdict
+    assert "several layers are stale, second most of all" in gap_with(gain, none, 0.1).verdict
+    assert "no repair of a single layer" in gap_with(gain, none).verdict
+    assert gap_with(none, none).verdict.startswith("No gain beyond chance")
+    assert "look different from training images" in gap_with(none, gain).verdict
+    assert "would lose accuracy, -5.00 points" in gap_with(loss, none).verdict
