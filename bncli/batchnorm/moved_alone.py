@@ -169,7 +169,8 @@ _CAUSES_BY_DEPTH = {
         "a repair: the first file's weights had been averaged, merged or still moving",
     ),
     "later layers moved farther": (
-        "the first file's statistics were those of earlier weights, a lag that grows with depth",
+        "the first file's statistics were those of earlier weights, a lag that grows with depth, or still"
+        " held part of their start (0, 1)",
         "dropout, batch size or the mode of a layer between that differed while they were averaged",
         "other images that are alike in the mean and variance of the first layer",
     ),

@@ -54,7 +54,8 @@ def program(
 app.command("train")(train_config)
 app.command("eval")(evaluate_checkpoint)
 app.command("predict")(predict_images)
-app.command("inspect-stats")(inspect_stats)
+# more than one checkpoint is answered with the command that compares two
+app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspect_stats)
 app.command("compare")(compare_checkpoints)
 app.command("history")(show_history)
 app.command("recalibrate")(recalibrate_checkpoint)

@@ -28,6 +28,19 @@ def test_layers_come_with_their_epochs_in_order(tmp_path: Path) -> None:
     assert layers[0].epochs[0].running_var_norm is None
 
 
+def test_a_run_says_which_layer_is_farthest_from_its_last_batches(tmp_path: Path) -> None:
+    run = write(tmp_path, line(1, a=0.9, b=0.1) + line(2, a=0.25, b=0.5, c=None))
+    found = read_convergence(run)
+    assert found.verdict == (
+        "After epoch 2 running_mean is off by at most 0.5 of the batches' deviations (in b), and running_var"
+        " is 2 to 2 times the batches' variance. Of 1 of 3 layers the batches are unknown."
+    )
+    assert str(found) == f"{run}: 3 BatchNorm layers, epoch 1 to 2. {found.verdict}"
+    assert found.to_dict()["verdict"] == found.verdict
+    nothing = read_convergence(write(tmp_path, line(7, a=None)))
+    assert nothing.verdict == "What the batches of epoch 7 were like is unknown for every layer."
+
+
 @pytest.mark.parametrize("length", [1, 10, 40, 60])
 def test_a_torn_last_line_is_left_out(tmp_path: Path, length: int) -> None:
     run = write(tmp_path, line(1, a=0.5) + line(2, a=0.25)[:length])

@@ -36,7 +36,6 @@ def inspect_stats(
         str | None,
         typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.", show_default=False),
     ] = None,
-    others: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
     ] = None,
@@ -62,11 +61,11 @@ def inspect_stats(
     The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. For two
     checkpoints there is `bncli compare`, for what a run recorded `bncli history`.
     """
-    _refuse_what_others_read(source, others)
     if explain is not None:
         return _explain(context, explain, as_json=as_json)
     if source is None:
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
+    _refuse_what_others_read(source, context.args)
     from bncli.batchnorm.audit.audit import audit, check_thresholds, selected_rules
     from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.csv_layers import layer_rows
@@ -114,20 +113,18 @@ def inspect_stats(
     return 1 if fails(findings, fail_on) else 0
 
 
-def _refuse_what_others_read(source: str | None, others: list[str] | None) -> None:
-    """Raise ConfigError for two checkpoints and for the directory of a run, which have their own commands."""
-    if source is not None and others:
-        pair = " ".join([source, others[0]])
-        raise ConfigError("inspect-stats", [f"it reads one checkpoint; bncli compare {pair} reads two"])
-    path = Path(source or "")
-    if source and path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
-        raise ConfigError(
-            "inspect-stats",
-            [
-                f"{source} is the directory of a run; use bncli history {source}, or inspect-stats"
-                f" {path / 'last.pt'}"
-            ],
+def _refuse_what_others_read(source: str, more: list[str]) -> None:
+    """Raise ConfigError for more than one checkpoint and for the directory of a run: others read these."""
+    path = Path(source)
+    if more:
+        text = f"it reads one checkpoint; to compare two use bncli compare {source} {more[0]}"
+    elif path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
+        text = (
+            f"{path} is the directory of a run; use bncli history {path}, or inspect-stats {path / 'last.pt'}"
         )
+    else:
+        return
+    raise ConfigError("inspect-stats", [text])
 
 
 def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:

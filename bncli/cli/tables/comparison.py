@@ -150,8 +150,8 @@ def show_channels_compared(comparison: Comparison) -> None:
         if layer.divergence is None:
             continue
         found = layer.divergence
-        title = f"{one_line(layer.name)}, mean shift in the first's deviations"
-        table = table_of(title, "channel", "mean shift", "variance ratio", "KL, nats", left=0)
+        headers = "channel", "mean shift, in the\nfirst's deviations", "variance ratio", "KL, nats"
+        table = table_of(one_line(layer.name), *headers, left=0)
         columns = (
             found.mean_shift_in_first_deviations.tolist(),
             found.var_ratio.tolist(),

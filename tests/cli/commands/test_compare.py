@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm import compare
+from bncli.checkpoints import open_checkpoint
 from bncli.cli.plots.heat_map import resample
 from bncli.cli.tables.csv_file import format_csv
 from tests.conftest import Bncli
@@ -55,6 +57,41 @@ def test_recalibrated_statistics_are_told_from_training(
     assert moved["max_mean_shift_in_first_deviations"] == pytest.approx(float(shift.max()), rel=1e-5)
     assert moved["var_ratio"] == pytest.approx(2, rel=1e-3)
     assert (moved["weights_moved"], moved["feeding_weights_moved"]) == (False, False)
+
+
+def test_what_was_found_is_in_the_library_s_words_on_the_screen_and_in_json(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    with open_checkpoint(str(finished_run / "last.pt")) as one, open_checkpoint(str(recalibrated)) as two:
+        found = compare(one, two)
+    document = bncli("compare", finished_run / "last.pt", recalibrated, "--json").json
+    assert document["verdict"] == found.verdict
+    alone = document["moved_alone"]
+    assert (alone["layers"], alone["counters"]) == (["stages.1.0.norm"], "equal")
+    assert (alone["first_layer"], alone["first_layer_moved"]) == ("stages.0.0.norm", "not at all")
+    flat = " ".join(bncli("compare", finished_run / "last.pt", recalibrated).out.split())
+    for text in (found.verdict, *found.moved_alone.known, *found.moved_alone.possible_causes):
+        assert text in flat
+    other = bncli("compare", finished_run / "last.pt", recalibrated, "--layer", "stages.0.*").out
+    assert "Possible causes" not in other  # it is about a layer that is not shown
+
+
+def test_statistics_that_a_file_records_as_measured_are_said_to_be(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    last, new = finished_run / "last.pt", tmp_path / "new.pt"
+    assert bncli("recalibrate", last, "-o", new).code == 0
+    assert bncli("compare", last, new, "--json").json["moved_alone"]["counters"] == "measured"
+    assert bncli("compare", new, last, "--json").json["moved_alone"]["counters"] == "equal"
+
+
+def test_layers_are_sorted_by_how_far_they_moved(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    pair = finished_run / "last.pt", recalibrated
+    for by, number in (("model", 0), ("name", 0), ("moved", 1)):
+        layers = bncli("compare", *pair, "--sort", by, "--json").json["layers"]
+        assert layers[0]["name"] == f"stages.{number}.0.norm"
 
 
 def test_a_glob_restricts_what_is_shown_not_what_is_judged(
