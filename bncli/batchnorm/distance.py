@@ -116,7 +116,7 @@ class DivergenceSummary:
         """One line."""
         if self.kl is None:
             return "no channel can be compared"
-        left_out = f"; {self.num_incomparable} channels left out" if self.num_incomparable else ""
+        left_out = f"; channels left out: {self.num_incomparable}" if self.num_incomparable else ""
         return (
             f"mean shift {self.mean_shift_in_first_deviations:.2g} of the first's deviations (at most"
             f" {self.max_mean_shift_in_first_deviations:.2g}, in channel {self.max_mean_shift_channel}),"

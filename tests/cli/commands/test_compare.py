@@ -85,6 +85,17 @@ def test_statistics_that_a_file_records_as_measured_are_said_to_be(
     assert bncli("compare", new, last, "--json").json["moved_alone"]["counters"] == "equal"
 
 
+def test_a_layer_s_name_cannot_command_the_terminal(bncli: Bncli, tmp_path: Path) -> None:
+    norm = nn.BatchNorm2d(3)
+    for name in ("a.pt", "b.pt"):
+        state = {f"\x1b[31m.{leaf}": tensor.clone() for leaf, tensor in norm.state_dict().items()}
+        torch.save(state, tmp_path / name)
+        norm(torch.randn(4, 3, 2, 2))
+    outcome = bncli("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert "statistics_moved_weights_unchanged: 1 of the layers (\\x1b[31m)" in outcome.out
+    assert "\x1b" not in outcome.out
+
+
 def test_layers_are_sorted_by_how_far_they_moved(
     bncli: Bncli, finished_run: Path, recalibrated: Path
 ) -> None:
