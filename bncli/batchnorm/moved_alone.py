@@ -65,8 +65,8 @@ class MovedAlone:
     def known(self) -> tuple[str, ...]:
         """What the files show, in sentences; no guesses."""
         return (
-            "The weights that compute their inputs are the same in both files, which does not tell whether"
-            " the images were.",
+            "The same weights compute their inputs in both files; that does not tell whether the images were"
+            " the same.",
             self._counters_in_words(),
             *self._depth_in_words(),
         )

@@ -228,5 +228,5 @@ def test_a_comparison_prints_in_a_few_lines_what_it_found() -> None:
     lines = str(compare(*(Contents(dict(net.state_dict())) for net in (before, after)))).splitlines()
     assert lines[0] == "2 BatchNorm layers compared, matched by name."
     assert lines[1].startswith("6 of 16 tensors differ. Farthest moved, by KL: ")
-    assert lines[2].startswith("statistics_moved_weights_unchanged (1, 4): The weights that compute")
+    assert lines[2].startswith("statistics_moved_weights_unchanged (1, 4): The same weights compute")
     assert len(lines) == 3
