@@ -4,11 +4,11 @@ from .audit.rules import RULES as RULES
 from .audit.rules import Rule as Rule
 from .audit.rules import Threshold as Threshold
 from .audit.rules import find_rule as find_rule
-from .compare import Comparison as Comparison
 from .compare import Contents as Contents
-from .compare import LayerComparison as LayerComparison
 from .compare import ReadableTensor as ReadableTensor
 from .compare import compare as compare
+from .comparison import Comparison as Comparison
+from .comparison import LayerComparison as LayerComparison
 from .distance import Divergence as Divergence
 from .distance import DivergenceSummary as DivergenceSummary
 from .distance import diverge as diverge
@@ -22,6 +22,7 @@ from .modes import buffers_digest as buffers_digest
 from .modes import eval_mode as eval_mode
 from .modes import preserved_buffers as preserved_buffers
 from .modes import train_mode as train_mode
+from .moved_alone import MovedAlone as MovedAlone
 from .population.measure import LayerPopulation as LayerPopulation
 from .population.measure import Population as Population
 from .population.measure import measure_population as measure_population

@@ -6,16 +6,22 @@ feed a layer is a guess, explained in `bncli.batchnorm.feeding`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.batchnorm.distance import Divergence, DivergenceSummary, diverge, summarize_divergence
+from bncli.batchnorm.comparison import (
+    STATISTICS_ALONE,
+    WEIGHTS_ALONE,
+    Comparison,
+    LayerComparison,
+)
+from bncli.batchnorm.distance import diverge, summarize_divergence
 from bncli.batchnorm.feeding import STATISTICS, Feeding, find_feeding, order_is_lost, owner
 from bncli.batchnorm.layers import LayerStats
+from bncli.batchnorm.moved_alone import MovedAlone, explain_moved_alone
 from bncli.errors import IncomparableError
 
 
@@ -45,39 +51,6 @@ class Contents(Protocol):
         """Every tensor; a layer's own are called after it, as in 'bn1.running_mean'."""
 
 
-@dataclass(frozen=True, eq=False)
-class LayerComparison:
-    """One BatchNorm layer in both checkpoints: the second's distance from the first."""
-
-    name: str  # in the first
-    name_in_second: str
-    divergence: Divergence | None  # per channel; None where either has no running statistics
-    summary: DivergenceSummary | None
-    statistics_moved: bool  # running_mean or running_var
-    weights_moved: bool  # its own weight or bias
-    feeding_weights_moved: bool | None  # None: no tensor is known to feed it
-    hyperparameters_changed: bool  # momentum or eps, where both know them
-    num_batches_tracked: tuple[int | None, int | None]
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """The second checkpoint against the first, in the first's order."""
-
-    identical: bool  # every tensor in every bit, and every hyperparameter that both know
-    matched_by: Literal["name", "order"]
-    order_known: bool  # whether a file keeps the order of registration
-    layers: tuple[LayerComparison, ...]
-    only_in_first: tuple[str, ...]  # BatchNorm layers
-    only_in_second: tuple[str, ...]
-    different_num_features: tuple[str, ...]  # layers of one name but other channels: not compared
-    num_tensors: int  # of any kind, that both have
-    num_tensors_changed: int  # of these
-    num_tensors_only_in_first: int
-    num_tensors_only_in_second: int
-
-
 def compare(first: Contents, second: Contents) -> Comparison:
     """Compare layer by layer and tensor by tensor; a chunk of each is in memory at a time.
 
@@ -85,7 +58,8 @@ def compare(first: Contents, second: Contents) -> Comparison:
     they are matched by order, and `matched_by` says so. The flags of a layer:
 
     - 'statistics_moved_weights_unchanged': its statistics moved, though neither its own weights nor any
-      before it did; where the order is unknown, nor any weight of the network.
+      before it did; where the order is unknown, nor any weight of the network. `moved_alone` tells what is
+      known about the causes.
     - 'weights_moved_statistics_unchanged': its own weights or those that feed it moved, its statistics not.
 
     Raises IncomparableError when no layer has a counterpart.
@@ -96,11 +70,11 @@ def compare(first: Contents, second: Contents) -> Comparison:
     changed, num_lone = _changed_tensors(first.tensors, second.tensors, names)
     order = _registration_order(first.tensors, {} if names else second.tensors)
     known = {layer.name for layer in layers[0]}
-    moves = _WeightMoves(changed, known, None if order is None else find_feeding(order, known))
+    feeding = None if order is None else find_feeding(order, known)
+    moves = _WeightMoves(changed, known, feeding)
     lone = _lone(layers[0], pairs, side=0), _lone(layers[1], pairs, side=1)
-    compared = tuple(
-        _compare_layer(one, two, moves) for one, two in pairs if one.num_features == two.num_features
-    )
+    fitting = [(one, two) for one, two in pairs if one.num_features == two.num_features]
+    compared = tuple(_compare_layer(one, two, moves) for one, two in fitting)
     differing = any(changed.values()) or any(layer.hyperparameters_changed for layer in compared)
     return Comparison(
         identical=not differing and lone == ((), ()),
@@ -114,7 +88,28 @@ def compare(first: Contents, second: Contents) -> Comparison:
         num_tensors_changed=sum(changed.values()) - sum(num_lone),
         num_tensors_only_in_first=num_lone[0],
         num_tensors_only_in_second=num_lone[1],
+        moved_alone=_explain(fitting, compared, feeding),
     )
+
+
+def _explain(
+    pairs: Sequence[tuple[LayerStats, LayerStats]],
+    compared: Sequence[LayerComparison],
+    feeding: Feeding | None,
+) -> MovedAlone | None:
+    """What is known of those layers whose statistics moved alone."""
+    moved = [
+        (one, two, found.divergence)
+        for (one, two), found in zip(pairs, compared, strict=True)
+        if STATISTICS_ALONE in found.flags
+    ]
+    name = None if feeding is None else feeding.first_layer
+    first = (
+        (one, two, found.divergence)
+        for (one, two), found in zip(pairs, compared, strict=True)
+        if one.name == name
+    )
+    return explain_moved_alone(moved, first_layer=name, first=next(first, None))
 
 
 def _lone(
@@ -216,9 +211,8 @@ def _compare_layer(first: LayerStats, second: LayerStats, moves: _WeightMoves) -
     feeding_moved = moves.feeding(first.name)
     has_statistics = first.running_mean is not None and second.running_mean is not None
     flags = {
-        "statistics_moved_weights_unchanged": statistics_moved
-        and not (weights_moved or moves.before(first.name)),
-        "weights_moved_statistics_unchanged": (weights_moved or bool(feeding_moved)) and not statistics_moved,
+        STATISTICS_ALONE: statistics_moved and not (weights_moved or moves.before(first.name)),
+        WEIGHTS_ALONE: (weights_moved or bool(feeding_moved)) and not statistics_moved,
     }
     divergence = diverge(first, second)
     both_known = first.hyperparameters_known and second.hyperparameters_known

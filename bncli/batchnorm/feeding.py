@@ -24,6 +24,11 @@ class Feeding:
     position: Mapping[str, int]  # per name of a tensor, in the order of the forward pass
     start: Mapping[str, int]  # per layer, the position of its first tensor
 
+    @property
+    def first_layer(self) -> str | None:
+        """The layer that no other is before; None without layers."""
+        return min(self.start, key=lambda layer: self.start[layer], default=None)
+
 
 def find_feeding(names: Sequence[str], layers: Collection[str]) -> Feeding:
     """Read it off the names in the order of registration; `layers` are the names of BatchNorm layers."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bncli.batchnorm.distance import measure_distance
 from bncli.batchnorm.layers import batch_norm_layers
 
 
@@ -36,10 +37,20 @@ class LayerEpoch:
     running_var_norm: float | None  # L2 norm over channels, at the end
     batch_mean: Tensor | None  # (C,) float64, average of the batch means, each batch counting once
     batch_var: Tensor | None  # (C,) float64, average of the unbiased batch variances
-    # RMS over channels of (running_mean - batch_mean) / sqrt(batch_var + eps): in standard deviations
-    mean_shift: float | None
+    # RMS over channels of (running_mean - batch_mean) / sqrt(batch_var + eps)
+    mean_shift_in_batch_deviations: float | None
     # geometric mean over channels of (running_var + eps) / (batch_var + eps): of what is divided by
     var_ratio: float | None
+
+    def __str__(self) -> str:
+        """One line."""
+        if self.mean_shift_in_batch_deviations is None:
+            return f"{self.name}: {self.num_batches:,} batches, which cannot be recovered"
+        return (
+            f"{self.name}: {self.num_batches:,} batches; running_mean is off by"
+            f" {self.mean_shift_in_batch_deviations:.2g} of their deviations, running_var is"
+            f" {self.var_ratio:.2g} times theirs"
+        )
 
 
 class EpochStatistics:
@@ -131,7 +142,8 @@ class _Layer:
         if averages:
             # rounding may take the average variance of a constant channel just below 0
             batch_mean, batch_var = averages[0], averages[1].clamp(min=0)
-            mean_shift, var_ratio = _distance(end, batch_mean, batch_var, self.module.eps)
+            found = measure_distance((end[0], end[1]), (batch_mean, batch_var), eps=self.module.eps)
+            mean_shift, var_ratio = found.rms_mean_shift, found.mean_var_ratio
         return LayerEpoch(
             name=self.name,
             num_batches=num_batches,
@@ -139,7 +151,7 @@ class _Layer:
             running_var_norm=float(end[1].norm()) if end else None,
             batch_mean=batch_mean,
             batch_var=batch_var,
-            mean_shift=mean_shift,
+            mean_shift_in_batch_deviations=mean_shift,
             var_ratio=var_ratio,
         )
 
@@ -159,14 +171,6 @@ class _Layer:
         return [
             (total.cpu().double() + lag * (after - before)) / num_steps for total, before, after in triples
         ]
-
-
-def _distance(
-    running: list[Tensor], batch_mean: Tensor, batch_var: Tensor, eps: float
-) -> tuple[float, float]:
-    shift = (running[0] - batch_mean) / (batch_var + eps).sqrt()
-    ratio = ((running[1] + eps) / (batch_var + eps)).log()
-    return float(shift.square().mean().sqrt()), float(ratio.mean().exp())
 
 
 def _buffers(module: _BatchNorm) -> list[Tensor]:

@@ -12,8 +12,10 @@ import typer
 
 import bncli
 from bncli.cli.commands.bench import bench_app
+from bncli.cli.commands.compare import compare_checkpoints
 from bncli.cli.commands.doctor import examine
 from bncli.cli.commands.eval import evaluate_checkpoint
+from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_checkpoint
@@ -52,7 +54,10 @@ def program(
 app.command("train")(train_config)
 app.command("eval")(evaluate_checkpoint)
 app.command("predict")(predict_images)
-app.command("inspect-stats")(inspect_stats)
+# more than one checkpoint is answered with the command that compares two
+app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspect_stats)
+app.command("compare")(compare_checkpoints)
+app.command("history")(show_history)
 app.command("recalibrate")(recalibrate_checkpoint)
 app.command("doctor")(examine)
 app.add_typer(bench_app, name="bench")

@@ -102,8 +102,6 @@ def examine(
             (images, labels),
             sweep,
             progress=lambda done, _: progress("passes over the test images, in both modes", done),
-                f"pass {done} of {total} over the test images", len(images)
-            ),
         )
         if sweep
         else ()

@@ -25,14 +25,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor, check_repeatable, read_with
-from bncli.batchnorm.layers import float64_statistics, write_statistics
+from bncli.batchnorm.layers import write_statistics
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.batchnorm.population.measure import Method, measure_population
 from bncli.batchnorm.population.measured_pass import measure_pass
 from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.recalibrate import apply_population
 from bncli.batchnorm.population.selection import select_layers
-from bncli.batchnorm.population.verify import mean_shift, var_ratio
+from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError
 from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.forward import is_too_few_values
@@ -60,7 +60,7 @@ class LayerGap:
     # RMS over channels of (shift**2 + log(ratio)**2)**0.5: shift of running_mean from the mean of the real
     # input, in its deviations, and ratio of running_var to its variance, eps added to both. 0: a fixed point
     self_consistency: float
-    mean_shift: float  # RMS over channels, in deviations
+    mean_shift_in_input_deviations: float  # RMS over channels
     var_ratio: float  # geometric mean over channels
     recovered: float | None  # accuracy gained if this layer alone is repaired; None: not tried
 
@@ -261,12 +261,9 @@ def _under_population(
 
 
 def _consistency(name: str, layer: _BatchNorm, seen: Moments) -> LayerGap:
-    mean, var = float64_statistics(layer)
-    spread = seen.variance() + layer.eps
-    shift = (mean - seen.mean).square() / spread
-    ratio = ((var + layer.eps) / spread).log().square()
-    score = float((shift + ratio).mean().sqrt())
-    return LayerGap(name, score, mean_shift(layer, seen), var_ratio(layer, seen), None)
+    found = distance_from(layer, seen)
+    score = float((found.squared_mean_shift + found.var_ratio.log().square()).mean().sqrt())
+    return LayerGap(name, score, found.rms_mean_shift, found.mean_var_ratio, None)
 
 
 def _try_repairs(

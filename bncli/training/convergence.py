@@ -17,10 +17,13 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class EpochPoint:
-    """One layer after one epoch; None for what could not be recovered (see `bncli.batchnorm.LayerEpoch`)."""
+    """One layer after one epoch; None for what could not be recovered (see `bncli.batchnorm.LayerEpoch`).
+
+    In metrics.jsonl the first number is called `mean_shift`: a run that is resumed adds to the lines it has.
+    """
 
     epoch: int  # from 1
-    mean_shift: float | None  # running mean from the batches', RMS over channels, in standard deviations
+    mean_shift_in_batch_deviations: float | None  # running_mean from the batches' mean, RMS over channels
     var_ratio: float | None  # running over batch variance, geometric mean over channels
     running_mean_norm: float | None  # L2 norm over channels
     running_var_norm: float | None
@@ -33,14 +36,76 @@ class LayerHistory:
     name: str
     epochs: tuple[EpochPoint, ...]  # at least one
 
+    def __str__(self) -> str:
+        """One line."""
+        last = self.epochs[-1]
+        if last.mean_shift_in_batch_deviations is None or last.var_ratio is None:
+            return f"{self.name}: what its batches were like after epoch {last.epoch} is unknown"
+        return (
+            f"{self.name}: after epoch {last.epoch} running_mean is off by"
+            f" {last.mean_shift_in_batch_deviations:.2g} of the batches' deviations, running_var is"
+            f" {last.var_ratio:.2g} times theirs"
+        )
 
-def read_convergence(run_dir: Path) -> tuple[LayerHistory, ...]:
-    """The layers in the order in which they first appear.
+
+@dataclass(frozen=True)
+class Convergence:
+    """What a run recorded about its BatchNorm layers."""
+
+    run_dir: str
+    layers: tuple[LayerHistory, ...]  # in the order in which they first appear; at least one
+
+    @property
+    def epochs(self) -> list[int]:
+        """All that recorded a layer, in order."""
+        return sorted({point.epoch for layer in self.layers for point in layer.epochs})
+
+    @property
+    def verdict(self) -> str:
+        """How well the running statistics match the batches of the last epoch, in a sentence or two."""
+        last = {layer.name: layer.epochs[-1] for layer in self.layers}
+        found = {
+            name: (point.mean_shift_in_batch_deviations, point.var_ratio)
+            for name, point in last.items()
+            if point.mean_shift_in_batch_deviations is not None and point.var_ratio is not None
+        }
+        unknown = len(last) - len(found)
+        if not found:
+            return f"What the batches of epoch {self.epochs[-1]} were like is unknown for every layer."
+        lost = f" Of {unknown} of {len(last)} layers the batches are unknown." if unknown else ""
+        worst = max(found, key=lambda name: found[name][0])
+        ratios = [ratio for _, ratio in found.values()]
+        return (
+            f"After epoch {self.epochs[-1]} running_mean is off by at most {found[worst][0]:.2g} of the"
+            f" batches' deviations (in {worst}), and running_var is {min(ratios):.2g} to {max(ratios):.2g}"
+            f" times the batches' variance.{lost}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {
+            "run_dir": self.run_dir,
+            "verdict": self.verdict,
+            "num_layers": len(self.layers),
+            "layers": self.layers,
+        }
+
+    def __str__(self) -> str:
+        """What was recorded, and the verdict."""
+        epochs = f"epoch {self.epochs[0]}" + (f" to {self.epochs[-1]}" if len(self.epochs) > 1 else "")
+        return f"{self.run_dir}: {len(self.layers)} BatchNorm layers, {epochs}. {self.verdict}"
+
+
+def read_convergence(run_dir: Path) -> Convergence:
+    """Read a run directory of `bncli train`.
 
     Raises:
         RunError: when there are no metrics, no finished epoch, no layers, or a line that is none of ours.
     """
     path = run_dir / METRICS
+    if not run_dir.is_dir():
+        what = "is a file: history reads the directory of a run" if run_dir.exists() else "no such directory"
+        raise RunError(f"{run_dir}: {what}")
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -61,10 +126,11 @@ def read_convergence(run_dir: Path) -> tuple[LayerHistory, ...]:
                 raise RunError(f"{path}, line {number}: no line of bncli's metrics ({reason})") from None
     if not points:
         raise RunError(f"{path}: no finished epoch with a BatchNorm layer in it")
-    return tuple(
+    layers = (
         LayerHistory(name, tuple(epochs[epoch] for epoch in sorted(epochs)))
         for name, epochs in points.items()
     )
+    return Convergence(str(run_dir), tuple(layers))
 
 
 def _read_epoch(line: bytes) -> list[tuple[str, EpochPoint]]:
@@ -76,7 +142,7 @@ def _read_epoch(line: bytes) -> list[tuple[str, EpochPoint]]:
             str(layer["name"]),
             EpochPoint(
                 epoch=epoch,
-                mean_shift=_finite(layer.get("mean_shift")),
+                mean_shift_in_batch_deviations=_finite(layer.get("mean_shift")),
                 var_ratio=_finite(layer.get("var_ratio")),
                 running_mean_norm=_finite(layer.get("running_mean_norm")),
                 running_var_norm=_finite(layer.get("running_var_norm")),

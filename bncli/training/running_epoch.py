@@ -53,7 +53,7 @@ class RunningEpoch:
                     "name": layer.name,
                     "running_mean_norm": layer.running_mean_norm,
                     "running_var_norm": layer.running_var_norm,
-                    "mean_shift": layer.mean_shift,
+                    "mean_shift": layer.mean_shift_in_batch_deviations,
                     "var_ratio": layer.var_ratio,
                 }
                 for layer in self.statistics.finish()

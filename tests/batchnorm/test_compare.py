@@ -92,13 +92,15 @@ def test_the_divergence_is_that_of_two_normals_in_float64(channels, eps: float) 
         for m, v in ((mean, var), (other_mean, other_var))
     )
     assert torch.allclose(found.kl, kl_divergence(second, first), rtol=1e-9, atol=1e-9)
-    assert torch.allclose(found.mean_shift, (second.mean - first.mean) / first.stddev, rtol=1e-12)
+    shift = found.mean_shift_in_first_deviations
+    assert torch.allclose(shift, (second.mean - first.mean) / first.stddev, rtol=1e-12)
     assert torch.allclose(found.var_ratio, second.variance / first.variance, rtol=1e-12)
     assert (found.kl >= 0).all()
     back = diverge(layer(other_mean, other_var, eps), layer(mean, var, eps))
     assert torch.allclose(found.var_ratio * back.var_ratio, torch.ones(()).double(), rtol=1e-12)
     # z changes its sign and its unit: the other's deviation
-    assert torch.allclose(back.mean_shift, -found.mean_shift / found.var_ratio.sqrt(), rtol=1e-12)
+    returned = back.mean_shift_in_first_deviations
+    assert torch.allclose(returned, -shift / found.var_ratio.sqrt(), rtol=1e-12)
     assert diverge(layer(mean, var, eps), layer(mean, var, eps)).kl.tolist() == [0.0] * len(mean)
 
 
@@ -115,17 +117,17 @@ def test_channels_that_eval_mode_cannot_use_are_left_out_and_counted() -> None:
     assert found.kl.isnan().tolist() == [False, False, True, True, True, True]
     summary = summarize_divergence(found)
     assert summary.num_incomparable == 4
-    assert summary.max_mean_shift == pytest.approx(3 / math.sqrt(2))
+    assert summary.max_mean_shift_in_first_deviations == pytest.approx(3 / math.sqrt(2))
     assert (summary.max_mean_shift_channel, summary.max_kl_channel) == (0, 0)
     nothing = summarize_divergence(diverge(layer([0.0], [-1.0]), layer([0.0], [1.0])))
-    assert (nothing.num_incomparable, nothing.kl, nothing.mean_shift) == (1, None, None)
+    assert (nothing.num_incomparable, nothing.kl, nothing.mean_shift_in_first_deviations) == (1, None, None)
 
 
 def test_the_summary_names_the_channel_that_moved_most_in_either_direction() -> None:
     found = diverge(layer([0.0, 0, 0], [1.0, 1, 1], 0.0), layer([1.0, -2, 0], [1.0, 1, 0.01], 0.0))
     summary = summarize_divergence(found)
-    assert summary.mean_shift == pytest.approx(math.sqrt(5 / 3))
-    assert (summary.max_mean_shift, summary.max_mean_shift_channel) == (2.0, 1)
+    assert summary.mean_shift_in_first_deviations == pytest.approx(math.sqrt(5 / 3))
+    assert (summary.max_mean_shift_in_first_deviations, summary.max_mean_shift_channel) == (2.0, 1)
     assert summary.var_ratio == pytest.approx(0.01 ** (1 / 3))
     assert (summary.var_ratio_min, summary.var_ratio_max) == (pytest.approx(0.01), 1.0)
     kl = [0.5, 2.0, (0.01 - 1 - math.log(0.01)) / 2]
@@ -267,3 +269,14 @@ def test_a_tensor_is_read_once_up_to_the_first_difference_and_never_when_shapes_
         logs = {name: tensor.log for name, tensor in contents.tensors.items()}
         assert logs.pop("4.weight") == []
         assert all(log == ["read"] for log in logs.values())
+
+
+def test_a_divergence_prints_on_one_line_with_what_it_is_measured_in() -> None:
+    found = diverge(layer([0.0, 0, 0], [1.0, 1, -1], 0.0), layer([3.0, -4, 0], [1.0, 4, 1], 0.0))
+    assert str(found) == (
+        "3 channels: mean shift 3.5 of the first's deviations (at most 4, in channel 1), variance ratio 2"
+        " (1 to 4), KL 6.7 nats (at most 8.8, in channel 1); channels left out: 1"
+    )
+    moved = compare(Contents(state()), changed("3.running_mean")).layers
+    assert str(moved[0]).startswith("1: mean shift 0 of the first's deviations")
+    assert str(moved[1]).endswith("[statistics_moved_weights_unchanged]")

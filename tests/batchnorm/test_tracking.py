@@ -79,7 +79,7 @@ def test_the_batch_statistics_are_those_that_hooks_measure(momentum: float | Non
         norm = net.get_submodule(layer.name)
         mean, var = norm.running_mean.double(), norm.running_var.double()
         shift = (((mean - expected_mean) ** 2 / (expected_var + norm.eps)).mean()) ** 0.5
-        assert layer.mean_shift == pytest.approx(float(shift), rel=1e-3, abs=1e-5)
+        assert layer.mean_shift_in_batch_deviations == pytest.approx(float(shift), rel=1e-3, abs=1e-5)
         ratio = math.prod(((var + norm.eps) / (expected_var + norm.eps)).tolist())
         assert layer.var_ratio == pytest.approx(ratio ** (1 / len(var)), rel=1e-4)
         assert layer.running_mean_norm == pytest.approx(math.hypot(*mean.tolist()))
@@ -89,7 +89,7 @@ def test_the_batch_statistics_are_those_that_hooks_measure(momentum: float | Non
 def test_momentum_1_leaves_the_last_batch_in_the_buffers() -> None:
     net = small_net(momentum=1.0)
     (layer, _) = train_epoch(net, [16])
-    assert layer.mean_shift == pytest.approx(0, abs=1e-6)
+    assert layer.mean_shift_in_batch_deviations == pytest.approx(0, abs=1e-6)
     assert layer.var_ratio == pytest.approx(1)
 
 
@@ -104,7 +104,7 @@ def test_observing_changes_no_buffer() -> None:
 
 
 def batch_values(layer: LayerEpoch) -> set[object]:
-    return {layer.batch_mean, layer.batch_var, layer.mean_shift, layer.var_ratio}
+    return {layer.batch_mean, layer.batch_var, layer.mean_shift_in_batch_deviations, layer.var_ratio}
 
 
 def test_momentum_0_hides_the_batches() -> None:
@@ -172,7 +172,7 @@ def test_nan_batches_show() -> None:
     net(torch.full((8, 2, 4, 4), math.nan))
     epoch.observe()
     (layer,) = epoch.finish()
-    assert math.isnan(layer.mean_shift)
+    assert math.isnan(layer.mean_shift_in_batch_deviations)
     assert math.isnan(layer.var_ratio)
 
 

@@ -342,7 +342,7 @@ def test_many_views_of_the_same_bytes_are_not_compared_for_ever(
     shared = torch.zeros(int(mib * 2**18))
     for code, count in ((0, 8), (2, int(64 / mib) + 1)):
         torch.save(used_layer() | {f"view{i}": shared.view(-1) for i in range(count)}, tmp_path / "a.pt")
-        outcome = bncli("inspect-stats", tmp_path / "a.pt", tmp_path / "a.pt")
+        outcome = bncli("compare", tmp_path / "a.pt", tmp_path / "a.pt")
         assert outcome.code == code
         assert ("bytes of it would have to be read" in outcome.err) == (code == 2)
 

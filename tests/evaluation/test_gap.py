@@ -177,7 +177,8 @@ def test_self_consistency_is_the_distance_from_the_real_input_in_eval_mode(model
         ratio = (layer.running_var.double() + layer.eps) / (var + layer.eps)
         expected = (shift.square() + ratio.log().square()).mean().sqrt()
         assert found.self_consistency == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
-        assert found.mean_shift == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-6, abs=1e-9)
+        expected_shift = pytest.approx(float(shift.square().mean().sqrt()), rel=1e-6, abs=1e-9)
+        assert found.mean_shift_in_input_deviations == expected_shift
         assert found.var_ratio == pytest.approx(float(ratio.log().mean().exp()), rel=1e-6)
 
 

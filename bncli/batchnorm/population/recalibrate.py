@@ -14,18 +14,18 @@ from bncli.batchnorm.population.measure import Population, measure_population
 from bncli.batchnorm.population.measured_pass import PassProgress
 from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
-from bncli.batchnorm.population.verify import mean_shift, var_ratio
+from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError
 
 
 @dataclass(frozen=True)
 class LayerChange:
-    """How far one layer moved. Deviations are the new ones, sqrt(variance + eps)."""
+    """How far one layer moved. The new deviations are sqrt(new variance + eps)."""
 
     name: str
-    mean_shift: float  # old running_mean from the new one, in deviations, RMS over channels
+    mean_shift_in_new_deviations: float  # old running_mean from the new one, RMS over channels
     var_ratio: float  # old running_var to the new one, eps added to both, geometric mean; NaN if negative
-    standard_error: float | None  # of the new mean, in deviations, RMS over channels; None if unknown
+    standard_error: float | None  # of the new mean, in new deviations, RMS over channels; None if unknown
     var_standard_error: float | None  # of the new variance, relative, RMS over channels; None if unknown
     num_values: int | None  # that the new statistics were measured on, per channel; None: no data
 
@@ -45,12 +45,14 @@ class Recalibration:
 
     def __str__(self) -> str:
         """How many layers, on how many images, and which moved furthest."""
-        furthest = max(self.layers, key=lambda layer: layer.mean_shift)  # layers are never empty
+        furthest = max(
+            self.layers, key=lambda layer: layer.mean_shift_in_new_deviations
+        )  # layers are never empty
         measured = f", measured on {self.num_images:,} images" if self.num_images else ""
         left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
         return (
             f"{len(self.layers)} BatchNorm layers recalibrated ({self.method}){measured}{left_alone}\n"
-            f"furthest off was {furthest.name}: running_mean by {furthest.mean_shift:.2g} deviations,"
+            f"furthest off was {furthest.name}: running_mean by {furthest.mean_shift_in_new_deviations:.2g} deviations,"
             f" running_var {furthest.var_ratio:.2g} times the new one"
         )
 
@@ -106,11 +108,12 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
         if layer is None or layer.num_features != len(seen.mean):
             raise BncliError(f"this population is of another model: no layer {one.name} of its size here")
         writes.append((layer, *_as_stored(one.name, layer, seen.mean, seen.variance())))
+        moved = distance_from(layer, seen)
         changes.append(
             LayerChange(
                 one.name,
-                mean_shift(layer, seen),
-                var_ratio(layer, seen),
+                moved.rms_mean_shift,
+                moved.mean_var_ratio,
                 _known(one.standard_error()),
                 _known(one.variance_standard_error()),
                 seen.count,
@@ -140,9 +143,9 @@ def _debias(model: nn.Module, layers: Layers) -> Recalibration:
             skipped.append(SkippedLayer(name, result))
             continue
         mean, var = result
-        new = Moments(1, mean, var)
+        moved = distance_from(layer, Moments(1, mean, var))
         writes.append((layer, *_as_stored(name, layer, mean, var)))
-        changes.append(LayerChange(name, mean_shift(layer, new), var_ratio(layer, new), None, None, None))
+        changes.append(LayerChange(name, moved.rms_mean_shift, moved.mean_var_ratio, None, None, None))
     if not changes:
         reasons = "; ".join(f"{one.name} {one.reason}" for one in skipped)
         raise BncliError(f"no layer can be freed of its start: {reasons}")

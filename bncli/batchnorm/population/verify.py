@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor, read_with
-from bncli.batchnorm.population.measured_pass import measure_pass, rms
+from bncli.batchnorm.distance import Distance, measure_distance
+from bncli.batchnorm.population.measured_pass import measure_pass
 from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.selection import Layers, select_layers
 
@@ -22,10 +23,18 @@ class LayerConsistency:
     """One layer's running statistics against its real input in eval mode."""
 
     name: str
-    mean_shift: float  # of running_mean, in deviations of the input, RMS over channels
+    mean_shift_in_input_deviations: float  # running_mean from the input's mean, RMS over channels
     var_ratio: float  # running_var to the input's variance, geometric mean over channels
     max_relative_error: float  # see `max_relative_error`
     num_values: int  # per channel
+
+    def __str__(self) -> str:
+        """One line."""
+        return (
+            f"{self.name}: running_mean is off by {self.mean_shift_in_input_deviations:.2g} of its input's"
+            f" deviations, running_var is {self.var_ratio:.4g} times its variance; no channel is off by more"
+            f" than {self.max_relative_error:.1e}"
+        )
 
 
 def verify_fixed_point(
@@ -49,11 +58,12 @@ def verify_fixed_point(
     for name, layer in chosen.items():
         if name in trees:
             seen = trees[name].total()
+            distance = distance_from(layer, seen)
             found.append(
                 LayerConsistency(
                     name,
-                    mean_shift(layer, seen),
-                    var_ratio(layer, seen),
+                    distance.rms_mean_shift,
+                    distance.mean_var_ratio,
                     max_relative_error(layer, seen),
                     seen.count,
                 )
@@ -61,15 +71,12 @@ def verify_fixed_point(
     return tuple(found)
 
 
-def mean_shift(layer: _BatchNorm, seen: Moments) -> float:
-    """How far running_mean is from the mean: RMS over channels, in deviations sqrt(variance + eps)."""
-    return rms((_wide(layer.running_mean) - seen.mean) / (seen.variance() + layer.eps).sqrt())
-
-
-def var_ratio(layer: _BatchNorm, seen: Moments) -> float:
-    """running_var to variance, eps added to both: geometric mean over channels. NaN if one is negative."""
-    ratios = (_wide(layer.running_var) + layer.eps) / (seen.variance() + layer.eps)
-    return float(ratios.log().mean().exp())
+def distance_from(layer: _BatchNorm, seen: Moments) -> Distance:
+    """How far the layer's running statistics are from those values' mean and biased variance."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    running = layer.running_mean, layer.running_var
+    return measure_distance(running, (seen.mean, seen.variance()), eps=layer.eps)
 
 
 def max_relative_error(layer: _BatchNorm, seen: Moments) -> float:
@@ -79,14 +86,9 @@ def max_relative_error(layer: _BatchNorm, seen: Moments) -> float:
     relative error, and a buffer cannot hold a mean better than its own rounding. Of the variance it is
     relative to variance + eps, what is divided by.
     """
-    spread = seen.variance() + layer.eps
-    mean_errors = (_wide(layer.running_mean) - seen.mean).abs() / torch.maximum(
-        seen.mean.abs(), spread.sqrt()
-    )
-    var_errors = (_wide(layer.running_var) - seen.variance()).abs() / spread
-    return float(torch.cat([mean_errors, var_errors]).max())
-
-
-def _wide(buffer: Tensor | None) -> Tensor:
-    assert buffer is not None
-    return buffer.detach().to("cpu", torch.float64)
+    assert layer.running_var is not None
+    found = distance_from(layer, seen)
+    scale = torch.maximum(seen.mean.abs(), found.reference_spread.sqrt())
+    # without eps, in which a small variance would lose digits
+    var_errors = (layer.running_var.detach().cpu().double() - seen.variance()).abs() / found.reference_spread
+    return float(torch.cat([found.mean_difference.abs() / scale, var_errors]).max())

@@ -1,51 +1,65 @@
-"""`bncli inspect-stats FIRST SECOND`: how far the running statistics moved, and whether weights did."""
+"""`bncli compare FIRST SECOND`: how far the running statistics moved, and whether weights did."""
 
-import fnmatch
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+
+from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
-from bncli.cli.tables.csv_file import STDOUT, write_csv
-from bncli.errors import CheckpointError, ConfigError, IncomparableError
+from bncli.cli.options import JsonOption
+from bncli.errors import CheckpointError, IncomparableError
 
 if TYPE_CHECKING:
     from bncli.batchnorm import Comparison
 
+SortBy = Literal["model", "name", "moved"]
 
-def inspect_pair(
-    first: str,
-    second: str,
-    *,
-    key: str | None,
-    layer: str | None,
-    channels: bool,
-    plot: Path | None,
-    csv: Path | None,
-    as_json: bool,
+
+def compare_checkpoints(
+    first: Annotated[str, typer.Argument(metavar="FIRST", help="A file of any kind, or a URL.")],
+    second: Annotated[str, typer.Argument(metavar="SECOND", help="Another of the same network.")],
+    layer: LayerOption = None,
+    channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
+    sort: Annotated[
+        SortBy, typer.Option("--sort", help="By name, or the farthest moved first (by KL divergence).")
+    ] = "model",
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Where both state dicts lie, as in 'ema'.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> int:
-    """Compare two checkpoints; 1 when they differ. `layer` only restricts what is shown."""
-    from bncli.cli.tables.comparison import describe_comparison, show_channels_compared, show_comparison
-    from bncli.cli.tables.csv_layers import comparison_rows
+    """Show how far running statistics moved between two checkpoints, and whether weights did.
+
+    The files are only read. Exits with 1 if anything differs, in the whole files, whatever --layer shows.
+    """
+    from bncli.cli.tables.comparison import comparison_rows, show_channels_compared, show_comparison
+    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.table import print_json
 
+    check_csv_option(csv, as_json=as_json)
     comparison = _compare(first, second, key)
-    if layer is not None:
-        comparison = _restrict(comparison, layer)
+    shown = _sort(replace(comparison, layers=matching_layers(comparison.layers, layer)), sort)
     if plot is not None:
         from bncli.cli.plots.comparison import plot_comparison
 
-        plot_comparison(comparison, plot, first=first, second=second)
+        plot_comparison(shown, plot, first=first, second=second)
         print_note(f"wrote {plot}")
     if csv is not None:
-        write_csv(comparison_rows(comparison, channels=channels), csv)
+        write_csv(comparison_rows(shown, channels=channels), csv)
     if as_json:
-        print_json(describe_comparison(first, second, comparison, channels=channels))
+        print_json({"first": first, "second": second, **shown.to_dict(channels=channels)})
     elif csv == STDOUT:
         pass
     elif channels:
-        show_channels_compared(comparison)
+        show_channels_compared(shown)
     else:
-        show_comparison(first, second, comparison)
+        show_comparison(first, second, shown)
     return 0 if comparison.identical else 1
 
 
@@ -63,12 +77,12 @@ def _compare(first: str, second: str, key: str | None) -> "Comparison":
             raise CheckpointError(f"{first} or {second}: {error}") from None
 
 
-def _restrict(comparison: "Comparison", pattern: str) -> "Comparison":
-    """The same comparison, of which fewer layers are shown; `identical` is still of the whole."""
-    from dataclasses import replace
-
-    layers = tuple(x for x in comparison.layers if fnmatch.fnmatchcase(x.name, pattern))
-    if not layers:
-        names = ", ".join(x.name for x in comparison.layers)
-        raise ConfigError("--layer", [f"no BatchNorm layer matches {pattern!r}; both have {names}"])
-    return replace(comparison, layers=layers)
+def _sort(comparison: "Comparison", by: SortBy) -> "Comparison":
+    layers = list(comparison.layers)
+    if by == "name":
+        layers.sort(key=lambda layer: layer.name)
+    if by == "moved":  # what has no divergence comes last
+        layers.sort(
+            key=lambda layer: -1.0 if layer.summary is None else layer.summary.kl or 0.0, reverse=True
+        )
+    return replace(comparison, layers=tuple(layers))

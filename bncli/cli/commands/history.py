@@ -1,45 +1,46 @@
-"""`bncli inspect-stats RUN_DIR`: how the running statistics came to match the batches, epoch by epoch."""
+"""`bncli history RUN_DIR`: how the running statistics came to match the batches, epoch by epoch."""
 
-import fnmatch
+from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
-from bncli.cli.tables.csv_file import STDOUT, write_csv
-from bncli.errors import ConfigError
+from bncli.cli.options import JsonOption
 
 
-def is_run_dir(path: Path) -> bool:
-    """Whether it is a directory of `bncli train`."""
-    return path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml"))
-
-
-def inspect_run(
-    run_dir: Path, *, layer: str | None, channels: bool, plot: Path | None, csv: Path | None, as_json: bool
+def show_history(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory of `bncli train`.")],
+    layer: LayerOption = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
+    ] = None,
+    as_json: JsonOption = False,
 ) -> int:
-    """Show what a run recorded; nothing is computed."""
-    from bncli.cli.tables.csv_layers import convergence_rows
-    from bncli.cli.tables.history import describe_convergence, show_convergence
+    """Show how the running statistics of a run came to match its batches, epoch by epoch.
+
+    The run recorded it; nothing is computed. A run that is still going can be read.
+    """
+    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.history import convergence_rows, show_convergence
     from bncli.cli.tables.table import print_json
     from bncli.training.convergence import read_convergence
 
-    if channels:
-        raise ConfigError("--channels", [f"{run_dir} recorded layers only; give a checkpoint in it"])
-    histories = read_convergence(run_dir)
-    if layer is not None:
-        found = tuple(history for history in histories if fnmatch.fnmatchcase(history.name, layer))
-        if not found:
-            names = ", ".join(history.name for history in histories)
-            raise ConfigError("--layer", [f"no BatchNorm layer matches {layer!r}; there are {names}"])
-        histories = found
+    check_csv_option(csv, as_json=as_json)
+    found = read_convergence(run_dir)
+    found = replace(found, layers=matching_layers(found.layers, layer))
     if plot is not None:
         from bncli.cli.plots.history import plot_convergence
 
-        plot_convergence(histories, plot, source=str(run_dir))
+        plot_convergence(found.layers, plot, source=str(run_dir))
         print_note(f"wrote {plot}")
     if csv is not None:
-        write_csv(convergence_rows(histories), csv)
+        write_csv(convergence_rows(found), csv)
     if as_json:
-        print_json(describe_convergence(str(run_dir), histories))
+        print_json(found.to_dict())
     elif csv != STDOUT:
-        show_convergence(str(run_dir), histories)
+        show_convergence(found)
     return 0

@@ -34,15 +34,7 @@ def inspect_stats(
     context: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(
-            metavar="CHECKPOINT|RUN_DIR", help="A file of any kind, a URL, or a run.", show_default=False
-        ),
-    ] = None,
-    second: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[SECOND]", help="A checkpoint to compare the first with.", show_default=False
-        ),
+        typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.", show_default=False),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
@@ -66,38 +58,21 @@ def inspect_stats(
 ) -> int:
     """Show the running statistics of every BatchNorm layer, and what is wrong with them.
 
-    The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. Of two
-    checkpoints: how far they moved, with exit code 1 if anything differs. Of the directory of a run: how they
-    came to match the batches, epoch by epoch.
+    The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. For two
+    checkpoints there is `bncli compare`, for what a run recorded `bncli history`.
     """
     if explain is not None:
         return _explain(context, explain, as_json=as_json)
     if source is None:
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
+    _refuse_what_others_read(source, context.args)
     from bncli.batchnorm.audit.audit import audit, check_thresholds, selected_rules
-    from bncli.cli.commands.compare import inspect_pair
-    from bncli.cli.commands.history import inspect_run, is_run_dir
     from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.csv_layers import layer_rows
     from bncli.cli.tables.layers import describe_layers, show_channels, show_layers
     from bncli.cli.tables.table import print_json
 
     check_csv_option(csv, as_json=as_json)
-    if second is not None:
-        refuse_options(
-            context, AUDIT_FLAGS, f"{source} {second}", "two checkpoints are compared, not audited"
-        )
-        return inspect_pair(
-            source, second, key=key, layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json
-        )
-    if is_run_dir(Path(source)):
-        refuse_options(
-            context,
-            AUDIT_FLAGS | {"--key"},
-            source,
-            "what a run recorded is not audited: give a checkpoint in it",
-        )
-        return inspect_run(Path(source), layer=layer, channels=channels, plot=plot, csv=csv, as_json=as_json)
     rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
     layers, checkpoint = _read_layers(source, key)
@@ -136,6 +111,20 @@ def inspect_stats(
         headline = f"{source}: found {found_in_all}"
         show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
     return 1 if fails(findings, fail_on) else 0
+
+
+def _refuse_what_others_read(source: str, more: list[str]) -> None:
+    """Raise ConfigError for more than one checkpoint and for the directory of a run: others read these."""
+    path = Path(source)
+    if more:
+        text = f"it reads one checkpoint; to compare two use bncli compare {source} {more[0]}"
+    elif path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
+        text = (
+            f"{path} is the directory of a run; use bncli history {path}, or inspect-stats {path / 'last.pt'}"
+        )
+    else:
+        return
+    raise ConfigError("inspect-stats", [text])
 
 
 def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:

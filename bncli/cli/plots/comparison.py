@@ -47,7 +47,7 @@ def plot_comparison(comparison: Comparison, path: Path, *, first: str, second: s
     found = [layer.divergence for layer in layers]
     columns = [
         make_column("mean shift", "standard deviations of the first", False,
-                    [None if x is None else x.mean_shift for x in found]),
+                    [None if x is None else x.mean_shift_in_first_deviations for x in found]),
         make_column("variance ratio", "(running_var + eps), second over first, log scale", True,
                     [None if x is None else x.var_ratio for x in found]),
         make_column("KL divergence", "nats, of the second from the first, log scale", True,

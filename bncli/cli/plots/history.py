@@ -20,9 +20,9 @@ SIZE = (11.0, 4.8)  # inches
 MAX_NAMED = 14  # lines with a name each; of more, only the first and the last are named
 MAX_NAME = 34  # letters; of a longer name the end tells layers apart
 PANELS = {
-    "mean_shift": (
+    "mean_shift_in_batch_deviations": (
         "running_mean from the epoch's batches",
-        "standard deviations, RMS over channels, log scale",
+        "standard deviations of the batches, RMS over channels, log scale",
     ),
     "var_ratio": (
         "running_var over that of the epoch's batches",
@@ -32,7 +32,7 @@ PANELS = {
 
 
 def plot_convergence(histories: Sequence[LayerHistory], path: Path, *, source: str) -> None:
-    """Draw mean_shift and var_ratio of every layer against the epoch; `source` names the run.
+    """Draw mean shift and variance ratio of every layer against the epoch; `source` names the run.
 
     The suffix of `path` selects PNG or SVG. The same histories give the same bytes.
 

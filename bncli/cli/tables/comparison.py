@@ -1,25 +1,16 @@
-"""The output of `bncli inspect-stats FIRST SECOND`."""
+"""The output of `bncli compare`."""
 
 import textwrap
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
 
 from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
+from bncli.batchnorm.comparison import STATISTICS_ALONE, list_names
 from bncli.cli.messages import one_line
+from bncli.cli.tables.csv_file import Row
 from bncli.cli.tables.table import console_for_results, number, show_lines, table_of
 
-ADVICE = {
-    "statistics_moved_weights_unchanged": (
-        "Their inputs have the same distribution as before, so only the estimate changed: recalibrated on"
-        " purpose, or updated by a model that was in train mode while it only should have computed. If"
-        " you did not mean it, restore the first checkpoint's buffers."
-    ),
-    "weights_moved_statistics_unchanged": (
-        "Frozen BatchNorm keeps its statistics on purpose. Averaged, pruned, merged or quantised weights"
-        " must not: their statistics are those of another network, and have to be measured again."
-    ),
-}
 MARKS = {
     "S": "running_mean or running_var moved",
     "W": "the layer's own weight or bias moved",
@@ -28,58 +19,16 @@ MARKS = {
 WIDTH = 80
 
 
-def describe_comparison(first: str, second: str, comparison: Comparison, *, channels: bool) -> dict[str, Any]:
-    """The JSON document; without channels, one row of numbers for each layer."""
-    return {
-        "first": first,
-        "second": second,
-        "identical": comparison.identical,
-        "matched_by": comparison.matched_by,
-        "order_known": comparison.order_known,
-        "num_layers": len(comparison.layers),
-        "layers": [
-            describe_layer_comparison(layer) | (_describe_channels(layer) if channels else {})
-            for layer in comparison.layers
-        ],
-        "only_in_first": comparison.only_in_first,
-        "only_in_second": comparison.only_in_second,
-        "different_num_features": comparison.different_num_features,
-        "num_tensors": comparison.num_tensors,
-        "num_tensors_changed": comparison.num_tensors_changed,
-        "num_tensors_only_in_first": comparison.num_tensors_only_in_first,
-        "num_tensors_only_in_second": comparison.num_tensors_only_in_second,
-    }
-
-
-def describe_layer_comparison(layer: LayerComparison) -> dict[str, Any]:
-    """A layer's entry in the JSON document, and its row in the CSV file."""
-    summary = layer.summary or DivergenceSummary(num_incomparable=0)
-    return {
-        "name": layer.name,
-        "name_in_second": layer.name_in_second,
-        "mean_shift": summary.mean_shift,
-        "max_mean_shift": summary.max_mean_shift,
-        "max_mean_shift_channel": summary.max_mean_shift_channel,
-        "var_ratio": summary.var_ratio,
-        "var_ratio_min": summary.var_ratio_min,
-        "var_ratio_max": summary.var_ratio_max,
-        "kl": summary.kl,
-        "kl_sum": summary.kl_sum,
-        "max_kl": summary.max_kl,
-        "max_kl_channel": summary.max_kl_channel,
-        "num_incomparable_channels": summary.num_incomparable,
-        "num_batches_tracked_first": layer.num_batches_tracked[0],
-        "num_batches_tracked_second": layer.num_batches_tracked[1],
-        "statistics_moved": layer.statistics_moved,
-        "weights_moved": layer.weights_moved,
-        "feeding_weights_moved": layer.feeding_weights_moved,
-        "hyperparameters_changed": layer.hyperparameters_changed,
-        "flags": layer.flags,
-    }
-
-
-def _describe_channels(layer: LayerComparison) -> dict[str, Any]:
-    return {"channels": layer.divergence}
+def comparison_rows(comparison: Comparison, *, channels: bool) -> Iterator[Row]:
+    """The rows of the CSV file: one per layer that both have, or per channel of these."""
+    for layer in comparison.layers:
+        if channels and layer.divergence is not None:
+            columns = {name: values.tolist() for name, values in vars(layer.divergence).items()}
+            for channel, numbers in enumerate(zip(*columns.values(), strict=True)):
+                yield {"layer": layer.name, "channel": channel, **dict(zip(columns, numbers, strict=True))}
+        if not channels:
+            entry = layer.to_dict()
+            yield {"layer": entry.pop("name"), **entry}
 
 
 def show_comparison(first: str, second: str, comparison: Comparison) -> None:
@@ -93,10 +42,9 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
         console.print()
         _show_legend(console)
     _show_mismatches(console, comparison)
-    for flag, advice in ADVICE.items():
-        _show_flag(console, flag, advice, [layer for layer in layers if flag in layer.flags])
+    _show_flags(console, comparison)
     console.print()
-    _print_wrapped(console, _verdict(comparison), style="bold")
+    _print_wrapped(console, comparison.verdict, style="bold")
 
 
 def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
@@ -112,7 +60,12 @@ def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
         column.no_wrap = True
     summaries = [layer.summary or DivergenceSummary(num_incomparable=0) for layer in layers]
     cells = [
-        _aligned([[number(x.mean_shift), number(x.max_mean_shift)] for x in summaries]),
+        _aligned(
+            [
+                [number(x.mean_shift_in_first_deviations), number(x.max_mean_shift_in_first_deviations)]
+                for x in summaries
+            ]
+        ),
         _aligned([[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries]),
         _aligned([[number(x.kl), number(x.max_kl)] for x in summaries]),
     ]
@@ -159,42 +112,35 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
     for title, names in groups.items():
         if names:
             console.print()
-            _print_wrapped(console, f"{title}: {_names(names)}", style="bold red")
+            _print_wrapped(console, f"{title}: {list_names(names)}", style="bold red")
     if left_out := [layer for layer in comparison.layers if layer.summary and layer.summary.num_incomparable]:
         console.print()
         channels = sum(layer.summary.num_incomparable for layer in left_out if layer.summary)
         text = f"Left out, being no usable numbers in one or both: {channels} channels of"
-        _print_wrapped(console, f"{text} {_names([layer.name for layer in left_out])}", style="bold red")
+        _print_wrapped(console, f"{text} {list_names([layer.name for layer in left_out])}", style="bold red")
 
 
-def _show_flag(console: Console, flag: str, advice: str, layers: list[LayerComparison]) -> None:
-    if layers:
+def _show_flags(console: Console, comparison: Comparison) -> None:
+    for flag, meaning in comparison.explanations().items():
+        names = comparison.flagged(flag)
         console.print()
-        names = _names([layer.name for layer in layers])
-        _print_wrapped(console, f"{flag}: {len(layers)} of the layers ({names})", style="bold red")
-        _print_wrapped(console, advice)
+        _print_wrapped(console, f"{flag}: {len(names)} of the layers ({list_names(names)})", style="bold red")
+        alone = comparison.moved_alone
+        if flag != STATISTICS_ALONE or alone is None:
+            _print_wrapped(console, meaning)
+            continue
+        _print_wrapped(console, " ".join(alone.known))
+        _print_wrapped(console, "Possible causes:")
+        for cause in alone.possible_causes:
+            _print_wrapped(console, cause, mark="- ")
 
 
-def _names(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(map(one_line, names[:8])) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-
-
-def _print_wrapped(console: Console, text: str, style: str | None = None) -> None:
-    console.print(textwrap.fill(text, WIDTH, break_on_hyphens=False), style=style)
-
-
-def _verdict(comparison: Comparison) -> str:
-    if comparison.identical:
-        return f"Identical: all {comparison.num_tensors:,} tensors agree in every bit."
-    parts = [f"{comparison.num_tensors_changed:,} of {comparison.num_tensors:,} tensors differ"]
-    lone = {"first": comparison.num_tensors_only_in_first, "second": comparison.num_tensors_only_in_second}
-    parts += [f"{count:,} are only in the {which}" for which, count in lone.items() if count]
-    if changed := [layer.name for layer in comparison.layers if layer.hyperparameters_changed]:
-        parts.append(f"momentum or eps differ in {_names(changed)}")
-    moved = [layer for layer in comparison.layers if layer.summary and layer.summary.kl]
-    moved.sort(key=lambda layer: -(layer.summary.kl or 0.0) if layer.summary else 0.0)
-    most = ", ".join(one_line(layer.name) for layer in moved[:3])
-    return f"{'; '.join(parts)}." + (f" Farthest moved, by KL: {most}." if most else "")
+def _print_wrapped(console: Console, text: str, *, style: str | None = None, mark: str = "") -> None:
+    indent = " " * len(mark)
+    lines = textwrap.wrap(
+        one_line(text), WIDTH, break_on_hyphens=False, initial_indent=mark, subsequent_indent=indent
+    )
+    console.print("\n".join(lines), style=style)
 
 
 def show_channels_compared(comparison: Comparison) -> None:
@@ -203,9 +149,14 @@ def show_channels_compared(comparison: Comparison) -> None:
     for layer in comparison.layers:
         if layer.divergence is None:
             continue
-        table = table_of(one_line(layer.name), "channel", "mean_shift", "var_ratio", "kl", left=0)
         found = layer.divergence
-        columns = (found.mean_shift.tolist(), found.var_ratio.tolist(), found.kl.tolist())
+        headers = "channel", "mean shift, in the\nfirst's deviations", "variance ratio", "KL, nats"
+        table = table_of(one_line(layer.name), *headers, left=0)
+        columns = (
+            found.mean_shift_in_first_deviations.tolist(),
+            found.var_ratio.tolist(),
+            found.kl.tolist(),
+        )
         for channel, values in enumerate(zip(*columns, strict=True)):
             table.add_row(str(channel), *(f"{value:.4g}" for value in values))
         console.print(table)

@@ -1,13 +1,10 @@
-"""The rows of `bncli inspect-stats --csv`: layers or channels, of one checkpoint, of two, or of a run."""
+"""The rows of `bncli inspect-stats --csv`: layers or channels."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
-from bncli.batchnorm import Comparison, Finding, LayerStats, summarize
-from bncli.cli.tables.comparison import describe_layer_comparison
+from bncli.batchnorm import Finding, LayerStats, summarize
 from bncli.cli.tables.csv_file import Row
 from bncli.cli.tables.layers import flags_of
-from bncli.training.convergence import LayerHistory
 
 QUANTITIES = ("running_mean", "running_var", "weight", "bias")
 EXTREMES = ("min", "median", "max")
@@ -41,24 +38,3 @@ def _channel_rows(layer: LayerStats) -> Iterator[Row]:
     columns = [[None] * layer.num_features if tensor is None else tensor.tolist() for tensor in tensors]
     for channel, values in enumerate(zip(*columns, strict=True)):
         yield {"layer": layer.name, "channel": channel, **dict(zip(QUANTITIES, values, strict=True))}
-
-
-def comparison_rows(comparison: Comparison, *, channels: bool) -> Iterator[Row]:
-    """One row per layer that both have, or per channel of these."""
-    for layer in comparison.layers:
-        if channels and layer.divergence is not None:
-            found = layer.divergence
-            columns = (found.mean_shift.tolist(), found.var_ratio.tolist(), found.kl.tolist())
-            for channel, (shift, ratio, kl) in enumerate(zip(*columns, strict=True)):
-                row = {"channel": channel, "mean_shift": shift, "var_ratio": ratio, "kl": kl}
-                yield {"layer": layer.name, **row}
-        if not channels:
-            entry = describe_layer_comparison(layer)
-            yield {"layer": entry.pop("name"), **entry}
-
-
-def convergence_rows(histories: Sequence[LayerHistory]) -> Iterator[Row]:
-    """One row per layer and epoch."""
-    for history in histories:
-        for point in history.epochs:
-            yield {"layer": history.name, **dataclasses.asdict(point)}

@@ -20,8 +20,8 @@ def show_gap(console: Console, gap: Gap) -> None:
     table = table_of(title, "layer", "self-consistency", "mean shift", "var ratio", "repair recovers")
     for layer in gap.layers:
         table.add_row(
-            one_line(layer.name), number(layer.self_consistency), number(layer.mean_shift),
-            number(layer.var_ratio), _points(layer),
+            one_line(layer.name), number(layer.self_consistency),
+            number(layer.mean_shift_in_input_deviations), number(layer.var_ratio), _points(layer),
         )  # fmt: skip
     console.print(table)
     console.print()

@@ -1,38 +1,43 @@
-"""The output of `bncli inspect-stats RUN_DIR`."""
+"""The output of `bncli history`."""
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import textwrap
+from collections.abc import Iterator
 
 from bncli.cli.messages import one_line
+from bncli.cli.tables.csv_file import Row
 from bncli.cli.tables.table import console_for_results, number, show_lines, table_of
-from bncli.training.convergence import LayerHistory
+from bncli.training.convergence import Convergence
 
 
-def describe_convergence(run_dir: str, histories: Sequence[LayerHistory]) -> dict[str, Any]:
-    """The JSON document."""
-    return {"run_dir": run_dir, "num_layers": len(histories), "layers": histories}
+def convergence_rows(found: Convergence) -> Iterator[Row]:
+    """The rows of the CSV file: one per layer and epoch."""
+    for layer in found.layers:
+        for point in layer.epochs:
+            yield {"layer": layer.name, **dataclasses.asdict(point)}
 
 
-def show_convergence(run_dir: str, histories: Sequence[LayerHistory]) -> None:
-    """One row per layer: its first and its last epoch."""
+def show_convergence(found: Convergence) -> None:
+    """One row per layer, its first and its last epoch, and the verdict."""
     console = console_for_results()
-    epochs = sorted({point.epoch for history in histories for point in history.epochs})
-    first, last = epochs[0], epochs[-1]
-    what = f"{len(histories)} BatchNorm layers, epoch {first}" + (f" to {last}" if last > first else "")
-    console.print(f"{one_line(run_dir)}: {what}", style="bold")
-    ends = ("first", "last") if len(epochs) > 1 else ("last",)
-    headers = [f"{name}\n{end}" for name in ("mean_shift", "var_ratio") for end in ends]
+    first, last = found.epochs[0], found.epochs[-1]
+    what = f"{len(found.layers)} BatchNorm layers, epoch {first}" + (f" to {last}" if last > first else "")
+    console.print(f"{one_line(found.run_dir)}: {what}", style="bold")
+    ends = ("first", "last") if last > first else ("last",)
+    headers = [f"{name}\n{end}" for name in ("mean shift", "variance ratio") for end in ends]
     table = table_of(None, "layer", *headers)
-    for history in histories:
-        points = (history.epochs[0], history.epochs[-1])[-len(ends) :]
-        shifts = [number(point.mean_shift) for point in points]
+    for layer in found.layers:
+        points = (layer.epochs[0], layer.epochs[-1])[-len(ends) :]
+        shifts = [number(point.mean_shift_in_batch_deviations) for point in points]
         ratios = [number(point.var_ratio) for point in points]
-        table.add_row(one_line(history.name), *shifts, *ratios)
+        table.add_row(one_line(layer.name), *shifts, *ratios)
     console.print(table)
     console.print()
     meanings = {
-        "mean_shift": "running_mean from the epoch's batches, in standard deviations",
-        "var_ratio": "running_var over the batches', eps added to both; 1 is a match",
+        "mean shift": "running_mean from the mean of the epoch's batches, in their deviations",
+        "variance ratio": "running_var over the batches', eps added to both; 1 is a match",
         "-": "could not be recovered: frozen, run twice in a step, momentum 0",
     }
     show_lines(console, meanings)
+    console.print()
+    console.print(textwrap.fill(one_line(found.verdict), 80, break_on_hyphens=False), style="bold")

@@ -67,15 +67,15 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     )
     for layer in done.layers:
         table.add_row(
-            one_line(layer.name), number(layer.mean_shift), number(layer.var_ratio),
+            one_line(layer.name), number(layer.mean_shift_in_new_deviations), number(layer.var_ratio),
             number(layer.standard_error),
         )  # fmt: skip
     console.print(table)
     console.print()
     meanings = {
-        "mean shift": "of running_mean, in deviations, root mean square over channels",
+        "mean shift": "of running_mean, in the new deviations, RMS over channels",
         "var ratio": "old running_var over new one, geometric mean over channels",
-        "standard error": "of the new mean, in deviations, if the images are a sample",
+        "standard error": "of the new mean, in its deviations, if the images are a sample",
     }
     show_lines(console, meanings)
     for one in done.skipped:
@@ -112,7 +112,7 @@ def _show_consistency(console: Console, found: Verification) -> None:
     )  # fmt: skip
     for layer in found.layers:
         table.add_row(
-            one_line(layer.name), number(layer.mean_shift), f"{layer.var_ratio:.4g}",
+            one_line(layer.name), number(layer.mean_shift_in_input_deviations), f"{layer.var_ratio:.4g}",
             f"{layer.max_relative_error:.1e}",
         )  # fmt: skip
     console.print(table)

@@ -70,7 +70,7 @@ def test_exact_is_a_fixed_point_whatever_the_batches(network: type[nn.Module], c
         torch.testing.assert_close(layers[name].running_var.double(), var, rtol=1e-6, atol=0)
     for one in verify_fixed_point(model, list(data.split(5))):
         assert one.max_relative_error < 1e-6
-        assert one.mean_shift < 1e-6
+        assert one.mean_shift_in_input_deviations < 1e-6
         assert one.var_ratio == pytest.approx(1, abs=1e-6)
 
 

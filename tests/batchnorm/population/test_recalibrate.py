@@ -88,7 +88,8 @@ def test_how_far_a_layer_moved_is_told_in_new_deviations() -> None:
     result = recalibrate(nn.Sequential(layer), data.split(1))
     (change,) = result.layers
     expected = math.sqrt((1 / 1.5 + 14**2 / 4.5) / 2)
-    assert change.mean_shift == consistency.mean_shift == pytest.approx(expected)
+    assert change.mean_shift_in_new_deviations == pytest.approx(expected)
+    assert consistency.mean_shift_in_input_deviations == change.mean_shift_in_new_deviations
     assert change.var_ratio == consistency.var_ratio == pytest.approx(math.sqrt(8 / 1.5 * 1 / 4.5))
     assert consistency.max_relative_error == pytest.approx(6.5 / 1.5)
     assert consistency.num_values == change.num_values == 4

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm import compare
+from bncli.checkpoints import open_checkpoint
 from bncli.cli.plots.heat_map import resample
 from bncli.cli.tables.csv_file import format_csv
 from tests.conftest import Bncli
@@ -29,7 +31,7 @@ def recalibrated(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_against_itself_is_identical(bncli: Bncli, finished_run: Path) -> None:
-    outcome = bncli("inspect-stats", finished_run / "last.pt", finished_run / "last.pt")
+    outcome = bncli("compare", finished_run / "last.pt", finished_run / "last.pt")
     assert outcome.code == 0
     assert "Identical: all" in outcome.out
 
@@ -37,38 +39,86 @@ def test_a_checkpoint_against_itself_is_identical(bncli: Bncli, finished_run: Pa
 def test_recalibrated_statistics_are_told_from_training(
     bncli: Bncli, finished_run: Path, recalibrated: Path
 ) -> None:
-    outcome = bncli("inspect-stats", finished_run / "last.pt", recalibrated)
+    outcome = bncli("compare", finished_run / "last.pt", recalibrated)
     assert outcome.code == 1
     flat = " ".join(outcome.out.split())
     assert "statistics_moved_weights_unchanged: 1 of the layers (stages.1.0.norm)" in flat
     assert "2 of 14 tensors differ" in flat
     assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines()[3:])
-    document = bncli("inspect-stats", finished_run / "last.pt", recalibrated, "--json").json
+    document = bncli("compare", finished_run / "last.pt", recalibrated, "--json").json
     assert document["identical"] is False
     still, moved = document["layers"]
     assert (still["flags"], still["kl"], still["statistics_moved"]) == ([], 0.0, False)
     var = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]["stages.1.0.norm.running_var"]
     shift = 0.5 / (var.double() + 1e-5).sqrt()
-    assert moved["mean_shift"] == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-5)
-    assert moved["max_mean_shift"] == pytest.approx(float(shift.max()), rel=1e-5)
+    assert moved["mean_shift_in_first_deviations"] == pytest.approx(
+        float(shift.square().mean().sqrt()), rel=1e-5
+    )
+    assert moved["max_mean_shift_in_first_deviations"] == pytest.approx(float(shift.max()), rel=1e-5)
     assert moved["var_ratio"] == pytest.approx(2, rel=1e-3)
     assert (moved["weights_moved"], moved["feeding_weights_moved"]) == (False, False)
+
+
+def test_what_was_found_is_in_the_library_s_words_on_the_screen_and_in_json(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    with open_checkpoint(str(finished_run / "last.pt")) as one, open_checkpoint(str(recalibrated)) as two:
+        found = compare(one, two)
+    document = bncli("compare", finished_run / "last.pt", recalibrated, "--json").json
+    assert document["verdict"] == found.verdict
+    alone = document["moved_alone"]
+    assert (alone["layers"], alone["counters"]) == (["stages.1.0.norm"], "equal")
+    assert (alone["first_layer"], alone["first_layer_moved"]) == ("stages.0.0.norm", "not at all")
+    flat = " ".join(bncli("compare", finished_run / "last.pt", recalibrated).out.split())
+    for text in (found.verdict, *found.moved_alone.known, *found.moved_alone.possible_causes):
+        assert text in flat
+    other = bncli("compare", finished_run / "last.pt", recalibrated, "--layer", "stages.0.*").out
+    assert "Possible causes" not in other  # it is about a layer that is not shown
+
+
+def test_statistics_that_a_file_records_as_measured_are_said_to_be(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    last, new = finished_run / "last.pt", tmp_path / "new.pt"
+    assert bncli("recalibrate", last, "-o", new).code == 0
+    assert bncli("compare", last, new, "--json").json["moved_alone"]["counters"] == "measured"
+    assert bncli("compare", new, last, "--json").json["moved_alone"]["counters"] == "equal"
+
+
+def test_a_layer_s_name_cannot_command_the_terminal(bncli: Bncli, tmp_path: Path) -> None:
+    norm = nn.BatchNorm2d(3)
+    for name in ("a.pt", "b.pt"):
+        state = {f"\x1b[31m.{leaf}": tensor.clone() for leaf, tensor in norm.state_dict().items()}
+        torch.save(state, tmp_path / name)
+        norm(torch.randn(4, 3, 2, 2))
+    outcome = bncli("compare", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert "statistics_moved_weights_unchanged: 1 of the layers (\\x1b[31m)" in outcome.out
+    assert "\x1b" not in outcome.out
+
+
+def test_layers_are_sorted_by_how_far_they_moved(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    pair = finished_run / "last.pt", recalibrated
+    for by, number in (("model", 0), ("name", 0), ("moved", 1)):
+        layers = bncli("compare", *pair, "--sort", by, "--json").json["layers"]
+        assert layers[0]["name"] == f"stages.{number}.0.norm"
 
 
 def test_a_glob_restricts_what_is_shown_not_what_is_judged(
     bncli: Bncli, finished_run: Path, recalibrated: Path
 ) -> None:
     pair = finished_run / "last.pt", recalibrated
-    outcome = bncli("inspect-stats", *pair, "--layer", "stages.0.*", "--json")
+    outcome = bncli("compare", *pair, "--layer", "stages.0.*", "--json")
     assert outcome.code == 1
     assert [layer["name"] for layer in outcome.json["layers"]] == ["stages.0.0.norm"]
     assert outcome.json["num_tensors_changed"] == 2
-    assert bncli("inspect-stats", *pair, "--layer", "x").code == 2
+    assert bncli("compare", *pair, "--layer", "x").code == 2
 
 
 def test_nothing_in_common_is_refused_on_one_line(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
     torch.save(nn.Sequential(nn.BatchNorm2d(3)).state_dict(), tmp_path / "other.pt")
-    outcome = bncli("inspect-stats", finished_run / "last.pt", tmp_path / "other.pt")
+    outcome = bncli("compare", finished_run / "last.pt", tmp_path / "other.pt")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "has a counterpart" in outcome.err
@@ -105,15 +155,15 @@ def test_csv_of_a_comparison_reads_back_as_the_same_numbers(
     bncli: Bncli, finished_run: Path, recalibrated: Path
 ) -> None:
     pair = finished_run / "last.pt", recalibrated
-    outcome = bncli("inspect-stats", *pair, "--csv", "-")
+    outcome = bncli("compare", *pair, "--csv", "-")
     assert outcome.code == 1
-    document = bncli("inspect-stats", *pair, "--json", "--channels").json
+    document = bncli("compare", *pair, "--json", "--channels").json
     for row, layer in zip(rows(outcome.out), document["layers"], strict=True):
-        for key in ("mean_shift", "var_ratio", "max_kl"):
+        for key in ("mean_shift_in_first_deviations", "var_ratio", "max_kl"):
             assert float(row[key]) == layer[key]
         assert (row["layer"], row["weights_moved"]) == (layer["name"], "false")
         assert row["flags"] == " ".join(layer["flags"])
-    channels = rows(bncli("inspect-stats", *pair, "--csv", "-", "--channels").out)
+    channels = rows(bncli("compare", *pair, "--csv", "-", "--channels").out)
     kl = [value for layer in document["layers"] for value in layer["channels"]["kl"]]
     assert [float(row["kl"]) for row in channels] == kl
 
@@ -139,54 +189,12 @@ def test_csv_keeps_what_is_odd(tmp_path: Path) -> None:
     assert format_csv([]) == ""
 
 
-def test_a_run_directory_shows_first_and_last_epoch(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
-    recorded = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
-    outcome = bncli("inspect-stats", finished_run)
-    assert outcome.code == 0
-    for layer, ends in zip(recorded[0]["layers"], recorded[-1]["layers"], strict=True):
-        (line,) = [line for line in outcome.out.splitlines() if line.startswith(layer["name"])]
-        values = (layer["mean_shift"], ends["mean_shift"], layer["var_ratio"], ends["var_ratio"])
-        assert line.split()[1:] == [f"{value:.2g}" for value in values]
-    document = bncli("inspect-stats", finished_run, "--json").json
-    first = document["layers"][0]["epochs"]
-    assert first == [
-        {"epoch": e["epoch"], **{k: v for k, v in e["layers"][0].items() if k != "name"}} for e in recorded
-    ]
-    table = rows(bncli("inspect-stats", finished_run, "--csv", "-").out)
-    assert [float(r["mean_shift"]) for r in table[:2]] == [point["mean_shift"] for point in first]
-    assert bncli("inspect-stats", finished_run, "--channels").code == 2
-    assert bncli("inspect-stats", finished_run, "--layer", "x").code == 2
-    assert bncli("inspect-stats", tmp_path).code == 2
-    (tmp_path / "config.yaml").touch()
-    assert "no epoch of this run has ended" in bncli("inspect-stats", tmp_path).err
-
-
-@pytest.mark.parametrize("num_epochs", [1, 3])
-@pytest.mark.parametrize("num_layers", [1, 40])
-def test_a_run_is_drawn_the_same_each_time_with_gaps(
-    bncli: Bncli, tmp_path: Path, num_epochs: int, num_layers: int
-) -> None:
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for epoch in range(1, num_epochs + 1):
-            layers = [{"name": f"_{i}", "mean_shift": [None, 0.0, 0.3][i % 3], "var_ratio": 1.0 + i}
-                      for i in range(num_layers)]  # fmt: skip
-            file.write(json.dumps({"epoch": epoch, "layers": layers}) + "\n")
-    paths = tmp_path / "a.svg", tmp_path / "b.svg"
-    for path in paths:
-        assert bncli("inspect-stats", tmp_path, "--plot", path).code == 0
-    text = paths[0].read_text()
-    assert paths[1].read_text() == text
-    assert "<!-- epoch -->" in text
-    assert ("<!-- 14 of 40 layers -->" in text) == (num_layers == 40)
-    assert "_0 -->" in text
-
-
 def test_a_comparison_is_drawn_the_same_each_time(
     bncli: Bncli, finished_run: Path, recalibrated: Path, tmp_path: Path
 ) -> None:
     paths = tmp_path / "a.svg", tmp_path / "b.svg"
     for path in paths:
-        assert bncli("inspect-stats", finished_run / "last.pt", recalibrated, "--plot", path).code == 1
+        assert bncli("compare", finished_run / "last.pt", recalibrated, "--plot", path).code == 1
     text = paths[0].read_text()
     assert paths[1].read_text() == text
     for expected in ("How far 2 BatchNorm layers moved", "mean shift", "weights unchanged\nKL divergence"):
@@ -222,7 +230,7 @@ def test_one_flipped_bit_is_found_in_a_tensor_larger_than_what_is_read_at_once(
                 file.seek(start + place)
                 file.write(b"\x10")
             file.truncate(start + size)
-    found = bncli("inspect-stats", tmp_path / "a", tmp_path / "b", "--json")
+    found = bncli("compare", tmp_path / "a", tmp_path / "b", "--json")
     assert found.json["num_tensors_changed"] == (place is not None)
     assert (found.code, found.json["identical"]) == (int(place is not None), place is None)
 
@@ -235,4 +243,4 @@ def test_a_transposed_tensor_equals_the_same_numbers_row_by_row(bncli: Bncli, tm
     torch.save(norm | {"w": weight}, tmp_path / "rows.pt")
     for numbers, code in ((weight, 0), (others, 1)):
         torch.save(norm | {"w": numbers.t().contiguous().t()}, tmp_path / "columns.pt")
-        assert bncli("inspect-stats", tmp_path / "rows.pt", tmp_path / "columns.pt").code == code
+        assert bncli("compare", tmp_path / "rows.pt", tmp_path / "columns.pt").code == code

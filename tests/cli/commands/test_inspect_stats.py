@@ -132,33 +132,22 @@ def test_another_suffix_is_refused(bncli: Bncli, finished_run: Path, tmp_path: P
     assert ".png" in outcome.err
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--select", "BN003"),
-        ("--ignore", "BN002"),
-        ("--fail-on", "never"),
-        ("--threshold", "gain=5"),
-        ("--sort", "gain"),
-        ("--all",),
-    ],
-)
-def test_options_of_the_audit_are_refused_where_nothing_is_audited(
-    bncli: Bncli, finished_run: Path, option: tuple[str, ...]
+@pytest.mark.parametrize("options", [(), ("--json",), ("--select", "BN003"), ("--key", "ema")])
+def test_two_checkpoints_and_a_run_have_commands_of_their_own(
+    bncli: Bncli, finished_run: Path, options: tuple[str, ...]
 ) -> None:
     last = finished_run / "last.pt"
-    for subject in ((last, last), (finished_run,)):
-        outcome = bncli("inspect-stats", *subject, *option)
-        assert outcome.code == 2
-        assert f": {option[0]}: " in outcome.err
-        assert len(outcome.err.splitlines()) == 1
-        assert outcome.out == ""
+    pair = bncli("inspect-stats", last, last, *options)
+    run = bncli("inspect-stats", finished_run, *options)
+    assert (pair.code, run.code, pair.out, run.out) == (2, 2, "", "")
+    assert f"use bncli compare {last} {last}" in pair.err
+    assert f"use bncli history {finished_run}, or inspect-stats {last}" in run.err
+    assert pair.err.count("\n") == run.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--key", "ema"], "--key: what a run recorded is not audited"),
         (["--explain", "BN002", "--key", "ema"], "--explain BN002: --key: a rule is explained"),
         (["--explain", "all", "--sort", "gain", "--layer", "x"], "--explain all: --layer, --sort: a rule"),
     ],

@@ -54,8 +54,8 @@ def test_recalibrate_keeps_its_contract_and_the_old_file(bncli: Bncli, stale: Pa
     assert (result["input"], result["output"]) == (str(stale), str(tmp_path / "new.pt"))
     assert (result["method"], result["num_images"]) == ("exact", 500)
     for layer in result["layers"]:
-        assert layer.keys() >= {"name", "mean_shift", "var_ratio", "standard_error"}
-        assert layer["mean_shift"] > 0.1
+        assert layer.keys() >= {"name", "mean_shift_in_new_deviations", "var_ratio", "standard_error"}
+        assert layer["mean_shift_in_new_deviations"] > 0.1
         assert layer["var_ratio"] > 1
         assert layer["standard_error"] > 0
     assert sha256(stale) == before
