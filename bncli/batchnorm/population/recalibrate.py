@@ -45,14 +45,13 @@ class Recalibration:
 
     def __str__(self) -> str:
         """How many layers, on how many images, and which moved furthest."""
-        furthest = max(
-            self.layers, key=lambda layer: layer.mean_shift_in_new_deviations
-        )  # layers are never empty
+        furthest = max(self.layers, key=lambda layer: layer.mean_shift_in_new_deviations)
+        shift = furthest.mean_shift_in_new_deviations
         measured = f", measured on {self.num_images:,} images" if self.num_images else ""
         left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
         return (
             f"{len(self.layers)} BatchNorm layers recalibrated ({self.method}){measured}{left_alone}\n"
-            f"furthest off was {furthest.name}: running_mean by {furthest.mean_shift_in_new_deviations:.2g} deviations,"
+            f"furthest off was {furthest.name}: running_mean by {shift:.2g} deviations,"
             f" running_var {furthest.var_ratio:.2g} times the new one"
         )
 
