@@ -1,8 +1,8 @@
 """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}, torchvision's ImageFolder layout.
 
-Classes are the folders' names in sorted order; files in folders below a class belong to it, in sorted
-order. Names that begin with a dot are skipped (.DS_Store, .ipynb_checkpoints). Images are decoded once
-into the cache: see `bncli.data.imagecache`.
+`bncli.data.image_splits` finds the two splits. Classes are the folders' names in sorted order; files in
+folders below a class belong to it, in sorted order. Names that begin with a dot are skipped (.DS_Store,
+.ipynb_checkpoints). Images are decoded once into the cache: see `bncli.data.imagecache`.
 """
 
 import os
@@ -13,10 +13,10 @@ import torch
 
 from bncli.config import ImageFolderConfig
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.image_splits import EXTENSIONS, TRAIN, class_names, find_splits, layout
 from bncli.data.imagecache import ImageFile, cached_images, default_cache
+from bncli.data.user_path import user_path
 from bncli.errors import DataError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,8 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         DataError: a folder is missing or empty, the splits have different classes, an image is broken,
             or the cache cannot be written.
     """
-    root = Path(config.root).expanduser()
-    train, test = _list_split(root, "train"), _list_split(root, "test")
-    _check_same_classes(root, train, test)
-    folder = Path(config.cache).expanduser() if config.cache is not None else default_cache()
+    root, train, test = _list_splits(config)
+    folder = default_cache() if config.cache is None else user_path(config.cache, "data.cache")
     images = cached_images(root, [*train.files, *test.files], config.image_size, folder, progress)
     num_train = len(train.files)
     return Dataset(
@@ -64,31 +62,32 @@ def list_images(folder: Path) -> list[str]:
     return [file.path for _, file in found]
 
 
+def _list_splits(config: ImageFolderConfig) -> tuple[Path, _Listing, _Listing]:
+    """Return the folder above the splits, and both."""
+    root, test_name = find_splits(user_path(config.root, "data.root"))
+    train, test = _list_split(root, TRAIN), _list_split(root, test_name)
+    _check_same_classes(root, train, test, test_name)
+    return root, train, test
+
+
 def _list_split(root: Path, split: str) -> _Listing:
-    layout = f"expected {root}/{{train,test}}/CLASS/*.png (or .jpg, .jpeg, .webp)"
     folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {layout}; set data.root to the folder above train")
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if _is_visible_folder(entry))
+        names = class_names(folder)
         if not names:
-            raise DataError(f"{folder}: no class folders in it; {layout}")
+            raise DataError(f"{folder}: no class folders in it; {layout(root)}")
         files: list[ImageFile] = []
         labels: list[int] = []
         for label, name in enumerate(names):
             found = [file for _, file in sorted(_walk(folder / name, f"{split}/{name}", ()))]
             if not found:
-                fix = "put some there, or remove the folder from both train and test"
+                fix = "put some there, or remove the folder from both splits"
                 raise DataError(f"{folder / name}: no images ({', '.join(EXTENSIONS)}) in it; {fix}")
             files += found
             labels += [label] * len(found)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return _Listing(tuple(names), files, labels)
-
-
-def _is_visible_folder(entry: "os.DirEntry[str]") -> bool:
-    return not entry.name.startswith(".") and entry.is_dir()
+    return _Listing(names, files, labels)
 
 
 def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> list[tuple[str, ImageFile]]:
@@ -112,12 +111,12 @@ def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> li
     return found
 
 
-def _check_same_classes(root: Path, train: _Listing, test: _Listing) -> None:
+def _check_same_classes(root: Path, train: _Listing, test: _Listing, test_name: str) -> None:
     problems = [
         f"{root / split} has no folder {', '.join(missing)}"
         for split, missing in (
-            ("train", sorted(set(test.classes) - set(train.classes))),
-            ("test", sorted(set(train.classes) - set(test.classes))),
+            (TRAIN, sorted(set(test.classes) - set(train.classes))),
+            (test_name, sorted(set(train.classes) - set(test.classes))),
         )
         if missing
     ]

@@ -1,6 +1,7 @@
 """`bncli train`: from a YAML file to checkpoints."""
 
 import shlex
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def train_config(
     from bncli.config import Cifar10Config
     from bncli.config_file import load_config
     from bncli.data import cifar10_files
+    from bncli.data.user_path import user_path
 
     if resume is not None:
         from bncli.training.run_dir import find_config
@@ -46,7 +48,8 @@ def train_config(
     loaded = load_config(config, overrides)
     if isinstance(loaded.data, Cifar10Config):
         # before torch is imported, which takes longer than reading
-        cifar10_files.read_ahead(Path(loaded.data.root).expanduser())
+        for folder in islice(cifar10_files.batch_folders(user_path(loaded.data.root, "data.root")), 1):
+            cifar10_files.read_ahead(folder)
 
     from bncli.cli.progress import DataReporter, TrainReporter
     from bncli.cli.tables.table import print_json
