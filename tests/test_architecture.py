@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"forward", "models"},
-    {"batchnorm"},
+    {"batchnorm", "recorded_config"},
     {"config_file", "runtime", "torchvision_compat"},
     {"config", "serialization"},
     {"errors", "atomic_file", "hardware"},

@@ -1,9 +1,9 @@
 """CIFAR-10 (Krizhevsky 2009): found, unpacked or downloaded; `cifar10_files` reads it, by its MD5s.
 
 The batches are looked for in `root` and just above and below it first. Otherwise they come from a local
-archive, or from a download of the archive into `root`. The archive's MD5 is checked before it is opened, it is
-unpacked into a temporary folder, and only whole files move to their final place, so an interrupted run leaves
-nothing that the next one could trust by mistake.
+archive, or from a download of the archive into `root`. The archive's MD5 is checked before it is opened, it
+is unpacked into a temporary folder, and only whole files move to their final place, so an interrupted run
+leaves nothing that the next one could trust by mistake.
 """
 
 import hashlib

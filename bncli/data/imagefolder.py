@@ -13,8 +13,17 @@ import torch
 
 from bncli.config import ImageFolderConfig
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.fingerprint import content_of, digest_dataset, digest_splits
 from bncli.data.image_splits import EXTENSIONS, TRAIN, class_names, find_splits, layout
-from bncli.data.imagecache import ImageFile, cached_images, default_cache
+from bncli.data.imagecache import (
+    ImageFile,
+    cached_images,
+    decoded_images,
+    default_cache,
+    known_digest,
+    known_images,
+    note_digest,
+)
 from bncli.data.user_path import user_path
 from bncli.errors import DataError
 
@@ -38,6 +47,39 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
     root, train, test = _list_splits(config)
     folder = default_cache() if config.cache is None else user_path(config.cache, "data.cache")
     images = cached_images(root, [*train.files, *test.files], config.image_size, folder, progress)
+    return _dataset_of(images, train, test)
+
+
+def check_digest(
+    config: ImageFolderConfig, digest: str, classes: tuple[str, ...], progress: Progress | None = None
+) -> None:
+    """Check that the images and labels in `config.root` are those with this digest; only to read is safe.
+
+    Nothing is written but a note in the user's own cache. No image is opened where the classes are others.
+
+    Raises:
+        DataError: they are others, or there are none.
+    """
+    root, test_name = find_splits(user_path(config.root, "data.root"))
+    try:
+        found = [class_names(root / split) for split in (TRAIN, test_name)]
+    except OSError as error:
+        raise DataError(f"cannot be listed: {error}") from error
+    if found != [classes, classes]:
+        raise DataError("its classes are others")
+    root, train, test = _list_splits(config)
+    key = (root, [*train.files, *test.files], config.image_size, default_cache())
+    known = known_digest(*key)
+    if known is None:
+        images = known_images(*key)
+        if images is not None:
+            known = digest_dataset(_dataset_of(images, train, test))
+            note_digest(*key, known)
+    if (known or _digest_files(root, train, test, config.image_size, progress)) != digest:
+        raise DataError("its images or labels are others than the network was trained on (by their SHA-256)")
+
+
+def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Dataset:
     num_train = len(train.files)
     return Dataset(
         "imagefolder",
@@ -45,6 +87,21 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         Split(images[num_train:], torch.tensor(test.labels, dtype=torch.int64)),
         train.classes,
     )
+
+
+def _digest_files(
+    root: Path, train: _Listing, test: _Listing, image_size: int, progress: Progress | None
+) -> str:
+    """What `digest_dataset` would say, image by image: nothing is kept of them."""
+    splits = (
+        content_of(
+            (len(split.files), 3, image_size, image_size),
+            decoded_images(root, split.files, image_size, progress),
+            split.labels,
+        )
+        for split in (train, test)
+    )
+    return digest_splits(train.classes, splits)
 
 
 def list_images(folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ from bncli.cli.options import (
     check_writable,
     parse_sizes,
 )
-from bncli.cli.subject import check_dataset, open_subject
+from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,16 +109,14 @@ def _examine(
     num_calibration_images: int | None,
     views: "Views | None",
 ) -> "EvalReport":
-    from bncli.cli.progress import DataReporter
     from bncli.cli.tables.evaluation import EvalReport
-    from bncli.data import load_dataset, sequential_batches
+    from bncli.data import sequential_batches
     from bncli.determinism import certify
     from bncli.evaluation import evaluate
     from bncli.hardware import describe_machine
 
     model, runtime, rows = subject.model, subject.runtime, subject.fixed_rows or 1
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     test, batch_size = dataset.test, subject.config.runtime.eval_batch_size
     batch_size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
     with runtime.autocast():

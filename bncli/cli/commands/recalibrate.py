@@ -1,5 +1,6 @@
 """`bncli recalibrate`: population statistics instead of running statistics, in a new checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, check_writable
-from bncli.cli.subject import check_dataset, open_subject
+from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import BncliError, ConfigError
 
 if TYPE_CHECKING:
@@ -54,15 +55,12 @@ def recalibrate_checkpoint(
 
     With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
     """
-    from bncli.cli.progress import DataReporter
     from bncli.cli.tables.recalibration import RecalibrateReport, show_recalibrate, show_verification
     from bncli.cli.tables.table import print_json
-    from bncli.data import load_dataset
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     subject = open_subject(checkpoint, overrides, batch_invariant=False)
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     if output is None:
         found = _verify(checkpoint, subject, dataset, num_images, batch_size, layers, max_error)
         print_json(found.to_dict()) if as_json else show_verification(found)
@@ -73,7 +71,7 @@ def recalibrate_checkpoint(
     )  # fmt: skip
     verification = None
     if verify:
-        verification = _verify(output, _reopen(output, overrides), dataset, None, None, None, max_error)
+        verification = _verify(output, _reopen(output, subject), dataset, None, None, None, max_error)
     report = RecalibrateReport(
         str(checkpoint), str(output), dataset.name, made, subject.runtime.describe(), verification
     )
@@ -154,10 +152,14 @@ def _verify(
     """Check one checkpoint on the images it was recalibrated on, unless told otherwise."""
     from bncli.cli.phase_progress import PhaseReporter
     from bncli.cli.tables.recalibration import Verification
+    from bncli.recorded_config import MAX_EVAL_BATCH
     from bncli.training import verify_checkpoint
 
     record = subject.checkpoint.recalibration or {}
-    size = batch_size or _count(record, "batch_size") or subject.config.runtime.eval_batch_size
+    recorded_size = _count(record, "batch_size")
+    if recorded_size is not None and recorded_size > MAX_EVAL_BATCH:
+        recorded_size = None  # no file may use up the memory
+    size = batch_size or recorded_size or subject.config.runtime.eval_batch_size
     count = num_images or _count(record, "num_images") or len(dataset.train)
     count = min(count, len(dataset.train))
     recorded = record.get("layers")
@@ -175,9 +177,13 @@ def _verify(
     return Verification(str(path), dataset.name, count, size, max_error, found)
 
 
-def _reopen(path: Path, overrides: list[str] | None) -> "Subject":
+def _reopen(path: Path, subject: "Subject") -> "Subject":
     """The new checkpoint as any other command will see it."""
-    return open_subject(path, overrides, batch_invariant=False)
+    from bncli.checkpoints import load_checkpoint, load_model
+
+    checkpoint = load_checkpoint(path)
+    network = subject.runtime.place_model(load_model(checkpoint))
+    return replace(subject, path=path, checkpoint=checkpoint, model=network)
 
 
 def _count(record: dict[str, object], key: str) -> int | None:
