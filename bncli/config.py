@@ -28,13 +28,13 @@ class Cifar10Config(Section):
     """CIFAR-10."""
 
     name: Literal["cifar10"] = "cifar10"
-    root: str = "data"
+    root: str = "data"  # the folder of cifar-10-batches-py; that one itself, one above or below is found too
     url: str | None = None  # a mirror of cifar-10-python.tar.gz; the same MD5 is required
     archive: str | None = None  # a local cifar-10-python.tar.gz; the same MD5 is required
 
 
 class ImageFolderConfig(Section):
-    """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}."""
+    """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}. The test split may be called val."""
 
     name: Literal["imagefolder"] = "imagefolder"
     root: str = "data"

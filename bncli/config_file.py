@@ -43,6 +43,11 @@ def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None,
         raise ConfigError(source, [_describe(problem) for problem in error.errors()]) from None
 
 
+def keys_of(overrides: list[str]) -> frozenset[str]:
+    """The dotted keys that `section.key=value` overrides give."""
+    return frozenset(override.partition("=")[0].strip() for override in overrides)
+
+
 def dump_config(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
     values = config.model_dump(mode="json")
@@ -173,7 +178,7 @@ def _start_data_section_afresh(values: dict[str, Any], overrides: list[str]) -> 
     Otherwise `--set data.name=synthetic` would trip over the `url` of cifar10, which the user never
     wrote: a checkpoint stores every key.
     """
-    keys = [override.partition("=")[0].strip() for override in overrides]
+    keys = keys_of(overrides)
     data = values.get("data")
     if "data.name" not in keys or not isinstance(data, dict):
         return values

@@ -77,7 +77,7 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _resolve_device(config.device)
+    device = resolve_device(config.device)
     fast_bfloat16 = has_fast_bfloat16(device)
     wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
     return Runtime(
@@ -91,7 +91,12 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
     )
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device of a configured name.
+
+    Raises:
+        DeviceError: when it does not exist here.
+    """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator if accelerator and accelerator.type in {"cuda", "mps"} else torch.device("cpu")

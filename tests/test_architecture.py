@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
-    {"batchnorm"},
+    {"batchnorm", "recorded_config"},
     {"config_file", "runtime", "torchvision_compat"},
     {"config", "serialization", "batches", "forward"},
     {"errors", "atomic_file", "hardware"},

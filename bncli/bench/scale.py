@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from bncli.bench.child_process import BNCLI, run_child
 from bncli.config import Cifar10Config, Config
 from bncli.config_file import dump_config
-from bncli.data import BatchPlan, Split, training_batches
+from bncli.data import BatchPlan, Split, cifar10_files, training_batches
 from bncli.data import Progress as DataProgress
+from bncli.data.user_path import user_path
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
 from bncli.runtime import synchronize
@@ -31,7 +33,7 @@ from bncli.training.loop import take_step
 from bncli.training.run import Run
 
 _READ = "import pickle, pathlib, sys; files = [pickle.loads(p.read_bytes(), encoding='latin1') for p in"
-_READ += " pathlib.Path(sys.argv[1]).expanduser().glob('cifar-10-batches-py/*_batch*')]"
+_READ += " pathlib.Path(sys.argv[1]).glob('*_batch*')]"
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,10 @@ def _start_of_train(path: Path, run_dir: Path) -> float:
 
 def _plain_start(config: Config) -> float:
     data = config.data
-    read, arguments = (_READ, [data.root]) if isinstance(data, Cifar10Config) else ("", [])
+    read, arguments = "", []
+    if isinstance(data, Cifar10Config):
+        folders = cifar10_files.batch_folders(user_path(data.root, "data.root"))
+        read, arguments = _READ, [str(folder) for folder in islice(folders, 1)]
     code = f"import torch, warnings; warnings.simplefilter('ignore'); {read}\nprint('read', flush=True)"
     command = [sys.executable, "-c", code, *arguments]
     start = time.perf_counter()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bncli.cli.messages import print_note
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from bncli.checkpoints import Checkpoint
     from bncli.config import Config
     from bncli.data import Dataset
+    from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime
 
 
@@ -19,11 +21,17 @@ if TYPE_CHECKING:
 class Subject:
     """A checkpoint, and its network as the configuration and the overrides want it computed."""
 
+    path: Path
     checkpoint: "Checkpoint"
-    config: "Config"
+    followed: "FollowedConfig"
     runtime: "Runtime"
     model: "Module"
     fixed_rows: int | None  # of --batch-invariant; None without it
+
+    @property
+    def config(self) -> "Config":
+        """What is followed of the checkpoint's configuration, and the overrides."""
+        return self.followed.config
 
 
 def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bool) -> Subject:
@@ -33,19 +41,46 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
     """
     from bncli.checkpoints import load_checkpoint, load_model
     from bncli.cli.messages import note_emulation
-    from bncli.config_file import config_from_dict
     from bncli.determinism import FixedShape
+    from bncli.recorded_config import follow_config
     from bncli.runtime import resolve_runtime
 
     checkpoint = load_checkpoint(path)
-    config = config_from_dict(checkpoint.config.model_dump(mode="json"), overrides, source=str(path))
-    runtime = resolve_runtime(config.runtime)
+    followed = follow_config(checkpoint.config, overrides, source=str(path))
+    for note in followed.notes:
+        print_note(note)
+    runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
     network = runtime.place_model(load_model(checkpoint))
     if not batch_invariant:
-        return Subject(checkpoint, config, runtime, network, None)
+        return Subject(path, checkpoint, followed, runtime, network, None)
     fixed = FixedShape(network)
-    return Subject(checkpoint, config, runtime, fixed, fixed.rows)
+    return Subject(path, checkpoint, followed, runtime, fixed, fixed.rows)
+
+
+def load_subject_data(subject: Subject) -> "Dataset":
+    """The data set that the network was trained on, or that the overrides name; checked to fit the network.
+
+    Raises DataError.
+    """
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.recorded_places import followed_data
+    from bncli.data import load_dataset
+
+    checkpoint = subject.checkpoint
+    data, unfollowed = followed_data(
+        subject.followed, lambda: (checkpoint.data_digest, checkpoint.class_names), DataReporter()
+    )
+    try:
+        dataset = load_dataset(data, progress=DataReporter(), may_download=False)
+    except DataError as error:
+        if unfollowed:
+            raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None
+        raise
+    if unfollowed.matters:
+        print_note(unfollowed.of(subject.path))
+    _check_dataset(checkpoint, dataset)
+    return dataset
 
 
 def open_config(path: Path, overrides: list[str] | None) -> "Config":
@@ -62,7 +97,7 @@ def open_config(path: Path, overrides: list[str] | None) -> "Config":
     return config
 
 
-def check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
+def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
     """Raise DataError unless classes and image size are those that the network was trained on."""
     height, width = dataset.test.images.shape[2:]
     if height != checkpoint.image_size or width != checkpoint.image_size:

@@ -1,9 +1,9 @@
 """CIFAR-10 (Krizhevsky 2009): found, unpacked or downloaded; `cifar10_files` reads it, by its MD5s.
 
-The batches are looked for in `root` first. Otherwise they come from a local archive, or from a download
-of the archive into `root`. The archive's MD5 is checked before it is opened, it is unpacked into a
-temporary folder, and only whole files move to their final place, so an interrupted run leaves nothing
-that the next one could trust by mistake.
+The batches are looked for in `root` and just above and below it first. Otherwise they come from a local
+archive, or from a download of the archive into `root`. The archive's MD5 is checked before it is opened, it
+is unpacked into a temporary folder, and only whole files move to their final place, so an interrupted run
+leaves nothing that the next one could trust by mistake.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from bncli.config import Cifar10Config
 from bncli.data import cifar10_files as files
 from bncli.data.dataset import Dataset, Progress, Split
 from bncli.data.memory import require_memory
+from bncli.data.user_path import user_path
 from bncli.errors import DataError
 
 _CHUNK = 1 << 20  # bytes
@@ -31,31 +32,42 @@ _TIMEOUT = 30.0  # seconds without a single byte
 _BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, OSError)
 
 
-def load_cifar10(config: Cifar10Config, progress: Progress | None = None) -> Dataset:
+def load_cifar10(
+    config: Cifar10Config, progress: Progress | None = None, *, may_download: bool = True
+) -> Dataset:
     """Load CIFAR-10: 50,000 training and 10,000 test images, (3, 32, 32) uint8, ten classes.
 
+    Without `may_download` nothing is fetched but from a `url` that the configuration names.
+
     Raises:
-        DataError: the data is neither in `root` nor to be had from `archive` or `url`, or it is damaged.
+        DataError: the data is neither at `root` nor to be had from `archive` or `url`, or it is damaged.
     """
-    root = Path(config.root).expanduser()
-    if not files.is_read_ahead(root):
+    root = user_path(config.root, "data.root")
+    if root.is_file():
+        fix = "name the folder of cifar-10-batches-py, or set data.archive to a local cifar-10-python.tar.gz"
+        raise DataError(f"data.root: {root} is a file; {fix}")
+    folders = list(files.batch_folders(root))
+    if not any(map(files.is_read_ahead, folders)):
         # both splits, a file and what is unpickled of it
         require_memory(3 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
-    dataset = _read(root)
+    for folder in folders:
+        dataset = _read(folder)
+        if dataset is not None:
+            return dataset
+    home = files.download_root(root)
+    _provide(home, root, config, progress, may_download=may_download)
+    dataset = _read(home / files.FOLDER)
     if dataset is None:
-        _provide(root, config, progress)
-        dataset = _read(root)
-    if dataset is None:
-        raise DataError(f"{root}: the archive did not contain CIFAR-10's batches with their MD5 values")
+        raise DataError(f"{home}: the archive did not contain CIFAR-10's batches with their MD5 values")
     return dataset
 
 
-def _read(root: Path) -> Dataset | None:
+def _read(folder: Path) -> Dataset | None:
     """Read both splits; None where a file is missing or has another MD5."""
     try:
-        arrays = files.read_arrays(root)
+        arrays = files.read_arrays(folder)
     except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise DataError(f"{root / files.FOLDER}: cannot be read: {_reason(error)}") from error
+        raise DataError(f"{folder}: cannot be read: {_reason(error)}") from error
     if arrays is None:
         return None
     train = Split(torch.from_numpy(arrays.train_images), torch.from_numpy(arrays.train_labels))
@@ -63,25 +75,56 @@ def _read(root: Path) -> Dataset | None:
     return Dataset("cifar10", train, test, arrays.class_names)
 
 
-def _provide(root: Path, config: Cifar10Config, progress: Progress | None) -> None:
-    """Put the batches into `root`, from an archive or a download."""
-    archive = root / files.ARCHIVE
+def _provide(
+    home: Path, root: Path, config: Cifar10Config, progress: Progress | None, *, may_download: bool
+) -> None:
+    """Put the batches into `home`, from an archive or a download."""
+    archive: Path | None
     if config.archive is not None:
-        archive = Path(config.archive).expanduser()
-        _check_md5(archive, files.ARCHIVE_MD5)
+        archive = _named_archive(config.archive)
+    else:
+        archive = next(filter(_is_archive, files.archives(root)), None)
+    if archive is None and config.url is None and not may_download:
+        raise DataError(_not_there(root))
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
         # made before a long download, so that a folder that cannot be written is noticed at once
-        with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
-            if not archive.is_file() or _md5(archive) != files.ARCHIVE_MD5:
+        with tempfile.TemporaryDirectory(dir=home, prefix=".cifar10-") as folder:
+            if archive is None:
+                archive = home / files.ARCHIVE
                 _download(config.url or files.URL, archive, files.ARCHIVE_MD5, Path(folder), progress)
-            _unpack(archive, Path(folder), root)
+            _unpack(archive, Path(folder), home)
     except OSError as error:
-        found = f"data.root: cannot write CIFAR-10 to {root}: {_reason(error)}"
+        found = f"data.root: cannot write CIFAR-10 to {home}: {_reason(error)}"
         raise DataError(f"{found}; choose another folder") from error
 
 
-def _check_md5(archive: Path, expected: str) -> None:
+def _not_there(root: Path) -> str:
+    """What is wrong at `root`, and what to type."""
+    folder = root if root.name == files.FOLDER else root / files.FOLDER
+    missing = files.missing_files(folder)
+    if not folder.is_dir():
+        found = f"there is no {folder}, nor one above or below"
+    elif missing:
+        found = f"{folder} lacks {', '.join(missing)}"
+    else:
+        found = f"{folder} is damaged (its files have other MD5s than the published ones)"
+    return (
+        f"{found}; give --set data.root=FOLDER that holds {files.FOLDER}, or --set data.archive=FILE for a"
+        f" local {files.ARCHIVE}, or --set data.url={files.URL} to download it"
+    )
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return _md5(path) == files.ARCHIVE_MD5
+    except OSError:
+        return False
+
+
+def _named_archive(text: str) -> Path:
+    """The archive that the configuration names, with the right MD5."""
+    archive, expected = user_path(text, "data.archive"), files.ARCHIVE_MD5
     try:
         if archive.exists() and not archive.is_file():
             raise OSError("not a file")  # a pipe could be waited for without end
@@ -91,6 +134,7 @@ def _check_md5(archive: Path, expected: str) -> None:
     if found != expected:
         wanted = f"expected {expected} (cifar-10-python.tar.gz)"
         raise DataError(f"data.archive: {archive} has MD5 {found}, {wanted}; download it again")
+    return archive
 
 
 def _md5(path: Path) -> str:

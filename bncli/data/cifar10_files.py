@@ -1,5 +1,8 @@
-"""CIFAR-10's batch files as published: their names, their MD5s, and how to read them. Without torch, so that
-a thread can read them while the rest of the program is still importing it: `read_ahead`.
+"""CIFAR-10's batch files as published: their names, their MD5s, where they lie, and how to read them. Without
+torch, so that a thread can read them while the rest of the program is still importing it: `read_ahead`.
+
+They lie in `data.root`/cifar-10-batches-py. Whoever names that folder itself, or one above or below, means
+the same files, which their MD5s tell for certain.
 
 The MD5 is that of the very bytes that are unpickled, and nothing is unpickled before it is known to be right.
 torchvision's `CIFAR10` reads the same files, but importing it loads its model zoo too.
@@ -11,8 +14,9 @@ import contextlib
 import hashlib
 import io
 import mmap
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,7 @@ TRAIN = {
 }
 TEST = {"test_batch": "40351d587109b95175f43aff81a1287e"}
 META = {"batches.meta": "5ff9c542aee3614f3951f8cda6e48888"}
+_MAX_FILE_BYTES = 1 << 26  # twice a batch
 
 
 _ahead: dict[Path, Future["Cifar10Arrays | None"]] = {}
@@ -51,42 +56,101 @@ class Cifar10Arrays:
     class_names: tuple[str, ...]
 
 
-def read_ahead(root: Path) -> None:
-    """Begin to read the batches in `root` in a thread, for the next `read_arrays` of the same folder.
+def batch_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders at `root`, just above or below, that hold a file of every name; none is opened."""
+    return (folder for folder in _places(root) if not missing_files(folder))
+
+
+def archives(root: Path) -> Iterator[Path]:
+    """Yield the files of the archive's name at `root`, just above or just below."""
+    candidates = (folder / ARCHIVE for folder in (root, _above(root), *_folders_in(root)))
+    return (archive for archive in candidates if _is_file(archive))
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of the files that are not in a folder of batches."""
+    return [name for name in (*TRAIN, *TEST, *META) if not _is_file(folder / name)]
+
+
+def download_root(root: Path) -> Path:
+    """Return where the folder of batches is to be made: beside itself where `root` has its very name."""
+    return root.parent if root.name == FOLDER else root
+
+
+def _places(root: Path) -> Iterator[Path]:
+    """In the order in which they are tried: as documented, the folder itself, above, below."""
+    yield from (root / FOLDER, root, _above(root) / FOLDER)
+    for folder in _folders_in(root):
+        yield from (folder / FOLDER, folder)
+
+
+def _above(root: Path) -> Path:
+    return root.parent if root.name else root / ".."
+
+
+def _folders_in(root: Path) -> list[Path]:
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        names = [entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()]
+        return [root / name for name in sorted(names) if name != FOLDER]
+    return []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long, or a folder that may not be entered
+        return False
+
+
+def read_ahead(folder: Path) -> None:
+    """Begin to read a folder of batches in a thread, for the next `read_arrays` of the same folder.
 
     Without memory enough for that, they are read again, then.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    _ahead[root] = pool.submit(_read, root)
+    _ahead[folder] = pool.submit(_read, folder)
     pool.shutdown(wait=False)
 
 
-def read_arrays(root: Path) -> Cifar10Arrays | None:
-    """Both splits from the batches in `root`; None where a file is missing or has another MD5.
+def is_whole(folder: Path) -> bool:
+    """Whether all files have their MD5s; what was read for this stays for the next `read_arrays`."""
+    if folder not in _ahead:
+        read_ahead(folder)
+    try:
+        return _ahead[folder].result() is not None
+    except (OSError, KeyError, ValueError, pickle.UnpicklingError, MemoryError):
+        return False
+
+
+def read_arrays(folder: Path) -> Cifar10Arrays | None:
+    """Both splits from a folder of batches; None where a file is missing or has another MD5.
 
     Raises:
         OSError, KeyError, ValueError, pickle.UnpicklingError: when a file cannot be read.
     """
-    begun = _ahead.pop(root, None)
+    begun = _ahead.pop(folder, None)
     if begun is not None:
         with contextlib.suppress(MemoryError):
-            return begun.result()
-    return _read(root)
+            found = begun.result()
+            if found is not None:  # else they may have been put there since
+                return found
+    return _read(folder)
 
 
-def is_read_ahead(root: Path) -> bool:
+def is_read_ahead(folder: Path) -> bool:
     """Whether `read_arrays` has little left to do, and the memory is taken already."""
-    return root in _ahead
+    return folder in _ahead
 
 
-def _read(root: Path) -> Cifar10Arrays | None:
-    folder = root / FOLDER
-    files = [folder / name for name in (*TRAIN, *TEST, *META)]
-    if not all(file.is_file() for file in files):
+def _read(folder: Path) -> Cifar10Arrays | None:
+    if missing_files(folder):
+        return None
+    sizes = [(folder / name).stat().st_size for name in (*TRAIN, *TEST, *META)]
+    if max(sizes) > _MAX_FILE_BYTES:  # of the name, but no batch
         return None
     # One piece for all files, which goes back to the system: new pages would take as long as the reading,
     # and what a thread frees elsewhere stays with it (training peaked 100 MiB higher).
-    memory = mmap.mmap(-1, max(1, *(file.stat().st_size for file in files)))
+    memory = mmap.mmap(-1, max(1, *sizes))
     ((name, md5),) = META.items()
     size = _read_into(memory, folder / name, md5)
     if size is None:

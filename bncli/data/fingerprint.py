@@ -1,18 +1,47 @@
 """Which data set it is, in 64 letters: a run may only be resumed on the images and labels it began with."""
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
-from bncli.data.dataset import Dataset
+import numpy as np
+
+from bncli.data.dataset import Dataset, Split
 
 _CHUNK = 128  # images; small, so that a memory-mapped set is never in memory as a whole
 
 
+@dataclass(frozen=True)
+class SplitContent:
+    """A split as the digest sees it: its images need not be in memory at once."""
+
+    shape: tuple[int, ...]  # (N, 3, H, W)
+    pixels: Iterable[Any]  # buffers of bytes, which together are the uint8 images
+    labels: Any  # (N,) int64, as a buffer
+
+
 def digest_dataset(dataset: Dataset) -> str:
     """SHA-256 (hexadecimal) over classes, images, labels and their order, of both splits."""
-    digest = hashlib.sha256(repr(dataset.class_names).encode(errors="surrogatepass"))
-    for split in (dataset.train, dataset.test):
-        digest.update(f"{tuple(split.images.shape)}\n".encode())
-        for images in split.images.split(_CHUNK):
-            digest.update(images.cpu().contiguous().numpy().data)
-        digest.update(split.labels.cpu().contiguous().numpy().data)
+    return digest_splits(dataset.class_names, map(_content, (dataset.train, dataset.test)))
+
+
+def digest_splits(class_names: tuple[str, ...], splits: Iterable[SplitContent]) -> str:
+    """Return the same of a data set whose images come one after the other."""
+    digest = hashlib.sha256(repr(class_names).encode(errors="surrogatepass"))
+    for split in splits:
+        digest.update(f"{split.shape}\n".encode())
+        for pixels in split.pixels:
+            digest.update(pixels)
+        digest.update(split.labels)
     return digest.hexdigest()
+
+
+def content_of(shape: tuple[int, ...], pixels: Iterable[bytes], labels: list[int]) -> SplitContent:
+    """Return a split whose images are decoded while they are asked for."""
+    return SplitContent(shape, pixels, np.array(labels, np.int64).data)
+
+
+def _content(split: Split) -> SplitContent:
+    chunks = (images.cpu().contiguous().numpy().data for images in split.images.split(_CHUNK))
+    return SplitContent(tuple(split.images.shape), chunks, split.labels.cpu().contiguous().numpy().data)

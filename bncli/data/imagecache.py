@@ -2,8 +2,9 @@
 
 Two levels, so that starting is quick and an edit is never missed:
 
-1. ROOT-SIZE.json, one per image folder, remembers the manifest (every file's path, size and times) and
-   the content key it had. While the manifest is the same, no file is opened.
+1. ROOT-SIZE.json, one per image folder, remembers the manifest (every file's path, size and times), the
+   content key it had and, where it was asked for, the data set's digest. While the manifest is the same, no
+   file is opened.
 2. Otherwise all files are read and hashed. CONTENT.npy holds the pixels for that content key, so files
    that were only touched, copied or moved as a whole are not decoded again.
 
@@ -81,12 +82,11 @@ def cached_images(
         what=f"data: mapping {len(files):,} images of {image_size}x{image_size} pixels",
         fix="raise the limit, or set data.image_size lower",
     )
-    manifest = _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
-    pointer = folder / f"{_digest([str(root.resolve())])[:32]}-{image_size}.json"
-    content = _remembered(pointer, manifest)
-    images = None if content is None else _map(folder / f"{content}.npy", shape)
-    if images is not None:
-        _touch(pointer, folder / f"{content}.npy")
+    manifest, pointer = _manifest(files), _pointer(root, image_size, folder)
+    known = _remembered(pointer, manifest)
+    images = None if known is None else _map(folder / f"{known['content']}.npy", shape)
+    if known is not None and images is not None:
+        _touch(pointer, folder / f"{known['content']}.npy")
         return images
     hashes = _hash_files(root, files, progress)
     named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
@@ -109,13 +109,58 @@ def cached_images(
     return images
 
 
+def known_images(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> Tensor | None:
+    """Return what `cached_images` would, where no file needs to be opened for it; None elsewhere."""
+    known = _remembered(_pointer(root, image_size, folder), _manifest(files))
+    if known is None:
+        return None
+    return _map(folder / f"{known['content']}.npy", (len(files), 3, image_size, image_size))
+
+
+def known_digest(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> str | None:
+    """Return the digest that `note_digest` noted of the same files."""
+    known = _remembered(_pointer(root, image_size, folder), _manifest(files))
+    return None if known is None else known.get("dataset")
+
+
+def note_digest(root: Path, files: list[ImageFile], image_size: int, folder: Path, digest: str) -> None:
+    """Note the data set's digest beside what is cached of it, which spares reading all of it the next time.
+
+    A cache that may only be read stays as it is.
+    """
+    pointer = _pointer(root, image_size, folder)
+    known = _remembered(pointer, _manifest(files))
+    if known is not None:
+        with suppress(OSError), atomic_file(pointer) as file:
+            file.write(json.dumps({**known, "dataset": digest}).encode())
+
+
+def decoded_images(
+    root: Path, files: list[ImageFile], image_size: int, progress: Progress | None = None
+) -> Iterator[bytes]:
+    """Yield each image's pixels, (3, image_size, image_size) uint8, in order; the cache plays no part.
+
+    Raises:
+        DataError: a file cannot be read or decoded.
+    """
+    return _decode_files(root, files, None, image_size, progress)
+
+
+def _manifest(files: list[ImageFile]) -> str:
+    return _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
+
+
+def _pointer(root: Path, image_size: int, folder: Path) -> Path:
+    return folder / f"{_digest([str(root.resolve())])[:32]}-{image_size}.json"
+
+
 def _digest(parts: Iterable[str]) -> str:
     # names need not be valid UTF-8; one encoding of the whole is far quicker than 60,000
     return hashlib.sha256(os.fsencode("".join(parts))).hexdigest()
 
 
-def _remembered(pointer: Path, manifest: str) -> str | None:
-    """Return the content key of the last run, if the manifest is the same; a damaged file means none."""
+def _remembered(pointer: Path, manifest: str) -> dict[str, str] | None:
+    """Return what the last run noted, if the manifest is the same; a damaged file means nothing."""
     try:
         if not pointer.is_file():  # nobody may be writing into a pipe
             return None
@@ -123,8 +168,9 @@ def _remembered(pointer: Path, manifest: str) -> str | None:
             found = json.loads(file.read(_MAX_POINTER_BYTES))
         if found["manifest"] != manifest or not _KEY.fullmatch(found["content"]):
             return None
-        return str(found["content"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        keys = [key for key in ("manifest", "content", "dataset") if isinstance(found.get(key), str)]
+        return {key: found[key] for key in keys}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -183,16 +229,16 @@ def _hash_files(root: Path, files: list[ImageFile], progress: Progress | None) -
 def _decode_files(
     root: Path,
     files: list[ImageFile],
-    hashes: list[str],
+    hashes: list[str] | None,
     image_size: int,
     progress: Progress | None,
 ) -> Iterator[bytes]:
-    """Yield each image's pixels, (3, image_size, image_size), in order."""
+    """Yield each image's pixels, (3, image_size, image_size), in order; None: of whatever is there now."""
 
     def decode_file(index: int) -> bytes:
         path = root / files[index].path
         content = _read(path)
-        if hashlib.sha256(content).hexdigest() != hashes[index]:
+        if hashes is not None and hashlib.sha256(content).hexdigest() != hashes[index]:
             raise DataError(f"{path}: changed while it was being read; start again")
         with decode.explained(before=f"{path}: ", after="; repair or remove it"):
             return decode.decode(content, image_size).tobytes()

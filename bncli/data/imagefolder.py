@@ -1,8 +1,8 @@
 """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}, torchvision's ImageFolder layout.
 
-Classes are the folders' names in sorted order; files in folders below a class belong to it, in sorted
-order. Names that begin with a dot are skipped (.DS_Store, .ipynb_checkpoints). Images are decoded once
-into the cache: see `bncli.data.imagecache`.
+`bncli.data.image_splits` finds the two splits. Classes are the folders' names in sorted order; files in
+folders below a class belong to it, in sorted order. Names that begin with a dot are skipped (.DS_Store,
+.ipynb_checkpoints). Images are decoded once into the cache: see `bncli.data.imagecache`.
 """
 
 import os
@@ -13,10 +13,19 @@ import torch
 
 from bncli.config import ImageFolderConfig
 from bncli.data.dataset import Dataset, Progress, Split
-from bncli.data.imagecache import ImageFile, cached_images, default_cache
+from bncli.data.fingerprint import content_of, digest_dataset, digest_splits
+from bncli.data.image_splits import EXTENSIONS, TRAIN, class_names, find_splits, layout
+from bncli.data.imagecache import (
+    ImageFile,
+    cached_images,
+    decoded_images,
+    default_cache,
+    known_digest,
+    known_images,
+    note_digest,
+)
+from bncli.data.user_path import user_path
 from bncli.errors import DataError
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
 
 
 @dataclass(frozen=True)
@@ -35,11 +44,42 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         DataError: a folder is missing or empty, the splits have different classes, an image is broken,
             or the cache cannot be written.
     """
-    root = Path(config.root).expanduser()
-    train, test = _list_split(root, "train"), _list_split(root, "test")
-    _check_same_classes(root, train, test)
-    folder = Path(config.cache).expanduser() if config.cache is not None else default_cache()
+    root, train, test = _list_splits(config)
+    folder = default_cache() if config.cache is None else user_path(config.cache, "data.cache")
     images = cached_images(root, [*train.files, *test.files], config.image_size, folder, progress)
+    return _dataset_of(images, train, test)
+
+
+def check_digest(
+    config: ImageFolderConfig, digest: str, classes: tuple[str, ...], progress: Progress | None = None
+) -> None:
+    """Check that the images and labels in `config.root` are those with this digest; only to read is safe.
+
+    Nothing is written but a note in the user's own cache. No image is opened where the classes are others.
+
+    Raises:
+        DataError: they are others, or there are none.
+    """
+    root, test_name = find_splits(user_path(config.root, "data.root"))
+    try:
+        found = [class_names(root / split) for split in (TRAIN, test_name)]
+    except OSError as error:
+        raise DataError(f"cannot be listed: {error}") from error
+    if found != [classes, classes]:
+        raise DataError("its classes are others")
+    root, train, test = _list_splits(config)
+    key = (root, [*train.files, *test.files], config.image_size, default_cache())
+    known = known_digest(*key)
+    if known is None:
+        images = known_images(*key)
+        if images is not None:
+            known = digest_dataset(_dataset_of(images, train, test))
+            note_digest(*key, known)
+    if (known or _digest_files(root, train, test, config.image_size, progress)) != digest:
+        raise DataError("its images or labels are others than the network was trained on (by their SHA-256)")
+
+
+def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Dataset:
     num_train = len(train.files)
     return Dataset(
         "imagefolder",
@@ -47,6 +87,21 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         Split(images[num_train:], torch.tensor(test.labels, dtype=torch.int64)),
         train.classes,
     )
+
+
+def _digest_files(
+    root: Path, train: _Listing, test: _Listing, image_size: int, progress: Progress | None
+) -> str:
+    """What `digest_dataset` would say, image by image: nothing is kept of them."""
+    splits = (
+        content_of(
+            (len(split.files), 3, image_size, image_size),
+            decoded_images(root, split.files, image_size, progress),
+            split.labels,
+        )
+        for split in (train, test)
+    )
+    return digest_splits(train.classes, splits)
 
 
 def list_images(folder: Path) -> list[str]:
@@ -64,31 +119,32 @@ def list_images(folder: Path) -> list[str]:
     return [file.path for _, file in found]
 
 
+def _list_splits(config: ImageFolderConfig) -> tuple[Path, _Listing, _Listing]:
+    """Return the folder above the splits, and both."""
+    root, test_name = find_splits(user_path(config.root, "data.root"))
+    train, test = _list_split(root, TRAIN), _list_split(root, test_name)
+    _check_same_classes(root, train, test, test_name)
+    return root, train, test
+
+
 def _list_split(root: Path, split: str) -> _Listing:
-    layout = f"expected {root}/{{train,test}}/CLASS/*.png (or .jpg, .jpeg, .webp)"
     folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {layout}; set data.root to the folder above train")
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if _is_visible_folder(entry))
+        names = class_names(folder)
         if not names:
-            raise DataError(f"{folder}: no class folders in it; {layout}")
+            raise DataError(f"{folder}: no class folders in it; {layout(root)}")
         files: list[ImageFile] = []
         labels: list[int] = []
         for label, name in enumerate(names):
             found = [file for _, file in sorted(_walk(folder / name, f"{split}/{name}", ()))]
             if not found:
-                fix = "put some there, or remove the folder from both train and test"
+                fix = "put some there, or remove the folder from both splits"
                 raise DataError(f"{folder / name}: no images ({', '.join(EXTENSIONS)}) in it; {fix}")
             files += found
             labels += [label] * len(found)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return _Listing(tuple(names), files, labels)
-
-
-def _is_visible_folder(entry: "os.DirEntry[str]") -> bool:
-    return not entry.name.startswith(".") and entry.is_dir()
+    return _Listing(names, files, labels)
 
 
 def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> list[tuple[str, ImageFile]]:
@@ -112,12 +168,12 @@ def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> li
     return found
 
 
-def _check_same_classes(root: Path, train: _Listing, test: _Listing) -> None:
+def _check_same_classes(root: Path, train: _Listing, test: _Listing, test_name: str) -> None:
     problems = [
         f"{root / split} has no folder {', '.join(missing)}"
         for split, missing in (
-            ("train", sorted(set(test.classes) - set(train.classes))),
-            ("test", sorted(set(train.classes) - set(test.classes))),
+            (TRAIN, sorted(set(test.classes) - set(train.classes))),
+            (test_name, sorted(set(train.classes) - set(test.classes))),
         )
         if missing
     ]

@@ -4,10 +4,13 @@ from bncli.config import Cifar10Config, DataConfig, SyntheticConfig
 from bncli.data.dataset import Dataset, Progress
 
 
-def load_dataset(config: DataConfig, *, progress: Progress | None = None) -> Dataset:
+def load_dataset(
+    config: DataConfig, *, progress: Progress | None = None, may_download: bool = True
+) -> Dataset:
     """Load or generate the data set that `config.name` names.
 
-    `progress(what, done, total)` is called now and then in this thread while something takes long.
+    `progress(what, done, total)` is called now and then in this thread while something takes long. Without
+    `may_download` nothing is fetched but from a `url` that `config` names.
 
     Raises:
         DataError: the data set is missing, incomplete or damaged.
@@ -20,7 +23,7 @@ def load_dataset(config: DataConfig, *, progress: Progress | None = None) -> Dat
     if isinstance(config, Cifar10Config):
         from bncli.data.cifar10 import load_cifar10
 
-        return load_cifar10(config, progress)
+        return load_cifar10(config, progress, may_download=may_download)
     from bncli.data.imagefolder import load_image_folder
 
     return load_image_folder(config, progress)

@@ -26,7 +26,8 @@ def locked(run_dir: Path) -> Iterator[None]:
         RunError: when another process holds it, naming that process.
         OSError: when the file cannot be written.
     """
-    handle = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    # a link would lead to a file that is none of ours, and it is about to be overwritten
+    handle = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -43,7 +43,8 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
         return
     with reopened(run_dir):
         last = _load_last(run_dir, config)
-        setup = prepare(config, progress=data_progress)
+        # a run that goes on had its data: if they are gone, nobody asked for a download
+        setup = prepare(config, progress=data_progress, may_download=False)
         run = Run.restore(setup, last) if last else Run.start(setup)
         with writing(run_dir):
             save_config(run_dir, config)  # resumed once more, it goes on as it was told now

@@ -20,6 +20,7 @@ from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.hardware import describe_machine
 from bncli.models.convnet import ConvNet
+from bncli.recorded_config import MAX_EVAL_BATCH
 from bncli.runtime import Runtime
 from bncli.training.calibration_images import training_sample
 from bncli.training.run import Run
@@ -46,7 +47,7 @@ class Calibration:
         return replace(
             self,
             num_images=self.num_images or _count(record, "num_images"),
-            batch_size=self.batch_size or _count(record, "batch_size"),
+            batch_size=self.batch_size or _count(record, "batch_size", MAX_EVAL_BATCH),
             layers=self.layers or (layers if isinstance(layers, str) else None),
         )
 
@@ -232,10 +233,12 @@ def verify_checkpoint(
     return Verification(dataset.name, num_images, size, max_error, layers)
 
 
-def _count(record: Mapping[str, object], key: str) -> int | None:
-    """A number from a checkpoint's record, which may come from a stranger."""
+def _count(record: Mapping[str, object], key: str, largest: int | None = None) -> int | None:
+    """A number from a checkpoint's record, which may come from a stranger: none may use up the memory."""
     value = record.get(key)
-    return value if type(value) is int and value > 0 else None
+    if type(value) is not int or value < 1 or (largest is not None and value > largest):
+        return None
+    return value
 
 
 def _rank(error: float) -> float:

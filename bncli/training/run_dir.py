@@ -78,6 +78,7 @@ def reopened(path: Path) -> Iterator[None]:
         RunError: when there is no run, it cannot be written, or another process is writing it.
     """
     find_config(path)
+    _check_own_files(path)
     with contextlib.ExitStack() as stack:
         with writing(path):
             stack.enter_context(locked(path))
@@ -145,6 +146,14 @@ def _epoch_of(line: bytes) -> float:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _check_own_files(path: Path) -> None:
+    """Refuse links and pipes in the place of files that are written: a link leads out of the directory."""
+    for name in (LOCK_NAME, "metrics.jsonl"):
+        file = path / name
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise RunError(f"{file}: is a link or no file, and would be written; put a copy in its place")
 
 
 def _check_unused(path: Path) -> None:

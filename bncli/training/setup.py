@@ -75,8 +75,10 @@ class Setup:
         return self.plan.num_steps * self.config.train.epochs
 
 
-def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
+def prepare(config: Config, *, progress: Progress | None = None, may_download: bool = True) -> Setup:
     """Load the data, build the network and decide the size of every batch.
+
+    Without `may_download` data are only fetched from a `data.url` that is configured.
 
     Raises:
         BncliError: when the run could not be carried out as configured.
@@ -85,7 +87,7 @@ def prepare(config: Config, *, progress: Progress | None = None) -> Setup:
     runtime = resolve_runtime(config.runtime)
     if runtime.compiles:
         check_compiler(runtime.device)
-    dataset = load_dataset(config.data, progress=progress)
+    dataset = load_dataset(config.data, progress=progress, may_download=may_download)
     normalization = measure_normalization(dataset.train.images)
     _, channels, height, width = dataset.train.images.shape
     check_augmentation(config.augment, height, width)

@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import socket
 import struct
 import subprocess
@@ -152,13 +153,13 @@ def test_a_mirror_is_downloaded_once_checked_and_read(tiny, server, tmp_path, ca
 def test_files_that_were_read_ahead_are_not_read_again(tiny, tmp_path):
     root = tmp_path / "data"
     config = Cifar10Config(root=str(root), archive=str(tiny.archive))
-    cifar10_files.read_ahead(root)
+    cifar10_files.read_ahead(root / FOLDER)
     tiny.check(load_dataset(config))  # there was nothing to read, so it was unpacked
-    cifar10_files.read_ahead(root)
+    cifar10_files.read_ahead(root / FOLDER)
     while any(thread.name.startswith("read-ahead") for thread in threading.enumerate()):
         time.sleep(0.01)
     for file in (root / FOLDER).iterdir():
-        file.unlink()
+        file.write_bytes(b"changed since")
     tiny.check(load_dataset(config))
     tiny.archive.unlink()
     with pytest.raises(DataError, match="cannot read"):
@@ -169,7 +170,7 @@ def test_what_a_thread_could_not_read_is_reported_where_it_is_needed(tiny, tmp_p
     root = tmp_path / "data"
     load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
     monkeypatch.setattr(cifar10_files, "_read_into", lambda _, file, __: file.read_text(encoding="ascii"))
-    cifar10_files.read_ahead(root)
+    cifar10_files.read_ahead(root / FOLDER)
     with pytest.raises(DataError, match=r"cannot be read: .*codec"):
         load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
 
@@ -187,7 +188,7 @@ def test_without_memory_to_read_ahead_files_are_read_later(tiny, tmp_path, monke
         return original(root)
 
     monkeypatch.setattr(cifar10_files, "_read", too_large_at_first)
-    cifar10_files.read_ahead(root)
+    cifar10_files.read_ahead(root / FOLDER)
     tiny.check(load_dataset(config))
     assert len(calls) == 2
 
@@ -195,20 +196,22 @@ def test_without_memory_to_read_ahead_files_are_read_later(tiny, tmp_path, monke
 AHEAD = """
 import sys
 from bncli.data import cifar10_files
-cifar10_files.read_ahead = lambda root: print(root, "torch" in sys.modules)
+cifar10_files.read_ahead = lambda folder: print(folder, "torch" in sys.modules)
 from bncli.cli.app import main
-sys.exit(main(["train", "configs/cifar10.yaml", "--set", "data.root=" + sys.argv[1], "--dry-run"]))
+sets = ["--set", "data.root=" + sys.argv[1], "--set", "data.archive=" + sys.argv[1]]  # no file: no download
+sys.exit(main(["train", "configs/cifar10.yaml", *sets, "--dry-run"]))
 """
 
 
 def test_train_begins_to_read_before_it_imports_torch(tmp_path):
-    empty = tmp_path / "is-a-file"
-    empty.write_text("")
+    (tmp_path / FOLDER).mkdir()
+    for name in (*cifar10_files.TRAIN, *cifar10_files.TEST, *cifar10_files.META):
+        (tmp_path / FOLDER / name).write_bytes(b"")
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", AHEAD, str(empty)], capture_output=True, text=True, check=False, cwd=root
+        [sys.executable, "-c", AHEAD, str(tmp_path)], capture_output=True, text=True, check=False, cwd=root
     )
-    assert (done.returncode, done.stdout) == (2, f"{empty} False\n"), done.stderr
+    assert (done.returncode, done.stdout) == (2, f"{tmp_path / FOLDER} False\n"), done.stderr
 
 
 def test_without_a_mirror_the_published_address_is_used(tiny, server, tmp_path, monkeypatch):
@@ -227,6 +230,101 @@ def test_an_archive_that_torchvision_downloaded_before_is_used(tiny, tmp_path):
     root.mkdir()
     (root / ARCHIVE).write_bytes(tiny.archive.read_bytes())
     tiny.check(load_dataset(Cifar10Config(root=str(root))))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail where anything would be downloaded."""
+    monkeypatch.setattr("bncli.data.cifar10._download", None)
+
+
+@pytest.mark.parametrize(
+    ("lies_in", "root"),
+    [
+        (FOLDER, ""),
+        (FOLDER, FOLDER),
+        (FOLDER, "sub"),
+        (f"sub/{FOLDER}", ""),
+        ("renamed", "renamed"),
+        ("renamed", ""),
+    ],
+)
+def test_batches_at_the_root_itself_or_one_folder_up_or_down_are_found(
+    tiny, tmp_path, no_network, lies_in, root
+):
+    tiny.archive.unlink()
+    base = tmp_path / "base"
+    (base / "sub").mkdir(parents=True)
+    (base / lies_in).mkdir(parents=True)
+    for name, content in tiny.files.items():
+        (base / lies_in / name).write_bytes(content)
+    before = leftovers(base)
+    tiny.check(load_dataset(Cifar10Config(root=str(base / root))))
+    assert leftovers(base) == before
+
+
+def test_batches_in_the_working_directory_are_found(tiny, tmp_path, no_network, monkeypatch):
+    root = tmp_path / "data"
+    load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
+    (root / "sub").mkdir()
+    for folder in (FOLDER, "", "sub"):
+        monkeypatch.chdir(root / folder)
+        tiny.check(load_dataset(Cifar10Config(root=".")))
+
+
+@pytest.mark.parametrize("root", ["", FOLDER, "sub"])
+def test_an_archive_beside_is_unpacked_and_not_downloaded(tiny, tmp_path, no_network, root):
+    base = tmp_path / "base"
+    base.mkdir()
+    tiny.archive.rename(base / ARCHIVE)
+    tiny.check(load_dataset(Cifar10Config(root=str(base / root))))
+    assert not (base / FOLDER / FOLDER).exists()
+
+
+def test_damaged_batches_beside_whole_ones_are_passed_over(tiny, tmp_path, no_network):
+    root = tmp_path / "base" / "data"
+    load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
+    shutil.copytree(root / FOLDER, tmp_path / "base" / FOLDER)
+    (tmp_path / "base" / FOLDER / "data_batch_1").write_bytes(b"damaged")
+    tiny.archive.unlink()
+    tiny.check(load_dataset(Cifar10Config(root=str(tmp_path / "base"))))
+
+
+def test_a_root_that_is_the_archive_is_named(tiny, no_network):
+    message = error_of(Cifar10Config(root=str(tiny.archive)))
+    assert "is a file" in message
+    assert "data.archive" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("~nobody-of-this-name/x", "home directory"), ("a\0b", "is no path")]
+)
+@pytest.mark.parametrize("key", ["root", "archive"])
+def test_a_path_that_cannot_be_one_is_named(tiny, no_network, key, text, reason):
+    message = error_of(Cifar10Config(**{key: text}))
+    assert message.startswith(f"data.{key}: ")
+    assert reason in message
+
+
+def test_where_nothing_may_be_fetched_unasked_the_error_says_what_to_type(tiny, tmp_path, server):
+    tiny.monkeypatch.setattr(cifar10_files, "URL", server.url)
+    config = Cifar10Config(root=str(tmp_path / "data"))
+    with pytest.raises(DataError, match=rf"there is no .*{FOLDER}, nor one above or below") as caught:
+        load_dataset(config, may_download=False)
+    for key in ("root", "archive", f"url={server.url}"):
+        assert f"--set data.{key}" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data" / FOLDER).mkdir(parents=True)
+    with pytest.raises(DataError, match="lacks data_batch_1, "):
+        load_dataset(config, may_download=False)
+    for name in tiny.files:
+        (tmp_path / "data" / FOLDER / name).write_bytes(b"")
+    with pytest.raises(DataError, match="is damaged"):
+        load_dataset(config, may_download=False)
+    assert server.requests == []
+    named = config.model_copy(update={"url": server.url})
+    tiny.check(load_dataset(named, may_download=False))
+    assert len(server.requests) == 1
 
 
 def test_a_damaged_batch_is_replaced_from_the_archive(tiny, tmp_path):
@@ -263,7 +361,7 @@ def test_offline_the_error_names_the_three_ways_out(tiny, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
-    message = error_of(Cifar10Config(root=str(tmp_path), url=f"http://127.0.0.1:{port}/x.tar.gz"))
+    message = error_of(Cifar10Config(root=str(tmp_path / "data"), url=f"http://127.0.0.1:{port}/x.tar.gz"))
     assert "refused" in message
     for way in ("data.url", "data.archive", cifar10_files.ARCHIVE_MD5, "data.root", FOLDER):
         assert way in message

@@ -249,6 +249,79 @@ def test_a_missing_split_is_named(folder, split):
     assert "data.root" in message
 
 
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_other_names_of_the_test_split_are_taken(folder, name):
+    (folder.root / "test").rename(folder.root / name)
+    (folder.root / "test").mkdir()  # of images without labels, it holds no class folders
+    Image.new("RGB", (4, 4)).save(folder.root / "test" / "unlabelled.png")
+    dataset, _ = folder.load()
+    images, labels = expected(folder, name)
+    assert np.array_equal(dataset.test.images.numpy(), images)
+    assert dataset.test.labels.tolist() == labels
+
+
+def test_a_test_split_with_classes_comes_before_a_validation_split(folder):
+    folder.save("val/cat/0.png", folder.pixels(4, 4))
+    assert_equals_torchvision(folder, folder.load()[0])
+
+
+def test_two_validation_splits_are_not_guessed_between(folder):
+    (folder.root / "test").rename(folder.root / "val")
+    folder.save("valid/cat/0.png", folder.pixels(4, 4))
+    message = folder.error()
+    assert "val and valid may each be the test split" in message
+    assert "rename" in message
+
+
+@pytest.mark.parametrize("split", ["train", "test", "val"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_root_that_names_a_split_means_the_folder_above(folder, monkeypatch, split, relative):
+    if split == "val":
+        (folder.root / "test").rename(folder.root / "val")
+    first, _ = folder.load()
+    if relative:
+        monkeypatch.chdir(folder.root / split)
+    root = "." if relative else str(folder.root / split)
+    second = load_dataset(folder.config.model_copy(update={"root": root}))
+    assert torch.equal(first.train.images, second.train.images)
+    assert second.train.labels.tolist() == first.train.labels.tolist()
+
+
+@pytest.mark.parametrize("place", ["..", "train/cat"])
+def test_a_root_one_folder_off_is_told_the_right_one(folder, tmp_path, place):
+    config = folder.config.model_copy(update={"root": str(folder.root / place)})
+    with pytest.raises(DataError) as caught:
+        load_dataset(config)
+    if place == "..":
+        assert str(caught.value).endswith(f"set data.root={folder.root / '..' / 'images'}")
+    else:
+        assert "holds no" in str(caught.value) or "no folders" in str(caught.value)
+    (folder.root / "notes").mkdir()
+    with pytest.raises(DataError, match=f"set data.root={folder.root}$"):
+        load_dataset(folder.config.model_copy(update={"root": str(folder.root / "notes")}))
+
+
+def test_what_lies_there_in_place_of_a_split_is_named(folder, tmp_path):
+    (folder.root / "train").rename(folder.root / "Training")
+    assert "rename Training to train" in folder.error()
+    (folder.root / "Training").rename(folder.root / "train")
+    (folder.root / "test").rename(folder.root / "Testing")
+    assert "rename Testing to test" in folder.error()
+    (folder.root / "Testing").rename(tmp_path / "away")
+    assert f"into {folder.root}/test/CLASS" in folder.error()
+    folder.root = folder.root / "train"
+    folder.root = folder.root.rename(tmp_path / "unsplit")
+    assert f"{folder.root} holds cat, dog: if these are the classes" in folder.error()
+    folder.root = tmp_path / "nowhere"
+    assert f"there is no folder {folder.root}" in folder.error()
+
+
+def test_a_path_that_cannot_be_one_is_named(folder):
+    for key, text in (("root", "~nobody-of-this-name"), ("cache", "~nobody-of-this-name"), ("root", "a\0b")):
+        with pytest.raises(DataError, match=f"^data.{key}: "):
+            load_dataset(folder.config.model_copy(update={key: text}))
+
+
 def test_a_split_without_class_folders_is_named(folder):
     for path in (folder.root / "train").iterdir():
         path.rename(folder.root / path.name)

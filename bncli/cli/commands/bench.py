@@ -88,17 +88,14 @@ def bench_repair_statistics(
     """Ruin a trained network's running statistics in four ways; diagnose and repair each."""
     from bncli.bench import bench_repair
     from bncli.cli.phase_progress import PhaseReporter
-    from bncli.cli.progress import DataReporter
-    from bncli.cli.subject import check_dataset, open_subject
+    from bncli.cli.subject import load_subject_data, open_subject
     from bncli.cli.tables.demo import describe_repair_bench, show_repair_bench
     from bncli.cli.tables.table import print_json
-    from bncli.data import load_dataset
 
     subject = open_subject(checkpoint, overrides, batch_invariant=False)
     if save_dir is not None:
         make_empty_dir(save_dir)
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     with PhaseReporter() as progress:
         result = bench_repair(
             checkpoint,

@@ -6,7 +6,7 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption
-from bncli.cli.subject import check_dataset, open_subject
+from bncli.cli.subject import load_subject_data, open_subject
 
 if TYPE_CHECKING:
     from bncli.bench.evaluation import EvaluationBench, Ratio
@@ -23,13 +23,10 @@ def bench_evaluation_paths(
 ) -> int:
     """Compare evaluation with plain PyTorch and ONNX Runtime: throughput, latency, changed predictions."""
     from bncli.bench import bench_evaluation
-    from bncli.cli.progress import DataReporter
     from bncli.cli.tables.table import print_json
-    from bncli.data import load_dataset
 
     subject = open_subject(checkpoint, overrides, batch_invariant=False)
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     result = bench_evaluation(
         subject.checkpoint,
         dataset.test.images,

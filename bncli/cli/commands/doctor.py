@@ -21,7 +21,7 @@ from bncli.cli.check import Check
 from bncli.cli.checkpoint_checks import checks_of_checkpoint
 from bncli.cli.messages import one_line
 from bncli.cli.options import JsonOption, SetOption
-from bncli.errors import ConfigError
+from bncli.errors import ConfigError, DataError
 
 LIBRARIES = (
     "numpy",
@@ -236,21 +236,31 @@ def _data(overrides: list[str]) -> Check:
     config = importlib.import_module("bncli.config_file").load_config(None, chosen).data
     if config.name == "synthetic":
         return Check("data", "ok", "synthetic: drawn in code, needs no files")
-    root = Path(config.root).expanduser()
     asked = bool(overrides)  # without a word from the user missing data are no problem
-    if config.name == "imagefolder":
-        missing = [split for split in ("train", "test") if not (root / split).is_dir()]
-        fix = "set data.root to the folder above train and test"
-        described = f"imagefolder in {root.absolute()}"
-    else:
-        names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]
-        missing = [name for name in names if not (root / "cifar-10-batches-py" / name).is_file()]
-        fix = "--set data.root=FOLDER; train configs/cifar10.yaml downloads it otherwise"
-        described = f"CIFAR-10 in {root.absolute()}"
-    if missing:
+    user_path = importlib.import_module("bncli.data.user_path").user_path
+    try:
+        root = user_path(config.root, "data.root")
+        found = _image_folder(root) if config.name == "imagefolder" else _cifar10(root)
+    except DataError as error:
         verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
-        return Check("data", verdict, f"{described}: {', '.join(missing)} not found", fix)
-    return Check("data", "ok", f"{described}: all files found (train checks their content)")
+        return Check("data", verdict, f"not found: {error}", "--set data.root=FOLDER says where data lie")
+    return Check("data", "ok", f"{found}: all files found (train checks their content)")
+
+
+def _image_folder(root: Path) -> str:
+    """Where the splits lie, as `train` finds them. Raises DataError."""
+    above, test_name = importlib.import_module("bncli.data.image_splits").find_splits(root)
+    return f"imagefolder in {above.absolute()} (train and {test_name})"
+
+
+def _cifar10(root: Path) -> str:
+    """Where the batches lie, as `train` finds them. Raises DataError."""
+    files = importlib.import_module("bncli.data.cifar10_files")
+    folder = next(files.batch_folders(root), None)
+    if folder is None:
+        missing = ", ".join(files.missing_files(root / files.FOLDER))
+        raise DataError(f"CIFAR-10 in {root.absolute()} ({missing}); train configs/cifar10.yaml downloads it")
+    return f"CIFAR-10 in {folder.absolute()}"
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from bncli.cli.options import (
     check_writable,
     parse_sizes,
 )
-from bncli.cli.subject import check_dataset, open_subject
+from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,16 +106,14 @@ def _examine(
     views: "Views | None",
 ) -> "EvalReport":
     from bncli.cli.phase_progress import PhaseReporter
-    from bncli.cli.progress import DataReporter
     from bncli.cli.tables.evaluation import EvalReport
-    from bncli.data import load_dataset, sample_batches
+    from bncli.data import sample_batches
     from bncli.evaluation import examine
     from bncli.hardware import describe_machine
     from bncli.training import training_sample
 
     runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
     training = None
     if num_calibration_images is not None:

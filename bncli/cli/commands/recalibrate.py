@@ -1,5 +1,6 @@
 """`bncli recalibrate`: population statistics instead of running statistics, in a new checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, check_writable
-from bncli.cli.subject import check_dataset, open_subject
+from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import BncliError, ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ def recalibrate_checkpoint(
 
     With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
     """
-    from bncli.cli.progress import DataReporter
     from bncli.cli.tables.recalibration import (
         RecalibrateReport,
         show_recalibrate,
@@ -61,13 +61,11 @@ def recalibrate_checkpoint(
         verification_document,
     )
     from bncli.cli.tables.table import print_json
-    from bncli.data import load_dataset
     from bncli.training import Calibration
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     subject = open_subject(checkpoint, overrides, batch_invariant=False)
-    dataset = load_dataset(subject.config.data, progress=DataReporter())
-    check_dataset(subject.checkpoint, dataset)
+    dataset = load_subject_data(subject)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:
         found = _verify(subject, dataset, how, max_error)
@@ -79,8 +77,7 @@ def recalibrate_checkpoint(
     made = _recalibrate(checkpoint, output, subject, dataset, how)
     verification = None
     if verify:  # the new checkpoint as any other command will see it, on the images that it records
-        reopened = open_subject(output, overrides, batch_invariant=False)
-        verification = _verify(reopened, dataset, Calibration(), max_error)
+        verification = _verify(_reopen(output, subject), dataset, Calibration(), max_error)
     report = RecalibrateReport(
         str(checkpoint), str(output), dataset.name, made, subject.runtime.describe(), verification
     )
@@ -149,3 +146,10 @@ def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_erro
             max_error=max_error,
             progress=progress,
         )
+
+
+def _reopen(path: Path, subject: "Subject") -> "Subject":
+    """The new checkpoint as any other command will see it."""
+    from bncli.checkpoints import load_checkpoint
+
+    return replace(subject, path=path, checkpoint=load_checkpoint(path))

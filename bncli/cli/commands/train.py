@@ -1,8 +1,9 @@
 """`bncli train`: from a YAML file to checkpoints."""
 
 import shlex
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,11 @@ from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption, SetOption
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, StoppedError
+
+if TYPE_CHECKING:
+    from bncli.config import Config, DataConfig
+    from bncli.data.recorded import DataRecord
+    from bncli.recorded_config import FollowedConfig
 
 
 def train_config(
@@ -35,18 +41,11 @@ def train_config(
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
-    from bncli.config import Cifar10Config
     from bncli.config_file import load_config
-    from bncli.data import cifar10_files
 
-    if resume is not None:
-        from bncli.training.run_dir import find_config
-
-        config = find_config(resume)
-    loaded = load_config(config, overrides)
-    if isinstance(loaded.data, Cifar10Config):
-        # before torch is imported, which takes longer than reading
-        cifar10_files.read_ahead(Path(loaded.data.root).expanduser())
+    followed = None if resume is None else _follow_run(resume, overrides)
+    loaded = load_config(config, overrides) if followed is None else followed.config
+    _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
     from bncli.cli.progress import DataReporter, TrainReporter
     from bncli.cli.tables.table import print_json
@@ -54,8 +53,10 @@ def train_config(
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
     from bncli.training.run_dir import default_run_dir
 
+    if resume is not None and followed is not None:
+        loaded = _with_recorded_root(resume, followed)
     if dry_run:
-        description = describe_setup(prepare(loaded, progress=DataReporter()))
+        description = describe_setup(prepare(loaded, progress=DataReporter(), may_download=resume is None))
         print_json(description) if as_json else show_dry_run(description)
         return 0
 
@@ -86,3 +87,48 @@ def train_config(
             return signals.exit_code
     print_json(result) if as_json else show_training(result)
     return 0
+
+
+def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
+    """The configuration of a run, but for the places in it: a run directory may come from a stranger."""
+    from bncli.config_file import load_config
+    from bncli.recorded_config import follow_run
+    from bncli.training.run_dir import find_config
+
+    path = find_config(run_dir)
+    return follow_run(load_config(path), overrides, source=str(path))
+
+
+def _read_ahead(data: "DataConfig", recorded_root: str | None) -> None:
+    """Begin to read CIFAR-10 before torch is imported, which takes longer than reading."""
+    from bncli.config import Cifar10Config
+    from bncli.data import cifar10_files
+    from bncli.data.recorded import recorded_batches
+    from bncli.data.user_path import user_path
+
+    if not isinstance(data, Cifar10Config):
+        return
+    if recorded_root is not None:
+        folders = recorded_batches(recorded_root)
+    else:
+        folders = list(islice(cifar10_files.batch_folders(user_path(data.root, "data.root")), 1))
+    for folder in folders[:1]:
+        cifar10_files.read_ahead(folder)
+
+
+def _with_recorded_root(run_dir: Path, followed: "FollowedConfig") -> "Config":
+    """The configuration with the recorded data.root, where that holds the data that the run began with."""
+    from bncli.checkpoints import load_checkpoint
+    from bncli.cli.progress import DataReporter
+    from bncli.cli.recorded_places import followed_data
+
+    def record() -> "DataRecord":
+        if not (run_dir / "last.pt").is_file():
+            return None, ()
+        last = load_checkpoint(run_dir / "last.pt")
+        return last.data_digest, last.class_names
+
+    data, unfollowed = followed_data(followed, record, DataReporter())
+    if unfollowed.matters:
+        print_note(unfollowed.of(run_dir / "config.yaml"))
+    return followed.config.model_copy(update={"data": data})
