@@ -133,8 +133,8 @@ def inspect_stats(
     elif channels:
         show_channels(layers, findings, num_rules=len(rules), everything=show_all)
     else:
-        found = plural(len(checkpoint.layer_names), "BatchNorm layer")
-        headline = f"{source}: found {found} in {plural(len(checkpoint.tensors), 'tensor')}"
+        in_words = plural(len(checkpoint.layer_names), "BatchNorm layer")
+        headline = f"{source}: found {in_words} in {plural(len(checkpoint.tensors), 'tensor')}"
         show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
     return 1 if fails(findings, fail_on) else 0
 
