@@ -29,6 +29,14 @@ class CheckpointError(BncliError):
     """A file that is no checkpoint, or a checkpoint that cannot be used."""
 
 
+class OtherFormatError(CheckpointError):
+    """A file or directory of another kind: nothing is known to be wrong with it, and the message names it."""
+
+
+class NoBatchNormError(CheckpointError):
+    """A checkpoint that is sound as far as it was read, and holds no BatchNorm layer."""
+
+
 class RunError(BncliError):
     """A run directory that cannot be created, written or resumed."""
 

@@ -13,22 +13,30 @@ from pathlib import Path
 import torch
 
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
-from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError, open_source
+from bncli.checkpoints.byte_source import (
+    ByteSource,
+    DirectoryError,
+    ForeignFileError,
+    UnreadableFileError,
+    open_source,
+)
 from bncli.checkpoints.formats import torch_legacy, torch_zip
+from bncli.checkpoints.formats.foreign import describe_directory, recognise_name, recognise_shard
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
-from bncli.checkpoints.formats.shard_index import MAX_INDEX, read_index
+from bncli.checkpoints.formats.shard_index import MAX_INDEX, place_beside, read_index
 from bncli.checkpoints.locate import (
     FLOATS,
     Candidate,
+    NothingToReadError,
     StateDict,
     choose,
+    describe_without_names,
     find_state_dicts,
     is_per_channel,
     strip_prefixes,
 )
 from bncli.checkpoints.own_config import own_hyperparameters
 from bncli.checkpoints.stored_tensor import StoredTensor
-from bncli.errors import CheckpointError
 
 # Of all BatchNorm layers together: 8 million channels, where a network has thousands. Read, copied and
 # judged they take several times that.
@@ -98,10 +106,11 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
     """
     source = str(source)
     with ExitStack() as stack:
-        file = stack.enter_context(open_source(source))
         with _named(source), _without_collector():
-            kind, content = _read(file, stack)
+            kind, content = _read(_open(source, stack), stack)
             found = find_state_dicts(content)
+            if not found:
+                raise _without_tensors(kind, content, source)
             chosen = strip_prefixes(choose(_with_own_hyperparameters(found, content), key))
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
@@ -116,6 +125,24 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
         )
 
 
+def _open(source: str, stack: ExitStack) -> ByteSource:
+    try:
+        return stack.enter_context(open_source(source))
+    except DirectoryError as error:
+        raise ForeignFileError(describe_directory(source, error.names)) from None
+
+
+def _without_tensors(kind: str, content: object, source: str) -> UnreadableFileError:
+    """What a file of PyTorch holds that has no tensor with a name."""
+    if kind == "torchscript":
+        return ForeignFileError(
+            "a TorchScript without parameters and buffers, as torch.jit.freeze leaves it: it folds BatchNorm"
+            " into other layers, or makes its numbers constants without names; give the model before that"
+        )
+    shard = recognise_shard(content, source)
+    return ForeignFileError(shard.sentence) if shard else NothingToReadError(describe_without_names(content))
+
+
 def _read(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
     """The kind of a file, and its content with `StoredTensor` for tensors."""
     start = file.read_at(0, min(file.size, 300))
@@ -124,7 +151,7 @@ def _read(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
     if start.startswith(torch_zip.SIGNATURE):
         return torch_zip.read_torch_zip(file)
     if is_safetensors(start):
-        return "safetensors", read_safetensors(file)
+        return "safetensors", _read_safetensors(file)
     if start.lstrip()[:1] == b"{":
         kinds = []
 
@@ -137,18 +164,24 @@ def _read(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
             raise UnreadableFileError(f"not a checkpoint: text of {file.size:,} bytes")
         tensors = read_index(file.read_at(0, file.size), read_shard)
         return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
-    if start[257:262] == b"ustar":
-        raise UnreadableFileError(
-            "a tar archive; unpack it, or, if PyTorch before 0.2 wrote it, save it again"
-        )
     return "torch legacy", torch_legacy.read_torch_legacy(file)
+
+
+def _read_safetensors(file: ByteSource) -> Mapping[str, object]:
+    try:
+        return read_safetensors(file)
+    except UnreadableFileError:
+        known = recognise_name(file.name)  # the numbers of TensorFlow may begin as a header does
+        if known is None:
+            raise
+        raise ForeignFileError(known.sentence) from None
 
 
 def _read_shard(index: str, name: str, stack: ExitStack) -> tuple[str, Mapping[str, object]]:
     """One file of an index: a state dict at the top of a torch file, or safetensors."""
-    path = f"{index.rpartition('/')[0]}/{name}" if "/" in index else name
-    file = stack.enter_context(open_source(path))
+    path = place_beside(index, name)
     with _named(path):
+        file = _open(path, stack)
         if file.read_at(0, 1) == b"{":
             raise UnreadableFileError("an index, where a file with tensors was expected")
         kind, content = _read(file, stack)
@@ -176,7 +209,7 @@ def _named(source: str) -> Iterator[None]:
     try:
         yield
     except UnreadableFileError as error:
-        raise CheckpointError(f"{source}: {error}") from None
+        raise error.public(f"{source}: {error}") from None
 
 
 @contextmanager

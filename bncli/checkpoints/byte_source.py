@@ -10,9 +10,10 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from bncli.errors import CheckpointError
+from bncli.errors import CheckpointError, OtherFormatError
 
 # Nothing that is read at once comes near this: a zip directory of 200,000 entries is 16 MiB, and the tensors
 # of a BatchNorm layer are kilobytes. A length that a hostile file claims stops here.
@@ -20,10 +21,28 @@ MAX_READ = 64 * 2**20
 # Of one source: many tensors of a hostile file may lie in the same bytes. A comparison reads each once.
 MAX_READ_IN_ALL = 2**31
 MAX_TIMES_READ = 2  # of a file that is larger than that
+MAX_NAMES = 1000  # of a directory that are looked at
 
 
 class UnreadableFileError(Exception):
     """What is wrong with a file's content, without its name, which `open_checkpoint` adds."""
+
+    public: type[CheckpointError] = CheckpointError  # what it becomes then
+
+
+class ForeignFileError(UnreadableFileError):
+    """What a file is instead of a checkpoint that bncli reads."""
+
+    public = OtherFormatError
+
+
+class DirectoryError(ForeignFileError):
+    """A directory where a file was expected."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        """`names` are those in the directory, and in the directories in it, as `0/data`."""
+        self.names = names
+        super().__init__("a directory, not a checkpoint")
 
 
 @dataclass
@@ -103,13 +122,14 @@ def open_source(source: str) -> Iterator[ByteSource]:
 
     Raises:
         CheckpointError: naming it, when it cannot be read.
+        DirectoryError: when it is a directory.
     """
     if "://" in source:
         yield _open_url(source)
         return
     path = Path(source)
     if path.is_dir():
-        raise CheckpointError(f"{source}: a directory, not a checkpoint{hint_for_directory(path)}")
+        raise DirectoryError(names_in(path))
     try:
         # a pipe would block in open() until somebody writes to it
         if not stat.S_ISREG(path.stat().st_mode):
@@ -131,7 +151,13 @@ def _open_url(url: str) -> ByteSource:
         import fsspec
 
         file_system, path = fsspec.core.url_to_fs(url)  # type: ignore[no-untyped-call]
-        size = file_system.info(path)["size"]
+        info = file_system.info(path)
+        if info["type"] == "directory":
+            below = file_system.ls(path, detail=False)[:MAX_NAMES]
+            raise DirectoryError(tuple(name.rstrip("/").rpartition("/")[2] for name in below))
+        size = info["size"]
+    except DirectoryError:
+        raise
     except Exception as error:  # every file system of fsspec raises its own
         raise CheckpointError(f"{url}: cannot be read: {_describe(error)}") from None
     if not isinstance(size, int):
@@ -151,7 +177,12 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def hint_for_directory(directory: Path) -> str:
-    """The hint for somebody who gave the run directory instead of a file in it."""
-    names = [name for name in ("last.pt", "best.pt") if (directory / name).is_file()]
-    return f"; did you mean {directory / names[0]}?" if names else ""
+def names_in(directory: Path) -> tuple[str, ...]:
+    """The names in a directory, then those one level below; none where it cannot be read."""
+    try:
+        inside = list(islice(directory.iterdir(), MAX_NAMES))
+        folders = [path for path in inside if path.is_dir() and not path.is_symlink()]
+        below = (f"{folder.name}/{path.name}" for folder in folders for path in folder.iterdir())
+        return (*(path.name for path in inside), *islice(below, MAX_NAMES))
+    except OSError:
+        return ()

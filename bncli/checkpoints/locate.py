@@ -15,9 +15,11 @@ import torch
 
 from bncli.batchnorm import Hyperparameters
 from bncli.checkpoints.byte_source import UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import Inert
+from bncli.checkpoints.formats.pickle_machine import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, read_module
 from bncli.checkpoints.stored_tensor import StoredTensor
+from bncli.errors import NoBatchNormError
+from bncli.plural import plural
 
 MAX_DEPTH = 6
 MAX_CONTAINERS = 20_000
@@ -29,7 +31,14 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 HABITS = ("model.", "net.", "network.", "state_dict.")
 # the types that BatchNorm computes in; what else is called running_mean is none of it
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NONE = "no BatchNorm layer with running statistics in it"
 _EMA = re.compile(r"(^|[._])ema($|[._])")
+
+
+class NothingToReadError(UnreadableFileError):
+    """What a sound file holds in place of BatchNorm layers."""
+
+    public = NoBatchNormError
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,8 @@ def find_state_dicts(content: object) -> list[StateDict]:
                 continue
             seen.add(id(value))
             if isinstance(value, Inert) and is_module(value):
-                found.append(_from_module(key, value))
+                module = _from_module(key, value)
+                found += [module] if module.tensors or module.layer_names else []
                 continue
             for part in (value.attributes, value.items) if isinstance(value, Inert) else (value,):
                 found += _from_container(key, part)
@@ -117,8 +127,6 @@ def choose(state_dicts: list[StateDict], key: str | None) -> StateDict:
         raise UnreadableFileError(
             f"no tensors under the key {key!r}; there are {describe_candidates(state_dicts)}"
         )
-    if not state_dicts:
-        raise UnreadableFileError("no BatchNorm layer with running statistics in it, and no tensor at all")
     most = max(len(state_dict.layer_names) for state_dict in state_dicts)
     if most == 0:
         return _with_batch_norm(max(state_dicts, key=lambda found: len(found.tensors)))
@@ -130,7 +138,8 @@ def describe_candidates(state_dicts: list[StateDict]) -> str:
     """The candidates with the most BatchNorm layers, in words."""
     best = sorted(state_dicts, key=lambda found: (-len(found.layer_names), -len(found.tensors)))
     words = [
-        f"{found.key or 'the top'} ({len(found.layer_names)} BatchNorm layers, {len(found.tensors)} tensors)"
+        f"{found.key or 'the top'} ({plural(len(found.layer_names), 'BatchNorm layer')},"
+        f" {plural(len(found.tensors), 'tensor')})"
         for found in best[:6]
     ]
     return ", ".join(words) + (", ..." if len(best) > 6 else "") if words else "no tensors anywhere"
@@ -192,7 +201,21 @@ def _with_batch_norm(state_dict: StateDict) -> StateDict:
         return state_dict
     names = ", ".join(name[:60] for name in list(state_dict.tensors)[:3])
     where = f" under {state_dict.key}" if state_dict.key else ""
-    raise UnreadableFileError(
-        f"no BatchNorm layer with running statistics in it, but {len(state_dict.tensors)} tensors{where},"
-        f" such as {names}"
-    )
+    count = len(state_dict.tensors)
+    such_as = "" if count == 1 else "such as "
+    raise NothingToReadError(f"{_NONE}, but {plural(count, 'tensor')}{where}, {such_as}{names}")
+
+
+def describe_without_names(content: object) -> str:
+    """What a file holds in which no tensor has a name: nothing, a bare tensor or a list, NumPy's arrays."""
+    shapes, has_arrays = [], False
+    for node in walk(content):
+        if isinstance(node, StoredTensor):
+            shapes.append(node.shape)
+        has_arrays |= isinstance(node, Global) and node.module.startswith("numpy")
+    if shapes:
+        first = f"of shape {shapes[0]}" if len(shapes) == 1 else f"the first of shape {shapes[0]}"
+        return f"{_NONE}, but {plural(len(shapes), 'tensor')} without a name, {first}"
+    if has_arrays:
+        return f"{_NONE}, but arrays of NumPy; save them as tensors (torch.from_numpy) in a state dict"
+    return f"{_NONE}, and no tensor at all"

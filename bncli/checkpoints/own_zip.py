@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bncli.checkpoints.byte_source import hint_for_directory
+from bncli.checkpoints.byte_source import names_in
+from bncli.checkpoints.formats.foreign import describe_directory
 from bncli.checkpoints.formats.torch_pickle import STORAGE_DTYPES
 from bncli.errors import CheckpointError
 
@@ -86,7 +87,7 @@ def _first_bytes(path: Path) -> bytes:
         CheckpointError: it is empty, cannot be read, or is no file (a pipe could be waited for without end).
     """
     if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, not a checkpoint{hint_for_directory(path)}")
+        raise CheckpointError(f"{path}: {describe_directory(str(path), names_in(path))}")
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: a pipe or a device, not a checkpoint; copy it into a file")

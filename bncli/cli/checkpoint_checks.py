@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from bncli.cli.check import Check
-from bncli.errors import BncliError, CheckpointError
+from bncli.errors import BncliError, CheckpointError, NoBatchNormError, OtherFormatError
+from bncli.plural import plural
 
 
 def checks_of_checkpoint(path: Path) -> list[Check]:
@@ -16,7 +17,7 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
         return [_of_foreign_checkpoint(path, str(error))]
     progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
     checks = [Check("file", "ok", f"{path}: {progress}")]
-    compared = f"of {found.num_tensors} tensors and of all other values"
+    compared = f"of {plural(found.num_tensors, 'tensor')} and of all other values"
     if not found.digest_stored:
         checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
     elif found.damaged:
@@ -28,7 +29,9 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
         what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
         checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
     else:
-        checks.append(Check("numbers", "ok", f"all numbers of {found.num_tensors} tensors are finite"))
+        checks.append(
+            Check("numbers", "ok", f"all numbers of {plural(found.num_tensors, 'tensor')} are finite")
+        )
     try:
         load_model(path)
         checks.append(Check("network", "ok", "the tensors are those of the stored configuration"))
@@ -47,14 +50,17 @@ def _of_foreign_checkpoint(path: Path, problem: str) -> Check:
         return Check("file", "problem", problem, "restore it from a copy, or train again")
     try:
         with open_checkpoint(path) as found:
-            num_layers = len(found.layer_names)
             place = f" under {found.key}" if found.key else ""
-            count = (
-                f"{len(found.tensors)} tensors{place}, {num_layers} BatchNorm layer{'s' * (num_layers != 1)}"
+            tensors, layers = (
+                plural(len(found.tensors), "tensor"),
+                plural(len(found.layer_names), "BatchNorm layer"),
             )
+            count = f"{tensors}{place}, {layers}"
             what = f"{path}: foreign ({found.kind}): {count}; no digest to compare with"
         return Check("file", "warning", what, fix)
+    except NoBatchNormError as error:
+        return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
+    except OtherFormatError as error:  # which says what to do
+        return Check("file", "problem", str(error))
     except CheckpointError as error:
-        if "no BatchNorm layer" in str(error):
-            return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
         return Check("file", "problem", str(error), "restore it from a copy")

@@ -5,6 +5,8 @@ asked for (`Inert`).
 """
 
 import io
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from bncli.checkpoints.byte_source import UnreadableFileError
@@ -15,6 +17,7 @@ MAX_OPERATIONS = 4_000_000
 MAX_TEXT = 32 * 2**20  # characters in all
 MAX_LINE = 2**16
 MAX_LONG = 1024  # bytes of a whole number
+MAX_WALKED = 100_000  # objects
 
 
 class Global(NamedTuple):
@@ -151,3 +154,23 @@ class Machine:
         """Give the object on top its state."""
         if isinstance(self.stack[-1], Inert):  # on a dict or a tensor: attributes that nothing shows
             self.stack[-1].state = state
+
+
+def walk(content: object) -> Iterator[object]:
+    """Everything in what a pickle said, in its order, each object once, as far as `MAX_WALKED` steps lead."""
+    waiting = [content]
+    seen: set[int] = set()
+    while waiting and len(seen) < MAX_WALKED:
+        node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        below: Iterable[object] = ()
+        if isinstance(node, Inert):
+            below = (node.kind, node.arguments, node.state, node.items)
+        elif isinstance(node, dict):
+            below = node.values()
+        elif isinstance(node, list | tuple) and not isinstance(node, Global):
+            below = node
+        waiting += reversed(list(islice(below, MAX_WALKED)))

@@ -3,14 +3,18 @@
 The index is JSON: `weight_map` tells for every tensor the file that holds it, beside the index.
 """
 
+import re
 from collections.abc import Callable, Mapping
 
-from bncli.checkpoints.byte_source import UnreadableFileError
+from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats.foreign import recognise_json
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 MAX_INDEX = 16 * 2**20  # bytes, as for a safetensors header
 MAX_FILES = 1000
+# letters, digits and what such names have between them: nothing that leads elsewhere in a path or a URL
+_PLAIN_NAME = re.compile(r"[\w.+=@ ()-]+")
 
 
 def read_index(data: bytes, read_shard: Callable[[str], Mapping[str, object]]) -> dict[str, StoredTensor]:
@@ -19,16 +23,29 @@ def read_index(data: bytes, read_shard: Callable[[str], Mapping[str, object]]) -
     Raises:
         UnreadableFileError: when it is no index, names a file elsewhere, or a tensor is missing.
     """
-    weight_map = parse_json(data).get("weight_map")
+    try:
+        content = parse_json(data)
+    except UnreadableFileError:
+        raise UnreadableFileError(
+            "not a checkpoint: text that begins like JSON, and is no index of shards"
+        ) from None
+    weight_map = content.get("weight_map")
+    known = recognise_json(content)
+    if known:
+        raise ForeignFileError(known.sentence)
     if not isinstance(weight_map, dict):
-        raise UnreadableFileError("not a checkpoint: JSON, but no index of shards (it has no weight_map)")
+        raise ForeignFileError("not a checkpoint: JSON, but no index of shards (it has no weight_map)")
     names = dict.fromkeys(name for name in weight_map.values() if isinstance(name, str))
     if len(names) > MAX_FILES:
         raise UnreadableFileError(f"an index of {len(names):,} files; bncli reads up to {MAX_FILES:,}")
     for name in names:
-        # a stranger's index must not make us read any file it likes
-        if not name or name in (".", "..") or any(char in name for char in "/\\:\0"):
-            raise UnreadableFileError(f"its index names a file that is not beside it: {name[:80]!r}")
+        # a stranger's index must not make us read any file or call any server it likes
+        if not _PLAIN_NAME.fullmatch(name) or not name.strip("."):
+            tensor = next(key for key, file in weight_map.items() if file == name)
+            raise UnreadableFileError(
+                f"its index names {name[:80]!r} for tensor {tensor[:80]!r}, which is no plain name of a file"
+                " beside it; bncli opens no other"
+            )
     shards = {name: read_shard(name) for name in names}
     tensors = {}
     for name, file in weight_map.items():
@@ -39,3 +56,18 @@ def read_index(data: bytes, read_shard: Callable[[str], Mapping[str, object]]) -
             )
         tensors[name] = tensor
     return tensors
+
+
+def place_beside(index: str, name: str) -> str:
+    """The path or URL of the file of that name in the folder where the index lies.
+
+    Of a chain of URLs (`zip://a/model.index.json::https://host/b.zip`) the first place is the index's own.
+    What follows a `?` in a web address is no part of the folder.
+    """
+    links = index.split("::")
+    place = next((position for position, link in enumerate(links) if "://" in link), 0)
+    own = links[place]
+    if own.startswith(("http://", "https://")):
+        own = own.partition("?")[0].partition("#")[0]
+    links[place] = f"{own.rpartition('/')[0]}/{name}" if "/" in own else name
+    return "::".join(links)

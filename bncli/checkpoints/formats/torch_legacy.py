@@ -4,9 +4,10 @@ Five pickles: a magic number, the protocol, the machine's type sizes, the conten
 The storages follow in the order of the keys, each a count of elements (8 bytes) and the numbers.
 """
 
-from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats.foreign import recognise_file, recognise_pickle
 from bncli.checkpoints.formats.inert_pickle import read_pickle
-from bncli.checkpoints.formats.pickle_machine import Inert
+from bncli.checkpoints.formats.pickle_machine import Global, Inert
 from bncli.checkpoints.formats.torch_pickle import TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
 
@@ -15,8 +16,8 @@ PROTOCOL_VERSION = 1001
 
 
 class _NoTensors:
-    def call(self, *_: object) -> object:
-        return Inert(None)
+    def call(self, function: Global, arguments: tuple[object, ...]) -> object:
+        return Inert(function, arguments)
 
     def find_persistent(self, _: object) -> object:
         return Inert(None)
@@ -32,16 +33,11 @@ def read_torch_legacy(source: ByteSource) -> object:
     storages = _Storages(source)
     with source.stream() as stream:
         try:
-            magic = read_pickle(stream, plain)
+            first = read_pickle(stream, plain)
         except UnreadableFileError:
-            magic = None
-        if magic != MAGIC_NUMBER:
-            what = (
-                "a pickle, but not of torch.save"
-                if magic is not None
-                else "no file of torch.save or safetensors"
-            )
-            raise UnreadableFileError(f"not a checkpoint: {what}")
+            first = None
+        if first != MAGIC_NUMBER:
+            raise _other_format(source, first)
         version = read_pickle(stream, plain)
         if version != PROTOCOL_VERSION:
             raise UnreadableFileError("a damaged file, or of an unknown version of torch.save")
@@ -54,6 +50,15 @@ def read_torch_legacy(source: ByteSource) -> object:
         keys = read_pickle(stream, plain)
         storages.locate(keys, stream.tell())
     return content
+
+
+def _other_format(source: ByteSource, first: object) -> UnreadableFileError:
+    """What a file is that does not begin with the magic number but, maybe, with another pickle."""
+    known = recognise_file(source) if first is None else recognise_pickle(first, source.name)
+    if known:
+        return ForeignFileError(known.sentence)
+    what = "no file of torch.save or safetensors" if first is None else "a pickle, but not of torch.save"
+    return UnreadableFileError(f"not a checkpoint: {what}")
 
 
 class _Storages:

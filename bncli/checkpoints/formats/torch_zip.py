@@ -10,7 +10,8 @@ import zipfile
 import zlib
 from functools import partial
 
-from bncli.checkpoints.byte_source import MAX_READ, ByteSource, UnreadableFileError
+from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats.foreign import recognise_zip
 from bncli.checkpoints.formats.inert_pickle import read_pickle
 from bncli.checkpoints.formats.torch_pickle import TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
@@ -55,8 +56,11 @@ class _Archive:
         """The entry with the pickle; all of torch's lie in one folder with it."""
         found = [name for name in self.entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if not found:
+            known = recognise_zip(self.entries, self.source.name)
+            if known:
+                raise ForeignFileError(known.sentence)
             names = ", ".join(list(self.entries)[:4]) or "nothing"
-            raise UnreadableFileError(f"not a checkpoint: a zip archive without data.pkl; it holds {names}")
+            raise ForeignFileError(f"not a checkpoint: a zip archive without data.pkl; it holds {names}")
         pickle = self.entries[min(found, key=len)]
         order = self.entries.get(pickle.filename.removesuffix("data.pkl") + "byteorder")
         if order is not None and order.file_size == 3:  # "big", not "little"

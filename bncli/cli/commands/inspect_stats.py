@@ -24,6 +24,7 @@ from bncli.cli.audit_options import (
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption
 from bncli.errors import ConfigError
+from bncli.plural import plural
 
 if TYPE_CHECKING:
     from bncli.batchnorm import LayerStats
@@ -107,8 +108,8 @@ def inspect_stats(
     elif channels:
         show_channels(layers, findings, num_rules=len(rules), everything=show_all)
     else:
-        found_in_all = f"{len(checkpoint.layer_names)} BatchNorm layers in {len(checkpoint.tensors)} tensors"
-        headline = f"{source}: found {found_in_all}"
+        in_words = plural(len(checkpoint.layer_names), "BatchNorm layer")
+        headline = f"{source}: found {in_words} in {plural(len(checkpoint.tensors), 'tensor')}"
         show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
     return 1 if fails(findings, fail_on) else 0
 

@@ -1,0 +1,452 @@
+"""Formats that bncli does not read, recognised so that the refusal names them and says what to do instead.
+
+Asked only when no reader knew the file, so that nothing readable is turned away. What a file is shows in its
+bytes: a signature, or the shape of its structure. Where a format has neither, its name decides, and the
+sentence says so. Layouts come from the published descriptions, and from files that each library wrote.
+
+A reader for one of these formats is a file beside this one; its row here then goes.
+"""
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.formats.pickle_machine import Global, walk
+
+READ = "bncli reads files of PyTorch and safetensors so far"
+# what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported
+# for inference, whose BatchNorm is often folded into other layers
+ARRAYS = (
+    f"{READ}: write its arrays with safetensors.numpy.save_file, named LAYER.running_mean and"
+    " LAYER.running_var"
+)
+ORIGIN = f"{READ}: give the checkpoint that it was exported from"
+JOIN = (
+    'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into a file'
+    " that bncli reads"
+)
+_OF_SAVED_MODEL = f"{READ}; its numbers lie in variables/ beside it"
+_OF_PADDLE_PROGRAM = f"{READ}; its numbers lie in the .pdiparams file beside it"
+_OF_MXNET_SYMBOL = f"{READ}; its numbers lie in the .params file beside it"
+UNPACK = "unpack it and give the file inside"
+OTHER = f"not a checkpoint; {READ}"
+
+MAX_TEXT = 2**20  # bytes of a text that are looked at
+MAX_SEARCHED = 2**20  # bytes that are searched for the words of a library
+MAX_FIELDS = 16  # of a protocol buffer
+
+
+class Format(NamedTuple):
+    """A kind of file, with its article, and what to do with it."""
+
+    name: str
+    advice: str
+
+    @property
+    def sentence(self) -> str:
+        """What is said instead of reading it."""
+        return f"{self.name}; {self.advice}"
+
+
+# offset, signature
+_SIGNATURES = (
+    (0, b"GGUF", Format("a GGUF file (llama.cpp)", ARRAYS)),
+    (0, b"\x93NUMPY", Format("a NumPy array (.npy)", ARRAYS)),
+    (0, b"\x12\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0", Format("a parameter file of MXNet (.params)", ARRAYS)),
+    (0, b"\xdd\x85\x76\0", Format("a network of ncnn (.param.bin)", ORIGIN)),
+    (0, b"MATLAB ", Format("a MATLAB file (.mat)", ARRAYS)),
+    (0, b"\0\0\0\0\x02\0\0\0\x05\0\0\0", Format("a weight file of Darknet (.weights)", ARRAYS)),
+    (4, b"TFL3", Format("a TensorFlow Lite model (.tflite)", ORIGIN)),
+    (4, b"PTMF", Format("a PyTorch Mobile model (flatbuffer, .ptl)", ORIGIN)),
+    (4, b"ET12", Format("an ExecuTorch program (.pte)", ORIGIN)),
+    (4, b"ORTM", Format("an ONNX Runtime model (.ort)", ORIGIN)),
+    (257, b"ustar", Format("a tar archive", f"{UNPACK}; a tar of PyTorch before 0.2 has to be saved again")),
+    (0, b"\x1f\x8b", Format("a file compressed by gzip", UNPACK)),
+    (0, b"\xfd7zXZ\0", Format("a file compressed by xz", UNPACK)),
+    (0, b"BZh", Format("a file compressed by bzip2", UNPACK)),
+    (0, b"\x28\xb5\x2f\xfd", Format("a file compressed by zstd", UNPACK)),
+    (0, b"\x04\x22\x4d\x18", Format("a file compressed by lz4", UNPACK)),
+    (0, b"7z\xbc\xaf\x27\x1c", Format("a 7z archive", UNPACK)),
+    (0, b"Rar!\x1a\x07", Format("a RAR archive", UNPACK)),
+    (0, b"\x89PNG\r\n\x1a\n", Format("a PNG image", OTHER)),
+    (0, b"\xff\xd8\xff", Format("a JPEG image", OTHER)),
+    (0, b"%PDF-", Format("a PDF document", OTHER)),
+    (0, b"\x7fELF", Format("a compiled library or program (ELF)", ORIGIN)),
+)
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_KERAS_GROUPS = ((b"layer_names\0", b"keras_version\0"), (b"layers\0", b"vars\0"))
+_TENSORFLOW_TABLE = bytes.fromhex("57fb808b247547db")  # the end of a table of LevelDB
+# of the array types that Flax writes, as MessagePack spells them: a length and the name
+_FLAX_TYPES = tuple(
+    bytes([0xA0 + len(name)]) + name.encode()
+    for name in ("float32", "bfloat16", "float16", "float64", "int32", "uint32", "int64", "uint8")
+)
+_Field = tuple[int, int, tuple[int, int]]  # of a protocol buffer: number, wire type, start and end
+_MINDSPORE_TYPES = (b"Float32", b"Float16", b"BFloat16", b"Float64", b"Int32", b"Int64", b"UInt8", b"Bool")
+
+
+def recognise_file(source: ByteSource) -> Format | None:
+    """What a file is that no reader knows, by its content, or else by its name."""
+    start = source.read_at(0, min(source.size, 300))
+    for offset, signature, found in _SIGNATURES:
+        if start.startswith(signature, offset):
+            return found
+    return (
+        _hdf5(source)
+        or _text(source)
+        or _protocol_buffer(source)
+        or _message_pack(source)
+        or _tensorflow_table(source)
+        or _paddle_parameters(start)
+        or recognise_name(source.name)
+    )
+
+
+# ---- containers whose entries tell: directories, zip archives, JSON, pickles
+
+
+def describe_directory(path: str, names: Collection[str]) -> str:
+    """What to say of a directory that was given for a checkpoint: its file that was meant, or what it is."""
+    meant = next((name for name in _MEANT if name in names), None)
+    if meant is not None:
+        return f"a directory, not a checkpoint; did you mean {path.rstrip('/')}/{meant}?"
+    known = recognise_directory(names)
+    return known.sentence if known else "a directory, not a checkpoint"
+
+
+_MEANT = (
+    "last.pt",
+    "best.pt",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
+
+def recognise_directory(names: Collection[str]) -> Format | None:
+    """What a directory is, by the names in it and in the directories in it (`0/_METADATA`)."""
+    suffixes = {name.rpartition(".")[2] for name in names}
+    leaves = {name.rpartition("/")[2] for name in names}
+    if ".metadata" in names and "distcp" in suffixes:
+        return Format("a directory of torch.distributed.checkpoint", JOIN)
+    if {"saved_model.pb", "saved_model.pbtxt"} & set(names):
+        return Format("a SavedModel of TensorFlow", ARRAYS)
+    if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & leaves:
+        return Format("a checkpoint of Orbax (JAX, Flax)", ARRAYS)
+    if "Manifest.json" in names and any(name.startswith("Data") for name in names):
+        return Format("a Core ML package (.mlpackage)", ORIGIN)
+    if "coremldata.bin" in names:
+        return Format("a compiled Core ML model (.mlmodelc)", ORIGIN)
+    if "zero_to_fp32.py" in names:
+        return Format("a checkpoint of DeepSpeed", "its zero_to_fp32.py joins it into files that bncli reads")
+    if "data.pkl" in names and {"version", "data"} & set(names):
+        return Format(
+            "an unpacked file of torch.save", "pack it again, uncompressed: zip -0 -r FILE.pt DIRECTORY"
+        )
+    if {"config.json", "model.weights.h5"} <= set(names):
+        return Format("an unpacked Keras file", ARRAYS)
+    if "checkpoint" in names and "index" in suffixes:
+        return Format("a directory of TensorFlow checkpoints", ARRAYS)
+    return None
+
+
+def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
+    """What a zip archive without a pickle of torch is, by the names of its entries."""
+    tops = {name.partition("/")[0] for name in names}
+    below = {name.partition("/")[2] for name in names}
+    if "model.weights.h5" in names:
+        return Format("a Keras file (.keras)", ARRAYS)
+    if names and all(name.endswith(".npy") for name in names):
+        return Format("NumPy arrays (.npz)", ARRAYS)
+    if {"archive_format", "models/model.json"} & below or "serialized_exported_program.json" in names:
+        return Format("an exported program of torch.export (.pt2)", _OF_EXPORTED_PROGRAM)
+    if {".data/extern_modules", ".data/python_version"} & below:
+        return Format(
+            "a package of torch.package", "load it there and save model.state_dict() with torch.save"
+        )
+    if "MAR-INF" in tops:
+        return Format("a model archive of TorchServe (.mar)", UNPACK)
+    if "Manifest.json" in below | set(names) and any("com.apple.CoreML" in name for name in names):
+        return Format("a packed Core ML package (.mlpackage)", ORIGIN)
+    inside = next((name for name in names if PurePosixPath(name).suffix in _CHECKPOINT_SUFFIXES), None)
+    if inside is not None:
+        return Format(f"a zip archive that holds {inside[:80]}", UNPACK)
+    return recognise_name(file_name)
+
+
+_CHECKPOINT_SUFFIXES = {
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".bin",
+    ".safetensors",
+    ".tar",
+    ".h5",
+    ".keras",
+    ".onnx",
+    ".npz",
+}
+_OF_EXPORTED_PROGRAM = 'save its numbers with torch.save(torch.export.load("FILE.pt2").state_dict, "FILE.pt")'
+
+
+def recognise_json(content: dict[str, object]) -> Format | None:
+    """What a JSON object is that is no index of shards."""
+    keys = set(content)
+    weight_map = content.get("weight_map")
+    if isinstance(weight_map, dict) and any(isinstance(files, list) for files in weight_map.values()):
+        return Format("an index of shards of Keras (.weights.json)", ARRAYS)
+    if {"nodes", "arg_nodes"} <= keys:
+        return Format("a network of MXNet (-symbol.json), without numbers", _OF_MXNET_SYMBOL)
+    if "base_code" in keys:
+        return Format("a program of Paddle (.json), without numbers", _OF_PADDLE_PROGRAM)
+    if {"weightsManifest", "modelTopology"} & keys:
+        return Format("a model of TensorFlow.js", ARRAYS)
+    if {"model_type", "architectures", "_class_name"} & keys:
+        return Format(
+            "the configuration of a Hugging Face model", "give its model.safetensors or *.index.json"
+        )
+    return None
+
+
+def recognise_pickle(content: object, file_name: str) -> Format | None:
+    """What a pickle is that torch.save did not write; `content` is what `read_pickle` made of it."""
+    kinds = {node for node in walk(content) if isinstance(node, Global)}
+    if any(kind.module.startswith("torch.distributed.checkpoint") for kind in kinds):
+        return Format(
+            "the metadata of torch.distributed.checkpoint", JOIN.replace("joins it", "joins the shards")
+        )
+    if isinstance(content, dict) and "StructuredToParameterName@@" in content:
+        return Format("a parameter file of Paddle (.pdparams)", ARRAYS)
+    if any(kind.module.startswith("torch") for kind in kinds):
+        return Format(
+            "a pickle of PyTorch objects, not made by torch.save", "load it, and save it with torch.save"
+        )
+    named = recognise_name(file_name)
+    if named is not None:
+        return named
+    if any(kind.module.startswith("numpy") for kind in kinds):
+        return Format("a pickle with NumPy arrays, not made by torch.save", ARRAYS)
+    return None
+
+
+def recognise_shard(content: object, file_name: str) -> Format | None:
+    """A shard of torch.distributed.checkpoint: files of torch.save, one after another, of one value each.
+
+    `content` is the value of the last one, and no dict.
+    """
+    if isinstance(content, dict) or not file_name.endswith(".distcp"):
+        return None
+    return recognise_name(file_name)
+
+
+# ---- files whose structure tells
+
+
+def _hdf5(source: ByteSource) -> Format | None:
+    # a block of the user's may stand before the signature
+    starts = (offset for offset in (0, 512, 1024, 2048) if offset + 8 <= source.size)
+    if not any(source.read_at(offset, 8) == _HDF5 for offset in starts):
+        return None
+    start = source.read_at(0, min(source.size, MAX_SEARCHED))
+    is_keras = any(all(word in start for word in words) for words in _KERAS_GROUPS)
+    return Format("a weight file of Keras (HDF5)" if is_keras else "an HDF5 file", ARRAYS)
+
+
+def _text(source: ByteSource) -> Format | None:
+    data = source.read_at(0, min(source.size, MAX_TEXT))
+    try:
+        text = data.decode("utf-8-sig", "strict" if len(data) < MAX_TEXT else "ignore").lstrip()
+    except UnicodeDecodeError:
+        return None
+    if any(character < " " and character not in "\t\n\r\f\x1b" for character in text):
+        return None
+    head = text[:1000].lower()
+    if text.startswith("version https://git-lfs.github.com/spec"):
+        return Format("a pointer of Git LFS, not the file itself", "fetch the file: git lfs pull")
+    if head.startswith(("<!doctype html", "<html")):
+        return Format(
+            "a web page (HTML), not the file itself", "download the file again, from its direct link"
+        )
+    if head.startswith("<?xml") or head.startswith("<net "):
+        if "<net " in head:
+            return Format("a network of OpenVINO (.xml), without numbers", ORIGIN)
+        return Format("XML, such as a server's error message", "download the file again")
+    if head.startswith("model_checkpoint_path:"):
+        return Format("the list of a directory of TensorFlow checkpoints", ARRAYS)
+    if text.startswith("7767517"):
+        return Format("a network of ncnn (.param), without numbers", ORIGIN)
+    if head.startswith("node {") and "\n  op:" in head:
+        return Format("a graph of TensorFlow (.pbtxt)", ORIGIN)
+    if text[:1] in ("{", "["):
+        return _json(text, whole=source.size <= MAX_TEXT)
+    # none of it is shown: it may be a secret, and the log public
+    return Format("plain text" if text else "white space", OTHER)
+
+
+def _json(text: str, *, whole: bool) -> Format | None:
+    """JSON that no reader took."""
+    try:
+        content = json.loads(text) if whole else None
+    except (ValueError, RecursionError):
+        content = None
+    found = recognise_json(content) if isinstance(content, dict) else None
+    return found or Format("JSON" if content is not None else "text", OTHER)
+
+
+def _protocol_buffer(source: ByteSource) -> Format | None:
+    """ONNX, Core ML, TensorFlow, Caffe, MindSpore and Paddle: each by the numbers of its first fields."""
+    try:
+        fields = list(_fields(source, 0, source.size))
+        if not fields or fields[0][0] != 1:
+            return None
+        numbers = {number for number, _, _ in fields}
+        _, wire, (start, end) = fields[0]
+        if wire == 0:
+            return _of_version(numbers) if 1 <= start <= 100 else None
+        if wire == 2 and 100 in numbers and _is_name(source, start, end):
+            return Format("a network of Caffe (.caffemodel)", ARRAYS)
+        return _of_first_message(source, list(_fields(source, start, end))[:2]) if wire == 2 else None
+    except UnreadableFileError:
+        return None
+
+
+def _of_version(numbers: set[int]) -> Format | None:
+    """A message that begins with a version: which one, by the numbers of its fields."""
+    if numbers <= {*range(1, 9), 14, 20, 25, 26} and 7 in numbers:
+        return Format("an ONNX model", ORIGIN)
+    if any(number >= 200 for number in numbers):
+        return Format("a Core ML model (.mlmodel)", ORIGIN)
+    return (
+        Format("a saved_model.pb of TensorFlow, without numbers", _OF_SAVED_MODEL)
+        if numbers == {1, 2}
+        else None
+    )
+
+
+def _of_first_message(source: ByteSource, fields: list[_Field]) -> Format | None:
+    """A message that begins with another one: which, by the first two fields of that."""
+    kinds = [(number, wire) for number, wire, _ in fields]
+    if kinds == [(1, 0), (2, 0)]:
+        return Format("a program of Paddle (.pdmodel), without numbers", _OF_PADDLE_PROGRAM)
+    if kinds != [(1, 2), (2, 2)] or not _is_name(source, *fields[0][2]):
+        return None
+    second = fields[1][2]
+    if _is_name(source, *second):
+        return Format("a graph of TensorFlow (.pb)", ORIGIN)
+    types = [place for number, wire, place in _fields(source, *second) if (number, wire) == (2, 2)]
+    if any(source.read_at(start, min(end - start, 20)) in _MINDSPORE_TYPES for start, end in types):
+        return Format("a checkpoint of MindSpore (.ckpt)", ARRAYS)
+    return None
+
+
+def _fields(source: ByteSource, start: int, end: int) -> Iterator[_Field]:
+    """Number, wire type and place of the first fields; of a varint, its value in the place of its start.
+
+    Raises:
+        UnreadableFileError: what stands there is no message of a protocol buffer.
+    """
+    position = start
+    for _ in range(MAX_FIELDS):
+        if position >= end:
+            return
+        head = source.read_at(position, min(20, end - position))
+        tag, size = _varint(head, 0)
+        number, wire = tag >> 3, tag & 7
+        if number == 0 or wire not in (0, 1, 2, 5):
+            raise UnreadableFileError("no message of a protocol buffer")
+        if wire in (0, 2):
+            value, size = _varint(head, size)
+            place = (value, value) if wire == 0 else (position + size, position + size + value)
+        else:
+            place = (position + size, position + size + (8 if wire == 1 else 4))
+        position = position + size if wire == 0 else place[1]
+        if position > end:
+            raise UnreadableFileError("no message of a protocol buffer")
+        yield number, wire, place
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number of a protocol buffer, and where it ends."""
+    value = 0
+    for index in range(10):
+        if position + index >= len(data):
+            break
+        byte = data[position + index]
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, position + index + 1
+    raise UnreadableFileError("no message of a protocol buffer")
+
+
+def _is_name(source: ByteSource, start: int, end: int) -> bool:
+    """Whether a field is a name: printable, not empty, not long."""
+    if not 0 < end - start <= 1000:
+        return False
+    data = source.read_at(start, end - start)
+    return data.isascii() and data.decode("ascii").isprintable()
+
+
+def _message_pack(source: ByteSource) -> Format | None:
+    """Flax: a map whose first key is text, and in which the names of array types stand."""
+    start = source.read_at(0, min(source.size, MAX_SEARCHED))
+    sizes = {0xDE: 3, 0xDF: 5}  # of the head of a map
+    size = 1 if 0x81 <= start[0] <= 0x8F else sizes.get(start[0])
+    if size is None or len(start) <= size + 2:
+        return None
+    first = size + 1 if 0xA1 <= start[size] <= 0xBF else size + 2  # character of the key
+    is_key = (first == size + 1 or start[size] == 0xD9) and 0x20 <= start[first] < 0x7F
+    is_flax = is_key and any(name in start for name in _FLAX_TYPES)
+    return Format("a MessagePack file of Flax (.msgpack)", ARRAYS) if is_flax else None
+
+
+def _tensorflow_table(source: ByteSource) -> Format | None:
+    # the first key of a checkpoint's index is empty: nothing shared with the one before, no characters
+    if source.size < 48 or source.read_at(source.size - 8, 8) != _TENSORFLOW_TABLE:
+        return None
+    if source.read_at(0, 2) != b"\0\0":
+        return Format("a table of LevelDB", OTHER)
+    return Format("the index of a TensorFlow checkpoint (.index)", ARRAYS)
+
+
+def _paddle_parameters(start: bytes) -> Format | None:
+    """Version 0, no level of detail, version 0, then a message that begins with the type, then the shape."""
+    if start[:16] != bytes(16) or len(start) < 24:
+        return None
+    size = int.from_bytes(start[16:20], "little")
+    if 2 <= size <= 64 and start[20:21] == b"\x08" and start[22:23] in (b"\x10", b"\x12"):
+        return Format("a parameter file of Paddle (.pdiparams)", ARRAYS)
+    return None
+
+
+# suffix of the name: where the bytes do not tell
+_NAMES = (
+    (
+        ".distcp",
+        Format("a shard of torch.distributed.checkpoint", JOIN.replace("it into", "the shards into")),
+    ),
+    (".engine", Format("an engine of TensorRT", ORIGIN)),
+    (".plan", Format("an engine of TensorRT", ORIGIN)),
+    (".trt", Format("an engine of TensorRT", ORIGIN)),
+    (".pdparams", Format("a parameter file of Paddle", ARRAYS)),
+    (".pdopt", Format("the optimizer's state of Paddle", ARRAYS)),
+    (".pdiparams", Format("a parameter file of Paddle", ARRAYS)),
+    (".caffemodel", Format("a network of Caffe", ARRAYS)),
+    (".tflite", Format("a TensorFlow Lite model", ORIGIN)),
+    (".onnx", Format("an ONNX model", ORIGIN)),
+    (".mnn", Format("a network of MNN", ORIGIN)),
+    (".rknn", Format("a network of RKNN", ORIGIN)),
+)
+
+
+def recognise_name(file_name: str) -> Format | None:
+    """A format that only the file's name tells; the answer says so."""
+    name = file_name.rstrip("/").rpartition("/")[2]
+    for suffix, found in _NAMES:
+        if name.endswith(suffix):
+            return Format(f"by its name {found.name}", found.advice)
+    if ".data-" in name and "-of-" in name:  # model.ckpt.data-00000-of-00001
+        return Format("by its name the numbers of a TensorFlow checkpoint", ARRAYS)
+    return None
