@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bncli.bench.scale import _resized
 
 from bncli.bench import scale
-from bncli.bench.scale import _resized
 from bncli.config_file import load_config
 from bncli.training import prepare
 from tests.conftest import Bncli

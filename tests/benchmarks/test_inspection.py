@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bncli.bench.inspection import _state_dict, _write_safetensors, _write_torch_zip, bench_inspection
 
 from bncli.batchnorm import read_running_stats
-from bncli.bench.inspection import _state_dict, _write_safetensors, _write_torch_zip, bench_inspection
 from bncli.checkpoints import open_checkpoint
 from tests.conftest import Bncli
 

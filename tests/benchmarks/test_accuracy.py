@@ -2,7 +2,6 @@ import statistics
 from pathlib import Path
 
 import pytest
-
 from bncli.bench.accuracy import _new_lines
 from bncli.bench.time_to_accuracy import (
     EpochSeen,
@@ -13,6 +12,7 @@ from bncli.bench.time_to_accuracy import (
     summarize_target,
 )
 from bncli.cli.commands.bench_accuracy import parse_targets
+
 from bncli.errors import ConfigError
 from tests.conftest import TINY, Bncli
 

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from bncli.bench.child_process import run_child
 
 
