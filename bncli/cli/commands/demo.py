@@ -67,10 +67,11 @@ def demonstrate_repair(
 def _train_subject(overrides: list[str] | None) -> "Subject":
     """The network of configs/quickstart.yaml, whose values are the defaults; its run directory is removed."""
     from bncli.cli.progress import DataReporter, TrainReporter
-    from bncli.config_file import load_config
+    from bncli.config import Config
+    from bncli.config_file import config_from_dict
     from bncli.training import train
 
-    config = load_config(None, overrides)
+    config = config_from_dict(Config().model_dump(mode="json"), overrides, source="bncli demo")
     print_note("no CHECKPOINT is given, so a small network is trained first")
     try:
         directory = tempfile.TemporaryDirectory(prefix="bncli-demo-")
