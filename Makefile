@@ -39,15 +39,15 @@ format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format bncli tests
 	$(BIN)/ruff check --fix bncli tests
 
-# options go into ARGS: make bench-population ARGS="--network resnet50"; --help lists them
+# options go into ARGS: make bench-population ARGS="--network resnet50"; ARGS=--help lists them
 bench-accuracy: $(INSTALLED)  ## time bncli train to an accuracy; ARGS="CONFIG --target 0.9"
-	$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
 
 bench-inspection: $(INSTALLED)  ## time bncli inspect-stats on large files
-	$(BIN)/python -m tests.benchmarks.inspection $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.inspection $(ARGS)
 
 bench-population: $(INSTALLED)  ## compare population statistics with fvcore's and update_bn's
-	$(BIN)/python -m tests.benchmarks.population $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.population $(ARGS)
 
 bench-scale: $(INSTALLED)  ## measure speed by size of the data, peak memory and start; ARGS="CONFIG"
-	$(BIN)/python -m tests.benchmarks.scale $(ARGS)
+	@$(BIN)/python -m tests.benchmarks.scale $(ARGS)
