@@ -6,10 +6,10 @@ RUN_DIR := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint format
+.PHONY: help install run test test-all lint format bench-accuracy bench-inspection bench-population bench-scale
 
 help:  ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## build .venv with the tested versions and the development tools
 
@@ -38,3 +38,16 @@ lint: $(INSTALLED)  ## check style and types
 format: $(INSTALLED)  ## format the code
 	$(BIN)/ruff format bncli tests
 	$(BIN)/ruff check --fix bncli tests
+
+# options go into ARGS: make bench-population ARGS="--network resnet50"; ARGS=--help lists them
+bench-accuracy: $(INSTALLED)  ## time bncli train to an accuracy; ARGS="CONFIG --target 0.9"
+	@$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
+
+bench-inspection: $(INSTALLED)  ## time bncli inspect-stats on large files
+	@$(BIN)/python -m tests.benchmarks.inspection $(ARGS)
+
+bench-population: $(INSTALLED)  ## compare population statistics with fvcore's and update_bn's
+	@$(BIN)/python -m tests.benchmarks.population $(ARGS)
+
+bench-scale: $(INSTALLED)  ## measure speed by size of the data, peak memory and start; ARGS="CONFIG"
+	@$(BIN)/python -m tests.benchmarks.scale $(ARGS)

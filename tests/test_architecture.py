@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "bncli"
 # from the top down; rooms on one line may not import each other
 LAYERS = [
     {"cli"},
-    {"bench"},
+    {"bench", "demo"},
     {"training"},
     {"evaluation"},
     {"determinism", "inference", "checkpoints", "data"},

@@ -1,4 +1,7 @@
-"""Benchmarks that stay with the project: what a speed claim rests on is measured in one run."""
+"""What a machine is good for, and which way of computing is fastest for a network: timed in turns in one run.
+
+Measurements that back claims of ours beside rivals are no part of what is installed: `tests/benchmarks`.
+"""
 
 import lazy_loader
 

@@ -13,6 +13,7 @@ import typer
 import bncli
 from bncli.cli.commands.bench import bench_app
 from bncli.cli.commands.compare import compare_checkpoints
+from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import examine
 from bncli.cli.commands.eval import evaluate_checkpoint
 from bncli.cli.commands.history import show_history
@@ -60,15 +61,19 @@ app.command("compare")(compare_checkpoints)
 app.command("history")(show_history)
 app.command("recalibrate")(recalibrate_checkpoint)
 app.command("doctor")(examine)
+app.command("demo")(demonstrate_repair)
 app.add_typer(bench_app, name="bench")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code; no exception and no traceback gets out."""
+def main(arguments: list[str] | None = None, program: typer.Typer = app, name: str = "bncli") -> int:
+    """Run one command and return its exit code; no exception and no traceback gets out.
+
+    Another program than `bncli`, such as a benchmark in the tests, has the same messages and exit codes.
+    """
     try:
         # not app(...), which turns Ctrl-C into an exit code without a word
-        command = typer.main.get_command(app)
-        with command.make_context("bncli", sys.argv[1:] if arguments is None else arguments) as context:
+        command = typer.main.get_command(program)
+        with command.make_context(name, sys.argv[1:] if arguments is None else arguments) as context:
             code = command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:
@@ -77,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_error(str(error))
         return error.exit_code
     except typer.TyperException as error:
-        print_error(f"{error.format_message()} (see bncli --help)")
+        print_error(f"{error.format_message()} (see {name} --help)")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")

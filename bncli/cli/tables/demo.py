@@ -1,15 +1,15 @@
-"""The output of `bncli bench repair`."""
+"""The output of `bncli demo`."""
 
 import textwrap
 from typing import Any
 
-from bncli.bench import RepairBench
 from bncli.cli.messages import one_line
 from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
+from bncli.demo import Demonstration
 from bncli.evaluation import Gap
 
 
-def describe_repair_bench(result: RepairBench) -> dict[str, Any]:
+def describe_demonstration(result: Demonstration) -> dict[str, Any]:
     """The JSON document."""
     return {
         "checkpoint": result.checkpoint,
@@ -32,13 +32,13 @@ def describe_repair_bench(result: RepairBench) -> dict[str, Any]:
     }
 
 
-def show_repair_bench(result: RepairBench) -> None:
+def show_demonstration(result: Demonstration) -> None:
     """Accuracy before and after, and what --gap says, for each accident."""
     console = console_for_results()
     lines = {
         "machine": machine_line(result.machine),
         "runtime": runtime_line(result.runtime),
-        "checkpoint": result.checkpoint,
+        "checkpoint": result.checkpoint or "trained for this, and not kept (--save-dir keeps it)",
         "data": f"{result.dataset}, n = {result.num_test_images:,} test images;"
         f" repaired with {result.num_calibration_images:,} training images",
     }

@@ -1,12 +1,11 @@
-"""The output of `bncli train`, `train --dry-run` and `bench`."""
+"""The output of `bncli train` and `train --dry-run`."""
 
 from typing import TYPE_CHECKING
 
-from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import console_for_results, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
 
 if TYPE_CHECKING:
-    from bncli.bench import InspectionBench, TrainingStepBench
     from bncli.training import SetupDescription, TrainResult
 
 
@@ -60,35 +59,3 @@ def show_training(result: "TrainResult") -> None:
     if result.checkpoint != result.last_checkpoint:
         lines["last"] = f"{result.last_checkpoint}, to resume from"
     show_lines(console_for_results(), lines)
-
-
-def show_training_step_bench(result: "TrainingStepBench") -> None:
-    """Both rates, their ratio, and the share of the machine's matrix-product peak."""
-    lines = {
-        "machine": machine_line(result.machine),
-        "bncli": f"{result.images_per_second:,.0f} images/s ({runtime_line(result.runtime)})",
-        "plain loop": f"{result.plain_images_per_second:,.0f} images/s (float32, contiguous, DataLoader"
-        f" with {result.plain_workers} workers, torchvision transforms)",
-        "ratio": f"{result.ratio_to_plain:.2f}, from {result.ratio_min:.2f} to {result.ratio_max:.2f}"
-        f" (median of n = {result.num_rounds} rounds of {result.steps_per_round} steps in turns,"
-        f" batch {result.batch_size})",
-        "of the peak": f"{result.share_of_peak:.0%} ({result.gflops_per_second:,.0f} of"
-        f" {result.peak_gflops_per_second:,.0f} GFLOP/s, the best 2048x2048 matrix product)",
-    }
-    show_lines(console_for_results(), lines)
-
-
-def show_inspection_bench(result: "InspectionBench") -> None:
-    """One row per file; the first row is what any program with torch needs."""
-    console = console_for_results()
-    table = table_of(None, "file", "GiB", "layers", "tensors", "seconds", "peak MiB")
-    seconds, peak = f"{result.import_torch_seconds:.2f}", f"{result.import_torch_peak_mib:.0f}"
-    table.add_row("(import torch)", "", "", "", seconds, peak)
-    for done in result.inspections:
-        counts = (f"{done.num_layers:,}", f"{done.num_tensors:,}")
-        table.add_row(done.file, f"{done.gib:.2f}", *counts, f"{done.seconds:.2f}", f"{done.peak_mib:.0f}")
-    console.print(table)
-    machine = result.machine
-    console.print(
-        f"{machine['cpu']}, {machine['num_cpus']} CPUs; torch {machine['torch']}, Python {machine['python']}"
-    )

@@ -43,10 +43,10 @@ class Ruin:
 
 
 @dataclass(frozen=True)
-class RepairBench:
+class Demonstration:
     """The network as it is, and after each accident."""
 
-    checkpoint: str
+    checkpoint: str | None  # its file; None: trained for this, and not kept
     dataset: str
     num_test_images: int
     num_calibration_images: int
@@ -84,8 +84,8 @@ class _Scene:
             )
 
 
-def bench_repair(
-    path: Path,
+def demonstrate(
+    path: Path | None,
     checkpoint: Checkpoint,
     config: Config,
     dataset: Dataset,
@@ -95,15 +95,18 @@ def bench_repair(
     save_dir: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
     progress: Callable[[str, int], None] = lambda phase, num_images: None,
-) -> RepairBench:
+) -> Demonstration:
     """Ruin copies of the checkpoint's network and take the gap of each apart; `checkpoint` is unchanged.
 
     `num_images` training images give the population statistics. With `save_dir` the ruined checkpoints are
-    written there.
+    written there, and so is `checkpoint` itself, as intact.pt, unless it has a file at `path` already.
 
     Raises BncliError if the network has no running statistics, OSError where nothing can be written.
     """
     scene = _Scene(checkpoint, config, dataset, runtime, num_images, progress)
+    if path is None and save_dir is not None:
+        path = save_dir / "intact.pt"
+        save_checkpoint(checkpoint, path)
     report("the network as it is")
     intact = scene.gap_of(scene.fresh_model())
     ruins = []
@@ -129,8 +132,8 @@ def bench_repair(
         if saved is not None:
             save_checkpoint(_ruined(checkpoint, model, gap), saved)
         ruins.append(Ruin(name, what, layer, gap, None if saved is None else str(saved)))
-    return RepairBench(
-        checkpoint=str(path),
+    return Demonstration(
+        checkpoint=None if path is None else str(path),
         dataset=dataset.name,
         num_test_images=len(dataset.test),
         num_calibration_images=intact.num_calibration_images,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bncli.bench.child_process import run_child
+from tests.benchmarks.child_process import run_child
 
 
 def test_a_child_is_measured_and_its_words_are_kept() -> None:

@@ -4,9 +4,15 @@ import pytest
 import torch
 
 from bncli.batchnorm import read_running_stats
-from bncli.bench.inspection import _state_dict, _write_safetensors, _write_torch_zip, bench_inspection
 from bncli.checkpoints import open_checkpoint
-from tests.conftest import Bncli
+from tests.benchmarks.conftest import Benchmark
+from tests.benchmarks.inspection import (
+    _state_dict,
+    _write_safetensors,
+    _write_torch_zip,
+    app,
+    bench_inspection,
+)
 
 
 @pytest.mark.parametrize("write", [_write_torch_zip, _write_safetensors])
@@ -37,7 +43,7 @@ def test_three_files_are_measured_and_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_named(bncli: Bncli, tmp_path: Path) -> None:
-    outcome = bncli("bench", "inspect", "--dir", tmp_path / "nowhere")
+def test_a_place_that_cannot_be_written_is_named(benchmark: Benchmark, tmp_path: Path) -> None:
+    outcome = benchmark(app, "--dir", tmp_path / "nowhere")
     assert outcome.code == 2
     assert "No such file" in outcome.err

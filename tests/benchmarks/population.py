@@ -9,21 +9,36 @@ network of torchvision's with random weights. Ratios are taken within a round.
 
 import difflib
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from bncli.batchnorm import batch_norm_layers, eval_mode, measure_population, train_mode
+from bncli.cli.app import main
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption
+from bncli.cli.tables.table import (
+    console_for_results,
+    machine_line,
+    number,
+    print_json,
+    show_lines,
+    table_of,
+)
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
 from bncli.torchvision_compat import import_torchvision
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 _CUTS = {"equal": (16,) * 8, "unequal": (64, 32, 16, 9, 4, 2, 1), "single image": (1,) * 128}
 
@@ -178,14 +193,14 @@ def _in_turns(
 ) -> tuple[PassTime, ...]:
     """Time every tool in each round, after one round to warm up. The first one is what ratios are to."""
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
-    for number in range(num_rounds + 1):
+    for turn in range(num_rounds + 1):
         for tool, work in tools.items():
             start = time.perf_counter()
             work()
-            if number:
+            if turn:
                 seconds[tool].append(time.perf_counter() - start)
-        if number:
-            report(f"round {number} of {num_rounds}")
+        if turn:
+            report(f"round {turn} of {num_rounds}")
     plain = next(iter(seconds.values()))
     times = []
     for tool, taken in seconds.items():
@@ -205,3 +220,66 @@ def _plain_forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
 def _train(model: nn.Module, work: Callable[[], object]) -> None:
     with train_mode(model):
         work()
+
+
+@app.command()
+def run(
+    network: Annotated[str, typer.Option(metavar="NAME", help="A classifier of torchvision's.")] = "resnet18",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 5,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 224,
+    as_json: JsonOption = False,
+) -> int:
+    """Compare population statistics with fvcore's and update_bn's: how right, and how fast."""
+    result = bench_population(
+        network=network,
+        num_rounds=rounds,
+        num_images=images,
+        batch_size=batch_size,
+        image_size=image_size,
+        report=print_note,
+    )
+    print_json(result) if as_json else show_population_bench(result)
+    return 0
+
+
+def show_population_bench(result: PopulationBench) -> None:
+    """Errors of each tool on the hard data, then what a pass of each costs."""
+    console = console_for_results()
+    show_lines(
+        console,
+        {
+            "machine": machine_line(result.machine),
+            "data": f"mean {result.data_mean:g}, deviation {result.data_deviation:g}, float32",
+        },
+    )
+    console.print()
+    tools = list(result.errors[0].mean)
+    table = table_of("Largest relative error, against float64", "batches", "of", *tools, left=2)
+    for errors in result.errors:
+        table.add_row(errors.cut, "mean", *(number(errors.mean[tool]) for tool in tools))
+        table.add_row("", "variance", *(number(errors.var[tool]) for tool in tools))
+    console.print(table)
+    console.print()
+    table = table_of("One measurement, in turns", "tool", "seconds", "ratio", "from", "to")
+    for one in result.times:
+        ratios = (f"{value:.3f}" for value in (one.ratio, one.ratio_min, one.ratio_max))
+        table.add_row(one.tool, f"{one.seconds:.3f}", *ratios)
+    console.print(table)
+    console.print()
+    share = result.exact_forward_passes / result.num_layers
+    show_lines(
+        console,
+        {
+            "network": f"{result.network}, {result.num_layers} BatchNorm layers",
+            "images": f"{result.num_images:,} of {result.image_size}x{result.image_size},"
+            f" in batches of {result.batch_size}; {result.threads} threads",
+            "ratio": f"to the plain forward pass, in eval mode; median of n = {result.num_rounds} rounds",
+            "exact": f"{result.exact_forward_passes:.2f} forward passes in FLOPs, {share:.2f} a layer",
+        },
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(program=app, name="python -m tests.benchmarks.population"))

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from bncli.bench.accuracy import _new_lines
-from bncli.bench.time_to_accuracy import (
+from bncli.errors import ConfigError
+from tests.benchmarks.accuracy import _new_lines, app, parse_targets
+from tests.benchmarks.conftest import Benchmark
+from tests.benchmarks.time_to_accuracy import (
     EpochSeen,
     SeedRun,
     first_reached,
@@ -12,9 +14,7 @@ from bncli.bench.time_to_accuracy import (
     spread_of,
     summarize_target,
 )
-from bncli.cli.commands.bench_accuracy import parse_targets
-from bncli.errors import ConfigError
-from tests.conftest import TINY, Bncli
+from tests.conftest import TINY
 
 
 def run_of(*accuracies: float, seed: int = 0, pace: float = 10.0) -> SeedRun:
@@ -71,10 +71,12 @@ def test_targets_come_in_rising_order_each_once() -> None:
     assert parse_targets("0.9, 0.8,0.9") == (0.8, 0.9)
 
 
-def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bncli, tmp_path: Path) -> None:
+def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(
+    benchmark: Benchmark, tmp_path: Path
+) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    outcome = bncli(
-        *("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.0001,0.9999", "--seeds", 1, "--json"),
+    outcome = benchmark(
+        *(app, tmp_path / "tiny.yaml", "--target", "0.0001,0.9999", "--seeds", 1, "--json"),
         *("--set", "data.num_train=200", "--tta", "flip"),
     )
     assert outcome.code == 0
@@ -94,17 +96,17 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(bncli: Bnc
     assert 1 < outcome.json["peak_gflops_per_second"] < 1e6
 
 
-def test_a_run_that_fails_shows_its_last_line(bncli: Bncli, tmp_path: Path) -> None:
+def test_a_run_that_fails_shows_its_last_line(benchmark: Benchmark, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
-    command = ("bench", "accuracy", tmp_path / "tiny.yaml", "--target", "0.5", "--set")
+    command = (app, tmp_path / "tiny.yaml", "--target", "0.5", "--set")
     # the data are the run's own affair, so it is the run that does not find them
-    outcome = bncli(*command, f"data={{name: imagefolder, root: {tmp_path / 'missing'}}}")
+    outcome = benchmark(*command, f"data={{name: imagefolder, root: {tmp_path / 'missing'}}}")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
     assert "seed 0: bncli ended with 2" in outcome.err
     assert str(tmp_path / "missing") in outcome.err
     # a configuration that nobody can run is refused before any is started
-    outcome = bncli(*command, "train.epochs=none")
+    outcome = benchmark(*command, "train.epochs=none")
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert "seed 0" not in outcome.err
     assert "train.epochs" in outcome.err

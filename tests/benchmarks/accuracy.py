@@ -7,16 +7,37 @@ read when an epoch's line appears in metrics.jsonl, about 20 ms late at most.
 import json
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from bncli.bench.child_process import BNCLI, Finished, run_child
+import typer
+
+import bncli
 from bncli.bench.matrix_peak import matrix_gflops
-from bncli.bench.time_to_accuracy import (
+from bncli.cli.app import main
+from bncli.cli.messages import print_error, print_note
+from bncli.cli.options import ConfigArgument, JsonOption, SetOption
+from bncli.cli.stop_signals import StopSignals
+from bncli.cli.subject import open_config
+from bncli.cli.tables.table import (
+    console_for_results,
+    machine_line,
+    print_json,
+    runtime_line,
+    show_lines,
+    table_of,
+)
+from bncli.config_file import load_config
+from bncli.errors import BncliError, ConfigError
+from bncli.hardware import describe_machine
+from bncli.runtime import resolve_runtime
+from tests.benchmarks.child_process import BNCLI, Finished, run_child
+from tests.benchmarks.time_to_accuracy import (
     EpochSeen,
     SeedRun,
     Spread,
@@ -25,10 +46,8 @@ from bncli.bench.time_to_accuracy import (
     spread_of,
     summarize_target,
 )
-from bncli.config_file import load_config
-from bncli.errors import BncliError
-from bncli.hardware import describe_machine
-from bncli.runtime import resolve_runtime
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @dataclass(frozen=True)
@@ -154,10 +173,11 @@ def _check(done: Finished, seed: int, accepted: set[int]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package is a part of, with `-dirty` where files were changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of the checkout that bncli runs from, with `-dirty` where files were changed."""
+    package = Path(bncli.__file__)
+    git = ["git", "-C", str(package.parent)]
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        subprocess.run([*git, "ls-files", "--error-unmatch", str(package)], capture_output=True, check=True)
         found = subprocess.run(
             [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             capture_output=True, text=True, check=True,
@@ -165,3 +185,92 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    target: Annotated[str, typer.Option(metavar="A,A,...", help="Accuracies, as fractions such as 0.9.")],
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs, with the seeds 0 to N-1.")] = 3,
+    overrides: SetOption = None,
+    tta: Annotated[
+        Literal["flip", "shifts"] | None,
+        typer.Option("--tta", help="Evaluate the end of each run over views as well, apart."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Time `bncli train` from the start of its process to each accuracy, over several seeds."""
+    targets = parse_targets(target)
+    if not config.is_file():
+        raise BncliError(f"{config}: no such file")
+    open_config(config, overrides)  # what nobody can run is refused before a process is started
+    with StopSignals() as signals:
+        try:
+            result = bench_accuracy(config, targets, seeds, overrides or (), views=tta, report=_report)
+        except KeyboardInterrupt:
+            print_error("interrupted")
+            return signals.exit_code
+    print_json(result) if as_json else show_accuracy_bench(result)
+    return 0
+
+
+def parse_targets(text: str) -> tuple[float, ...]:
+    """Accuracies such as "0.80,0.9", in rising order, each once.
+
+    Raises ConfigError for anything but fractions between 0 and 1, both excluded.
+    """
+    try:
+        found = {float(part) for part in text.split(",")}
+    except ValueError:
+        found = set()
+    if not found or not all(0 < value < 1 for value in found):
+        wanted = f"expected accuracies above 0 and below 1, such as 0.80,0.85,0.90, found {text!r}"
+        raise ConfigError("--target", [wanted])
+    return tuple(sorted(found))
+
+
+def _report(run: SeedRun) -> None:
+    print_note(
+        f"seed {run.seed}: accuracy {run.accuracy:.2%} after {run.epochs[-1].epoch} epochs,"
+        f" {run.seconds:.1f} s, {run.peak_mib:,.0f} MiB"
+    )
+
+
+def show_accuracy_bench(result: AccuracyBench) -> None:
+    """Seconds to each accuracy, then what they were measured on."""
+    console = console_for_results()
+    num_seeds = len(result.seeds)
+    table = table_of(None, "accuracy", "reached", "seconds")
+    for target in result.targets:
+        seconds = _plus_minus(target.seconds_mean, target.seconds_std, "{:.1f}")
+        table.add_row(f"{target.accuracy:.2%}", f"{target.num_reached} of {num_seeds}", seconds)
+    console.print(table)
+    console.print()
+    lines = {
+        "seconds": "from the start of the process to the evaluation that first reached it",
+        "final accuracy": _plus_minus(result.final.mean, result.final.std, "{:.2%}"),
+        "seeds": f"n = {num_seeds}; mean ± standard deviation where all of them reached it",
+        "peak memory": f"{max(run.peak_mib for run in result.seeds):,.0f} MiB, the largest of the runs",
+        "machine": machine_line(result.machine),
+        "runtime": f"{runtime_line(result.runtime)}; {result.peak_gflops_per_second:,.0f} GFLOP/s, the best"
+        " 2048x2048 matrix product",
+        "commit": result.commit or "not in a checkout",
+        "each run": result.command,
+    }
+    if result.tta is not None:
+        accuracy, cost = result.tta.accuracy, result.tta.seconds
+        lines[f"--tta {result.tta.views}"] = (
+            f"{_plus_minus(accuracy.mean, accuracy.std, '{:.2%}')} in"
+            f" {_plus_minus(cost.mean, cost.std, '{:.1f}')} s more, in no number above"
+        )
+    show_lines(console, lines)
+
+
+def _plus_minus(mean: float | None, std: float | None, form: str) -> str:
+    if mean is None:
+        return "-"
+    return form.format(mean) if std is None else f"{form.format(mean)} ± {form.format(std)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(program=app, name="python -m tests.benchmarks.accuracy"))

@@ -12,14 +12,21 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
-from bncli.bench.child_process import BNCLI, run_child
+from bncli.cli.app import main
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption
+from bncli.cli.tables.table import console_for_results, print_json, table_of
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
+from tests.benchmarks.child_process import BNCLI, run_child
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 CHANNELS = 256
 
@@ -140,3 +147,38 @@ def _write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
                 file.seek(start + header[name]["data_offsets"][0])
                 file.write(tensor.numpy().tobytes())
         file.truncate(start + position)
+
+
+@app.command()
+def run(
+    gib: Annotated[float, typer.Option(min=0.001, max=1000, help="Size of the large files, in GiB.")] = 8.0,
+    layers: Annotated[int, typer.Option(min=1, max=10_000, help="BatchNorm layers in them.")] = 200,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the files are written, and removed again.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Time inspect-stats on large files, and on one of 10,000 layers; with its peak of memory."""
+    result = bench_inspection(gib=gib, num_layers=layers, directory=directory, report=print_note)
+    print_json(result) if as_json else show_inspection_bench(result)
+    return 0
+
+
+def show_inspection_bench(result: InspectionBench) -> None:
+    """One row per file; the first row is what any program with torch needs."""
+    console = console_for_results()
+    table = table_of(None, "file", "GiB", "layers", "tensors", "seconds", "peak MiB")
+    seconds, peak = f"{result.import_torch_seconds:.2f}", f"{result.import_torch_peak_mib:.0f}"
+    table.add_row("(import torch)", "", "", "", seconds, peak)
+    for done in result.inspections:
+        counts = (f"{done.num_layers:,}", f"{done.num_tensors:,}")
+        table.add_row(done.file, f"{done.gib:.2f}", *counts, f"{done.seconds:.2f}", f"{done.peak_mib:.0f}")
+    console.print(table)
+    machine = result.machine
+    console.print(
+        f"{machine['cpu']}, {machine['num_cpus']} CPUs; torch {machine['torch']}, Python {machine['python']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(program=app, name="python -m tests.benchmarks.inspection"))

@@ -3,17 +3,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.bench import scale
-from bncli.bench.scale import _resized
 from bncli.config_file import load_config
 from bncli.training import prepare
-from tests.conftest import Bncli
+from tests.benchmarks import scale
+from tests.benchmarks.conftest import Benchmark
+from tests.benchmarks.scale import _resized, app
 
 
 @pytest.mark.slow
-def test_speed_memory_and_start_are_measured_on_real_runs(bncli: Bncli, tiny_config: Path) -> None:
-    arguments = ("bench", "scale", tiny_config, "--sizes", "150,700", "--rounds", 2, "--steps", 2)
-    outcome = bncli(*arguments, "--starts", 1, "--json")
+def test_speed_memory_and_start_are_measured_on_real_runs(benchmark: Benchmark, tiny_config: Path) -> None:
+    arguments = (app, tiny_config, "--sizes", "150,700", "--rounds", 2, "--steps", 2)
+    outcome = benchmark(*arguments, "--starts", 1, "--json")
     assert outcome.code == 0
     result = outcome.json
     assert [size["num_images"] for size in result["sizes"]] == [150, 700]
@@ -40,8 +40,10 @@ def test_a_size_is_made_of_the_first_images_again_and_again(tiny_config: Path) -
 
 
 @pytest.mark.parametrize("sizes", ["many", "100", "1000,99999999999"])
-def test_sizes_that_cannot_be_measured_are_refused(bncli: Bncli, tiny_config: Path, sizes: str) -> None:
-    outcome = bncli("bench", "scale", tiny_config, "--sizes", sizes)
+def test_sizes_that_cannot_be_measured_are_refused(
+    benchmark: Benchmark, tiny_config: Path, sizes: str
+) -> None:
+    outcome = benchmark(app, tiny_config, "--sizes", sizes)
     assert outcome.code == 2
     assert "--sizes" in outcome.err
     assert len(outcome.err.splitlines()) == 1

@@ -1,0 +1,80 @@
+"""`bncli demo`: running statistics ruined on purpose. Is it noticed, and is it repaired?"""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption, SetOption, make_empty_dir
+from bncli.cli.subject import load_subject_data, open_subject
+from bncli.errors import BncliError
+
+if TYPE_CHECKING:
+    from bncli.cli.subject import Subject
+
+
+def demonstrate_repair(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A file of `bncli train`; without it, a small network is trained first, in about a minute.",
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    num_images: Annotated[
+        int, typer.Option(min=2, help="Training images that population statistics are measured on.")
+    ] = 5_000,
+    save_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Save the ruined checkpoints in this new directory.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Ruin a trained network's running statistics in four ways; diagnose and repair each."""
+    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.tables.demo import describe_demonstration, show_demonstration
+    from bncli.cli.tables.table import print_json
+    from bncli.demo import demonstrate
+
+    if checkpoint is not None:
+        subject = open_subject(checkpoint, overrides, batch_invariant=False)
+    if save_dir is not None:
+        make_empty_dir(save_dir)
+    if checkpoint is None:
+        subject = _train_subject(overrides)
+    dataset = load_subject_data(subject)
+    with PhaseReporter() as progress:
+        result = demonstrate(
+            checkpoint,
+            subject.checkpoint,
+            subject.config,
+            dataset,
+            subject.runtime,
+            num_images=num_images,
+            save_dir=save_dir,
+            report=progress.note,
+            progress=progress,
+        )
+    print_json(describe_demonstration(result)) if as_json else show_demonstration(result)
+    return 0
+
+
+def _train_subject(overrides: list[str] | None) -> "Subject":
+    """The network of configs/quickstart.yaml, whose values are the defaults; its run directory is removed."""
+    from bncli.cli.progress import DataReporter, TrainReporter
+    from bncli.config import Config
+    from bncli.config_file import config_from_dict
+    from bncli.training import train
+
+    config = config_from_dict(Config().model_dump(mode="json"), overrides, source="bncli demo")
+    print_note("no CHECKPOINT is given, so a small network is trained first")
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="bncli-demo-")
+    except OSError as error:
+        problem = f"cannot make a temporary directory: {error.strerror or error}"
+        raise BncliError(f"{problem}; set TMPDIR to a directory that can be written") from None
+    with directory as folder, TrainReporter() as reporter:
+        result = train(config, Path(folder) / "run", report=reporter, data_progress=DataReporter())
+        return open_subject(result.checkpoint, overrides, batch_invariant=False)
