@@ -20,7 +20,7 @@ def demonstrate_repair(
         Path | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A file of `bncli train`; without it, a small network is trained first, in about a minute.",
+            help="A file of `bncli train`; without it, one is trained first (a minute in all).",
         ),
     ] = None,
     overrides: SetOption = None,
