@@ -25,7 +25,7 @@ from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError
 from bncli.models.convnet import ConvNet, build_model
 
-FORMAT = "bncli.checkpoints"
+FORMAT = "bncli.checkpoint"
 FORMAT_VERSION = 2  # written; older ones are read
 
 
