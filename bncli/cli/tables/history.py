@@ -34,7 +34,7 @@ def show_convergence(found: Convergence) -> None:
     console.print(table)
     console.print()
     meanings = {
-        "mean shift": "running_mean from the mean of the epoch's batches, in their deviations",
+        "mean shift": "of running_mean, in deviations of the epoch's batches",
         "variance ratio": "running_var over the batches', eps added to both; 1 is a match",
         "-": "could not be recovered: frozen, run twice in a step, momentum 0",
     }
