@@ -142,13 +142,12 @@ def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
     unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
     refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
     from bncli.batchnorm import RULES, find_rule
-    from bncli.batchnorm.audit.rules import describe_rule
     from bncli.cli.tables.findings import show_explanation
     from bncli.cli.tables.table import print_json
 
     rules = RULES if wanted == "all" else (find_rule(wanted),)
     if as_json:
-        print_json({"rules": [describe_rule(rule) for rule in rules]})
+        print_json({"rules": [rule.describe() for rule in rules]})
     else:
         show_explanation(rules)
     return 0
