@@ -12,6 +12,7 @@ bounds s from below too: (q - s) <= EVEN (m - s) for the quantile q and the medi
     s >= (q - EVEN m) / (1 - EVEN)
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,19 @@ def share_of_initial(layer: LayerStats) -> Share | None:
     at_most = min(max(float(variance.min()), 0.0), 1.0)
     # a variance above 1 cannot be all start
     return Share(min(max((low - EVEN * median) / (1 - EVEN), 0.0), 1.0), at_most)
+
+
+def is_off_1(layer: LayerStats) -> bool:
+    """Whether the variances have moved away from 1 together, farther than they scatter.
+
+    An input that truly has variance 1 leaves them on both sides of it: their mean is then within a few
+    standard errors, deviation / sqrt(C), of 1.
+    """
+    if layer.running_var is None or layer.num_features < MIN_CHANNELS:
+        return False
+    variance = layer.running_var.double()
+    standard_error = float(variance.std()) / math.sqrt(layer.num_features)
+    return abs(float(variance.mean()) - 1) > 5 * standard_error
 
 
 def lies_behind(layer: LayerStats, before: LayerStats) -> bool:

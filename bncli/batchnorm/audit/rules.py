@@ -7,6 +7,7 @@ To add a rule, write a function here. It gets the layers of a network and yields
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import floor
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from bncli.batchnorm.audit.initial import (
     are_initial,
     count_of,
     have_initial_affine,
+    is_off_1,
     lies_behind,
     momentum_of,
     share_of_initial,
@@ -736,7 +738,8 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
 
     Knows: It is reported where four layers in five agree on a share, nothing lies below 0.5, and weights show
     that the network was trained, or its counters say that no batch came. At least three layers are needed,
-    except beside such counters. The share is given as these bounds.
+    except beside such counters, where variances have left 1 together, farther than they scatter. The share is
+    given as these bounds, the lower one rounded down to a tenth.
 
     Cannot know: Inputs whose variance truly is 1. So a single layer on standardised features, and one that
     directly follows another BatchNorm (its variances are then that one's squared weights), are not judged; a
@@ -756,9 +759,10 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
     for index, share in shares.items():
         if share.at_least >= limit:
             layer = network.layers[index]
-            low, high = min(share.at_least, at_most), at_most
-            text = f"between {low:.2g} and {high:.2g} of (0, 1) is left: all variances lie close to 1"
-            values: Values = {"share_at_least": low, "share_at_most": high}
+            # few channels may be more even than layers usually are: the bound is rounded down
+            low = min(floor(10 * min(share.at_least, at_most)) / 10, 0.9)
+            text = f"between {low:g} and {at_most:.2g} of (0, 1) is left: the variances lie close to 1"
+            values: Values = {"share_at_least": low, "share_at_most": at_most}
             yield Hit(index, (), values, text, advice=AVERAGED if layer.weights_were_averaged else None)
 
 
@@ -788,7 +792,8 @@ def _was_used(network: Network, shares: dict[int, Share]) -> bool:
         return len(shares) >= MIN_LAYERS
     layers = [network.layers[index] for index in shares]
     # the statistics moved, though no batch was counted, or what was counted was averaged too
-    return all(layer.num_batches_tracked is not None and not count_of(layer) for layer in layers)
+    contradicted = all(layer.num_batches_tracked is not None and not count_of(layer) for layer in layers)
+    return contradicted and all(is_off_1(layer) for layer in layers)
 
 
 @rule(

@@ -130,11 +130,14 @@ def inspect_stats(
     elif csv == STDOUT:
         pass
     elif channels:
-        show_channels(layers, findings, num_rules=len(rules), everything=show_all)
+        show_channels(layers, findings, num_rules=len(rules), everything=show_all, infos=select is not None)
     else:
         found_in_all = f"{len(checkpoint.layer_names)} BatchNorm layers in {len(checkpoint.tensors)} tensors"
         headline = f"{source}: found {found_in_all}"
-        show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
+        # a rule that was asked for by name is shown, whatever its severity
+        show_layers(
+            headline, layers, findings, num_rules=len(rules), everything=show_all, infos=select is not None
+        )
     return 1 if fails(findings, fail_on) else 0
 
 

@@ -48,12 +48,19 @@ def train_config(
         # before torch is imported, which takes longer than reading
         cifar10_files.read_ahead(Path(loaded.data.root).expanduser())
 
+    from bncli.batchnorm.audit.rules import describe_large_momentum
     from bncli.cli.progress import DataReporter, TrainReporter
     from bncli.cli.tables.table import print_json
     from bncli.cli.tables.training import show_dry_run, show_training
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
     from bncli.training.run_dir import default_run_dir
 
+    effect = describe_large_momentum(loaded.model.batch_norm.momentum)
+    if effect is not None:
+        print_note(
+            f"warning: model.batch_norm.momentum: {effect}; PyTorch's momentum is the weight of the new"
+            " batch, 0.01 for Keras's 0.99"
+        )
     if dry_run:
         description = describe_setup(prepare(loaded, progress=DataReporter()))
         print_json(description) if as_json else show_dry_run(description)
