@@ -7,6 +7,7 @@ To add a rule, write a function here. It gets the layers of a network and yields
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import floor
 
 import torch
@@ -430,9 +431,8 @@ def dead_channel(network: Network, limits: Limits) -> Iterator[Hit]:
             "gain_per_median",
             30.0,
             "nor one up to this many times the layer's median",
-            "the scale of a whole layer is free (weight decay shrinks it); the channels of the "
-            "healthy networks "
-            "measured stay within 15 times the median",
+            "the scale of a whole layer is free (weight decay shrinks it); nearly all channels of healthy "
+            "networks stay within 15 times the median, single dying ones reach 150",
         ),
         Threshold(
             "gain_limit",
@@ -451,7 +451,9 @@ def exploding_gain(network: Network, limits: Limits) -> Iterator[Hit]:
     steeper than its neighbours had nearly no variance in training, or a weight that ran away. Dead channels
     are BN006's.
 
-    Knows: The slope, exactly where eps is known.
+    Knows: The slope, exactly where eps is known, and which of the two made it. A weight that ran away, or a
+    slope that overflows float16, is a warning. Nearly no variance is an info: it was measured, so the output
+    is normalised as in training.
 
     Cannot know: Whether inputs ever come that differ from training's. Where eps is unknown PyTorch's 1e-5 is
     assumed; a larger one makes the slope smaller, by a factor of 10 at most with 1e-3.
@@ -463,10 +465,14 @@ def exploding_gain(network: Network, limits: Limits) -> Iterator[Hit]:
     gains = gain(channels)
     judged = (channels.running_var > 0) & ~dead(channels, limits["dead_variance"])  # below 0 is BN004's
     found = judged & (gains > limits["gain"]) & gains.isfinite()
-    medians = torch.zeros_like(gains)
+    medians, sizes = torch.zeros_like(gains), channels.weight.abs()
+    is_large = gains > limits["gain_limit"]
     for index in channels.layer[found].unique().tolist():
         inside = channels.layer == index
         medians[inside] = gains[inside & gains.isfinite()].median()
+        is_large[inside] |= (
+            sizes[inside] > limits["gain_per_median"] * sizes[inside & sizes.isfinite()].median()
+        )
     found &= (gains > limits["gain_per_median"] * medians) | (gains > limits["gain_limit"])
 
     def describe(where: Tensor) -> tuple[Values, str]:
@@ -480,7 +486,9 @@ def exploding_gain(network: Network, limits: Limits) -> Iterator[Hit]:
             f"gain up to {high:.3g}, median of the layer {median:.3g}, with {eps}",
         )
 
-    yield from _by_layer(network, found, describe)
+    is_harmful = network.any_in_layer(found & is_large)
+    for hit in _by_layer(network, found, describe):
+        yield replace(hit, severity="warning" if is_harmful[hit.index] else "info")
 
 
 @rule(
@@ -799,48 +807,64 @@ def _was_used(network: Network, shares: dict[int, Share]) -> bool:
 @rule(
     "BN015",
     "warning",
-    "a momentum so large that the statistics are those of one or two batches",
-    advice="PyTorch's momentum is the weight of the new batch: TensorFlow's and Keras's 0.99 is 0.01 "
-    "here, ONNX's 0.9 is "
-    "0.1. Recompute the statistics over the training set.",
+    "the statistics are those of hardly more than one batch",
+    advice="PyTorch's momentum is the weight of the new batch: TensorFlow's and Keras's 0.99 is 0.01 here, "
+    "ONNX's 0.9 is 0.1. Recompute the statistics over the training set.",
     thresholds=(
         Threshold(
             "effective_batches",
             2.0,
             "fewer batches than this in effect, (2 - momentum) / momentum",
-            "momentum 0.67 is the limit: the last batch then counts twice as much as all before "
-            "it; recipes for short "
-            "runs take 0.4 to 0.6 on purpose",
+            "momentum 0.67 is the limit: the last batch then counts twice as much as all before it; "
+            "recipes for short runs take 0.4 to 0.6 on purpose",
         ),
     ),
 )
-def large_momentum(network: Network, limits: Limits) -> Iterator[Hit]:
+def few_batches(network: Network, limits: Limits) -> Iterator[Hit]:
     """running = (1 - momentum) * running + momentum * batch gives the last batch the weight momentum, the one
     before it momentum * (1 - momentum), and so on. The mean of a channel then scatters like that of (2 -
     momentum) / momentum batches: 19 with 0.1, 3 with 0.5, 1.02 with 0.99. TensorFlow and Keras (0.99) and
     ONNX (0.9) mean the weight of the old value by the same word; taken over unconverted, training looks the
-    same (it does not read these statistics), and eval mode normalises by whatever came last. The mirror
-    image, 0.001 to 0.01 with few updates, is BN002's and BN014's.
+    same (it does not read these statistics), and eval mode normalises by whatever came last. A cumulative
+    average (momentum None, update_bn) of a single batch is no better. The mirror image, 0.001 to 0.01 with
+    few updates, is BN002's and BN014's.
 
     Knows: The momentum, from checkpoints of bncli's and whole pickled modules; in bncli's own also whether
-    the statistics were measured since.
+    the statistics were measured since. A counter of 1 beside a variance that an average with momentum 0.1
+    cannot have reached is the trace of one batch, and an info.
 
     Cannot know: A state dict has no momentum, and the numbers of one batch look like those of many.
-    Statistics that were recomputed since, by update_bn for example, are right whatever momentum says.
+    Statistics that were recomputed since, by update_bn for example, are right whatever momentum says; and a
+    single batch may have been the whole training set, or have come after statistics that were loaded without
+    counter.
 
     Source: PyTorch documentation, torch.nn.BatchNorm2d; Keras documentation, BatchNormalization (momentum of
     the moving average)
     """
     initial = are_initial(network)
     for index, layer in enumerate(network.layers):
-        momentum, assumed = momentum_of(layer)
-        if assumed or momentum is None or initial[index] or layer.was_measured or layer.running_var is None:
+        if initial[index] or layer.was_measured or layer.running_var is None:
             continue
-        text = describe_large_momentum(momentum, limits["effective_batches"])
-        if text is not None:
+        momentum, assumed = momentum_of(layer)
+        text = None if assumed else describe_large_momentum(momentum, limits["effective_batches"])
+        if text is not None and momentum is not None:
             unless = "" if layer.averaged_by_training else ", unless they were recomputed, e.g. by update_bn"
             values: Values = {"momentum": momentum, "effective_batches": (2 - momentum) / momentum}
             yield Hit(index, (), values, text + unless)
+        elif count_of(layer) == 1 and limits["effective_batches"] > 1 and _holds_one_batch(layer):
+            text = "one batch was counted and nothing of (0, 1) is left: they are that batch's, unless loaded"
+            yield Hit(index, (), {"num_batches_tracked": 1}, text, "info", ONE_BATCH)
+
+
+ONE_BATCH = "Fine if that batch was large; else recompute the statistics over more of the training set."
+
+
+def _holds_one_batch(layer: LayerStats) -> bool:
+    """Whether one update replaced what was there: by a cumulative average, or by the numbers."""
+    momentum, _ = momentum_of(layer)
+    if momentum is None:
+        return True
+    return layer.running_var is not None and bool((layer.running_var.double() < 0.999 * (1 - momentum)).any())
 
 
 def describe_large_momentum(momentum: float | None, effective_batches: float = 2.0) -> str | None:
