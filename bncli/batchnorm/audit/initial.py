@@ -106,11 +106,14 @@ def is_off_1(layer: LayerStats) -> bool:
 def lies_behind(layer: LayerStats, before: LayerStats) -> bool:
     """Whether a layer normalises what the layer before it put out, with nothing in between.
 
-    Its true variances are then weight ** 2 of that one, and near 1 for that reason.
+    A normalised batch has exactly mean bias and variance weight ** 2, times n / (n - 1): there is no scatter
+    from channel to channel, and a variance near 1 comes from a weight near 1.
     """
-    if before.weight is None or layer.running_var is None or layer.num_features < MIN_CHANNELS:
+    if layer.running_var is None or layer.num_features < MIN_CHANNELS:
         return False
     if before.num_features != layer.num_features:
         return False
-    pair = torch.stack([before.weight.double().square(), layer.running_var.double()])
-    return float(torch.corrcoef(pair)[0, 1]) > 0.95
+    variance = layer.running_var.double()
+    expected = torch.ones_like(variance) if before.weight is None else before.weight.double().square()
+    follows = float(torch.corrcoef(torch.stack([expected, variance]))[0, 1]) > 0.95
+    return follows or float((variance / expected).std()) < 1e-4

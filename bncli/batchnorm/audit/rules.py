@@ -634,7 +634,7 @@ def counter_multiple(network: Network, _: Limits) -> Iterator[Hit]:
     same batch counts twice, so momentum m acts as 1 - (1 - m)^2. An exact fraction is the same seen from the
     other side: most layers are updated k times, or this one in every k-th step.
 
-    Knows: The ratio.
+    Knows: The ratio of the counters, exactly.
 
     Cannot know: Which of the causes it is; and a layer that was frozen for exactly half of the batches looks
     the same.
@@ -862,9 +862,9 @@ ONE_BATCH = "Fine if that batch was large; else recompute the statistics over mo
 def _holds_one_batch(layer: LayerStats) -> bool:
     """Whether one update replaced what was there: by a cumulative average, or by the numbers."""
     momentum, _ = momentum_of(layer)
-    if momentum is None:
-        return True
-    return layer.running_var is not None and bool((layer.running_var.double() < 0.999 * (1 - momentum)).any())
+    if not momentum or layer.running_var is None:
+        return momentum is None
+    return bool((layer.running_var.double() < 0.999 * (1 - momentum)).any())
 
 
 def describe_large_momentum(momentum: float | None, effective_batches: float = 2.0) -> str | None:
