@@ -468,12 +468,25 @@ def test_a_synchronised_network_has_no_finding(trained: nn.Module) -> None:
     assert loud(model) == loud(model.state_dict()) == set()
 
 
-def test_fine_tuning_leaves_no_error_and_frozen_layers_only_their_counters(trained: nn.Module) -> None:
+def frozen(model: nn.Module, names: list[str], steps: int) -> nn.Module:
+    """Trained on, with some layers in eval mode."""
+    for name in names:
+        model.get_submodule(name).eval()
+    return train(model, steps, lr=0.01)
+
+
+def test_fine_tuning_raises_no_alarm_and_a_layer_that_missed_batches_does(trained: nn.Module) -> None:
     model = train(copy.deepcopy(trained), 30, lr=0.01)
     assert loud(model.state_dict()) == set()
-    for layer in list(model.children())[:8]:
-        layer.eval()
-    assert loud(train(model, 33, lr=0.01).state_dict()) == {("counter_unequal", "warning")}
+    half = frozen(copy.deepcopy(model), ["1", "4"], 33)  # 110 and 143 batches
+    assert ("counter_unequal", "info") in said(half.state_dict())
+    assert loud(half.state_dict()) == set()
+    new_head = frozen(copy.deepcopy(model), ["1", "4", "7", "10"], 25)
+    new_head[13].num_batches_tracked -= 80  # as if it had come for these 55: half of 110
+    assert ("counter_multiple", "info") in said(new_head.state_dict())
+    assert loud(new_head.state_dict()) == set()
+    one = frozen(copy.deepcopy(model), ["7"], 33)
+    assert loud(one.state_dict()) == {("counter_unequal", "warning")}
 
 
 @pytest.mark.parametrize(
