@@ -1,8 +1,8 @@
 from .audit.audit import Finding as Finding
 from .audit.audit import audit as audit
+from .audit.definition import Rule as Rule
+from .audit.definition import Threshold as Threshold
 from .audit.rules import RULES as RULES
-from .audit.rules import Rule as Rule
-from .audit.rules import Threshold as Threshold
 from .audit.rules import find_rule as find_rule
 from .compare import Contents as Contents
 from .compare import ReadableTensor as ReadableTensor

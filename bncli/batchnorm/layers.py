@@ -13,15 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+AVERAGED_KEY = "n_averaged"  # how many weights torch.optim.swa_utils.AveragedModel has averaged
+
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """What a BatchNorm module knows beside its tensors; a whole pickled module has them, a state dict not."""
 
     num_features: int
-    eps: float
+    eps: float | None
     momentum: float | None  # weight of the new batch; None: cumulative average
     was_measured: bool = False  # whether its statistics were replaced by what was measured, as in LayerStats
+    averaged_by_training: bool = False  # as in LayerStats
+    is_frozen: bool = False  # as in LayerStats; then there is no momentum to know
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +43,9 @@ class LayerStats:
     counter_dtype: torch.dtype | None  # of num_batches_tracked: torch.int64 in every model PyTorch makes
     momentum: float | None  # weight of the new batch; None with hyperparameters_known: cumulative
     eps: float | None
-    hyperparameters_known: bool  # False from a state dict, which stores neither momentum nor eps
+    hyperparameters_known: (
+        bool  # False from a state dict, which stores neither momentum nor eps, and if is_frozen
+    )
     running_mean: Tensor | None  # (C,)
     running_var: Tensor | None  # (C,)
     weight: Tensor | None  # (C,)
@@ -47,6 +53,12 @@ class LayerStats:
     # True where something tells that the statistics were measured since: then they are no average of what
     # num_batches_tracked counts
     was_measured: bool = False
+    # True where something tells that training alone made them: an average from (0, 1), by `momentum`
+    averaged_by_training: bool = False
+    is_frozen: bool = False  # True for a class that never updates its statistics, such as FrozenBatchNorm2d
+    weights_were_averaged: bool = (
+        False  # True beside `n_averaged`, as torch.optim.swa_utils.AveragedModel keeps
+    )
 
 
 def batch_norm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
@@ -73,8 +85,9 @@ def read_running_stats(
     Raises TypeError for anything but a module or a mapping.
     """
     if isinstance(model_or_state_dict, nn.Module):
+        averaged = AVERAGED_KEY in dict(model_or_state_dict.named_buffers(recurse=False))
         layers = batch_norm_layers(model_or_state_dict)
-        return tuple(_read_module(name, module) for name, module in layers)
+        return tuple(_read_module(name, module, averaged=averaged) for name, module in layers)
     if isinstance(model_or_state_dict, Mapping):
         return _read_state_dict(model_or_state_dict, hyperparameters or {})
     kind = type(model_or_state_dict).__name__
@@ -101,7 +114,7 @@ def write_statistics(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
         layer.running_var.copy_(var)
 
 
-def _read_module(name: str, module: _BatchNorm) -> LayerStats:
+def _read_module(name: str, module: _BatchNorm, *, averaged: bool) -> LayerStats:
     return LayerStats(
         name=name,
         num_features=module.num_features,
@@ -114,6 +127,7 @@ def _read_module(name: str, module: _BatchNorm) -> LayerStats:
         running_var=_copy(module.running_var),
         weight=_copy(module.weight),
         bias=_copy(module.bias),
+        weights_were_averaged=averaged,
     )
 
 
@@ -154,8 +168,11 @@ def _read_tensors(
         counter_dtype=_dtype(counter),
         momentum=known.momentum if known else None,
         eps=known.eps if known else None,
-        hyperparameters_known=known is not None,
+        hyperparameters_known=known is not None and not known.is_frozen,
         was_measured=known is not None and known.was_measured,
+        averaged_by_training=known is not None and known.averaged_by_training,
+        is_frozen=known is not None and known.is_frozen,
+        weights_were_averaged=AVERAGED_KEY in state,
         running_mean=_copy(mean),
         running_var=_copy(var),
         weight=_copy(weight),

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
+from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.checkpoints.byte_source import (
     ByteSource,
     DirectoryError,
@@ -73,7 +74,9 @@ class OpenCheckpoint:
         with _named(self.source), _without_collector():
             if max(size, 4 * features) > MAX_BYTES_OF_LAYERS:
                 raise UnreadableFileError("its BatchNorm layers are far larger than those of any network")
-            state = {name: tensor.read() for name, tensor in wanted.items()}
+            state: dict[str, object] = {name: tensor.read() for name, tensor in wanted.items()}
+            if AVERAGED_KEY in self.tensors:
+                state[AVERAGED_KEY] = None  # that it is there is all that counts
             layers = {layer.name: layer for layer in read_running_stats(state, known)}
         return tuple(layers[name] for name in self.layer_names)
 

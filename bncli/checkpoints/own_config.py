@@ -29,7 +29,7 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
         {name for name in recorded if isinstance(name, str)} if isinstance(recorded, list | tuple) else set()
     )
     return {
-        name: replace(known, was_measured=name in measured)
+        name: replace(known, was_measured=name in measured, averaged_by_training=name not in measured)
         for name, known in found.items()
         if known is not None
     }

@@ -19,7 +19,8 @@ SelectOption = Annotated[
 ]
 IgnoreOption = Annotated[str | None, typer.Option("--ignore", metavar="CODES", help="All but these rules.")]
 FailOnOption = Annotated[
-    FailOn, typer.Option("--fail-on", help="Exit with 1 on findings of at least this severity.")
+    FailOn,
+    typer.Option("--fail-on", help="Exit with 1 on findings of at least this severity; never on infos."),
 ]
 ExplainOption = Annotated[
     str | None,
@@ -35,7 +36,7 @@ SortOption = Annotated[
         "--sort", help="By name, or worst first: most findings, largest gain, farthest mean, least variance."
     ),
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, however many.")]
+AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, infos too.")]
 AUDIT_FLAGS = frozenset({"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"})
 
 
@@ -95,7 +96,8 @@ def sort_layers(
         return sorted(layers, key=lambda layer: layer.name)
     if by == "findings":
         number = Counter(finding.layer for finding in findings)
-        return sorted(layers, key=lambda layer: -number[layer.name])
+        infos = Counter(finding.layer for finding in findings if finding.severity == "info")
+        return sorted(layers, key=lambda layer: (infos[layer.name] - number[layer.name], -infos[layer.name]))
     channels = channels_of(layers)
     if by == "gain":
         quantity = gain(channels)

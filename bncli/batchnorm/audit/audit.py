@@ -1,14 +1,15 @@
 """What is wrong with the BatchNorm layers of a network, judged from their numbers alone.
 
-A finding is a claim about a layer as it is; a healthy trained network has none. The rules are in `rules.py`.
+A finding is a claim about a layer as it is; a healthy trained network has none but infos. The rules are in
+`rules.py`, a function each.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from bncli.batchnorm.audit.channels import channels_of
-from bncli.batchnorm.audit.checks import CHECKS, Hit, Values
-from bncli.batchnorm.audit.rules import DEFAULT_THRESHOLDS, PYTORCH_EPS, RULES, Rule, Severity, find_rule
+from bncli.batchnorm.audit.channels import PYTORCH_EPS, network_of
+from bncli.batchnorm.audit.definition import Hit, Rule, Severity, Values
+from bncli.batchnorm.audit.rules import DEFAULT_THRESHOLDS, RULES, find_rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError
 
@@ -21,13 +22,13 @@ class Finding:
 
     code: str
     name: str
-    severity: Severity
+    severity: Severity  # of this hit, which may be below the rule's
     layer: str
     channels: tuple[int, ...]  # empty: the layer as a whole
     values: Values  # the numbers found
     thresholds: dict[str, float]  # what they were compared with
     message: str  # one line, with the numbers
-    advice: str
+    advice: str  # what to do, by what is known of this layer
 
 
 def audit(
@@ -45,11 +46,11 @@ def audit(
     Raises BncliError for a rule or threshold that does not exist, and for a threshold that is no number.
     """
     limits = DEFAULT_THRESHOLDS | check_thresholds(thresholds or {})
-    channels = channels_of(layers)
+    network = network_of(layers)
     return tuple(
         _finding(rule, hit, layers[hit.index], limits)
         for rule in selected_rules(select, ignore)
-        for hit in CHECKS[rule.name](layers, channels, limits)
+        for hit in rule.find(network, limits)
     )
 
 
@@ -81,13 +82,13 @@ def _finding(rule: Rule, hit: Hit, layer: LayerStats, limits: Mapping[str, float
     return Finding(
         code=rule.code,
         name=rule.name,
-        severity=rule.severity,
+        severity=hit.severity or rule.severity,
         layer=layer.name,
         channels=hit.channels,
         values=hit.values,
         thresholds={threshold.name: limits[threshold.name] for threshold in rule.thresholds},
         message=where + hit.text,
-        advice=rule.advice,
+        advice=hit.advice or rule.advice,
     )
 
 

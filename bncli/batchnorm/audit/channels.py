@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.audit.rules import PYTORCH_EPS
 from bncli.batchnorm.layers import LayerStats
+
+PYTORCH_EPS = 1e-5  # the default of torch.nn.BatchNorm2d; assumed where a state dict leaves eps unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,24 @@ class Channels:
     weight: Tensor
     bias: Tensor
     eps: Tensor  # PyTorch's default where unknown
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What a rule looks at: all layers of a network, and their channels end to end."""
+
+    layers: Sequence[LayerStats]
+    channels: Channels
+
+    def any_in_layer(self, found: Tensor) -> list[bool]:
+        """Per layer, whether bool (C,) holds in one of its channels."""
+        counts = torch.zeros(len(self.layers), dtype=torch.int64)
+        return [count > 0 for count in counts.index_add_(0, self.channels.layer, found.long()).tolist()]
+
+
+def network_of(layers: Sequence[LayerStats]) -> Network:
+    """Copy the channels of all layers, in order."""
+    return Network(layers, channels_of(layers))
 
 
 def channels_of(layers: Sequence[LayerStats]) -> Channels:

@@ -5,7 +5,7 @@ attributes, of which BatchNorm's `momentum` and `eps` are of interest. TorchScri
 submodules as plain attributes, and momentum and eps in its code.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from bncli.batchnorm import Hyperparameters
@@ -98,8 +98,20 @@ def _read_one(found: PickledModule, name: str, module: Inert) -> None:
         known = checked_hyperparameters(
             attributes.get("num_features"), attributes.get("eps"), attributes.get("momentum", "missing")
         )
+        if has_buffer and "Frozen" in class_name:
+            known = _frozen(buffers, attributes.get("eps"))
         if known is not None:
             found.hyperparameters[name] = known
+
+
+def _frozen(buffers: object, eps: object) -> Hyperparameters | None:
+    """What a class such as FrozenBatchNorm2d tells: eps, and that it never updates its statistics."""
+    mean = buffers.get("running_mean") if isinstance(buffers, dict) else None
+    if not isinstance(mean, StoredTensor) or len(mean.shape) != 1:
+        return None
+    # a momentum that is allowed stands for the one that such a class does not have
+    known = checked_hyperparameters(mean.shape[0], eps, None)
+    return None if known is None else replace(known, is_frozen=True)
 
 
 def checked_hyperparameters(num_features: object, eps: object, momentum: object) -> Hyperparameters | None:

@@ -106,11 +106,14 @@ def inspect_stats(
     elif csv == STDOUT:
         pass
     elif channels:
-        show_channels(layers, findings, num_rules=len(rules), everything=show_all)
+        show_channels(layers, findings, num_rules=len(rules), everything=show_all, infos=select is not None)
     else:
         in_words = plural(len(checkpoint.layer_names), "BatchNorm layer")
         headline = f"{source}: found {in_words} in {plural(len(checkpoint.tensors), 'tensor')}"
-        show_layers(headline, layers, findings, num_rules=len(rules), everything=show_all)
+        # a rule that was asked for by name is shown, whatever its severity
+        show_layers(
+            headline, layers, findings, num_rules=len(rules), everything=show_all, infos=select is not None
+        )
     return 1 if fails(findings, fail_on) else 0
 
 
@@ -132,13 +135,12 @@ def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
     unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
     refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
     from bncli.batchnorm import RULES, find_rule
-    from bncli.batchnorm.audit.rules import describe_rule
     from bncli.cli.tables.findings import show_explanation
     from bncli.cli.tables.table import print_json
 
     rules = RULES if wanted == "all" else (find_rule(wanted),)
     if as_json:
-        print_json({"rules": [describe_rule(rule) for rule in rules]})
+        print_json({"rules": [rule.describe() for rule in rules]})
     else:
         show_explanation(rules)
     return 0

@@ -47,6 +47,7 @@ def train_config(
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
+    from bncli.batchnorm.audit.rules import describe_large_momentum
     from bncli.cli.progress import DataReporter, TrainReporter
     from bncli.cli.tables.table import print_json
     from bncli.cli.tables.training import show_dry_run, show_training
@@ -55,6 +56,12 @@ def train_config(
 
     if resume is not None and followed is not None:
         loaded = _with_recorded_root(resume, followed)
+    effect = describe_large_momentum(loaded.model.batch_norm.momentum)
+    if effect is not None:
+        print_note(
+            f"warning: model.batch_norm.momentum: {effect}; PyTorch's momentum is the weight of the new"
+            " batch, 0.01 for Keras's 0.99"
+        )
     if dry_run:
         description = describe_setup(prepare(loaded, progress=DataReporter(), may_download=resume is None))
         print_json(description) if as_json else show_dry_run(description)

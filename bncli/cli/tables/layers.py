@@ -1,6 +1,6 @@
 """The output of `bncli inspect-stats`."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,12 +35,13 @@ def describe_layers(
     """The JSON document of `bncli inspect-stats`; `dead` is what the rule dead_channel found."""
     flags = flags_of(findings)
     dead_channels = {finding.layer: finding.channels for finding in dead}
-    num_errors = sum(finding.severity == "error" for finding in findings)
+    number = Counter(finding.severity for finding in findings)
     return {
         "checkpoint": checkpoint,
         "num_layers": len(layers),
-        "num_errors": num_errors,
-        "num_warnings": len(findings) - num_errors,
+        "num_errors": number["error"],
+        "num_warnings": number["warning"],
+        "num_infos": number["info"],
         "layers": [
             {
                 **_describe_layer(layer, channels=channels),
@@ -89,10 +90,11 @@ def show_layers(
     *,
     num_rules: int,
     everything: bool = False,
+    infos: bool = False,
 ) -> None:
     """The headline, one row per BatchNorm layer, then the findings."""
     console = console_for_results()
-    flags = flags_of(findings)
+    flags = flags_of([finding for finding in findings if finding.severity != "info"])
     shown = list(layers)
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
@@ -107,7 +109,7 @@ def show_layers(
     if len(shown) < len(layers):
         console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
     console.print()
-    show_findings(console, findings, num_rules=num_rules, everything=everything)
+    show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)
 
 
 def _columns(
@@ -178,7 +180,12 @@ def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
 
 
 def show_channels(
-    layers: Sequence[LayerStats], findings: Sequence[Finding], *, num_rules: int, everything: bool = False
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    *,
+    num_rules: int,
+    everything: bool = False,
+    infos: bool = False,
 ) -> None:
     """One table per layer with one row per channel, then the findings."""
     console = console_for_results()
@@ -204,4 +211,4 @@ def show_channels(
             table.add_row(str(channel), *numbers, " ".join(codes[layer.name, channel]))
         console.print(table)
     console.print()
-    show_findings(console, findings, num_rules=num_rules, everything=everything)
+    show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)

@@ -17,15 +17,17 @@ Save = Callable[[str], Path]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Write the state dict of a network of two layers: healthy, with a warning, or also with an error."""
+    """Write the state dict of a network of two layers: healthy, or with an info, a warning, or all three."""
 
     def write(kind: str) -> Path:
         model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
         for _ in range(50):
             model(torch.randn(16, 4))
         state = model.state_dict()
-        if kind in ("warning", "error"):
+        if kind in ("info", "error"):
             state["0.weight"][1] = 0.0
+        if kind in ("warning", "error"):
+            state["0.running_mean"][0] = 100.0
         if kind == "error":
             state["1.running_var"][2] = -3.0
         torch.save(state, tmp_path / f"{kind}.pt")
@@ -42,7 +44,10 @@ def save(tmp_path: Path) -> Save:
         ("warning", (), 0),
         ("warning", ("--fail-on", "error"), 0),
         ("warning", ("--fail-on", "warning"), 1),
-        ("warning", ("--fail-on", "warning", "--ignore", "BN006"), 0),
+        ("info", (), 0),
+        ("info", ("--fail-on", "warning"), 0),
+        ("info", ("--fail-on", "warning", "--select", "BN006"), 0),
+        ("warning", ("--fail-on", "warning", "--ignore", "BN012"), 0),
         ("warning", ("--fail-on", "warning", "--select", "BN004"), 0),
         ("warning", ("--fail-on", "warning", "--layer", "1"), 0),
         ("error", (), 1),
@@ -50,7 +55,7 @@ def save(tmp_path: Path) -> Save:
         ("error", ("--fail-on", "warning"), 1),
         ("error", ("--fail-on", "warning", "--select", "BN004"), 1),
         ("error", ("--ignore", "negative_variance"), 0),
-        ("error", ("--select", "BN006,bn004"), 1),
+        ("error", ("--select", "BN012,bn004"), 1),
         ("error", ("--layer", "0"), 0),
     ],
 )
@@ -64,8 +69,9 @@ def test_the_exit_code_follows_the_findings_that_are_left(
 
 def test_json_has_the_findings_with_their_numbers(bncli: Bncli, save: Save) -> None:
     result = bncli("inspect-stats", save("error"), "--json").json
-    assert (result["num_errors"], result["num_warnings"]) == (1, 1)
-    first, second = result["findings"]
+    assert (result["num_errors"], result["num_warnings"], result["num_infos"]) == (1, 1, 1)
+    first, second, third = result["findings"]
+    assert [found["severity"] for found in (first, second, third)] == ["error", "info", "warning"]
     assert first == {
         "code": "BN004",
         "name": "negative_variance",
@@ -78,15 +84,24 @@ def test_json_has_the_findings_with_their_numbers(bncli: Bncli, save: Save) -> N
         "advice": next(rule.advice for rule in RULES if rule.code == "BN004"),
     }
     assert (second["code"], second["thresholds"]) == ("BN006", {"dead_variance": 0.01})
-    assert [layer["flags"] for layer in result["layers"]] == [["dead_channel"], ["negative_variance"]]
+    assert second["values"] == {
+        "num_zero_weights": 1,
+        "running_var": pytest.approx(1.0, abs=0.5),
+        "eps": 1e-5,
+        "eps_assumed": True,
+    }
+    assert [layer["flags"] for layer in result["layers"]] == [
+        ["dead_channel", "far_mean"],
+        ["negative_variance"],
+    ]
     assert [layer["dead_channels"] for layer in result["layers"]] == [[1], []]
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), ["dead_channel", "negative_variance"]),
-        (("--ignore", "BN006"), ["", "negative_variance"]),
+        ((), ["dead_channel far_mean", "negative_variance"]),
+        (("--ignore", "BN006,BN012"), ["", "negative_variance"]),
         (("--select", "BN006"), ["dead_channel", ""]),
         (("--select", "BN012", "--threshold", "mean_in_deviations=0"), ["far_mean", "far_mean"]),
     ],
@@ -109,7 +124,7 @@ def test_csv_and_plot_and_json_say_the_same(
 def test_the_channels_view_names_the_rules_of_each_channel(bncli: Bncli, save: Save) -> None:
     out = bncli("inspect-stats", save("error"), "--channels").out
     marked = [line.split() for line in out.splitlines() if re.search(r"BN\d+$", line)]
-    assert [(words[0], words[-1]) for words in marked] == [("1", "BN006"), ("2", "BN004")]
+    assert [(words[0], words[-1]) for words in marked] == [("0", "BN012"), ("1", "BN006"), ("2", "BN004")]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +136,7 @@ def test_the_channels_view_names_the_rules_of_each_channel(bncli: Bncli, save: S
         (("--threshold", "gian=3"), "gain_per_median"),
         (("--threshold", "gain"), "NAME=NUMBER"),
         (("--threshold", "gain=nan"), "0 or more"),
+        (("--fail-on", "info"), "'info' is not one of"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_list(
@@ -130,6 +146,21 @@ def test_what_does_not_exist_is_refused_with_the_list(
     assert (outcome.code, outcome.out) == (2, "")
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_infos_are_one_line_until_they_are_asked_for(bncli: Bncli, save: Save) -> None:
+    source = save("info")
+    short = bncli("inspect-stats", source).out
+    assert "1 note in 1 layer: dead_channel 1; --all shows them." in short
+    assert "No errors or warnings: 15 rules checked." in short
+    assert "BN006" not in short
+    for options in (("--all",), ("--select", "dead_channel")):
+        shown = bncli("inspect-stats", source, *options).out
+        assert "BN006 dead_channel (info): 0\n  channel 1 of 4: weight 0 in 1" in shown
+        assert "1 note in 1 layer: dead_channel 1." in shown
+    everything = bncli("inspect-stats", save("error")).out
+    assert "1 note in 1 layer: dead_channel 1; --all shows them." in everything
+    assert "1 error, 1 warning." in everything
 
 
 def test_without_a_checkpoint_there_is_only_explain(bncli: Bncli) -> None:
@@ -147,10 +178,14 @@ def test_a_threshold_changes_what_is_found(bncli: Bncli, save: Save) -> None:
 def test_a_rule_is_explained_in_about_ten_lines_with_its_source(bncli: Bncli, rule) -> None:
     by_code = bncli("inspect-stats", "--explain", rule.code.lower()).out
     assert by_code == bncli("inspect-stats", "--explain", rule.name).out
-    heading, summary, theory, rest = by_code.split("\n", 1)[0], *by_code.split("\n", 1)[1].split("\n\n")
+    heading, summary, *paragraphs = (by_code.split("\n", 1)[0], *by_code.split("\n", 1)[1].split("\n\n"))
+    theory, can_know, cannot_know, rest = paragraphs
     assert heading == f"{rule.code} {rule.name} ({rule.severity})"
-    assert 7 <= theory.count("\n") + 1 <= 13
+    assert 6 <= theory.count("\n") + 1 <= 13
     assert " ".join(theory.split()) == rule.theory
+    assert " ".join(can_know.split()) == f"What it can know: {rule.can_know}"
+    assert " ".join(cannot_know.split()) == f"What it cannot know: {rule.cannot_know}"
+    assert min(len(rule.can_know), len(rule.cannot_know)) > 10
     assert "`" not in by_code
     joined = " ".join(rest.split())
     assert joined.startswith(f"What to do: {rule.advice}")
@@ -164,9 +199,11 @@ def test_a_rule_is_explained_in_about_ten_lines_with_its_source(bncli: Bncli, ru
 
 def test_all_rules_are_explained_by_all_and_in_json(bncli: Bncli) -> None:
     text = bncli("inspect-stats", "--explain", "all").out
-    assert re.findall(r"^(BN\d+) ", text, flags=re.MULTILINE) == [f"BN{n:03}" for n in range(1, 14)]
+    assert re.findall(r"^(BN\d+) ", text, flags=re.MULTILINE) == [f"BN{n:03}" for n in range(1, 16)]
     rules = bncli("inspect-stats", "--explain", "all", "--json").json["rules"]
-    assert [(rule["code"], rule["theory"]) for rule in rules] == [(rule.code, rule.theory) for rule in RULES]
+    for shown, rule in zip(rules, RULES, strict=True):
+        for part in ("code", "severity", "theory", "can_know", "cannot_know", "source"):
+            assert shown[part] == getattr(rule, part)
 
 
 def test_layers_are_sorted_worst_first(bncli: Bncli, tmp_path: Path) -> None:

@@ -85,6 +85,28 @@ def test_there_is_nothing_to_resume_where_there_was_no_run(bncli: Bncli, tmp_pat
     assert "no run to resume" in outcome.err
 
 
+@pytest.mark.parametrize(
+    ("momentum", "warns"), [("0.99", True), ("1.0", True), ("0.6", False), ("null", False)]
+)
+def test_a_momentum_that_keeps_one_batch_is_said_at_the_start_and_in_the_file(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, momentum: str, warns: bool
+) -> None:
+    setting = ("--set", f"model.batch_norm.momentum={momentum}")
+    dry = bncli("train", tiny_config, "--dry-run", "--json", *setting)
+    assert dry.code == 0
+    lines = [line for line in dry.err.splitlines() if "model.batch_norm.momentum" in line]
+    assert len(lines) == warns
+    if momentum == "0.99":
+        assert (
+            "warning: model.batch_norm.momentum: with momentum 0.99 the statistics are in effect" in lines[0]
+        )
+        run = bncli("train", tiny_config, "--run-dir", tmp_path / "run", *setting)
+        assert lines[0] in run.err
+        findings = bncli("inspect-stats", tmp_path / "run" / "last.pt", "--json").json["findings"]
+        assert {(found["code"], found["severity"]) for found in findings} == {("BN015", "warning")}
+        assert "unless" not in findings[0]["message"]  # our training made them: that is certain
+
+
 def test_a_dry_run_describes_the_run_and_writes_nothing(
     bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,8 @@ TRIGGERS = [
     ("counter_type", {"counter_dtype": torch.float32}, ()),
     ("counter_type", {"counter_dtype": torch.int32}, ()),
     ("far_mean", {"running_mean": [0.0, 0.0, -64.1, 0.0], "running_var": [2.0, 1.0, 1.0, 1.0]}, (2,)),
+    ("few_batches", {"momentum": 0.67}, ()),
+    ("few_batches", {"momentum": 1.0}, ()),
     ("no_running_stats", {"running_mean": None, "running_var": None}, ()),
     ("no_running_stats", {"running_var": None}, ()),
 ]
@@ -93,9 +95,14 @@ NEARLY = {
     "44 updates": {"num_batches_tracked": 44},
     "a counter of 0 tells nothing": {"num_batches_tracked": 0},
     "no counter": {"num_batches_tracked": None, "counter_dtype": None},
-    "a cumulative average": {"num_batches_tracked": 1, "momentum": None},
+    "a cumulative average": {"num_batches_tracked": 2, "momentum": None},
     "frozen by momentum 0": {"num_batches_tracked": 1, "momentum": 0.0},
-    "momentum 1": {"num_batches_tracked": 1, "momentum": 1.0},
+    "momentum 0.66": {"num_batches_tracked": 1000, "momentum": 0.66},
+    "momentum 1, but measured": {"num_batches_tracked": 1, "momentum": 1.0, "was_measured": True},
+    "a gain through a small variance, up to 30 times the median": {
+        "running_var": [1.0, 1.0, 1.0, 3e-3],
+        "weight": [6.0, 6.0, 6.0, 6.0],
+    },
     "a variance below what would be left": {
         "num_batches_tracked": 10,
         "running_var": [1.0, 0.3, 1.0, 1.0],  # 0.9 ** 10 = 0.35
@@ -258,7 +265,7 @@ def test_other_float_types_are_judged_alike(dtype: torch.dtype) -> None:
 
 
 def test_every_rule_has_a_test_that_triggers_it() -> None:
-    over_layers = {"counter_unequal", "counter_multiple"}
+    over_layers = {"counter_unequal", "counter_multiple", "near_initial"}
     assert {name for name, _, _ in TRIGGERS} | over_layers == {rule.name for rule in RULES}
 
 
