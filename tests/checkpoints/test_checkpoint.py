@@ -82,7 +82,7 @@ def test_missing_files_and_directories_are_named(finished_run: Path, tmp_path: P
 
 def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": "bncli.checkpoints", "payload": Hostile()}, tmp_path / "hostile.pt")
+    torch.save({"format": "bncli.checkpoint", "payload": Hostile()}, tmp_path / "hostile.pt")
     with pytest.raises(CheckpointError, match="does not execute"):
         load_checkpoint(tmp_path / "hostile.pt")
     assert not (tmp_path / "hostile-was-here").exists()
