@@ -68,6 +68,61 @@ def test_imports_point_down(path: Path) -> None:
             assert room in ONLY_IN[parts[0]], f"{path} imports {name}"
 
 
+MODULES = {
+    path: ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+}
+MODULES = {path: name.removesuffix(".__init__") for path, name in MODULES.items()}
+
+
+def home_of(package: str, name: str) -> str:
+    """The module where a name that is imported from a module or package comes from, by the package's stub."""
+    if f"{package}.{name}" in MODULES.values():
+        return f"{package}.{name}"
+    stub = PACKAGE.parent.joinpath(*package.split("."), "__init__.pyi")
+    for line in stub.read_text().splitlines() if stub.is_file() else ():
+        words = line.split()  # from .modes import eval_mode as eval_mode
+        if line.startswith("from ") and words[3] == name:
+            return home_of(f"{package}{words[1]}", name) if words[1] != "." else home_of(package, name)
+    return package
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """Modules of bncli, whether imported at the top, in a function, or for the type checker alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {home_of(node.module, alias.name) for alias in node.names}
+    return found & set(MODULES.values()) - {MODULES[path]}
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Each circle once, as the names on the way round."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def follow(module: str, way: list[str]) -> None:
+        if module in way:
+            found.append(" -> ".join([*way[way.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(imports[module]):
+                follow(target, [*way, module])
+            done.add(module)
+
+    for module in sorted(imports):
+        follow(module, [])
+    return found
+
+
+def test_no_imports_in_a_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}) == ["a -> b -> c -> a"]
+    imports = {MODULES[path]: modules_imported_by(path) for path in MODULES}
+    # the walk sees through the stubs, and into functions
+    assert "bncli.checkpoints.any_file" in imports["bncli.cli.commands.inspect_stats"]
+    assert circles(imports) == []
+
+
 @pytest.mark.parametrize("room", ["batchnorm", "determinism", "inference", "evaluation"])
 def test_the_numeric_core_knows_nothing_of_our_config_network_or_data(room: str) -> None:
     own = {"config", "config_file", "models", "data", "checkpoints", "runtime"}

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from bncli.batchnorm.state_dict import batch_norm_keys, batch_norm_names
+
 AVERAGED_KEY = "n_averaged"  # how many weights torch.optim.swa_utils.AveragedModel has averaged
 
 
@@ -134,36 +136,19 @@ def _read_module(name: str, module: _BatchNorm, *, averaged: bool) -> LayerStats
 def _read_state_dict(
     state: Mapping[str, object], hyperparameters: Mapping[str, Hyperparameters]
 ) -> tuple[LayerStats, ...]:
-    layers = []
-    for key, mean in state.items():
-        if not isinstance(key, str) or not isinstance(mean, Tensor) or mean.dim() != 1:
-            continue
-        prefix, dot, leaf = key.rpartition(".")
-        var = state.get(f"{prefix}{dot}running_var")
-        if leaf != "running_mean" or not isinstance(var, Tensor) or var.shape != mean.shape:
-            continue
-        layers.append(_read_tensors(state, prefix, mean, var, mean.numel(), hyperparameters.get(prefix)))
-    read = {layer.name for layer in layers}
-    for name, known in hyperparameters.items():
-        if name not in read:
-            layers.append(_read_tensors(state, name, None, None, known.num_features, known))
-    return tuple(layers)
+    names = batch_norm_names(state)
+    # a layer that is only named there has no running statistics
+    names += [name for name in hyperparameters if name not in set(names)]
+    return tuple(_read_entries(state, name, hyperparameters.get(name)) for name in names)
 
 
-def _read_tensors(
-    state: Mapping[str, object],
-    name: str,
-    mean: Tensor | None,
-    var: Tensor | None,
-    num_features: int,
-    known: Hyperparameters | None,
-) -> LayerStats:
-    path = f"{name}." if name else ""
-    counter = state.get(f"{path}num_batches_tracked")
-    weight, bias = (_if_shaped(state.get(f"{path}{leaf}"), (num_features,)) for leaf in ("weight", "bias"))
+def _read_entries(state: Mapping[str, object], name: str, known: Hyperparameters | None) -> LayerStats:
+    keys = batch_norm_keys(state, name, known.num_features if known else None)
+    entries = {leaf: state[key] for leaf, key in keys.items()}
+    mean, counter = _copy(entries.get("running_mean")), entries.get("num_batches_tracked")
     return LayerStats(
         name=name,
-        num_features=num_features,
+        num_features=len(mean) if mean is not None else known.num_features if known else 0,
         num_batches_tracked=_count(counter),
         counter_dtype=_dtype(counter),
         momentum=known.momentum if known else None,
@@ -173,15 +158,11 @@ def _read_tensors(
         averaged_by_training=known is not None and known.averaged_by_training,
         is_frozen=known is not None and known.is_frozen,
         weights_were_averaged=AVERAGED_KEY in state,
-        running_mean=_copy(mean),
-        running_var=_copy(var),
-        weight=_copy(weight),
-        bias=_copy(bias),
+        running_mean=mean,
+        running_var=_copy(entries.get("running_var")),
+        weight=_copy(entries.get("weight")),
+        bias=_copy(entries.get("bias")),
     )
-
-
-def _if_shaped(value: object, shape: tuple[int, ...]) -> Tensor | None:
-    return value if isinstance(value, Tensor) and value.shape == shape else None
 
 
 def _copy(value: object) -> Tensor | None:

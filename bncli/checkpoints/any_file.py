@@ -4,36 +4,24 @@ Formats are recognised by their first bytes, whatever the file is called. Nothin
 and nothing is written to it; only the tensors of BatchNorm are read.
 """
 
-import gc
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
 from bncli.batchnorm.layers import AVERAGED_KEY
-from bncli.checkpoints.byte_source import (
-    ByteSource,
-    DirectoryError,
-    ForeignFileError,
-    UnreadableFileError,
-    open_source,
-)
-from bncli.checkpoints.formats import torch_legacy, torch_zip
-from bncli.checkpoints.formats.foreign import describe_directory, recognise_name, recognise_shard
-from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
-from bncli.checkpoints.formats.shard_index import MAX_INDEX, place_beside, read_index
+from bncli.batchnorm.state_dict import batch_norm_keys
+from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
+from bncli.checkpoints.content import named, open_file, read_content, without_collector
+from bncli.checkpoints.formats.foreign import recognise_shard
 from bncli.checkpoints.locate import (
-    FLOATS,
     Candidate,
     NothingToReadError,
     StateDict,
     choose,
     describe_without_names,
     find_state_dicts,
-    is_per_channel,
     strip_prefixes,
 )
 from bncli.checkpoints.own_config import own_hyperparameters
@@ -42,9 +30,6 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 # Of all BatchNorm layers together: 8 million channels, where a network has thousands. Read, copied and
 # judged they take several times that.
 MAX_BYTES_OF_LAYERS = 128 * 2**20
-_LEAVES = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
-
-COUNTS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -65,13 +50,18 @@ class OpenCheckpoint:
         Raises:
             CheckpointError: when those are damaged, or far larger than any network's.
         """
-        wanted = {name: self.tensors[name] for layer in self.layer_names for name in self._names_of(layer)}
         known = {
             name: self.hyperparameters[name] for name in self.layer_names if name in self.hyperparameters
         }
-        features = sum(hyperparameters.num_features for hyperparameters in known.values())
+        num_features = {name: hyperparameters.num_features for name, hyperparameters in known.items()}
+        wanted = {
+            key: self.tensors[key]
+            for layer in self.layer_names
+            for key in batch_norm_keys(self.tensors, layer, num_features.get(layer)).values()
+        }
+        features = sum(num_features.values())
         size = sum(tensor.num_elements * tensor.dtype.itemsize for tensor in wanted.values())
-        with _named(self.source), _without_collector():
+        with named(self.source), without_collector():
             if max(size, 4 * features) > MAX_BYTES_OF_LAYERS:
                 raise UnreadableFileError("its BatchNorm layers are far larger than those of any network")
             state: dict[str, object] = {name: tensor.read() for name, tensor in wanted.items()}
@@ -79,22 +69,6 @@ class OpenCheckpoint:
                 state[AVERAGED_KEY] = None  # that it is there is all that counts
             layers = {layer.name: layer for layer in read_running_stats(state, known)}
         return tuple(layers[name] for name in self.layer_names)
-
-    def _names_of(self, layer: str) -> Iterator[str]:
-        """The tensors of one layer that fit it, by their names."""
-        path = f"{layer}." if layer else ""
-        mean, var, *affine, counter = (self.tensors.get(f"{path}{leaf}") for leaf in _LEAVES)
-        known = self.hyperparameters.get(layer)
-        shape: tuple[int, ...] = (known.num_features,) if known else ()
-        pair = (mean, var) if mean is not None and var is not None else ()
-        if pair and all(map(is_per_channel, pair)) and pair[0].shape == pair[1].shape:
-            yield from (f"{path}running_mean", f"{path}running_var")
-            shape = pair[0].shape
-        for leaf, tensor in zip(("weight", "bias"), affine, strict=True):
-            if tensor is not None and is_per_channel(tensor) and tensor.shape == shape:
-                yield f"{path}{leaf}"
-        if counter is not None and counter.num_elements == 1 and counter.dtype in COUNTS + FLOATS:
-            yield f"{path}num_batches_tracked"
 
 
 @contextmanager
@@ -109,8 +83,8 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
     """
     source = str(source)
     with ExitStack() as stack:
-        with _named(source), _without_collector():
-            kind, content = _read(_open(source, stack), stack)
+        with named(source), without_collector():
+            kind, content = read_content(open_file(source, stack), stack)
             found = find_state_dicts(content)
             if not found:
                 raise _without_tensors(kind, content, source)
@@ -128,69 +102,15 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
         )
 
 
-def _open(source: str, stack: ExitStack) -> ByteSource:
-    try:
-        return stack.enter_context(open_source(source))
-    except DirectoryError as error:
-        raise ForeignFileError(describe_directory(source, error.names)) from None
-
-
 def _without_tensors(kind: str, content: object, source: str) -> UnreadableFileError:
     """What a file of PyTorch holds that has no tensor with a name."""
     if kind == "torchscript":
-        return ForeignFileError(
+        return NothingToReadError(
             "a TorchScript without parameters and buffers, as torch.jit.freeze leaves it: it folds BatchNorm"
-            " into other layers, or makes its numbers constants without names; give the model before that"
+            " into other layers, or makes its numbers constants without names; save it before it is frozen"
         )
     shard = recognise_shard(content, source)
     return ForeignFileError(shard.sentence) if shard else NothingToReadError(describe_without_names(content))
-
-
-def _read(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
-    """The kind of a file, and its content with `StoredTensor` for tensors."""
-    start = file.read_at(0, min(file.size, 300))
-    if not start:
-        raise UnreadableFileError("an empty file, not a checkpoint")
-    if start.startswith(torch_zip.SIGNATURE):
-        return torch_zip.read_torch_zip(file)
-    if is_safetensors(start):
-        return "safetensors", _read_safetensors(file)
-    if start.lstrip()[:1] == b"{":
-        kinds = []
-
-        def read_shard(name: str) -> Mapping[str, object]:
-            kind, content = _read_shard(file.name, name, stack)
-            kinds.append(kind)
-            return content
-
-        if file.size > MAX_INDEX:
-            raise UnreadableFileError(f"not a checkpoint: text of {file.size:,} bytes")
-        tensors = read_index(file.read_at(0, file.size), read_shard)
-        return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
-    return "torch legacy", torch_legacy.read_torch_legacy(file)
-
-
-def _read_safetensors(file: ByteSource) -> Mapping[str, object]:
-    try:
-        return read_safetensors(file)
-    except UnreadableFileError:
-        known = recognise_name(file.name)  # the numbers of TensorFlow may begin as a header does
-        if known is None:
-            raise
-        raise ForeignFileError(known.sentence) from None
-
-
-def _read_shard(index: str, name: str, stack: ExitStack) -> tuple[str, Mapping[str, object]]:
-    """One file of an index: a state dict at the top of a torch file, or safetensors."""
-    path = place_beside(index, name)
-    with _named(path):
-        file = _open(path, stack)
-        if file.read_at(0, 1) == b"{":
-            raise UnreadableFileError("an index, where a file with tensors was expected")
-        kind, content = _read(file, stack)
-        if not isinstance(content, dict):
-            raise UnreadableFileError("no state dict, as a file of an index has to be")
-    return kind, content
 
 
 def _with_own_hyperparameters(found: list[StateDict], content: object) -> list[StateDict]:
@@ -204,24 +124,3 @@ def _with_own_hyperparameters(found: list[StateDict], content: object) -> list[S
             state_dict.hyperparameters |= known
             state_dict.layer_names += [name for name in known if name not in means]
     return found
-
-
-@contextmanager
-def _named(source: str) -> Iterator[None]:
-    """Put the file's name before what is wrong with it."""
-    try:
-        yield
-    except UnreadableFileError as error:
-        raise error.public(f"{source}: {error}") from None
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Pause the collector of cycles: among the many new objects it would search for ever and find none."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

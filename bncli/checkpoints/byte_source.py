@@ -133,7 +133,9 @@ def open_source(source: str) -> Iterator[ByteSource]:
     try:
         # a pipe would block in open() until somebody writes to it
         if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{source}: neither a file nor a URL")
+            raise CheckpointError(
+                f"{source}: a pipe or a device, neither a file nor a URL; copy it into a file"
+            )
         descriptor = os.open(path, os.O_RDONLY)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -7,13 +7,12 @@ the outermost, then the first.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import torch
-
 from bncli.batchnorm import Hyperparameters
+from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.formats.pickle_machine import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, read_module
@@ -29,8 +28,6 @@ MAX_PREFIXES = 20
 # what wrappers put before every name: DistributedDataParallel, torch.compile, Lightning and habit
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 HABITS = ("model.", "net.", "network.", "state_dict.")
-# the types that BatchNorm computes in; what else is called running_mean is none of it
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NONE = "no BatchNorm layer with running statistics in it"
 _EMA = re.compile(r"(^|[._])ema($|[._])")
 
@@ -95,7 +92,7 @@ def find_state_dicts(content: object) -> list[StateDict]:
 def _from_container(key: str, value: object) -> list[StateDict]:
     if not isinstance(value, dict):
         return []
-    tensors = {name: part for name, part in value.items() if isinstance(part, StoredTensor)}
+    tensors = {str(name): part for name, part in value.items() if isinstance(part, StoredTensor)}
     return [StateDict(key, tensors, batch_norm_names(tensors))] if tensors else []
 
 
@@ -103,7 +100,7 @@ def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]
     """The containers that a container holds, with their keys."""
     parts: Iterable[tuple[str, object]] = ()
     if isinstance(value, dict):
-        parts = value.items()
+        parts = ((str(name), part) for name, part in value.items())
     elif isinstance(value, list | tuple):
         parts = ((str(index), part) for index, part in enumerate(value[:MAX_LISTED]))
     containers = (
@@ -143,23 +140,6 @@ def describe_candidates(state_dicts: list[StateDict]) -> str:
         for found in best[:6]
     ]
     return ", ".join(words) + (", ..." if len(best) > 6 else "") if words else "no tensors anywhere"
-
-
-def batch_norm_names(tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Layers with `running_mean` and `running_var` of one shape (C,) in a floating-point type."""
-    names = []
-    for name, mean in tensors.items():
-        prefix, dot, leaf = name.rpartition(".")
-        if leaf == "running_mean" and is_per_channel(mean):
-            var = tensors.get(f"{prefix}{dot}running_var")
-            if var is not None and is_per_channel(var) and var.shape == mean.shape:
-                names.append(prefix)
-    return names
-
-
-def is_per_channel(tensor: StoredTensor) -> bool:
-    """Whether it has a shape (C,) and a type that BatchNorm has."""
-    return len(tensor.shape) == 1 and tensor.shape[0] > 0 and tensor.dtype in FLOATS
 
 
 def strip_prefixes(state_dict: StateDict) -> StateDict:

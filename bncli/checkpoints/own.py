@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from bncli.atomic_file import atomic_file
+from bncli.checkpoints.own_config import FORMAT
 from bncli.checkpoints.own_content import check_content, check_tensors
-from bncli.checkpoints.own_zip import read_own_zip
 from bncli.checkpoints.part_digests import digest_parts, find_damage
+from bncli.checkpoints.whole import load_values, open_whole
 from bncli.config import Config
 from bncli.config_file import config_from_dict
-from bncli.errors import BncliError, CheckpointError, ConfigError
+from bncli.errors import BncliError, CheckpointError, ConfigError, OtherFormatError
 from bncli.models.convnet import ConvNet, build_model
 
-FORMAT = "bncli.checkpoint"
 FORMAT_VERSION = 2  # written; older ones are read
 
 
@@ -104,17 +104,21 @@ def load_content(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint of bncli, as it stands there.
 
     Raises:
-        CheckpointError: when the file cannot be read, is none, or has a newer format.
+        OtherFormatError: when it is a file of another kind, or of PyTorch and not bncli's.
+        CheckpointError: when the file cannot be read, is damaged, or has a newer format.
     """
-    content = read_own_zip(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: a torch file, but no bncli checkpoint (made by `bncli train`)")
-    version = content.get("format_version")
+    with open_whole(path) as (kind, content):  # nothing of a stranger's large file is loaded
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            what = "a torch file" if kind == "torch zip" else f"a {kind} file"
+            raise OtherFormatError(f"{path}: {what}, but no bncli checkpoint (made by `bncli train`)")
+        version = content.get("format_version")
+        is_newer = type(version) is int and version > FORMAT_VERSION
+        loaded: dict[str, Any] = {} if is_newer else load_values(content)
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: checkpoint format {version!r}; this bncli reads up to {FORMAT_VERSION}; upgrade bncli"
         )
-    return content
+    return loaded
 
 
 def find_damaged_parts(content: dict[str, Any]) -> tuple[str, ...] | None:
@@ -152,7 +156,12 @@ def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     try:
-        check_tensors(checkpoint, source)
+        # first without memory: a checkpoint of a kilobyte may name a network of a terabyte
+        with torch.device("meta"):
+            skeleton = build_model(
+                checkpoint.config.model, len(checkpoint.class_names), image_size=checkpoint.image_size
+            )
+        check_tensors(checkpoint.state_dict, skeleton.state_dict(), source)
         model = build_model(
             checkpoint.config.model,
             len(checkpoint.class_names),

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from bncli.batchnorm import Hyperparameters
 from bncli.checkpoints.formats.pickled_module import checked_hyperparameters
-from bncli.checkpoints.own import FORMAT
+
+FORMAT = "bncli.checkpoint"  # stands under `format` in every checkpoint of bncli
 
 
 def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dict[str, Hyperparameters]:

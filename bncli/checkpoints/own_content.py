@@ -1,21 +1,12 @@
-"""What the parts of a checkpoint must be, checked before anything is built from them.
-
-The network is first built without memory (on PyTorch's meta device): a checkpoint of a kilobyte may name a
-network of a terabyte, and its shapes are compared with the tensors that are there.
-"""
+"""What the parts of a checkpoint must be, checked before anything is built from them."""
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from bncli.errors import CheckpointError
-from bncli.models.convnet import build_model
-
-if TYPE_CHECKING:
-    from bncli.checkpoints.own import Checkpoint
 
 MAX_IMAGE_SIZE = 512  # pixels, as in the configuration
 
@@ -71,19 +62,14 @@ def check_content(content: Mapping[str, Any], source: str) -> None:
             )
 
 
-def check_tensors(checkpoint: "Checkpoint", source: str) -> None:
-    """Check that the tensors are those of the network that the configuration describes.
+def check_tensors(found: Mapping[str, Tensor], skeleton: Mapping[str, Tensor], source: str) -> None:
+    """Check that tensors are those of the network whose state dict, without numbers, is the skeleton.
 
     Raises:
         CheckpointError: one is missing, too many, or of another shape or type.
-        BncliError: the configuration describes no network.
     """
-    with torch.device("meta"):
-        skeleton = build_model(
-            checkpoint.config.model, len(checkpoint.class_names), image_size=checkpoint.image_size
-        ).state_dict()
-    found, problem = checkpoint.state_dict, None
-    for name in skeleton | found:
+    problem = None
+    for name in dict.fromkeys([*skeleton, *found]):
         if name not in found:
             problem = f"{name} is missing"
         elif name not in skeleton:

@@ -5,6 +5,7 @@ anything is allocated.
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from bncli.checkpoints.byte_source import MAX_READ, UnreadableFileError
 
 MAX_DIMENSIONS = 64  # PyTorch's own limit
 CHUNK = 16 * 2**20  # bytes
+PIECE = 2**20  # bytes: small enough to be in the processor's cache still when its checksum is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,23 @@ class Storage:
 
     size: int  # bytes
     read: Callable[[int, int], bytes]
+    name: str = ""  # the same for the same bytes of one file; '' where nothing tells
+    check: Callable[[int], None] | None = None  # raises where the CRC-32 of all of it is another
+
+    def read_whole(self) -> bytearray:
+        """All of it, in memory that is nobody else's; however large it is, never more than its size.
+
+        Raises:
+            UnreadableFileError: on damage.
+        """
+        data, checksum = bytearray(self.size), 0
+        for start in range(0, self.size, PIECE):
+            piece = self.read(start, min(PIECE, self.size - start))
+            checksum = zlib.crc32(piece, checksum)
+            data[start : start + len(piece)] = piece
+        if self.check is not None:
+            self.check(checksum)
+        return data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +104,9 @@ def stored_tensor(
         UnreadableFileError: when the view is malformed or reaches beyond the storage.
     """
     if not (_are_sizes(shape) and _are_sizes(stride) and _is_size(offset)) or len(shape) != len(stride):  # type: ignore[arg-type]
-        raise UnreadableFileError("a damaged file: a tensor without a proper shape, stride and offset")
+        raise UnreadableFileError(
+            "a damaged file: a tensor without a proper shape, stride and offset (none may be negative)"
+        )
     tensor = StoredTensor(tuple(shape), dtype, storage, offset, tuple(stride))  # type: ignore[arg-type]
     if tensor.num_elements:
         end = tensor.offset + _span(tensor.shape, tensor.stride)

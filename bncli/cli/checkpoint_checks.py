@@ -13,8 +13,10 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
 
     try:
         found = check_integrity(path)
+    except OtherFormatError:
+        return [_of_foreign_checkpoint(path)]
     except CheckpointError as error:
-        return [_of_foreign_checkpoint(path, str(error))]
+        return [Check("file", "problem", str(error), "restore it from a copy, or train again")]
     progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
     checks = [Check("file", "ok", f"{path}: {progress}")]
     compared = f"of {plural(found.num_tensors, 'tensor')} and of all other values"
@@ -40,14 +42,11 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
     return checks
 
 
-def _of_foreign_checkpoint(path: Path, problem: str) -> Check:
+def _of_foreign_checkpoint(path: Path) -> Check:
     """What lies in a file that bncli did not write; one that is damaged remains a problem."""
     from bncli.checkpoints import open_checkpoint
 
     fix = "inspect-stats reads its running statistics; eval and predict need a file of bncli train"
-    # another format, or a file of torch.save that was read to its end
-    if "no file of torch.save" not in problem and "no bncli checkpoint" not in problem:
-        return Check("file", "problem", problem, "restore it from a copy, or train again")
     try:
         with open_checkpoint(path) as found:
             place = f" under {found.key}" if found.key else ""

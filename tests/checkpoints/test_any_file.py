@@ -418,6 +418,17 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         layers_of(tmp_path / "x.json")
 
 
+def test_numbers_as_keys_are_places_like_any_other(tmp_path: Path) -> None:
+    model = small()
+    torch.save({"models": {0: {"epoch": 1}, 1: model.state_dict()}}, tmp_path / "a.pt")
+    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+        assert checkpoint.key == "models.1"
+        assert_same(checkpoint.layers(), read_running_stats(model))
+    torch.save({0: torch.zeros(2), 1: torch.zeros(2)}, tmp_path / "b.pt")
+    with pytest.raises(CheckpointError, match="but 2 tensors, such as 0, 1"):
+        layers_of(tmp_path / "b.pt")
+
+
 def test_integer_or_complex_tensors_are_no_running_statistics(tmp_path: Path) -> None:
     state = copy.deepcopy(small().state_dict())
     state["1.running_mean"] = state["1.running_mean"].long()

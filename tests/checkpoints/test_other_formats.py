@@ -74,8 +74,9 @@ def test_a_frozen_torchscript_is_named(tmp_path: Path, how: str) -> None:
     script = torch.jit.trace(model, torch.zeros(1, 3, 8, 8)) if how == "traced" else torch.jit.script(model)
     frozen = torch.jit.optimize_for_inference(script) if how == "optimized" else torch.jit.freeze(script)
     frozen.save(tmp_path / "frozen.pt")
-    assert "torch.jit.freeze" in refusal(tmp_path / "frozen.pt")
-    assert "0 tensors" not in refusal(tmp_path / "frozen.pt")
+    text = refusal(tmp_path / "frozen.pt", NoBatchNormError)
+    assert "torch.jit.freeze" in text
+    assert "0 tensors" not in text
     script.save(tmp_path / "script.pt")  # the same, not frozen
     with open_checkpoint(tmp_path / "script.pt") as checkpoint:
         assert len(checkpoint.layer_names) == 1

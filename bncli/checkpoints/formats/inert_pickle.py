@@ -31,7 +31,8 @@ def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings
     """The next pickle of a stream, which afterwards stands behind it.
 
     Dicts, ordered dicts and lists, tuples, text and numbers are themselves; sets are lists; the keys of
-    dicts are text, others being replaced by a text that stands for them; bytes are `Inert`.
+    dicts are text or numbers below 2^31, others being replaced by a text that stands for them; bytes are
+    `Inert`.
 
     Raises:
         UnreadableFileError: on a damaged pickle, and on one that exceeds the limits.
@@ -163,7 +164,7 @@ def _mark(machine: Machine, _: bytes) -> None:
 def _collect(machine: Machine, code: bytes) -> None:
     items = machine.pop_to_mark()
     if code == b"d":
-        content: dict[str, object] = {}
+        content: dict[str | int, object] = {}
         machine.set_items(content, items)
         machine.stack.append(content)
     else:

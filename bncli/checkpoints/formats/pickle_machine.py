@@ -41,7 +41,7 @@ class Inert:
         self.kind = kind  # None where the pickle calls something that is no name
         self.arguments = arguments
         self.state: object = None  # as `__setstate__` would have got it
-        self.items: dict[str, object] | None = None  # of subclasses of dict
+        self.items: dict[str | int, object] | None = None  # of subclasses of dict
 
     @property
     def attributes(self) -> dict[str, object]:
@@ -78,7 +78,7 @@ class Machine:
         """The next `size` bytes; `size` is checked by the caller or fixed."""
         data = self.stream.read(size)
         if len(data) != size:
-            raise UnreadableFileError("a truncated pickle")
+            raise UnreadableFileError("a damaged or truncated pickle")
         return data
 
     def take_line(self) -> bytes:
@@ -118,12 +118,15 @@ class Machine:
     def remember(self, index: int) -> None:
         """Put the top of the stack into the memo."""
         if not 0 <= index < MAX_OPERATIONS:
-            raise UnreadableFileError("a damaged pickle: a memo without bounds")
+            raise UnreadableFileError(f"a damaged pickle: object number {index} is out of bounds")
         self.memo[index] = self.stack[-1]
 
-    def key(self, value: object) -> str:
-        """Text for any key: hashing what a stranger chose can take for ever, or overflow the C stack."""
-        if type(value) is str:
+    def key(self, value: object) -> str | int:
+        """Text and small numbers as they are, text for any other key.
+
+        Hashing what a stranger chose can take for ever, or overflow the C stack.
+        """
+        if type(value) is str or (type(value) is int and -(2**31) <= value < 2**31):
             return value
         if type(value) is int and -(2**63) <= value < 2**63:
             return str(value)

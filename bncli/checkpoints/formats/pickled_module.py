@@ -73,7 +73,7 @@ def _is_script(value: Inert) -> bool:
 def _children(module: Inert) -> list[tuple[str, Inert]]:
     held = module.attributes if _is_script(module) else module.attributes["_modules"]
     items = held.items() if isinstance(held, dict) else ()
-    return [(key, child) for key, child in items if is_module(child) and isinstance(child, Inert)]
+    return [(str(key), child) for key, child in items if is_module(child) and isinstance(child, Inert)]
 
 
 def _read_one(found: PickledModule, name: str, module: Inert) -> None:
@@ -91,7 +91,7 @@ def _read_one(found: PickledModule, name: str, module: Inert) -> None:
     for group in groups:
         for key, value in group.items() if isinstance(group, dict) else ():
             if isinstance(value, StoredTensor) and key not in hidden:
-                found.tensors[found.join(name, key)] = value
+                found.tensors[found.join(name, str(key))] = value
     buffers = attributes.get("_buffers")
     has_buffer = isinstance(buffers, dict) and "running_mean" in buffers
     if "InstanceNorm" not in class_name and (has_buffer or "BatchNorm" in class_name):

@@ -69,12 +69,13 @@ class _Storages:
         self._sizes: dict[str, int] = {}  # bytes
         self._positions: dict[str, int] = {}
 
-    def find(self, key: str, size: int) -> Storage:
-        """The storage of `size` bytes under a key."""
+    def find(self, key: str, num_elements: int, itemsize: int) -> Storage:
+        """The storage of so many elements under a key."""
+        size = num_elements * itemsize
         known = self._sizes.setdefault(key, size)
         if known != size:
             raise UnreadableFileError("a damaged file: a storage with two sizes")
-        return Storage(size, lambda start, count: self._read(key, start, count))
+        return Storage(size, lambda start, count: self._read(key, start, count), key)
 
     def locate(self, keys: object, position: int) -> None:
         """Note where the storages lie: in the order of the keys, from `position` on."""

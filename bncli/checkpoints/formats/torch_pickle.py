@@ -1,5 +1,6 @@
 """What PyTorch's pickles mean: storages, views of them, parameters, ordered dicts; all else stays inert."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,10 @@ STORAGE_DTYPES = {
     "QUInt8Storage": torch.uint8,
     "QInt32Storage": torch.int32,
     "UntypedStorage": torch.uint8,
+}
+_PLAIN_STORAGES = {
+    f"{kind}Storage"
+    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }
 # types without a storage class of their own, which `_rebuild_tensor_v3` names beside an untyped storage
 _NEWER_DTYPES = {
@@ -66,10 +71,10 @@ class StorageView:
 class TorchMeanings:
     """The meanings of calls and persistent ids in a pickle of `torch.save`.
 
-    `find_storage(key, size)` gives the storage of that many bytes.
+    `find_storage(key, num_elements, itemsize)` gives the storage of that many elements of so many bytes each.
     """
 
-    def __init__(self, find_storage: Callable[[str, int], Storage]) -> None:
+    def __init__(self, find_storage: Callable[[str, int, int], Storage]) -> None:
         self._find_storage = find_storage
         self._num_copied = 0
 
@@ -100,7 +105,7 @@ class TorchMeanings:
         dtype = STORAGE_DTYPES.get(kind.name) if isinstance(kind, Global) else None
         if dtype is None or type(name) is not str or type(num_elements) is not int or num_elements < 0:
             raise UnreadableFileError("a damaged file: a storage without a proper type, key and size")
-        storage = self._find_storage(name, num_elements * dtype.itemsize)
+        storage = self._find_storage(name, num_elements, dtype.itemsize)
         view = key[5] if len(key) == 6 else None
         if isinstance(view, tuple) and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
             return StorageView(storage, dtype, view[1])
@@ -137,3 +142,22 @@ class TorchMeanings:
             if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
                 content[pair[0]] = pair[1]
         return content
+
+
+class PlainMeanings(TorchMeanings):
+    """Only what files of bncli consist of: plain tensors and ordered dicts; all else stays inert."""
+
+    def call(self, function: Global, arguments: tuple[object, ...]) -> object:
+        """The value of a call; an ordered dict stays one, because digests tell it from a dict."""
+        if function.path == "torch._utils._rebuild_tensor_v2" and arguments:
+            return arguments[0] if isinstance(arguments[0], Inert) else self._tensor(arguments)
+        if function.path == "collections.OrderedDict" and not arguments:
+            return OrderedDict()
+        return Inert(function, arguments)
+
+    def find_persistent(self, key: object) -> object:
+        """A storage of one of the types that bncli saves."""
+        kind = key[1] if type(key) is tuple and len(key) == 5 else None
+        if not isinstance(kind, Global) or kind.module != "torch" or kind.name not in _PLAIN_STORAGES:
+            return Inert(kind if isinstance(kind, Global) else None)
+        return super().find_persistent(key)

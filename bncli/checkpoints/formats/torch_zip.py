@@ -13,7 +13,7 @@ from functools import partial
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign import recognise_zip
 from bncli.checkpoints.formats.inert_pickle import read_pickle
-from bncli.checkpoints.formats.torch_pickle import TorchMeanings
+from bncli.checkpoints.formats.torch_pickle import PlainMeanings, TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
 
 SIGNATURE = b"PK\x03\x04"
@@ -24,17 +24,26 @@ _PADDING = 256  # torch.save aligns numbers to 64 bytes; one read gets header, p
 _WHOLE = 2**20  # storages up to this size are read whole, because only then their checksum can be checked
 
 
-def read_torch_zip(source: ByteSource) -> tuple[str, object]:
+def read_torch_zip(source: ByteSource, *, strictly: bool = False) -> tuple[str, object]:
     """The kind of the file and what its pickle says, with `StoredTensor` for tensors.
+
+    `strictly` is for files that bncli wrote itself: every entry's checksum is computed, that of a storage
+    when all of it is read (`Storage.read_whole`), and only what `torch.save` writes for plain tensors, texts
+    and numbers has a meaning.
 
     Raises:
         UnreadableFileError: when it is damaged, or another kind of zip archive.
     """
-    archive = _Archive(source)
+    archive = _Archive(source, strictly=strictly)
     pickle = archive.find_pickle()
-    meanings = TorchMeanings(partial(archive.find_storage, pickle.filename.removesuffix("data.pkl")))
+    if strictly:
+        archive.check_layout()
+    find_storage = partial(archive.find_storage, pickle.filename.removesuffix("data.pkl"))
+    meanings = PlainMeanings(find_storage) if strictly else TorchMeanings(find_storage)
     with archive.stream(pickle) as stream:
         content = read_pickle(stream, meanings)
+    if strictly:
+        archive.check_rest()
     is_script = any("/code/" in name for name in archive.entries)
     return "torchscript" if is_script else "torch zip", content
 
@@ -42,13 +51,16 @@ def read_torch_zip(source: ByteSource) -> tuple[str, object]:
 class _Archive:
     """The entries of a zip archive, read by position and with their checksums checked."""
 
-    def __init__(self, source: ByteSource) -> None:
+    def __init__(self, source: ByteSource, *, strictly: bool) -> None:
         self.source = source
+        self._strictly = strictly
+        self._storages: dict[str, Storage] = {}  # those found, of a file that is read strictly
         self._num_inflated = 0  # bytes
         self._last: tuple[str, bytes] = ("", b"")  # of entries read whole: tensors may share a storage
         try:
             with _CarefulFile(source.stream().detach()) as stream, zipfile.ZipFile(stream) as archive:
-                self.entries = {info.filename: info for info in archive.infolist()}
+                self._infos = archive.infolist()
+                self.entries = {info.filename: info for info in self._infos}
         except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError, struct.error):
             raise UnreadableFileError("not a checkpoint: a damaged or truncated zip archive") from None
 
@@ -69,18 +81,56 @@ class _Archive:
             )
         return pickle
 
-    def find_storage(self, folder: str, key: str, size: int) -> Storage:
-        """The storage under a key of `find_persistent`, which wants `size` bytes of it."""
+    def check_layout(self) -> None:
+        """Check that nothing is compressed, nothing twice there, and all in one folder, as torch.save writes.
+
+        Raises:
+            UnreadableFileError: where it is otherwise.
+        """
+        if any(info.compress_type != zipfile.ZIP_STORED for info in self._infos):
+            raise UnreadableFileError("its entries are compressed, which torch.save does not do")
+        # entries that share bytes are small on disk and huge in memory
+        if sum(info.file_size for info in self._infos) > self.source.size:
+            raise UnreadableFileError("a damaged file: its entries are said to be larger than the file")
+        folders = {name.partition("/")[0] for name in self.entries}
+        if len(folders) != 1 or len(self.entries) != len(self._infos):
+            raise UnreadableFileError("a damaged file: not one folder of entries with a name each")
+
+    def check_rest(self) -> None:
+        """Compute the checksum of every entry that is no storage of a tensor: those have their own check.
+
+        Raises:
+            UnreadableFileError: when one does not fit.
+        """
+        for info in self._infos:
+            if info.filename not in self._storages:
+                self._check_stored(info)
+
+    def find_storage(self, folder: str, key: str, num_elements: int, itemsize: int) -> Storage:
+        """The storage under a key of `find_persistent`, which wants so many elements of it."""
         info = self.entries.get(f"{folder}data/{key}")
         if info is None:
             raise UnreadableFileError(
                 f"a damaged file: there is no entry data/{key[:40]} with the numbers of a tensor"
             )
-        if size > info.file_size:
+        size = num_elements * itemsize
+        if size > info.file_size or (self._strictly and size != info.file_size):
             raise UnreadableFileError(
-                f"a damaged file: the entry data/{key[:40]} is smaller than its tensors"
+                f"a damaged file: storage {key[:40]} is said to hold {num_elements} values, but holds"
+                f" {info.file_size // itemsize}"
             )
-        return Storage(info.file_size, partial(self.read, info))
+        if not self._strictly:
+            return Storage(info.file_size, partial(self.read, info), info.filename)
+        found = self._storages.get(info.filename)
+        if found is None:
+            start = self._position(info)
+            read = partial(self._read_stored, start)
+            found = Storage(info.file_size, read, info.filename, partial(self._check, info))
+            self._storages[info.filename] = found
+        return found
+
+    def _read_stored(self, position: int, start: int, size: int) -> bytes:
+        return self.source.read_at(position + start, size)
 
     def read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
         """A range of an entry's content."""
@@ -105,7 +155,7 @@ class _Archive:
         content = block[start : start + info.file_size]
         if len(content) < info.file_size:
             content = self.source.read_at(info.header_offset + start, info.file_size)
-        _check(info, zlib.crc32(content))
+        self._check(info, zlib.crc32(content))
         self._last = (info.filename, content)
         return content
 
@@ -115,15 +165,19 @@ class _Archive:
             raise UnreadableFileError(
                 f"its entry {info.filename} is compressed in a way that bncli does not read"
             )
-        start = self._position(info)
         if info.compress_type == zipfile.ZIP_DEFLATED:
-            return io.BytesIO(self._inflate(info, start))
-        checksum = 0
+            return io.BytesIO(self._inflate(info, self._position(info)))
+        start = self._check_stored(info)
+        return self.source.stream(start, start + info.file_size)
+
+    def _check_stored(self, info: zipfile.ZipInfo) -> int:
+        """Compute the checksum of an entry that is not compressed; its position."""
+        start, checksum = self._position(info), 0
         for position in range(start, start + info.file_size, 2**20):
             size = min(2**20, start + info.file_size - position)
             checksum = zlib.crc32(self.source.read_at(position, size), checksum)
-        _check(info, checksum)
-        return self.source.stream(start, start + info.file_size)
+        self._check(info, checksum)
+        return start
 
     def _inflate(self, info: zipfile.ZipInfo, start: int) -> bytes:
         self._num_inflated += info.file_size
@@ -137,7 +191,7 @@ class _Archive:
             content = b""
         if len(content) != info.file_size:
             raise UnreadableFileError(f"a damaged file: its entry {info.filename} does not decompress")
-        _check(info, zlib.crc32(content))
+        self._check(info, zlib.crc32(content))
         return content
 
     def _position(self, info: zipfile.ZipInfo) -> int:
@@ -152,6 +206,13 @@ class _Archive:
             raise UnreadableFileError(f"its entry {info.filename} is encrypted")
         return _HEADER.size + int(name) + int(padding)
 
+    def _check(self, info: zipfile.ZipInfo, checksum: int) -> None:
+        # 0 is what torch.serialization.set_crc32_options(False) leaves
+        if checksum != info.CRC and (self._strictly or info.CRC != 0):
+            raise UnreadableFileError(
+                f"a damaged file: the checksum of its entry {info.filename} does not fit"
+            )
+
 
 class _CarefulFile(io.BufferedReader):
     """What `zipfile` reads the directory from: it would read as many bytes at once as the file claims."""
@@ -162,9 +223,3 @@ class _CarefulFile(io.BufferedReader):
                 f"a zip directory of {size:,} bytes; bncli reads up to {MAX_DIRECTORY:,}"
             )
         return super().read(size)
-
-
-def _check(info: zipfile.ZipInfo, checksum: int) -> None:
-    # 0 is what torch.serialization.set_crc32_options(False) leaves
-    if info.CRC not in (0, checksum):
-        raise UnreadableFileError(f"a damaged file: the checksum of its entry {info.filename} does not fit")

@@ -1,0 +1,106 @@
+"""What a file of anyone's holds: its format, and its content with `StoredTensor` for tensors.
+
+Formats are recognised by their first bytes, whatever the file is called. Nothing in the file is executed
+and nothing is written to it.
+"""
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from bncli.checkpoints.byte_source import (
+    ByteSource,
+    DirectoryError,
+    ForeignFileError,
+    UnreadableFileError,
+    open_source,
+)
+from bncli.checkpoints.formats import torch_legacy, torch_zip
+from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
+from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
+from bncli.checkpoints.formats.shard_index import MAX_INDEX, place_beside, read_index
+
+
+def open_file(source: str, stack: ExitStack) -> ByteSource:
+    """A path or URL, opened as long as the stack is.
+
+    Raises:
+        UnreadableFileError: when it is a directory; says which file in it was meant, or what it is.
+        CheckpointError: naming it, when it cannot be read.
+    """
+    try:
+        return stack.enter_context(open_source(source))
+    except DirectoryError as error:
+        raise ForeignFileError(describe_directory(source, error.names)) from None
+
+
+def read_content(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
+    """The kind of a file, and its content with `StoredTensor` for tensors.
+
+    Raises:
+        UnreadableFileError: when it is damaged, or of a format that bncli does not read.
+    """
+    start = file.read_at(0, min(file.size, 300))
+    if not start:
+        raise UnreadableFileError("an empty file, not a checkpoint")
+    if start.startswith(torch_zip.SIGNATURE):
+        return torch_zip.read_torch_zip(file)
+    if is_safetensors(start):
+        return "safetensors", _read_safetensors(file)
+    if start.lstrip()[:1] == b"{":
+        kinds = []
+
+        def read_shard(name: str) -> Mapping[str, object]:
+            kind, content = _read_shard(file.name, name, stack)
+            kinds.append(kind)
+            return content
+
+        if file.size > MAX_INDEX:
+            raise UnreadableFileError(f"not a checkpoint: text of {file.size:,} bytes")
+        tensors = read_index(file.read_at(0, file.size), read_shard)
+        return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
+    return "torch legacy", torch_legacy.read_torch_legacy(file)
+
+
+def _read_safetensors(file: ByteSource) -> Mapping[str, object]:
+    try:
+        return read_safetensors(file)
+    except UnreadableFileError:
+        known = recognise_name(file.name)  # the numbers of TensorFlow may begin as a header does
+        if known is None:
+            raise
+        raise ForeignFileError(known.sentence) from None
+
+
+def _read_shard(index: str, name: str, stack: ExitStack) -> tuple[str, Mapping[str, object]]:
+    """One file of an index: a state dict at the top of a torch file, or safetensors."""
+    path = place_beside(index, name)
+    with named(path):
+        file = open_file(path, stack)
+        if file.read_at(0, 1) == b"{":
+            raise UnreadableFileError("an index, where a file with tensors was expected")
+        kind, content = read_content(file, stack)
+        if not isinstance(content, dict):
+            raise UnreadableFileError("no state dict, as a file of an index has to be")
+    return kind, content
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Put the file's name before what is wrong with it."""
+    try:
+        yield
+    except UnreadableFileError as error:
+        raise error.public(f"{source}: {error}") from None
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Pause the collector of cycles: among the many new objects it would search for ever and find none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
