@@ -4,6 +4,8 @@ The numbers come from the library; here they are only laid out.
 """
 
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -23,7 +25,7 @@ def console_for_results() -> Console:
     """Stdout, without colours or a width where it is no terminal."""
     # off a terminal rich would cut everything at 80 columns; a file has no width
     width = None if sys.stdout.isatty() else 1000
-    return Console(highlight=False, markup=False, width=width)
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
@@ -34,6 +36,22 @@ def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
         is_text = index < left
         table.add_column(header, justify="left" if is_text else "right", overflow="fold")
     return table
+
+
+def print_wrapped(console: Console, text: str, *, indent: int = 0, style: str | None = None) -> None:
+    """Whole words on lines that fit the terminal; off a terminal too, up to 80 columns."""
+    width = max(min(console.width, 80), indent + 10)
+    space = " " * indent
+    lines = textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+    console.print("\n".join(lines), style=style, soft_wrap=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, gap: int = 1) -> list[str]:
+    """Several numbers in one column, aligned among themselves: narrower than several columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (" " * gap).join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows
+    ]
 
 
 def number(value: float | None) -> str:
