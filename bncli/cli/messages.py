@@ -22,11 +22,6 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
-def plural(count: int, noun: str, nouns: str | None = None) -> str:
-    """A number with its noun: "1 layer", "2,000 layers"; `nouns` where an s alone does not do."""
-    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
-
-
 def print_error(message: str) -> None:
     """Say on stderr why the command ends."""
     print(f"bncli: error: {one_line(message)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bncli.cli.messages import note_emulation, one_line, print_note
 from bncli.cli.tables.table import runtime_line
 from bncli.training import EpochDone, Started, StepDone
+from bncli.wording import plural
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
 PAUSE = 0.1  # seconds between two pictures of the bar
@@ -150,7 +151,7 @@ class TrainReporter:
         note_emulation(setup.runtime)
         self._num_epochs = setup.config.train.epochs
         self._display.line(
-            f"Training on {len(setup.dataset.train):,} images of {setup.dataset.name}"
+            f"Training on {plural(len(setup.dataset.train), 'image')} of {setup.dataset.name}"
             f" ({runtime_line(setup.runtime.describe_training())}) into {one_line(str(event.run_dir))}"
         )
         if event.step > event.epoch * setup.plan.num_steps:

@@ -24,7 +24,7 @@ from bncli.cli.audit_options import (
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption
 from bncli.errors import ConfigError
-from bncli.plural import plural
+from bncli.wording import plural
 
 if TYPE_CHECKING:
     from bncli.batchnorm import LayerStats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.cli.messages import plural, shorten
+from bncli.cli.messages import shorten
 from bncli.cli.plots.figure import check_suffix, draw_source, save_figure
 from bncli.cli.plots.rows import (
     MAX_PIXELS,
@@ -17,6 +17,7 @@ from bncli.cli.plots.rows import (
     row_notes,
 )
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,6 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.cli.messages import plural
 from bncli.cli.plots.figure import check_suffix, save_figure
 from bncli.cli.plots.heat_map import HeatMap, draw_heat_map, draw_meanings, label_heat_map, make_heat_map
 from bncli.cli.plots.rows import (
@@ -26,6 +25,7 @@ from bncli.cli.plots.rows import (
     row_notes,
 )
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and matplotlib
     from matplotlib.figure import Figure

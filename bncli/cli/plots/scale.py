@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from bncli.cli.messages import plural
+from bncli.wording import plural
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without torch
     from torch import Tensor

@@ -15,6 +15,8 @@ from rich.table import Table
 from bncli.cli.messages import one_line
 from bncli.serialization import to_json
 
+MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
+
 
 def print_json(result: Any) -> None:
     """One JSON document on stdout."""
@@ -38,12 +40,24 @@ def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
     return table
 
 
-def print_wrapped(console: Console, text: str, *, indent: int = 0, style: str | None = None) -> None:
-    """Whole words on lines that fit the terminal; off a terminal too, up to 80 columns."""
-    width = max(min(console.width, 80), indent + 10)
-    space = " " * indent
-    lines = textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+def print_wrapped(
+    console: Console, text: str, *, mark: str = "", indent: int = 0, style: str | None = None
+) -> None:
+    """One paragraph, indented by spaces, or behind a mark: whole words on lines that fit the terminal.
+
+    Off a terminal it is 80 columns wide too: people read what they redirect.
+    """
+    lines = wrapped(text, min(console.width, MAX_WIDTH), first=mark or " " * indent)
     console.print("\n".join(lines), style=style, soft_wrap=True)
+
+
+def wrapped(text: str, width: int, *, first: str = "") -> list[str]:
+    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long."""
+    indent = " " * len(first)
+    width = max(width, len(first) + 10)  # a word a line, where there is hardly any room
+    return textwrap.wrap(
+        one_line(text), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 def aligned(rows: Sequence[Sequence[str]], *, gap: int = 1) -> list[str]:
