@@ -22,7 +22,7 @@ LAYERS = [
     {"batchnorm", "recorded_config"},
     {"config_file", "runtime", "torchvision_compat"},
     {"config", "serialization", "batches", "forward"},
-    {"errors", "atomic_file", "hardware", "plural"},
+    {"errors", "atomic_file", "hardware", "wording"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {

@@ -1,11 +1,11 @@
 """What came out of comparing two checkpoints of one network, in numbers, in JSON and in words."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from bncli.batchnorm.distance import Divergence, DivergenceSummary
 from bncli.batchnorm.moved_alone import MovedAlone
+from bncli.wording import list_names, plural
 
 STATISTICS_ALONE = "statistics_moved_weights_unchanged"  # flags of a layer, which `compare` explains
 WEIGHTS_ALONE = "weights_moved_statistics_unchanged"
@@ -13,7 +13,6 @@ FROZEN_OR_STALE = (
     "Frozen BatchNorm keeps its statistics on purpose. Averaged, pruned, merged or quantised weights must"
     " not: their statistics are those of another network, and have to be measured again."
 )
-MAX_NAMES = 8  # in a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +116,10 @@ class Comparison:
 
     def __str__(self) -> str:
         """The verdict, and a line for each flag that a layer has."""
-        lines = [f"{len(self.layers)} BatchNorm layers compared, matched by {self.matched_by}.", self.verdict]
+        lines = [
+            f"{plural(len(self.layers), 'BatchNorm layer')} compared, matched by {self.matched_by}.",
+            self.verdict,
+        ]
         for flag, text in self.explanations().items():
             lines.append(f"{flag} ({list_names(self.flagged(flag))}): {text}")
         return "\n".join(lines)
@@ -126,9 +128,3 @@ class Comparison:
         """What each flag that was raised means here."""
         texts = {STATISTICS_ALONE: str(self.moved_alone), WEIGHTS_ALONE: FROZEN_OR_STALE}
         return {flag: text for flag, text in texts.items() if self.flagged(flag)}
-
-
-def list_names(names: Sequence[str]) -> str:
-    """The first few, and how many there are in all."""
-    shown = ", ".join(names[:MAX_NAMES])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > MAX_NAMES else "")

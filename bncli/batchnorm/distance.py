@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bncli.batchnorm.audit.audit import DEFAULT_EPS
 from bncli.batchnorm.layers import LayerStats
+from bncli.wording import plural
 
 MeanAndVar = tuple[Tensor, Tensor]  # (C,) each, of any floating-point type
 
@@ -90,7 +91,7 @@ class Divergence:
 
     def __str__(self) -> str:
         """One line."""
-        return f"{len(self.kl)} channels: {summarize_divergence(self)}"
+        return f"{plural(len(self.kl), 'channel')}: {summarize_divergence(self)}"
 
 
 @dataclass(frozen=True)

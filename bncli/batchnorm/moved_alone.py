@@ -36,6 +36,7 @@ from typing import Any, Literal
 from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.distance import Divergence
 from bncli.batchnorm.layers import LayerStats
+from bncli.wording import plural
 
 DEFAULT_MOMENTUM = 0.1  # PyTorch's, where a file does not tell
 NUM_IMAGES = 32  # in a batch; of larger ones averaging explains less
@@ -91,8 +92,8 @@ class MovedAlone:
         return "later layers moved farther" if self.num_farther else "nothing moved farther"
 
     def _counters_in_words(self) -> str:
-        if self.counters == "grown":
-            batches = f"{self.num_batches:,}" + (" batch" if self.num_batches == 1 else " batches")
+        if self.counters == "grown" and self.num_batches is not None:
+            batches = plural(self.num_batches, "batch", "batches")
             return (
                 f"num_batches_tracked grew by {self.num_batches:,} in each of them, as it does when {batches}"
                 " pass in train mode."
@@ -101,7 +102,7 @@ class MovedAlone:
 
     def _depth_in_words(self) -> tuple[str, ...]:
         name = self.first_layer
-        later = f"{self.num_farther} later layer" + ("" if self.num_farther == 1 else "s")
+        later = plural(self.num_farther, "later layer")
         return {
             "unknown": ("Which layer comes first, or how far it moved, is unknown.",),
             "not at all": (

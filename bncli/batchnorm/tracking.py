@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batchnorm.distance import measure_distance
 from bncli.batchnorm.layers import batch_norm_layers
+from bncli.wording import plural
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,9 @@ class LayerEpoch:
     def __str__(self) -> str:
         """One line."""
         if self.mean_shift_in_batch_deviations is None:
-            return f"{self.name}: {self.num_batches:,} batches, which cannot be recovered"
+            return f"{self.name}: {plural(self.num_batches, 'batch', 'batches')}, which cannot be recovered"
         return (
-            f"{self.name}: {self.num_batches:,} batches; running_mean is off by"
+            f"{self.name}: {plural(self.num_batches, 'batch', 'batches')}; running_mean is off by"
             f" {self.mean_shift_in_batch_deviations:.2g} of their deviations, running_var is"
             f" {self.var_ratio:.2g} times theirs"
         )

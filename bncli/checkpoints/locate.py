@@ -18,7 +18,7 @@ from bncli.checkpoints.formats.pickle_machine import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, read_module
 from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.errors import NoBatchNormError
-from bncli.plural import plural
+from bncli.wording import plural
 
 MAX_DEPTH = 6
 MAX_CONTAINERS = 20_000

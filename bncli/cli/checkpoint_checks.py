@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bncli.cli.check import Check
 from bncli.errors import BncliError, CheckpointError, NoBatchNormError, OtherFormatError
-from bncli.plural import plural
+from bncli.wording import plural
 
 
 def checks_of_checkpoint(path: Path) -> list[Check]:

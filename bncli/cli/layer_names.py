@@ -1,6 +1,5 @@
 """Which layers `--layer` asks for."""
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Annotated, Protocol, TypeVar
 
@@ -29,8 +28,9 @@ def matching_layers(layers: Sequence[Item], pattern: str | None) -> tuple[Item, 
 
     Raises ConfigError where none does, with the names that there are.
     """
-    found = tuple(layer for layer in layers if pattern is None or fnmatch.fnmatchcase(layer.name, pattern))
+    from bncli.batchnorm.population.selection import name_matches, no_match
+
+    found = tuple(layer for layer in layers if name_matches(pattern, layer.name))
     if pattern is not None and not found:
-        names = ", ".join(layer.name for layer in layers) or "none"
-        raise ConfigError("--layer", [f"no BatchNorm layer matches {pattern!r}; there are {names}"])
+        raise ConfigError("--layer", [no_match(repr(pattern), [layer.name for layer in layers])])
     return found

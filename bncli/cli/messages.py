@@ -16,6 +16,12 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in flat)
 
 
+def shorten(text: str, length: int) -> str:
+    """The text on one line of at most `length` letters; of a longer one the end, which tells names apart."""
+    text = one_line(text)
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
 def print_error(message: str) -> None:
     """Say on stderr why the command ends."""
     print(f"bncli: error: {one_line(message)}", file=sys.stderr)

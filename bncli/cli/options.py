@@ -20,14 +20,15 @@ BatchInvariantOption = Annotated[
 ]
 
 
-def parse_sizes(text: str, option: str) -> tuple[int, ...]:
-    """Batch sizes such as "1,2,4", in rising order, each once.
+def parse_sizes(text: str, option: str, *, example: str = "batch sizes such as 1,2,4,8") -> tuple[int, ...]:
+    """Whole numbers of 1 or more between commas, in rising order, each once.
 
-    Raises ConfigError, naming the option, for anything but whole numbers of 1 or more.
+    Raises ConfigError, naming the option, for anything else.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) >= 1 for part in parts):
-        raise ConfigError(option, [f"expected batch sizes such as 1,2,4,8, found {text!r}"])
+    # more digits than any size has: Python refuses to read some thousands of them
+    if not all(part.isascii() and part.isdigit() and len(part) < 19 and int(part) >= 1 for part in parts):
+        raise ConfigError(option, [f"expected {example}, found {text!r}"])
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -3,71 +3,127 @@
 import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bncli.cli.messages import note_emulation, one_line
+from bncli.cli.messages import note_emulation, one_line, print_note
 from bncli.cli.tables.table import runtime_line
 from bncli.training import EpochDone, Started, StepDone
+from bncli.wording import plural
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
+PAUSE = 0.1  # seconds between two pictures of the bar
 
 
-def _console() -> Console:
-    return Console(stderr=True, highlight=False, markup=False)
+class _Display:
+    """Lines on stderr, and below them, on a terminal alone, one bar that leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._bar: Progress | None = None
+        self._shown = 0.0
+
+    def line(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+        sys.stderr.flush()
+
+    def show(self, text: str, done: int, total: int | None, speed: str = "") -> None:
+        """How far it is; without a total only that it goes on. Most of many calls do nothing."""
+        now = time.monotonic()
+        if not self._console.is_terminal or now - self._shown < PAUSE:
+            return
+        self._shown = now
+        amount = f"{done / total:.0%}" if total else f"{done:,}"
+        if self._bar is None:
+            self._bar = _bar(self._console)
+            self._bar.add_task("", visible=False)
+            self._bar.start()
+        self._bar.update(
+            self._bar.task_ids[0], total=total, completed=done, description=one_line(text), visible=True,
+            amount=f"{amount:>4}", speed=speed, refresh=True,
+        )  # fmt: skip
+
+    def hide(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
-        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[amount]}"),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        auto_refresh=False,  # without a thread, which a signal or a fork could meet
     )
 
 
-class DataReporter:
-    """Shows how far a data set has been decoded: a bar, or one line when it is done."""
+class ProgressReporter:
+    """Shows what is being done and how far it is: a bar, or off a terminal a line when a part is done.
+
+    Leave the `with` block to take the bar away, whatever happened; of a part that broke off nothing is said.
+    """
 
     def __init__(self) -> None:
-        self._console = _console()
-        self._bar: Progress | None = None
-        self._shown = 0.0
+        self._display = _Display()
+        self._what: str | None = None
+        self._done = 0
+        self._is_counted = False
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Take note of `done` of `total`, and show it when it is time."""
-        now = time.monotonic()
-        if done < total and now - self._shown < 0.1:
-            return
-        self._shown = now
-        if self._console.is_terminal:
-            if self._bar is None:
-                self._bar = _bar(self._console)
-                self._bar.add_task(what, total=total, speed="")
-                self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=done)
-        if done >= total:
-            if self._bar is not None:
-                self._bar.stop()
-                self._bar = None
-            self._console.print(f"{what}: {total:,}", soft_wrap=True)
+    def __enter__(self) -> Self:
+        """Nothing is shown before the first call."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish the last part."""
+        self._finish(is_whole=kind is None)
+
+    def __call__(self, what: str, done: int, total: int | None = None) -> None:
+        """Take note of `done` of `total`; where the total is unknown, a part ends when another begins."""
+        if what != self._what:
+            self._finish(is_whole=True)
+        self._what, self._done, self._is_counted = what, done, total is not None
+        if total is not None and done >= total:
+            self._finish(is_whole=True)
+        else:
+            self._display.show(what, done, total)
+
+    def note(self, message: str) -> None:
+        """Say something between two parts."""
+        self._finish(is_whole=True)
+        print_note(message)
+
+    def _finish(self, *, is_whole: bool) -> None:
+        self._display.hide()
+        # on a terminal a line for each of many passes would push the results out of sight
+        if self._what is not None and is_whole and (self._is_counted or not sys.stderr.isatty()):
+            self._display.line(f"{one_line(self._what)}: {self._done:,}")
+        self._what = None
 
 
 class TrainReporter:
-    """Shows a training run: a header, a bar within each epoch, a line for each epoch."""
+    """Shows a training run: its data, a header, a bar within each epoch, a line for each epoch."""
 
     def __init__(self) -> None:
-        self._console = _console()
-        self._bar: Progress | None = None
+        self.data = ProgressReporter()
+        self._display = _Display()
         self._num_epochs = 0
+        self._num_steps = 0
         self._images = 0
         self._start = 0.0
 
-    def __enter__(self) -> "TrainReporter":
+    def __enter__(self) -> Self:
         """Nothing is shown before `Started` comes."""
         return self
 
@@ -78,8 +134,8 @@ class TrainReporter:
         traceback: TracebackType | None,
     ) -> None:
         """Take the bar away, whatever happened."""
-        if self._bar is not None:
-            self._bar.stop()
+        self.data.__exit__(kind, error, traceback)
+        self._display.hide()
 
     def __call__(self, event: Started | StepDone | EpochDone) -> None:
         """Show one event of `bncli.train`."""
@@ -94,33 +150,25 @@ class TrainReporter:
         setup = event.setup
         note_emulation(setup.runtime)
         self._num_epochs = setup.config.train.epochs
-        self._line(
-            f"Training on {len(setup.dataset.train):,} images of {setup.dataset.name}"
+        self._display.line(
+            f"Training on {plural(len(setup.dataset.train), 'image')} of {setup.dataset.name}"
             f" ({runtime_line(setup.runtime.describe_training())}) into {one_line(str(event.run_dir))}"
         )
         if event.step > event.epoch * setup.plan.num_steps:
-            self._line(
+            self._display.line(
                 f"Resuming after step {event.step:,} of {setup.num_steps:,}, in epoch {event.epoch + 1}"
             )
         elif event.epoch:
-            self._line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
-        self._line(HEADER)
-        if self._console.is_terminal:
-            self._bar = _bar(self._console)
-            self._bar.add_task("", total=setup.num_steps, completed=event.step, speed="")
-            self._bar.start()
+            self._display.line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
+        self._display.line(HEADER)
+        self._num_steps = setup.num_steps
         self._start = time.monotonic()
 
     def _step(self, event: StepDone) -> None:
-        if self._bar is None:
-            return
         self._images += event.num_images
         speed = self._images / max(time.monotonic() - self._start, 1e-9)
-        self._bar.update(
-            self._bar.task_ids[0],
-            completed=event.step,
-            description=f"epoch {event.epoch}/{self._num_epochs}",
-            speed=f"{speed:,.0f} images/s",
+        self._display.show(
+            f"epoch {event.epoch}/{self._num_epochs}", event.step, self._num_steps, f"{speed:,.0f} images/s"
         )
 
     def _epoch(self, event: EpochDone) -> None:
@@ -128,12 +176,8 @@ class TrainReporter:
         is_evaluated = metrics["test_accuracy"] is not None
         test_loss = f"{metrics['test_loss']:.4f}" if is_evaluated else "-"
         test_accuracy = f"{metrics['test_accuracy']:.2%}" if is_evaluated else "-"
-        self._line(
+        self._display.line(
             f"{metrics['epoch']:>7}  {metrics['train_loss']:>10.4f}  {metrics['train_accuracy']:>8.2%}"
             f"   {test_loss:>9}  {test_accuracy:>7}"
             f"   {metrics['learning_rate']:>13.4g}  {metrics['images_per_second']:>8,.0f}"
         )
-
-    def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
-        sys.stderr.flush()

@@ -63,20 +63,21 @@ def load_subject_data(subject: Subject) -> "Dataset":
 
     Raises DataError.
     """
-    from bncli.cli.progress import DataReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.cli.recorded_places import followed_data
     from bncli.data import load_dataset
 
     checkpoint = subject.checkpoint
-    data, unfollowed = followed_data(
-        subject.followed, lambda: (checkpoint.data_digest, checkpoint.class_names), DataReporter()
-    )
-    try:
-        dataset = load_dataset(data, progress=DataReporter(), may_download=False)
-    except DataError as error:
-        if unfollowed:
-            raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None
-        raise
+    with ProgressReporter() as progress:
+        data, unfollowed = followed_data(
+            subject.followed, lambda: (checkpoint.data_digest, checkpoint.class_names), progress
+        )
+        try:
+            dataset = load_dataset(data, progress=progress, may_download=False)
+        except DataError as error:
+            if unfollowed:
+                raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None
+            raise
     if unfollowed.matters:
         print_note(unfollowed.of(subject.path))
     _check_dataset(checkpoint, dataset)

@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 
 from bncli.errors import DataError
+from bncli.wording import gigabytes
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -56,7 +57,7 @@ def require_address_space(needed: int, *, what: str, fix: str) -> None:
 
 def _require(needed: int, available: int | None, what: str, kind: str, fix: str) -> None:
     if available is not None and needed > available:
-        numbers = f"{needed / 1e9:,.2f} GB {kind}, but {available / 1e9:,.2f} GB are available"
+        numbers = f"{gigabytes(needed, 2)} {kind}, but {gigabytes(available, 2)} are available"
         raise DataError(f"{what} {numbers}; {fix}")
 
 

@@ -31,6 +31,7 @@ from bncli.determinism.claim import Claim, judge
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.determinism.pairing import Pairing, Pairings, Pass, differ
 from bncli.forward import is_too_few_values, model_device
+from bncli.wording import plural
 
 BATCH_SIZES = (2, 3, 7, 16, 64, 256)
 DEFAULT_NUM_IMAGES = 256  # of batches without a number
@@ -145,7 +146,7 @@ class Certificate:
             f" logits differ by up to {claim.max_abs_diff:.2g}, {claim.prediction_flips} predictions change"
             for name, claim in self.claims.by_name().items()
         ]
-        return "\n".join([f"{self.num_images} images in eval mode", *lines, self.verdict])
+        return "\n".join([f"{plural(self.num_images, 'image')} in eval mode", *lines, self.verdict])
 
 
 def certify(

@@ -12,6 +12,7 @@ from bncli.batches import Batches, GetTensor, labelled
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.errors import DataError
 from bncli.forward import forward
+from bncli.wording import plural
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Evaluation:
     def __str__(self) -> str:
         """Accuracy, loss and speed in one line."""
         return (
-            f"accuracy {self.accuracy:.2%} of {self.num_images:,} images in eval mode (loss {self.loss:.4f}),"
-            f" {self.images_per_second:,.0f} images/s"
+            f"accuracy {self.accuracy:.2%} of {plural(self.num_images, 'image')} in eval mode"
+            f" (loss {self.loss:.4f}), {self.images_per_second:,.0f} images/s"
         )
 
 

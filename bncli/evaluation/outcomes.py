@@ -18,6 +18,7 @@ from bncli.errors import DataError
 from bncli.evaluation.evaluate import judge
 from bncli.evaluation.sweep import NORMAL_QUANTILE
 from bncli.forward import forward
+from bncli.wording import plural
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Outcomes:
 
     def __str__(self) -> str:
         """How many images, and how well."""
-        return f"{len(self.right):,} images: accuracy {self.score.accuracy:.2%}, loss {self.score.loss:.4f}"
+        images, score = plural(len(self.right), "image"), self.score
+        return f"{images}: accuracy {score.accuracy:.2%}, loss {score.loss:.4f}"
 
     @property
     def score(self) -> Score:
@@ -72,9 +74,9 @@ class PairedDifference:
         """One sentence: was the change worth it? Only what McNemar's test tells from chance counts."""
         points, error = 100 * self.accuracy, 100 * self.accuracy_standard_error
         numbers = (
-            f"{points:+.2f} points of accuracy (standard error {error:.2f}, {self.num_gained:,} images"
-            f" gained, {self.num_lost:,} lost), {self.loss:+.4f} nats of loss (standard error"
-            f" {self.loss_standard_error:.4f})"
+            f"{points:+.2f} points of accuracy (standard error {error:.2f},"
+            f" {plural(self.num_gained, 'image')} gained, {self.num_lost:,} lost),"
+            f" {self.loss:+.4f} nats of loss (standard error {self.loss_standard_error:.4f})"
         )
         if self.is_gain:
             return f"A gain: {numbers}."

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bncli.batches import Batches, GetTensor
 from bncli.evaluation.evaluate import evaluate
 from bncli.forward import forward
+from bncli.wording import plural
 
 Views = Literal["flip", "shifts"]
 
@@ -32,8 +33,8 @@ class AugmentedEvaluation:
     def __str__(self) -> str:
         """Accuracy and loss in one line."""
         return (
-            f"accuracy {self.accuracy:.2%} of {self.num_images:,} images, {self.num_views} views of each"
-            f" ({self.views}), loss {self.loss:.4f}"
+            f"accuracy {self.accuracy:.2%} of {plural(self.num_images, 'image')},"
+            f" {plural(self.num_views, 'view')} of each ({self.views}), loss {self.loss:.4f}"
         )
 
 

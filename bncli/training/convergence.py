@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.errors import RunError
+from bncli.wording import plural
 
 METRICS = "metrics.jsonl"
 
@@ -93,7 +94,7 @@ class Convergence:
     def __str__(self) -> str:
         """What was recorded, and the verdict."""
         epochs = f"epoch {self.epochs[0]}" + (f" to {self.epochs[-1]}" if len(self.epochs) > 1 else "")
-        return f"{self.run_dir}: {len(self.layers)} BatchNorm layers, {epochs}. {self.verdict}"
+        return f"{self.run_dir}: {plural(len(self.layers), 'BatchNorm layer')}, {epochs}. {self.verdict}"
 
 
 def read_convergence(run_dir: Path) -> Convergence:

@@ -20,9 +20,8 @@ import torch
 import typer
 
 from bncli.cli.app import main
-from bncli.cli.messages import print_note
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
-from bncli.cli.progress import DataReporter
+from bncli.cli.progress import ProgressReporter
 from bncli.cli.subject import open_config
 from bncli.cli.tables.table import (
     console_for_results,
@@ -260,15 +259,16 @@ def run(
 ) -> int:
     """Measure speed by the size of the data set, peak memory, and the time to the first step."""
     loaded = open_config(config, overrides)
-    result = bench_scale(
-        loaded,
-        sizes=_parse_sizes(sizes, loaded.train.batch_size * (steps + 1)),
-        num_rounds=rounds,
-        steps_per_round=steps,
-        num_starts=starts,
-        data_progress=DataReporter(),
-        report=print_note,
-    )
+    with ProgressReporter() as progress:
+        result = bench_scale(
+            loaded,
+            sizes=_parse_sizes(sizes, loaded.train.batch_size * (steps + 1)),
+            num_rounds=rounds,
+            steps_per_round=steps,
+            num_starts=starts,
+            data_progress=progress,
+            report=progress.note,
+        )
     print_json(result) if as_json else show_scale_bench(result)
     return 0
 

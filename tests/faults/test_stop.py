@@ -13,7 +13,7 @@ import torch
 
 from bncli.batchnorm import EpochStatistics
 from bncli.checkpoints import check_integrity, load_checkpoint
-from bncli.cli.progress import DataReporter, TrainReporter
+from bncli.cli.progress import ProgressReporter, TrainReporter
 from bncli.config_file import load_config
 from bncli.errors import StoppedError
 from bncli.training import EpochDone, Setup, StepDone, train
@@ -214,7 +214,7 @@ def test_a_second_signal_stops_at_once_and_the_checkpoint_before_stays_whole(
 def test_a_signal_while_the_data_are_loaded_leaves_nothing_behind(
     bncli: Bncli, faulty_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DataReporter, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(ProgressReporter, "__call__", lambda *_: signal.raise_signal(signal.SIGTERM))
     outcome = bncli("train", faulty_config, "--run-dir", tmp_path / "run")
     assert outcome.code == 143
     assert outcome.err == "bncli: interrupted\n"

@@ -25,6 +25,7 @@ from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
 from bncli.batchnorm.population.tree import BatchTree
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 Method = Literal["precise", "exact"]
 
@@ -69,9 +70,10 @@ class Population:
     def __str__(self) -> str:
         """How many layers, on how many images, at what cost."""
         left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
+        layers, images = plural(len(self.layers), "BatchNorm layer"), plural(self.num_images, "image")
         return (
-            f"population statistics ({self.method}) of {len(self.layers)} BatchNorm layers{left_alone},"
-            f" measured on {self.num_images:,} images at the cost of {self.forward_passes:.2f} forward passes"
+            f"population statistics ({self.method}) of {layers}{left_alone},"
+            f" measured on {images} at the cost of {self.forward_passes:.2f} forward passes"
         )
 
     def merge(self, other: "Population") -> "Population":

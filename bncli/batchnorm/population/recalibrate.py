@@ -16,6 +16,7 @@ from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
 from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,11 @@ class Recalibration:
         """How many layers, on how many images, and which moved furthest."""
         furthest = max(self.layers, key=lambda layer: layer.mean_shift_in_new_deviations)
         shift = furthest.mean_shift_in_new_deviations
-        measured = f", measured on {self.num_images:,} images" if self.num_images else ""
+        measured = f", measured on {plural(self.num_images, 'image')}" if self.num_images else ""
         left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
         return (
-            f"{len(self.layers)} BatchNorm layers recalibrated ({self.method}){measured}{left_alone}\n"
+            f"{plural(len(self.layers), 'BatchNorm layer')} recalibrated ({self.method})"
+            f"{measured}{left_alone}\n"
             f"furthest off was {furthest.name}: running_mean by {shift:.2g} deviations,"
             f" running_var {furthest.var_ratio:.2g} times the new one"
         )

@@ -1,8 +1,9 @@
 """Which BatchNorm layers a measurement takes, and why it leaves the others alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.errors import BncliError
+from bncli.wording import list_names
 
 Layers = str | Callable[[str], bool] | None  # a glob such as "stages.1.*", a predicate, or None: all
 
@@ -40,7 +42,7 @@ def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
     Raises BncliError if nothing is left to measure.
     """
     found = batch_norm_layers(model)
-    matches = layers if callable(layers) else lambda name: layers is None or fnmatchcase(name, layers)
+    matches = layers if callable(layers) else partial(name_matches, layers)
     chosen: dict[str, _BatchNorm] = {}
     skipped = []
     for name, layer in found:
@@ -68,6 +70,15 @@ def _nothing_left(layers: Layers, found: list[tuple[str, _BatchNorm]], skipped: 
         return "the model has no BatchNorm layer"
     if skipped:
         return "no BatchNorm layer to measure: " + "; ".join(f"{one.name} {one.reason}" for one in skipped)
-    names = ", ".join(name for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
     wanted = repr(layers) if isinstance(layers, str) else "the given predicate"
-    return f"no BatchNorm layer matches {wanted}; the model has {names}"
+    return no_match(wanted, [name for name, _ in found])
+
+
+def name_matches(pattern: str | None, name: str) -> bool:
+    """Whether a glob such as 'stages.1.*' means the layer; every one is meant without a glob."""
+    return pattern is None or fnmatchcase(name, pattern)
+
+
+def no_match(wanted: str, names: Sequence[str]) -> str:
+    """What is wrong with names that mean no layer, and which there are."""
+    return f"no BatchNorm layer matches {wanted}; there are {list_names(names) or 'none'}"

@@ -27,18 +27,19 @@ def bench_train(
 ) -> int:
     """Time the training step against the same network in a plain PyTorch loop."""
     from bncli.bench import bench_training_step
-    from bncli.cli.progress import DataReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.bench import show_training_step_bench
     from bncli.cli.tables.table import print_json
 
-    result = bench_training_step(
-        open_config(config, overrides),
-        num_rounds=rounds,
-        steps_per_round=steps,
-        plain_workers=workers,
-        data_progress=DataReporter(),
-        report=print_note,
-    )
+    with ProgressReporter() as progress:
+        result = bench_training_step(
+            open_config(config, overrides),
+            num_rounds=rounds,
+            steps_per_round=steps,
+            plain_workers=workers,
+            data_progress=progress,
+            report=progress.note,
+        )
     print_json(result) if as_json else show_training_step_bench(result)
     return 0
 

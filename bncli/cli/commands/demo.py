@@ -33,7 +33,7 @@ def demonstrate_repair(
     as_json: JsonOption = False,
 ) -> int:
     """Ruin a trained network's running statistics in four ways; diagnose and repair each."""
-    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.demo import describe_demonstration, show_demonstration
     from bncli.cli.tables.table import print_json
     from bncli.demo import demonstrate
@@ -45,7 +45,7 @@ def demonstrate_repair(
     if checkpoint is None:
         subject = _train_subject(overrides)
     dataset = load_subject_data(subject)
-    with PhaseReporter() as progress:
+    with ProgressReporter() as progress:
         result = demonstrate(
             checkpoint,
             subject.checkpoint,
@@ -63,7 +63,7 @@ def demonstrate_repair(
 
 def _train_subject(overrides: list[str] | None) -> "Subject":
     """The network of configs/quickstart.yaml, whose values are the defaults; its run directory is removed."""
-    from bncli.cli.progress import DataReporter, TrainReporter
+    from bncli.cli.progress import TrainReporter
     from bncli.config import Config
     from bncli.config_file import config_from_dict
     from bncli.training import train
@@ -76,5 +76,5 @@ def _train_subject(overrides: list[str] | None) -> "Subject":
         problem = f"cannot make a temporary directory: {error.strerror or error}"
         raise BncliError(f"{problem}; set TMPDIR to a directory that can be written") from None
     with directory as folder, TrainReporter() as reporter:
-        result = train(config, Path(folder) / "run", report=reporter, data_progress=DataReporter())
+        result = train(config, Path(folder) / "run", report=reporter, data_progress=reporter.data)
         return open_subject(result.checkpoint, overrides, batch_invariant=False)

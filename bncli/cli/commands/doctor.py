@@ -22,6 +22,7 @@ from bncli.cli.checkpoint_checks import checks_of_checkpoint
 from bncli.cli.messages import one_line
 from bncli.cli.options import JsonOption, SetOption
 from bncli.errors import ConfigError, DataError
+from bncli.wording import gigabytes
 
 LIBRARIES = (
     "numpy",
@@ -139,7 +140,7 @@ def _devices() -> Check:
     found = ["cpu"]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        found.append(f"cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB")
+        found.append(f"cuda:{index} {properties.name}, {gigabytes(properties.total_memory, 0)}")
     if torch.backends.mps.is_available():
         found.append("mps")
     return Check("devices", "ok", "; ".join(found))
@@ -192,7 +193,7 @@ def _memory() -> Check:
     available = importlib.import_module("bncli.data.memory").available_memory()
     if available is None:
         return Check("memory", "ok", "this system does not tell")
-    found = f"{available / 1e9:.1f} GB available"
+    found = f"{gigabytes(available)} available"
     if available < _LITTLE_SPACE:
         return Check("memory", "warning", found, "end other programs, or use small batches")
     return Check("memory", "ok", found)
@@ -200,7 +201,7 @@ def _memory() -> Check:
 
 def _disk() -> Check:
     free = shutil.disk_usage(Path()).free
-    found = f"{free / 1e9:.1f} GB free in this folder"
+    found = f"{gigabytes(free)} free in this folder"
     if free < _LITTLE_SPACE:
         return Check("disk", "warning", found, "checkpoints may not fit; give train --run-dir elsewhere")
     return Check("disk", "ok", found)

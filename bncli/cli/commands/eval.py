@@ -105,7 +105,7 @@ def _examine(
     num_calibration_images: int | None,
     views: "Views | None",
 ) -> "EvalReport":
-    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.evaluation import EvalReport
     from bncli.data import sample_batches
     from bncli.evaluation import examine
@@ -118,7 +118,7 @@ def _examine(
     training = None
     if num_calibration_images is not None:
         training = training_sample(dataset.train, runtime, several, num_calibration_images)
-    with runtime.autocast(), PhaseReporter() as progress:
+    with runtime.autocast(), ProgressReporter() as progress:
         found = examine(
             subject.model,
             (test.images, test.labels),

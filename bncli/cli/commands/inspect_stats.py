@@ -1,6 +1,5 @@
 """`bncli inspect-stats`: the running statistics of a checkpoint, and what is wrong with them."""
 
-import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,10 +20,11 @@ from bncli.cli.audit_options import (
     refuse_options,
     sort_layers,
 )
+from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption
 from bncli.errors import ConfigError
-from bncli.plural import plural
+from bncli.wording import plural
 
 if TYPE_CHECKING:
     from bncli.batchnorm import LayerStats
@@ -37,9 +37,7 @@ def inspect_stats(
         str | None,
         typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.", show_default=False),
     ] = None,
-    layer: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
-    ] = None,
+    layer: LayerOption = None,
     channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
     csv: Annotated[
@@ -82,12 +80,8 @@ def inspect_stats(
     codes = {rule.code for rule in rules}
     findings = tuple(finding for finding in everything if finding.code in codes)
     if layer is not None:
-        found = [item for item in layers if fnmatch.fnmatchcase(item.name, layer)]
-        if not found:
-            names = ", ".join(item.name for item in layers)
-            raise ConfigError("--layer", [f"no BatchNorm layer matches {layer!r}; there are {names}"])
-        layers = found
-        shown = {item.name for item in found}
+        layers = list(matching_layers(layers, layer))
+        shown = {item.name for item in layers}
         findings = tuple(finding for finding in findings if finding.layer in shown)
     layers = sort_layers(layers, findings, sort)
     if plot is not None:

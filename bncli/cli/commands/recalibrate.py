@@ -111,10 +111,10 @@ def _recalibrate(
     path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration"
 ) -> "RecalibratedCheckpoint":
     from bncli.checkpoints import file_sha256, save_checkpoint
-    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.training import recalibrate_checkpoint as recalibrate
 
-    with PhaseReporter() as progress:
+    with ProgressReporter() as progress:
         made = recalibrate(
             subject.checkpoint,
             dataset,
@@ -133,10 +133,10 @@ def _recalibrate(
 
 
 def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_error: float) -> "Verification":
-    from bncli.cli.phase_progress import PhaseReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.training import verify_checkpoint
 
-    with PhaseReporter() as progress:
+    with ProgressReporter() as progress:
         return verify_checkpoint(
             subject.checkpoint,
             dataset,

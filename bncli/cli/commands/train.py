@@ -48,7 +48,7 @@ def train_config(
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
     from bncli.batchnorm.audit.rules import describe_large_momentum
-    from bncli.cli.progress import DataReporter, TrainReporter
+    from bncli.cli.progress import ProgressReporter, TrainReporter
     from bncli.cli.tables.table import print_json
     from bncli.cli.tables.training import show_dry_run, show_training
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
@@ -63,7 +63,9 @@ def train_config(
             " batch, 0.01 for Keras's 0.99"
         )
     if dry_run:
-        description = describe_setup(prepare(loaded, progress=DataReporter(), may_download=resume is None))
+        with ProgressReporter() as progress:
+            setup = prepare(loaded, progress=progress, may_download=resume is None)
+        description = describe_setup(setup)
         print_json(description) if as_json else show_dry_run(description)
         return 0
 
@@ -82,7 +84,7 @@ def train_config(
                 resume=bool(resume),
                 report=report,
                 stop=signals.stop_requested,
-                data_progress=DataReporter(),
+                data_progress=reporter.data,
             )
         except StoppedError as stopped:
             print_note(str(stopped))
@@ -126,7 +128,7 @@ def _read_ahead(data: "DataConfig", recorded_root: str | None) -> None:
 def _with_recorded_root(run_dir: Path, followed: "FollowedConfig") -> "Config":
     """The configuration with the recorded data.root, where that holds the data that the run began with."""
     from bncli.checkpoints import load_checkpoint
-    from bncli.cli.progress import DataReporter
+    from bncli.cli.progress import ProgressReporter
     from bncli.cli.recorded_places import followed_data
 
     def record() -> "DataRecord":
@@ -135,7 +137,8 @@ def _with_recorded_root(run_dir: Path, followed: "FollowedConfig") -> "Config":
         last = load_checkpoint(run_dir / "last.pt")
         return last.data_digest, last.class_names
 
-    data, unfollowed = followed_data(followed, record, DataReporter())
+    with ProgressReporter() as progress:
+        data, unfollowed = followed_data(followed, record, progress)
     if unfollowed.matters:
         print_note(unfollowed.of(run_dir / "config.yaml"))
     return followed.config.model_copy(update={"data": data})

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.cli.messages import one_line
-from bncli.cli.plots.figure import GRID, NOTE, save_figure
+from bncli.cli.messages import shorten
+from bncli.cli.plots.figure import NOTE, clear_frame, draw_source, save_figure, text_width
+from bncli.cli.plots.scale import Scale, choose_scale, number_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,10 @@ BARS = {
     "exact": "population, exact",
 }
 MAX_LAYERS = 40  # more names than that cannot be read
+MAX_NAME = 44  # letters; of a longer name the end tells layers apart
+BARS_WIDTH = 7.0  # inches, beside the names
+LABEL_SIZE = 8.0  # points
+STRETCH = 1e6  # every bar ends on the scale
 
 
 def plot_gap(gap: Gap, path: Path, *, source: str) -> None:
@@ -34,17 +38,19 @@ def plot_gap(gap: Gap, path: Path, *, source: str) -> None:
     Raises BncliError for another suffix, or a path that cannot be written.
     """
     layers = _shown(gap.layers)
+    names = [shorten(layer.name, MAX_NAME) or "(model)" for layer in layers]
+    width = BARS_WIDTH + text_width([*BARS.values(), *names], 9.0)
+    height = 2.3 + 0.3 * (len(BARS) + max(2, len(layers)))  # inches
 
     def draw(figure: Figure) -> None:
         bottom = 0.42 / height
         figure.set_layout_engine("constrained", rect=(0.0, bottom, 1.0, 1.0 - bottom))
         above, below = figure.subplots(2, height_ratios=(len(BARS), max(2, len(layers))))
         _draw_accuracies(above, gap)
-        _draw_layers(below, layers, gap)
-        figure.text(0.012, 0.12 / height, source, color=NOTE, fontsize=7.5)
+        _draw_layers(below, layers, names, gap)
+        draw_source(figure, source, at=0.12 / height)
 
-    height = 2.1 + 0.3 * (len(BARS) + max(2, len(layers)))  # inches
-    save_figure(path, (8.0, height), draw)
+    save_figure(path, (width, height), draw)
 
 
 def _shown(layers: tuple[LayerGap, ...]) -> list[LayerGap]:
@@ -67,17 +73,29 @@ def _draw_accuracies(axis: Axes, gap: Gap) -> None:
     )  # fmt: skip
 
 
-def _draw_layers(axis: Axes, layers: list[LayerGap], gap: Gap) -> None:
-    scores = [layer.self_consistency for layer in layers]
+def _draw_layers(axis: Axes, layers: list[LayerGap], names: list[str], gap: Gap) -> None:
+    import torch
+
+    scores = torch.tensor([layer.self_consistency for layer in layers], dtype=torch.float64)
+    scale = choose_scale(scores, include=(0.0,), stretch=STRETCH)
+    # what is no number reaches as far as anything does, and its label says so
+    places = scale.place(scores.nan_to_num(torch.inf, posinf=torch.inf)).clamp(max=scale.high).tolist()
     colours = [STALE if layer.name == gap.worst_layer else PLAIN for layer in layers]
-    top = max([*(score for score in scores if isfinite(score)), 1e-9])
-    shown = [score if isfinite(score) else top for score in scores]
-    _draw_bars(axis, [one_line(layer.name) for layer in layers], shown, colours, list(map(_label, layers)))
-    axis.set_xlim(0, 1.45 * top)  # room for the words behind the longest bar
-    axis.set_xlabel("distance from the layer's real input in eval mode; 0 is self-consistent", color=NOTE)
+    labels = [_label(layer) for layer in layers]
+    _draw_bars(axis, names, places, colours, labels)
+    words = text_width(labels, LABEL_SIZE) + 0.3  # behind the longest bar
+    axis.set_xlim(0, scale.high * BARS_WIDTH / (BARS_WIDTH - words))
+    ticks = scale.ticks()
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xlabel(_axis_label(scale), color=NOTE)
     axis.set_title(
         "How stale each layer's running statistics are", fontsize=10, fontweight="bold", loc="left"
     )
+
+
+def _axis_label(scale: Scale) -> str:
+    label = "distance from the layer's real input in eval mode; 0 is self-consistent"
+    return f"{label}\nlogarithmic beyond {number_text(scale.linear_to)}" if scale.kind == "symlog" else label
 
 
 def _label(layer: LayerGap) -> str:
@@ -93,13 +111,10 @@ def _draw_bars(
     places = list(range(len(names)))
     axis.barh(places, values, color=colours, height=0.62)
     axis.set_yticks(places, names)
-    axis.invert_yaxis()
-    axis.grid(axis="x", color=GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    clear_frame(axis, grid="x")
     for place, value, label in zip(places, values, labels, strict=True):
         axis.annotate(
-            label, (value, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
+            label, (value, place), xytext=(5, 0), textcoords="offset points", va="center",
+            fontsize=LABEL_SIZE,
         )  # fmt: skip

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.cli.messages import one_line
-from bncli.cli.plots.figure import GRID, NOTE, save_figure
+from bncli.cli.messages import shorten
+from bncli.cli.plots.figure import NOTE, clear_frame, draw_source, save_figure
+from bncli.cli.plots.scale import choose_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,10 +50,10 @@ def plot_convergence(histories: Sequence[LayerHistory], path: Path, *, source: s
         for axis, (field, (title, label)) in zip(axes, PANELS.items(), strict=True):
             for history, colour in zip(histories, colours, strict=True):
                 _draw_line(axis, history, field, colour)
-            _set_axes(axis, histories, title, label)
+            _set_axes(axis, histories, field, title, label)
         axes[1].axhline(1, color=NOTE, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         _name_lines(axes[1], histories, colours)
-        figure.text(0.012, 0.02, one_line(source)[-120:], color=NOTE, fontsize=7.5)
+        draw_source(figure, source, at=0.02)
 
     save_figure(path, SIZE, draw)
 
@@ -73,27 +74,26 @@ def _draw_line(axis: Axes, history: LayerHistory, field: str, colour: str) -> No
     axis.plot(epochs, drawn, "o-", color=colour, linewidth=1.4, ms=3.5 if len(epochs) <= 30 else 0)
 
 
-def _set_axes(axis: Axes, histories: Sequence[LayerHistory], title: str, label: str) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+def _set_axes(axis: Axes, histories: Sequence[LayerHistory], field: str, title: str, label: str) -> None:
+    import torch
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     epochs = [point.epoch for history in histories for point in history.epochs]
+    values = [getattr(point, field) for history in histories for point in history.epochs]
+    drawn = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+    scale = choose_scale(drawn, log=True, stretch=math.inf)
     axis.set_yscale("log")
-    low, high = axis.dataLim.intervaly
-    narrow = not low > 0 or high < 10 * low
-    subs = (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if narrow else (1, 2, 5)
-    axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    margin = 0.05 * (scale.high - scale.low)
+    axis.set_ylim(10 ** (scale.low - margin), 10 ** (scale.high + margin))
+    ticks = scale.ticks()
+    axis.set_yticks([10**place for place in ticks], list(ticks.values()))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("epoch", color=NOTE)
     axis.set_ylabel(label, color=NOTE)
-    axis.grid(color=GRID, linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.tick_params(which="both", length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    clear_frame(axis, grid="both")
 
 
 def _name_lines(axis: Axes, histories: Sequence[LayerHistory], colours: Sequence[str]) -> None:
@@ -116,7 +116,6 @@ def _name_lines(axis: Axes, histories: Sequence[LayerHistory], colours: Sequence
 
 
 def _short(name: str) -> str:
-    text = one_line(name) or "(model)"
+    text = shorten(name, MAX_NAME) or "(model)"
     # matplotlib leaves a label out that begins with an underscore
-    text = text if len(text) <= MAX_NAME else "…" + text[-MAX_NAME + 1 :]
     return f" {text}" if text.startswith("_") else text

@@ -7,26 +7,25 @@ layer shows its channels one beside the other, in their order, so that single da
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.plots.figure import check_suffix, save_figure
-from bncli.cli.plots.heat_map import HeatMap, draw_heat_map, label_heat_map
+from bncli.cli.plots.heat_map import HeatMap, draw_heat_map, draw_meanings, label_heat_map, make_heat_map
 from bncli.cli.plots.rows import (
-    MARGINS,
     MAX_PIXELS,
-    NOTES_WIDTH,
-    ROW_HEIGHT,
-    WIDTH,
     Column,
     Flags,
     draw_column,
+    figure_size,
     label_rows,
     make_column,
     row_name,
     row_notes,
 )
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and matplotlib
     from matplotlib.figure import Figure
@@ -35,7 +34,9 @@ if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and 
     from bncli.batchnorm.audit.audit import Finding
     from bncli.batchnorm.layers import LayerStats
 
-MAP_ROW_HEIGHT, MAP_MARGINS = 0.2, 1.5  # inches
+MAP_ROW_HEIGHT, MAP_MARGINS = 0.2, 0.75  # inches; margins hold the title and the ends of the rows
+BAR_HEIGHT, MEANING_HEIGHT = 0.6, 0.19  # inches; of the scale of colours, and of a line below it
+MEAN_RESOLUTION, DEVIATION_RESOLUTION = 0.1, 0.01  # standard deviations that no position, no colour tells
 
 
 def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding], path: Path) -> None:
@@ -56,22 +57,28 @@ def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding]
     flags_by_layer = flags_of(findings)
     flags = [tuple(flags_by_layer[layer.name]) for layer in layers]
     notes = row_notes(columns, flags)
-    width = WIDTH + (NOTES_WIDTH if any(notes) else 0.0)
-    heights = MARGINS + ROW_HEIGHT * len(layers), MAP_MARGINS + MAP_ROW_HEIGHT * len(layers)
+    names = [row_name(layer.name, layer.num_features) for layer in layers]
+    width, above_height = figure_size(columns, names, notes)
+    meanings_height = MEANING_HEIGHT * max(len(heat_map.meanings) for heat_map in maps)
+    map_heights = MAP_ROW_HEIGHT * len(layers), 0.12, meanings_height
+    heights = above_height, MAP_MARGINS + BAR_HEIGHT + sum(map_heights)
 
     def draw(figure: Figure) -> None:
-        names = [row_name(layer.name, layer.num_features) for layer in layers]
-        figure.set_layout_engine("constrained", wspace=0.03)
+        figure.set_layout_engine("constrained", wspace=0.03, hspace=0.02, w_pad=0.06, h_pad=0.06)
         ((above,), (below,)) = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)
         above.suptitle(_title(layers, flags), fontsize=12, fontweight="bold")
         axes = above.subplots(1, len(columns), sharey=True)
         for axis, column in zip(axes, columns, strict=True):
-            draw_column(axis, column, flags, neutral=None if column.log else 0.0)
+            draw_column(axis, column, flags)
         label_rows(axes[0], axes[-1], names, flags, notes)
-        map_axes = below.subplots(1, len(maps), sharey=True)
-        for axis, heat_map in zip(map_axes, maps, strict=True):
-            draw_heat_map(axis, heat_map)
-        label_heat_map(map_axes[0], names, flags)
+        num_rows = 3 if meanings_height else 2
+        map_axes = below.subplots(num_rows, len(maps), height_ratios=map_heights[:num_rows])
+        for (axis, bar_axis, *meanings_axis), heat_map in zip(map_axes.T, maps, strict=True):
+            draw_heat_map(axis, bar_axis, heat_map)
+            for meaning_axis in meanings_axis:
+                draw_meanings(meaning_axis, heat_map)
+            axis.set_yticks([])
+        label_heat_map(map_axes[0, 0], names, flags)
 
     height = sum(heights)
     save_figure(path, (width, height), draw, dpi=min(150, MAX_PIXELS / height))
@@ -79,38 +86,50 @@ def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding]
 
 def _title(layers: Sequence[LayerStats], flags: Flags) -> str:
     channels = sum(layer.num_features for layer in layers)
-    title = f"Running statistics of {_plural(len(layers), 'BatchNorm layer')}"
+    title = f"Running statistics of {plural(len(layers), 'BatchNorm layer')}"
     num_flagged = sum(1 for names in flags if names)
     flagged = f", {num_flagged} flagged" if num_flagged else ""
-    return f"{title} ({_plural(channels, 'channel')}{flagged})"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    return f"{title} ({plural(channels, 'channel')}{flagged})"
 
 
 def _columns(layers: Sequence[LayerStats]) -> list[Column]:
-    assumed = "" if all(layer.eps is not None for layer in layers) else "; eps = 1e-5 assumed"
+    assumed = "" if all(layer.eps is not None for layer in layers) else "\neps = 1e-5 assumed"
     means = [layer.running_mean for layer in layers]
     variances = [layer.running_var for layer in layers]
     gain = f"|weight| / sqrt(running_var + eps)\n1 / activation units, log scale{assumed}"
     return [
-        make_column("running_mean", "activation units", False, means),
-        make_column("running_var", "activation units², log scale", True, variances),
-        make_column("gain", gain, True, [_gain(layer) for layer in layers]),
+        make_column(
+            "running_mean",
+            "activation units",
+            means,
+            neutral=0.0,
+            resolution=MEAN_RESOLUTION * _typical_deviation(layers),
+        ),
+        make_column("running_var", "activation units², log scale", variances, log=True),
+        make_column("gain", gain, [_gain(layer) for layer in layers], log=True),
     ]
+
+
+def _typical_deviation(layers: Sequence[LayerStats]) -> float:
+    """The standard deviation of a channel in the middle of a layer in the middle."""
+    import torch
+
+    middles = [scale.nanmedian() for layer in layers if (scale := _scale(layer)) is not None and len(scale)]
+    middle = float(torch.stack(middles).nanmedian()) if middles else 0.0
+    return middle if isfinite(middle) else 0.0
 
 
 def _heat_maps(layers: Sequence[LayerStats]) -> list[HeatMap]:
-    deviations, logarithms = [], []
+    deviations = []
     for layer in layers:
         scale, mean = _scale(layer), layer.running_mean
         deviations.append(None if mean is None or scale is None else mean.double() / scale)
-        logarithms.append(None if layer.running_var is None else layer.running_var.double().log10())
+    variances = [layer.running_var for layer in layers]
     return [
-        HeatMap("running_mean by channel", "standard deviations, sqrt(running_var + eps)", deviations, 0.0),
-        HeatMap("running_var by channel", "log10 of activation units²", logarithms, None),
-    ]
+        make_heat_map("running_mean by channel", "standard deviations, sqrt(running_var + eps)", deviations,
+                      middle=0.0, resolution=DEVIATION_RESOLUTION),
+        make_heat_map("running_var by channel", "activation units², log scale", variances, log=True),
+    ]  # fmt: skip
 
 
 def _scale(layer: LayerStats) -> Tensor | None:

@@ -1,22 +1,21 @@
 """The output of `bncli compare`."""
 
-import textwrap
 from collections.abc import Iterator
 
 from rich.console import Console
 
 from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
-from bncli.batchnorm.comparison import STATISTICS_ALONE, list_names
+from bncli.batchnorm.comparison import STATISTICS_ALONE
 from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_file import Row
-from bncli.cli.tables.table import console_for_results, number, show_lines, table_of
+from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, show_lines, table_of
+from bncli.wording import list_names
 
 MARKS = {
     "S": "running_mean or running_var moved",
     "W": "the layer's own weight or bias moved",
     "F": "the weights that feed it moved, those after the BatchNorm before",
 }
-WIDTH = 80
 
 
 def comparison_rows(comparison: Comparison, *, channels: bool) -> Iterator[Row]:
@@ -44,7 +43,7 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     _show_mismatches(console, comparison)
     _show_flags(console, comparison)
     console.print()
-    _print_wrapped(console, comparison.verdict, style="bold")
+    print_wrapped(console, comparison.verdict, style="bold")
 
 
 def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
@@ -60,26 +59,21 @@ def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
         column.no_wrap = True
     summaries = [layer.summary or DivergenceSummary(num_incomparable=0) for layer in layers]
     cells = [
-        _aligned(
+        aligned(
             [
                 [number(x.mean_shift_in_first_deviations), number(x.max_mean_shift_in_first_deviations)]
                 for x in summaries
-            ]
+            ],
+            gap=2,
         ),
-        _aligned([[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries]),
-        _aligned([[number(x.kl), number(x.max_kl)] for x in summaries]),
+        aligned([[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries], gap=2),
+        aligned([[number(x.kl), number(x.max_kl)] for x in summaries], gap=2),
     ]
     for layer, *row in zip(layers, *cells, strict=True):
         style = "bold red" if layer.flags else None
         table.add_row(one_line(layer.name), *row, _marks(layer), style=style)
     table.columns[-1].justify = "left"
     console.print(table)
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Several numbers in one column, aligned among themselves: narrower than several columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _marks(layer: LayerComparison) -> str:
@@ -99,11 +93,11 @@ def _show_legend(console: Console) -> None:
 def _show_mismatches(console: Console, comparison: Comparison) -> None:
     if comparison.matched_by == "order":
         console.print()
-        _print_wrapped(console, "No layer name agrees: layers were matched by their order and channels.")
+        print_wrapped(console, "No layer name agrees: layers were matched by their order and channels.")
     if not comparison.order_known:
         console.print()
         text = "Both files have their names sorted, so that the order of the layers is lost: which weights"
-        _print_wrapped(console, f"{text} feed a layer is unknown (?).")
+        print_wrapped(console, f"{text} feed a layer is unknown (?).")
     groups = {
         "Only in the first": comparison.only_in_first,
         "Only in the second": comparison.only_in_second,
@@ -112,35 +106,27 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
     for title, names in groups.items():
         if names:
             console.print()
-            _print_wrapped(console, f"{title}: {list_names(names)}", style="bold red")
+            print_wrapped(console, f"{title}: {list_names(names)}", style="bold red")
     if left_out := [layer for layer in comparison.layers if layer.summary and layer.summary.num_incomparable]:
         console.print()
         channels = sum(layer.summary.num_incomparable for layer in left_out if layer.summary)
         text = f"Left out, being no usable numbers in one or both: {channels} channels of"
-        _print_wrapped(console, f"{text} {list_names([layer.name for layer in left_out])}", style="bold red")
+        print_wrapped(console, f"{text} {list_names([layer.name for layer in left_out])}", style="bold red")
 
 
 def _show_flags(console: Console, comparison: Comparison) -> None:
     for flag, meaning in comparison.explanations().items():
         names = comparison.flagged(flag)
         console.print()
-        _print_wrapped(console, f"{flag}: {len(names)} of the layers ({list_names(names)})", style="bold red")
+        print_wrapped(console, f"{flag}: {len(names)} of the layers ({list_names(names)})", style="bold red")
         alone = comparison.moved_alone
         if flag != STATISTICS_ALONE or alone is None:
-            _print_wrapped(console, meaning)
+            print_wrapped(console, meaning)
             continue
-        _print_wrapped(console, " ".join(alone.known))
-        _print_wrapped(console, "Possible causes:")
+        print_wrapped(console, " ".join(alone.known))
+        print_wrapped(console, "Possible causes:")
         for cause in alone.possible_causes:
-            _print_wrapped(console, cause, mark="- ")
-
-
-def _print_wrapped(console: Console, text: str, *, style: str | None = None, mark: str = "") -> None:
-    indent = " " * len(mark)
-    lines = textwrap.wrap(
-        one_line(text), WIDTH, break_on_hyphens=False, initial_indent=mark, subsequent_indent=indent
-    )
-    console.print("\n".join(lines), style=style)
+            print_wrapped(console, cause, mark="- ")
 
 
 def show_channels_compared(comparison: Comparison) -> None:

@@ -1,10 +1,16 @@
 """The output of `bncli demo`."""
 
-import textwrap
 from typing import Any
 
 from bncli.cli.messages import one_line
-from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import (
+    console_for_results,
+    machine_line,
+    print_wrapped,
+    runtime_line,
+    show_lines,
+    table_of,
+)
 from bncli.demo import Demonstration
 from bncli.evaluation import Gap
 
@@ -74,5 +80,4 @@ def _show_finding(title: str, gap: Gap) -> None:
     console = console_for_results()
     console.print()
     console.print(title, style="bold")
-    for line in textwrap.wrap(one_line(gap.verdict), 76, break_on_hyphens=False):
-        console.print(f"    {line}")
+    print_wrapped(console, gap.verdict, indent=4)

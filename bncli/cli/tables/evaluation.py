@@ -1,6 +1,5 @@
 """The output of `bncli eval`."""
 
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +7,17 @@ from rich.console import Console
 
 from bncli.cli.messages import one_line
 from bncli.cli.tables.gap import show_gap
-from bncli.cli.tables.table import console_for_results, number, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import (
+    console_for_results,
+    number,
+    print_wrapped,
+    runtime_line,
+    show_lines,
+    table_of,
+)
 from bncli.determinism import Certificate
 from bncli.evaluation import Examination, SweepPoint
+from bncli.wording import plural
 
 CLAIMS = {
     "repeat": "the same batch, computed twice",
@@ -70,7 +77,7 @@ def show_eval(report: EvalReport) -> None:
     evaluation = found.evaluation
     lines = {
         "checkpoint": f"{report.checkpoint}, after epoch {report.epoch}",
-        "test split": f"{report.dataset}, {evaluation.num_images:,} images in eval mode",
+        "test split": f"{report.dataset}, {plural(evaluation.num_images, 'image')} in eval mode",
         "runtime": runtime_line(report.runtime),
         "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),
         "accuracy": f"{evaluation.accuracy:.2%}",
@@ -97,12 +104,10 @@ def show_eval(report: EvalReport) -> None:
     if found.gap is not None:
         show_gap(console, found.gap)
     console.print()
-    console.print(
-        textwrap.fill(one_line(found.certificate.verdict), 80, break_on_hyphens=False), style="bold"
-    )
+    print_wrapped(console, found.certificate.verdict, style="bold")
     if found.gap is not None:
         console.print()
-        console.print(textwrap.fill(one_line(found.gap.verdict), 80, break_on_hyphens=False), style="bold")
+        print_wrapped(console, found.gap.verdict, style="bold")
 
 
 def _show_claims(console: Console, found: Certificate) -> None:

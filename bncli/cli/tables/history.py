@@ -1,13 +1,13 @@
 """The output of `bncli history`."""
 
 import dataclasses
-import textwrap
 from collections.abc import Iterator
 
 from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_file import Row
-from bncli.cli.tables.table import console_for_results, number, show_lines, table_of
+from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines, table_of
 from bncli.training.convergence import Convergence
+from bncli.wording import plural
 
 
 def convergence_rows(found: Convergence) -> Iterator[Row]:
@@ -21,7 +21,9 @@ def show_convergence(found: Convergence) -> None:
     """One row per layer, its first and its last epoch, and the verdict."""
     console = console_for_results()
     first, last = found.epochs[0], found.epochs[-1]
-    what = f"{len(found.layers)} BatchNorm layers, epoch {first}" + (f" to {last}" if last > first else "")
+    what = f"{plural(len(found.layers), 'BatchNorm layer')}, epoch {first}" + (
+        f" to {last}" if last > first else ""
+    )
     console.print(f"{one_line(found.run_dir)}: {what}", style="bold")
     ends = ("first", "last") if last > first else ("last",)
     headers = [f"{name}\n{end}" for name in ("mean shift", "variance ratio") for end in ends]
@@ -40,4 +42,4 @@ def show_convergence(found: Convergence) -> None:
     }
     show_lines(console, meanings)
     console.print()
-    console.print(textwrap.fill(one_line(found.verdict), 80, break_on_hyphens=False), style="bold")
+    print_wrapped(console, found.verdict, style="bold")

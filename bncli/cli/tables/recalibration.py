@@ -1,14 +1,21 @@
 """The output of `bncli recalibrate`."""
 
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
 from bncli.cli.messages import one_line
-from bncli.cli.tables.table import console_for_results, number, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import (
+    console_for_results,
+    number,
+    print_wrapped,
+    runtime_line,
+    show_lines,
+    table_of,
+)
 from bncli.training import RecalibratedCheckpoint, Verification
+from bncli.wording import plural
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ def show_recalibrate(report: RecalibrateReport) -> None:
         "checkpoint": f"{report.input}, after epoch {made.checkpoint.epoch}, unchanged",
         "new": report.output,
         "method": measured,
-        "test split": f"{made.difference.num_images:,} images in eval mode",
+        "test split": f"{plural(made.difference.num_images, 'image')} in eval mode",
         "runtime": runtime_line(report.runtime),
     }
     show_lines(console, lines)
@@ -120,4 +127,4 @@ def _show_consistency(console: Console, found: Verification) -> None:
 
 def _show_verdict(console: Console, text: str) -> None:
     console.print()
-    console.print(textwrap.fill(one_line(text), 80, break_on_hyphens=False), style="bold")
+    print_wrapped(console, text, style="bold")

@@ -4,6 +4,8 @@ The numbers come from the library; here they are only laid out.
 """
 
 import sys
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -12,6 +14,8 @@ from rich.table import Table
 
 from bncli.cli.messages import one_line
 from bncli.serialization import to_json
+
+MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
 
 
 def print_json(result: Any) -> None:
@@ -23,7 +27,7 @@ def console_for_results() -> Console:
     """Stdout, without colours or a width where it is no terminal."""
     # off a terminal rich would cut everything at 80 columns; a file has no width
     width = None if sys.stdout.isatty() else 1000
-    return Console(highlight=False, markup=False, width=width)
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
@@ -34,6 +38,34 @@ def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
         is_text = index < left
         table.add_column(header, justify="left" if is_text else "right", overflow="fold")
     return table
+
+
+def print_wrapped(
+    console: Console, text: str, *, mark: str = "", indent: int = 0, style: str | None = None
+) -> None:
+    """One paragraph, indented by spaces, or behind a mark: whole words on lines that fit the terminal.
+
+    Off a terminal it is 80 columns wide too: people read what they redirect.
+    """
+    lines = wrapped(text, min(console.width, MAX_WIDTH), first=mark or " " * indent)
+    console.print("\n".join(lines), style=style, soft_wrap=True)
+
+
+def wrapped(text: str, width: int, *, first: str = "") -> list[str]:
+    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long."""
+    indent = " " * len(first)
+    width = max(width, len(first) + 10)  # a word a line, where there is hardly any room
+    return textwrap.wrap(
+        one_line(text), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]], *, gap: int = 1) -> list[str]:
+    """Several numbers in one column, aligned among themselves: narrower than several columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (" " * gap).join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows
+    ]
 
 
 def number(value: float | None) -> str:

@@ -176,7 +176,7 @@ def test_a_model_in_eval_mode_has_no_frozen_layers_and_a_glob_chooses() -> None:
     assert found.skipped == ()
     found = measure_population(model, images().split(8), layers=lambda name: name == "bn4")
     assert [one.name for one in found.layers] == ["bn4"]
-    with pytest.raises(BncliError, match="no BatchNorm layer matches 'x'; the model has bn1, bn2"):
+    with pytest.raises(BncliError, match="no BatchNorm layer matches 'x'; there are bn1, bn2"):
         measure_population(model, images().split(8), layers="x")
     with pytest.raises(BncliError, match="has no BatchNorm"):
         measure_population(nn.Linear(2, 2), [torch.randn(2, 2)])

@@ -246,10 +246,18 @@ def test_an_interrupted_recalibration_leaves_nothing_behind(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def interrupted_in_a_pass(_: object, what: str, done: int, total: int | None = None) -> None:
+        if "pass" in what:
+            raise KeyboardInterrupt
+
     before = sha256(stale)
-    for place in ("bncli.cli.phase_progress.PhaseReporter.__call__", "bncli.checkpoints.save_checkpoint"):
+    places = {
+        "bncli.cli.progress.ProgressReporter.__call__": interrupted_in_a_pass,
+        "bncli.checkpoints.save_checkpoint": interrupted,
+    }
+    for place, stop in places.items():
         with monkeypatch.context() as patch:
-            patch.setattr(place, interrupted)
+            patch.setattr(place, stop)
             assert bncli("recalibrate", stale, "-o", tmp_path / "new.pt").code == 130
     assert list(tmp_path.iterdir()) == []
     assert sha256(stale) == before

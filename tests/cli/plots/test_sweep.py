@@ -40,7 +40,8 @@ def test_an_svg_says_what_it_shows(tmp_path: Path) -> None:
         "100%",
         "40.0%",
         "70.0%",
-        "guessing: 1 of 10",
+        "guessing:",
+        "1 of 10",
         "shapes, 99 images",
     ):
         assert expected in found
