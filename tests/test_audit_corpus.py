@@ -39,7 +39,7 @@ QUICK = (
     "ill/offset-input",
 )
 # warnings that the network's own activations, or the case's history, show to be true
-FACTS = {"BN001", "BN002", "BN005", "BN006", "BN008", "BN010", "BN011", "hyperparameters_changed"}
+FACTS = {"BN001", "BN002", "BN005", "BN006", "BN007", "BN008", "BN010", "BN011", "hyperparameters_changed"}
 BLIND = {
     "ill/readme-batches_of_2",
     "ill/readme-averaged_weights",
@@ -140,6 +140,7 @@ def test_what_is_observed_is_what_float64_says_and_leaves_the_model_as_it_was(tm
     with torch.no_grad():
         model[0].weight[1] = 0  # dead: its input is constant
         model[1].bias[2] = -50  # never above 0
+        model[1].weight[3] = 1e4
         model[1].running_mean.copy_(torch.randn(5))
         model[1].running_var.copy_(torch.rand(5) + 0.5)
     before = copy.deepcopy(model.state_dict())
@@ -151,7 +152,7 @@ def test_what_is_observed_is_what_float64_says_and_leaves_the_model_as_it_was(tm
     shift = (before["1.running_mean"] - mean) / (var + 1e-5).sqrt()
     ratio = ((before["1.running_var"] + 1e-5) / (var + 1e-5)).log()
     assert found.largest_distance == pytest.approx(float((shift**2 + ratio**2).mean().sqrt()), rel=1e-6)
-    assert found.facts == {"BN005": ["1"], "BN006": ["1"], "BN008": ["1"], "BN012": ["1"]}
+    assert found.facts == {"BN005": ["1"], "BN006": ["1"], "BN007": ["1"], "BN008": ["1"], "BN012": ["1"]}
     write_observed(found, tmp_path / "x.pt")
     assert read_observed(tmp_path / "x.pt") == found
 

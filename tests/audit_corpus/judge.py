@@ -1,16 +1,14 @@
 """What `bncli inspect-stats` says of a case, and whether that is right."""
 
-import contextlib
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bncli.__main__ import main
 from tests.audit_corpus.case import REFUSED, Case
 from tests.audit_corpus.observed import Observed, read_observed
+from tests.audit_corpus.program import call, comparing
 
 FALSE_ERROR, MISS, FALSE_WARNING = "FALSE ERROR", "MISS", "false warning"
 EXPECTED_MISS, OK = "expected miss", "ok"
@@ -49,11 +47,9 @@ class Verdict:
 
 def ask(case: Case, folder: Path) -> tuple[int, Any, str]:
     """Exit code, JSON document (None where there is none) and stderr of the command line."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["inspect-stats", *map(str, case.paths(folder)), "--json"])
-    text = out.getvalue()
-    return code, json.loads(text) if text.strip() else None, err.getvalue().strip()
+    paths = case.paths(folder)
+    told = call(comparing() if len(paths) == 2 else "inspect-stats", *paths, "--json")
+    return told.code, json.loads(told.out) if told.out.strip() else None, told.err
 
 
 def judge(case: Case, folder: Path) -> Verdict:

@@ -25,7 +25,7 @@ TORCHVISION: dict[str, tuple[int, ...]] = {
     "shufflenet_v2_x0_5": (50, 500),
     "googlenet": (50,),
     "regnet_y_400mf": (50,),
-    "vgg11_bn_features": (50,),
+    "vgg11_bn_narrow": (50,),
     "efficientnet_b0": (50,),
     "mobilenet_v3_small": (500,),  # momentum 0.01: 0.6 of (0, 1) is left after 50
 }
@@ -59,9 +59,10 @@ def torchvision_network(name: str) -> nn.Module:
     models = import_torchvision().models
     if name == "densenet_narrow":
         return models.DenseNet(8, (6, 12, 24, 16), 16, num_classes=NUM_CLASSES)
-    if name == "vgg11_bn_features":  # the published head has 120 million weights
-        features = models.vgg11_bn(weights=None).features
-        return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, NUM_CLASSES))
+    if name == "vgg11_bn_narrow":  # half as wide, and without the head's 120 million weights
+        widths: list[str | int] = [32, "M", 64, "M", 128, 128, "M", 256, 256, "M", 256, 256, "M"]
+        features = models.vgg.make_layers(widths, batch_norm=True)
+        return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, NUM_CLASSES))
     if name == "googlenet":
         return models.googlenet(num_classes=NUM_CLASSES, aux_logits=False, init_weights=False)
     return models.get_model(name, weights=None, num_classes=NUM_CLASSES)

@@ -1,7 +1,7 @@
 """What a network really does in eval mode, layer by layer: the oracle for what is true and what is not.
 
-A finding about a channel (dead, ruled by eps, switched off, far from 0) is a fact where the network's own
-activations show it. Written beside the checkpoint, because judging has only the file.
+A finding about a channel (dead, ruled by eps, far steeper than others, switched off, far from 0) is a fact
+where the network's own activations show it. Written beside the checkpoint: judging has only the file.
 """
 
 import json
@@ -83,9 +83,11 @@ def _judge(layer: _BatchNorm, seen: _Layer) -> tuple[list[str], float]:
     var = (torch.as_tensor(seen.squares) / seen.count - mean.square()).clamp(min=0)
     weight = torch.ones_like(mean) if layer.weight is None else layer.weight.detach().double()
     eps = layer.eps
+    gain = weight.abs() / (var + eps).sqrt()
     claims = {
         "BN005": var < SLACK * eps,
         "BN006": (weight == 0) | (var < SLACK * 0.01 * eps),
+        "BN007": gain > 1 / SLACK * torch.maximum(30 * gain.median(), torch.tensor(100.0)),
         "BN008": torch.as_tensor(seen.positive) / seen.count < 1e-3,
         "BN012": mean.abs() > 64 / SLACK * (var + 1e-12).sqrt(),
     }

@@ -1,14 +1,12 @@
-"""bncli's own checkpoints, by its own command line: healthy, recalibrated, and ruined by `bench repair`."""
+"""bncli's own checkpoints, by its own command line: healthy, recalibrated and ruined."""
 
-import contextlib
 import functools
-import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bncli.__main__ import main
 from tests.audit_corpus.case import Case, file
+from tests.audit_corpus.program import ruining, run
 
 CONFIG = """
 data: {name: synthetic, num_train: 2500, num_test: 200}
@@ -19,45 +17,36 @@ runtime: {device: cpu, precision: float32, threads: 1, eval_batch_size: 100}
 LONG = "train.epochs=10"
 
 
-def call(*arguments: object) -> None:
-    """Run one command quietly; it has to succeed."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(argument) for argument in arguments])
-    if code != 0:
-        raise RuntimeError(f"bncli {arguments[0]} exits with {code}: {err.getvalue()}")
-
-
 @functools.cache
-def run(*overrides: str) -> dict[str, bytes]:
+def trained(*overrides: str) -> dict[str, bytes]:
     """The checkpoints of one run, by file name."""
     with tempfile.TemporaryDirectory() as place:
         config = Path(place, "config.yaml")
         config.write_text(CONFIG)
         options = [part for override in overrides for part in ("--set", override)]
-        call("train", config, "--run-dir", Path(place, "run"), *options)
+        run("train", config, "--run-dir", Path(place, "run"), *options)
         return {path.name: path.read_bytes() for path in Path(place, "run").glob("*.pt")}
 
 
 @functools.cache
 def ruins() -> dict[str, bytes]:
-    """The accidents of `bncli bench repair`, by file name."""
+    """The accidents that bncli makes of a network to show them, by file name."""
     with tempfile.TemporaryDirectory() as place:
         intact = Path(place, "last.pt")
-        intact.write_bytes(run(LONG)["last.pt"])
-        call("bench", "repair", intact, "--num-images", 200, "--save-dir", Path(place, "ruined"))
+        intact.write_bytes(trained(LONG)["last.pt"])
+        run(*ruining(), intact, "--num-images", 200, "--save-dir", Path(place, "ruined"))
         return {path.name: path.read_bytes() for path in Path(place, "ruined").glob("*.pt")}
 
 
 def _run(overrides: tuple[str, ...], name: str, stem: Path) -> None:
-    file(stem).write_bytes(run(*overrides)[name])
+    file(stem).write_bytes(trained(*overrides)[name])
 
 
 def _recalibrate(method: str, stem: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         trained = Path(place, "last.pt")
-        trained.write_bytes(run()["last.pt"])
-        call("recalibrate", trained, "-o", file(stem), "--method", method, "--num-images", 500)
+        trained.write_bytes(trained()["last.pt"])
+        run("recalibrate", trained, "-o", file(stem), "--method", method, "--num-images", 500)
 
 
 def _ruin(name: str, stem: Path) -> None:
@@ -65,7 +54,7 @@ def _ruin(name: str, stem: Path) -> None:
 
 
 def _ruined_pair(name: str, stem: Path) -> None:
-    file(stem, ".first.pt").write_bytes(run(LONG)["last.pt"])
+    file(stem, ".first.pt").write_bytes(trained(LONG)["last.pt"])
     file(stem, ".second.pt").write_bytes(ruins()[name])
 
 
@@ -132,7 +121,7 @@ def own_cases() -> Iterator[Case]:
 
 
 def _accidents(residue: frozenset[str]) -> Iterator[Case]:
-    """Those of the README, from `bncli bench repair`."""
+    """Those of the README."""
     few = "the numbers of few images look like those of many: eval --gap tells, or a comparison"
     other = "statistics of other weights are statistics: eval --gap tells, or a comparison"
     for name, what, expected, blind in (
