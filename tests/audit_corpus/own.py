@@ -44,9 +44,9 @@ def _run(overrides: tuple[str, ...], name: str, stem: Path) -> None:
 
 def _recalibrate(method: str, stem: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
-        trained = Path(place, "last.pt")
-        trained.write_bytes(trained()["last.pt"])
-        run("recalibrate", trained, "-o", file(stem), "--method", method, "--num-images", 500)
+        stale = Path(place, "last.pt")
+        stale.write_bytes(trained()["last.pt"])
+        run("recalibrate", stale, "-o", file(stem), "--method", method, "--num-images", 500)
 
 
 def _ruin(name: str, stem: Path) -> None:
