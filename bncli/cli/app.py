@@ -14,12 +14,12 @@ import bncli
 from bncli.cli.commands.bench import bench_app
 from bncli.cli.commands.compare import compare_checkpoints
 from bncli.cli.commands.demo import demonstrate_repair
-from bncli.cli.commands.doctor import examine
+from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
 from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
-from bncli.cli.commands.recalibrate import recalibrate_checkpoint
+from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
 from bncli.cli.messages import one_line, print_error
 from bncli.errors import BncliError
@@ -59,8 +59,8 @@ app.command("predict")(predict_images)
 app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspect_stats)
 app.command("compare")(compare_checkpoints)
 app.command("history")(show_history)
-app.command("recalibrate")(recalibrate_checkpoint)
-app.command("doctor")(examine)
+app.command("recalibrate")(recalibrate_into_file)
+app.command("doctor")(diagnose)
 app.command("demo")(demonstrate_repair)
 app.add_typer(bench_app, name="bench")
 

@@ -27,7 +27,7 @@ from bncli.batches import Batches, GetTensor, gather_inputs
 from bncli.batchnorm.bits import as_bytes
 from bncli.batchnorm.modes import buffers_digest, eval_mode, preserved_buffers, train_mode
 from bncli.determinism.arrangement import consecutive, one_by_one
-from bncli.determinism.claim import Claim, judge
+from bncli.determinism.claim import Claim, examine_claim
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.determinism.pairing import Pairing, Pairings, Pass, differ
 from bncli.forward import is_too_few_values, model_device
@@ -196,10 +196,10 @@ def certify(
         with eval_mode(model):
             pairings = Pairings.of(model, images, batch_sizes, num_images=num_images, seed=seed)
             claims = Claims(
-                repeat=judge(model, images, pairings.repeat),
-                neighbours=judge(model, images, pairings.neighbours),
-                position=judge(model, images, pairings.position),
-                batch_size=judge(model, images, list(chain(*pairings.batch_size.values()))),
+                repeat=examine_claim(model, images, pairings.repeat),
+                neighbours=examine_claim(model, images, pairings.neighbours),
+                position=examine_claim(model, images, pairings.position),
+                batch_size=examine_claim(model, images, list(chain(*pairings.batch_size.values()))),
             )
         unchanged = buffers_digest(model) == before
         with train_mode(model):

@@ -22,7 +22,7 @@ class Claim:
     first_differing_layer: str | None  # None where the claim holds; "(model)" for the root module
 
 
-def judge(model: nn.Module, images: Tensor, pairings: Sequence[Pairing]) -> Claim:
+def examine_claim(model: nn.Module, images: Tensor, pairings: Sequence[Pairing]) -> Claim:
     """Compare all pairs, and find the layer where the first that differs begins to do so."""
     difference, num_flips = differ(pairings)
     return Claim(

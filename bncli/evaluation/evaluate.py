@@ -58,7 +58,7 @@ def evaluate(
     with eval_mode(model), preserved_buffers(model), torch.no_grad():
         for inputs, labels in labelled(batches, get_input, get_labels):
             logits = forward(model, inputs)  # (N, num_classes)
-            losses, hits, classes = judge(logits, labels)
+            losses, hits, classes = score_images(logits, labels)
             correct = _add_counts(correct, classes[hits], logits.shape[1])
             total = _add_counts(total, classes, logits.shape[1])
             loss += float(losses.sum())
@@ -79,7 +79,7 @@ def evaluate(
     )
 
 
-def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def score_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per image, on the CPU: loss (N,) float64, whether it is right (N,) bool, label (N,) int64."""
     if labels.shape != logits.shape[:1]:
         raise DataError(f"labels of shape {tuple(labels.shape)}, expected one per input: ({len(logits)},)")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bncli.batches import Batches, GetTensor, labelled
 from bncli.batchnorm.modes import preserved_buffers
 from bncli.errors import DataError
-from bncli.evaluation.evaluate import judge
+from bncli.evaluation.evaluate import score_images
 from bncli.evaluation.sweep import NORMAL_QUANTILE
 from bncli.forward import forward
 from bncli.wording import plural
@@ -112,7 +112,7 @@ def measure_outcomes(
     done = 0
     with preserved_buffers(model), torch.no_grad():
         for inputs, labels in labelled(batches, get_input, get_labels):
-            loss, hits, _ = judge(forward(model, inputs), labels)
+            loss, hits, _ = score_images(forward(model, inputs), labels)
             right.append(hits)
             losses.append(loss)
             done += len(labels)

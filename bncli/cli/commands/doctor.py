@@ -40,7 +40,7 @@ _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has ano
 _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
 
 
-def examine(
+def diagnose(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
     ] = None,

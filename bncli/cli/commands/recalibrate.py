@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers, about 1e-7
 
 
-def recalibrate_checkpoint(
+def recalibrate_into_file(
     checkpoint: CheckpointArgument,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="NEW", help="The new checkpoint's file.")
@@ -112,10 +112,10 @@ def _recalibrate(
 ) -> "RecalibratedCheckpoint":
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.cli.progress import ProgressReporter
-    from bncli.training import recalibrate_checkpoint as recalibrate
+    from bncli.training import recalibrate_checkpoint
 
     with ProgressReporter() as progress:
-        made = recalibrate(
+        made = recalibrate_checkpoint(
             subject.checkpoint,
             dataset,
             subject.runtime,
