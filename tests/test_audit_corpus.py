@@ -44,6 +44,7 @@ BLIND = {
     "ill/readme-batches_of_2",
     "ill/readme-averaged_weights",
     "ill/swa-stale",
+    "ill/mnasnet0_5-wild",
     "ill/keras-0.99-state",
     "ill/bfloat16-stuck",
     "ill/other-eps",

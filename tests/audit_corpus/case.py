@@ -32,7 +32,7 @@ class Case:
     expected: frozenset[str] = frozenset()
     accepted: Severities = LOUD  # severities that count as naming it
     facts: frozenset[str] = frozenset()
-    blind: str = ""  # why nothing in the file can tell: a miss is then expected
+    blind: str = ""  # why a miss is expected: mostly, because nothing in the file can tell
     parts: tuple[str, ...] = field(default=(".pt",))  # two: they are compared
 
     @property

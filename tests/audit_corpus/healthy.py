@@ -89,9 +89,9 @@ def issue_f1(stem: Path) -> None:
     save(stem, model, seen=noise(20, 32, 3, 8, 8))
 
 
-def mnasnet(stem: Path) -> None:
+def mnasnet(stem: Path, *, adam: bool) -> None:
     """torchvision's has momentum 0.0003: its statistics are of use only once measured."""
-    model = trained_network("torchvision", "mnasnet0_5", 50)
+    model = trained_network("torchvision", "mnasnet0_5", 50, adam=adam)
     update_bn(inputs(32, 32, 25), model)
     save(stem, model, seen=inputs(32, 64, 4))
 
@@ -457,7 +457,8 @@ def healthy_cases() -> Iterator[Case]:
         yield case(f"update-bn-{num}", f"update_bn with {num} batches", after_update_bn, num)
     yield case("update-bn-25-module", "the same, pickled: momentum 0.1", after_update_bn, 25, module=True)
     yield case("issue-f1", "the issue's f1: update_bn with 25 batches", issue_f1)
-    yield case("mnasnet-update-bn", "torchvision's mnasnet0_5, update_bn", mnasnet)
+    yield case("mnasnet-update-bn", "torchvision's mnasnet0_5, update_bn", mnasnet, adam=True)
+    yield case("mnasnet-wild-update-bn", "the same at a rate too high", mnasnet, adam=False)
     yield case("recalibrated", "bncli.recalibrate after 300 steps, state dict", recalibrated, 300)
     yield case("recalibrated-early", "bncli.recalibrate after 20 steps", recalibrated, 20)
     yield case("precise-bn", "fvcore's precise_bn", precise_bn)

@@ -103,9 +103,9 @@ def slow(momentum: float, num_steps: int, stem: Path, *, module: bool = False) -
     torch.save(model if module else model.state_dict(), file(stem))
 
 
-def published(name: str, stem: Path) -> None:
+def published(name: str, stem: Path, *, adam: bool = True) -> None:
     """A network of torchvision's whose momentum is too small for 50 steps."""
-    model = trained_network("torchvision", name, 50)
+    model = trained_network("torchvision", name, 50, adam=adam)
     save(stem, model)
     update_bn(inputs(32, 32, 25), model)  # what is true of its channels shows at statistics that fit
     write_observed(observe(model, inputs(32, 64, 4)), file(stem))
@@ -348,14 +348,20 @@ def ill_cases() -> Iterator[Case]:
     yield case("one-layer-reset", "one of ten layers reset", START, one_layer_reset)
     yield case("parameters-averaged", "an average without buffers", START, parameters_averaged)
 
-    for num in (3, 10, 20):
+    for num in (3, 10):
         yield case(f"short-{num}", f"{num} steps, momentum 0.1", LEFT, short, num)
+    # in a state dict the same as update_bn with 20 batches
+    yield case("short-20", "20 steps, momentum 0.1", LEFT, short, 20, accepted=ANY)
     yield case("short-10-module", "10 steps, pickled module", LEFT, short, 10, module=True)
     yield case("slow-0.001", "momentum 0.001, 100 steps, state dict", LEFT, slow, 0.001, 100)
     yield case("slow-0.001-module", "the same, pickled module", LEFT, slow, 0.001, 100, module=True)
     yield case("slow-0.01", "momentum 0.01, 50 steps, state dict", LEFT, slow, 0.01, 50)
     yield case("slow-0.01-module", "the same, pickled module", LEFT, slow, 0.01, 50, module=True)
     yield case("mnasnet0_5", "torchvision's, momentum 0.0003, 50 steps", LEFT, published, "mnasnet0_5")
+    yield case(
+        "mnasnet0_5-wild", "the same at a rate too high", LEFT, published, "mnasnet0_5", adam=False,
+        blind="variances far above 1; that all layers have one floor, 0.985, shows it, but no rule asks",
+    )  # fmt: skip
     yield case(
         "mobilenet_v3_small", "torchvision's, momentum 0.01, 50 steps", LEFT, published, "mobilenet_v3_small"
     )
@@ -391,7 +397,8 @@ def ill_cases() -> Iterator[Case]:
         "keras-0.99-state", "momentum 0.99, state dict", "BN015", converted_momentum, 0.99, module=False,
         blind="a state dict has no momentum, and one batch's numbers look like many's",
     )  # fmt: skip
-    yield case("one-batch", "update_bn with one batch: counter 1", "BN015 BN002", one_batch)
+    # one batch of all images is rare, and right
+    yield case("one-batch", "update_bn with one batch: counter 1", "BN015 BN002", one_batch, accepted=ANY)
 
     layer = "blocks.1.bn1"
     yield case(

@@ -80,20 +80,18 @@ def timm_network(name: str) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2), model) if name == "levit_128s" else model
 
 
-@functools.lru_cache(maxsize=1)
-def _trained(library: str, name: str, num_steps: int) -> nn.Module:
+@functools.lru_cache(maxsize=2)
+def _trained(library: str, name: str, num_steps: int, *, adam: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # each optimiser has its own way to kill channels
-        if library == "timm":
-            return train(timm_network(name).train(), num_steps, size=SIZE, batch_size=BATCH, adam=True)
-        model = torchvision_network(name).train()
-        return train(model, num_steps, size=SIZE, batch_size=BATCH, learning_rate=0.02)
+        model = (timm_network if library == "timm" else torchvision_network)(name).train()
+        rate = None if adam else 0.02
+        return train(model, num_steps, size=SIZE, batch_size=BATCH, adam=adam, learning_rate=rate)
 
 
-def trained_network(library: str, name: str, num_steps: int) -> nn.Module:
-    """A copy of a network after so many steps."""
-    return copy.deepcopy(_trained(library, name, num_steps))
+def trained_network(library: str, name: str, num_steps: int, *, adam: bool) -> nn.Module:
+    """A copy of a network after so many steps of AdamW or SGD."""
+    return copy.deepcopy(_trained(library, name, num_steps, adam=adam))
 
 
 def save_observed(model: nn.Module, path: Path, *, size: int = SIZE) -> None:
@@ -103,7 +101,8 @@ def save_observed(model: nn.Module, path: Path, *, size: int = SIZE) -> None:
 
 
 def _make(library: str, name: str, num_steps: int, stem: Path) -> None:
-    save_observed(trained_network(library, name, num_steps), file(stem))
+    # each optimiser has its own way to kill channels
+    save_observed(trained_network(library, name, num_steps, adam=library == "timm"), file(stem))
 
 
 def published_cases() -> Iterator[Case]:
