@@ -42,6 +42,12 @@ class Network:
         counts = torch.zeros(len(self.layers), dtype=torch.int64)
         return [count > 0 for count in counts.index_add_(0, self.channels.layer, found.long()).tolist()]
 
+    def lowest_variance(self) -> Tensor:
+        """Per layer, float64; infinite where a layer has no variance."""
+        lowest = torch.full((len(self.layers),), torch.inf, dtype=torch.float64)
+        variance = self.channels.running_var.nan_to_num(torch.inf)
+        return lowest.scatter_reduce(0, self.channels.layer, variance, "amin")
+
 
 def network_of(layers: Sequence[LayerStats]) -> Network:
     """Copy the channels of all layers, in order."""

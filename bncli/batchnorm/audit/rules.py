@@ -17,6 +17,7 @@ from torch import Tensor
 from bncli.batchnorm.audit.channels import Network, active_share, dead, gain, mean_in_deviations
 from bncli.batchnorm.audit.definition import Hit, Limits, Rule, Severity, Threshold, Values, rule
 from bncli.batchnorm.audit.initial import (
+    MIN_CHANNELS,
     Share,
     are_initial,
     count_of,
@@ -117,7 +118,7 @@ def _judge_initial(
     layer: LayerStats, *, has_initial_affine: bool, is_new: bool
 ) -> tuple[Severity, str, str | None]:
     """Severity, reason and advice for a layer at (0, 1)."""
-    count, (momentum, assumed) = count_of(layer), momentum_of(layer)
+    count, (momentum, assumed) = max(count_of(layer) or 0, 0), momentum_of(layer)
     stuck = momentum == 0 and not assumed
     advice = AVERAGED if layer.weights_were_averaged else NO_MOMENTUM if stuck else None
     if layer.is_frozen:
@@ -800,16 +801,22 @@ MIN_LAYERS = 3  # fewer may all have an input of variance 1
 def _shares(network: Network, limits: Limits) -> dict[int, Share]:
     """The share of (0, 1) by layer, for those that may hold one and that no other rule speaks of."""
     initial, counted = are_initial(network), _residues(network, limits)
-    found = {}
-    for index, layer in enumerate(network.layers):
-        if initial[index] or index in counted or layer.was_measured or layer.averaged_by_training:
-            continue
-        if index and lies_behind(layer, network.layers[index - 1]):
-            continue
-        share = share_of_initial(layer)
+    judged = [
+        index
+        for index, layer in enumerate(network.layers)
+        if layer.num_features >= MIN_CHANNELS
+        and not (initial[index] or index in counted or layer.was_measured or layer.averaged_by_training)
+    ]
+    # most networks end here, before each layer is looked at
+    if not judged or float(network.lowest_variance()[judged].quantile(0.3)) < MIN_VARIANCE:
+        return {}
+    shares = {}
+    for index in judged:
+        behind = index > 0 and lies_behind(network.layers[index], network.layers[index - 1])
+        share = None if behind else share_of_initial(network.layers[index])
         if share is not None:
-            found[index] = share
-    return found
+            shares[index] = share
+    return shares
 
 
 def _was_used(network: Network, shares: dict[int, Share]) -> bool:
