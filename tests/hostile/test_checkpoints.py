@@ -118,6 +118,8 @@ def test_a_tensor_whose_sizes_lie_is_refused_before_it_exists(
         (b"\x80\x02]q\x00h\x00a.", "nested deeper"),
         (b"\x80\x02]q\x00" + b"".join(b"]q%c(" % i + b"h%c" % (i - 1) * 10 + b"e" for i in range(1, 40)) + b".",  # noqa: E501
          "more than 2,000,000 values"),
+        (b"\x80\x02K\x01K\x02K\x03s.", "damaged"),
+        (b"\x80\x02NK\x01a.", "damaged"),
         (b"\x80\x02.", "damaged"),
         (b"", "damaged"),
     ],

@@ -20,6 +20,9 @@ MAX_LONG = 1024  # bytes of a whole number
 MAX_WALKED = 100_000  # objects
 
 
+_PLAIN = (str, int, float, tuple, type(None))
+
+
 class Global(NamedTuple):
     """The name of a class or function that the pickle refers to."""
 
@@ -141,11 +144,15 @@ class Machine:
         if isinstance(target, dict):
             for position in range(0, len(items) - 1, 2):
                 target[self.key(items[position])] = items[position + 1]
+        elif isinstance(target, _PLAIN) and not isinstance(target, Global):
+            raise TypeError  # a sound pickle gives items to objects only
 
     def extend(self, target: object, items: list[Any]) -> None:
         """Append to a list; other objects keep nothing."""
         if isinstance(target, list):
             target.extend(items)
+        elif isinstance(target, _PLAIN) and not isinstance(target, Global):
+            raise TypeError
 
     def call(self, function: object, arguments: object) -> object:
         """What a call means: nothing but a record, unless checkpoints consist of it."""

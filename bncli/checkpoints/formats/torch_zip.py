@@ -89,6 +89,8 @@ class _Archive:
         """
         if any(info.compress_type != zipfile.ZIP_STORED for info in self._infos):
             raise UnreadableFileError("its entries are compressed, which torch.save does not do")
+        if any(info.compress_size != info.file_size for info in self._infos):
+            raise UnreadableFileError("a damaged file: an entry with two sizes")
         # entries that share bytes are small on disk and huge in memory
         if sum(info.file_size for info in self._infos) > self.source.size:
             raise UnreadableFileError("a damaged file: its entries are said to be larger than the file")
@@ -196,6 +198,11 @@ class _Archive:
 
     def _position(self, info: zipfile.ZipInfo) -> int:
         header = self.source.read_at(info.header_offset, _HEADER.size)
+        if self._strictly:
+            name = info.orig_filename.encode()
+            found = self.source.read_at(info.header_offset + _HEADER.size, len(name))
+            if found != name or _HEADER.unpack(header)[1] != len(name):
+                raise UnreadableFileError(f"a damaged file: its entry {info.filename} has two names")
         return info.header_offset + self._length_of_header(info, header)
 
     def _length_of_header(self, info: zipfile.ZipInfo, header: bytes) -> int:
