@@ -52,9 +52,9 @@ def followed_data(
 
     data, root, reason = followed.config.data, followed.recorded_root, None
     if root is not None:
-        there = data.model_copy(update={"root": root})
+        there = data.model_copy(update={"root": root})  # with the cache that is the user's own
         try:
-            check_recorded_root(followed.recorded.data, record, progress)
+            check_recorded_root(there, record, progress)
             data = there
         except DataError as error:
             reason = f"data.root={_shown(root)} ({error})"

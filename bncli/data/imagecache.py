@@ -83,10 +83,10 @@ def cached_images(
         fix="raise the limit, or set data.image_size lower",
     )
     manifest, pointer = _manifest(files), _pointer(root, image_size, folder)
-    known = _remembered(pointer, manifest)
-    images = None if known is None else _map(folder / f"{known['content']}.npy", shape)
-    if known is not None and images is not None:
-        _touch(pointer, folder / f"{known['content']}.npy")
+    note = _remembered(pointer, manifest)
+    images = None if note is None else _map(_entry(pointer, note), shape)
+    if note is not None and images is not None:
+        _touch(pointer, _entry(pointer, note))
         return images
     hashes = _hash_files(root, files, progress)
     named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
@@ -109,30 +109,34 @@ def cached_images(
     return images
 
 
-def known_images(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> Tensor | None:
+class Known(NamedTuple):
+    """What is cached of files that have not changed since."""
+
+    images: Tensor  # as of `cached_images`
+    digest: str | None  # of the data set; None: not noted yet
+    pointer: Path
+    note: dict[str, str]  # what stands in it
+
+
+def known_images(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> Known | None:
     """Return what `cached_images` would, where no file needs to be opened for it; None elsewhere."""
-    known = _remembered(_pointer(root, image_size, folder), _manifest(files))
-    if known is None:
+    pointer = _pointer(root, image_size, folder)
+    note = _remembered(pointer, _manifest(files))
+    images = None if note is None else _map(_entry(pointer, note), (len(files), 3, image_size, image_size))
+    if note is None or images is None:
         return None
-    return _map(folder / f"{known['content']}.npy", (len(files), 3, image_size, image_size))
+    return Known(images, note.get("dataset"), pointer, note)
 
 
-def known_digest(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> str | None:
-    """Return the digest that `note_digest` noted of the same files."""
-    known = _remembered(_pointer(root, image_size, folder), _manifest(files))
-    return None if known is None else known.get("dataset")
-
-
-def note_digest(root: Path, files: list[ImageFile], image_size: int, folder: Path, digest: str) -> None:
+def note_digest(known: Known, digest: str) -> None:
     """Note the data set's digest beside what is cached of it, which spares reading all of it the next time.
 
     A cache that may only be read stays as it is.
     """
-    pointer = _pointer(root, image_size, folder)
-    known = _remembered(pointer, _manifest(files))
-    if known is not None:
-        with suppress(OSError), atomic_file(pointer) as file:
-            file.write(json.dumps({**known, "dataset": digest}).encode())
+    _touch(known.pointer, _entry(known.pointer, known.note))
+    if known.digest != digest:
+        with suppress(OSError), atomic_file(known.pointer) as file:
+            file.write(json.dumps({**known.note, "dataset": digest}).encode())
 
 
 def decoded_images(
@@ -144,6 +148,10 @@ def decoded_images(
         DataError: a file cannot be read or decoded.
     """
     return _decode_files(root, files, None, image_size, progress)
+
+
+def _entry(pointer: Path, note: dict[str, str]) -> Path:
+    return pointer.parent / f"{note['content']}.npy"
 
 
 def _manifest(files: list[ImageFile]) -> str:

@@ -20,12 +20,13 @@ from bncli.data.imagecache import (
     cached_images,
     decoded_images,
     default_cache,
-    known_digest,
     known_images,
     note_digest,
 )
 from bncli.data.user_path import user_path
 from bncli.errors import DataError
+
+_checked: dict[ImageFolderConfig, Dataset] = {}
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         DataError: a folder is missing or empty, the splits have different classes, an image is broken,
             or the cache cannot be written.
     """
+    checked = _checked.pop(config, None)
+    if checked is not None:
+        return checked
     root, train, test = _list_splits(config)
-    folder = default_cache() if config.cache is None else user_path(config.cache, "data.cache")
-    images = cached_images(root, [*train.files, *test.files], config.image_size, folder, progress)
+    files = [*train.files, *test.files]
+    images = cached_images(root, files, config.image_size, _cache_folder(config), progress)
     return _dataset_of(images, train, test)
 
 
 def check_digest(
     config: ImageFolderConfig, digest: str, classes: tuple[str, ...], progress: Progress | None = None
 ) -> None:
-    """Check that the images and labels in `config.root` are those with this digest; only to read is safe.
+    """Check that the images and labels in `config.root` are those with this digest.
 
-    Nothing is written but a note in the user's own cache. No image is opened where the classes are others.
+    Where they are not, nothing is written; and no image is opened where the classes are others. What was
+    read for it stays for the next `load_image_folder` of the same configuration.
 
     Raises:
         DataError: they are others, or there are none.
@@ -68,15 +73,23 @@ def check_digest(
     if found != [classes, classes]:
         raise DataError("its classes are others")
     root, train, test = _list_splits(config)
-    key = (root, [*train.files, *test.files], config.image_size, default_cache())
-    known = known_digest(*key)
+    key = (root, [*train.files, *test.files], config.image_size, _cache_folder(config))
+    known = known_images(*key)
     if known is None:
-        images = known_images(*key)
-        if images is not None:
-            known = digest_dataset(_dataset_of(images, train, test))
-            note_digest(*key, known)
-    if (known or _digest_files(root, train, test, config.image_size, progress)) != digest:
+        found_digest = _digest_files(root, train, test, config.image_size, progress)
+    else:
+        found_digest = known.digest or digest_dataset(_dataset_of(known.images, train, test))
+    if found_digest != digest:
         raise DataError("its images or labels are others than the network was trained on (by their SHA-256)")
+    images = cached_images(*key, progress) if known is None else known.images
+    _checked[config] = _dataset_of(images, train, test)
+    known = known or known_images(*key)
+    if known is not None:
+        note_digest(known, digest)
+
+
+def _cache_folder(config: ImageFolderConfig) -> Path:
+    return default_cache() if config.cache is None else user_path(config.cache, "data.cache")
 
 
 def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Dataset:

@@ -322,8 +322,7 @@ def test_a_digest_is_computed_once_and_an_edited_image_is_noticed(
     bncli: Bncli, own_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = own_images / "last.pt"
-    assert bncli("eval", last, *EVAL).code == 0  # fills the user's own cache
-    assert bncli("eval", last, *EVAL).code == 0  # notes the digest there
+    assert bncli("eval", last, *EVAL).code == 0  # fills the user's own cache, and notes the digest there
     with monkeypatch.context() as patch:
         patch.setattr("bncli.data.imagefolder.digest_dataset", None)
         patch.setattr("bncli.data.imagefolder.digest_splits", None)
