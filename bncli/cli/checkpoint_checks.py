@@ -1,4 +1,4 @@
-"""A line of `bncli doctor`'s answer, and those about a CHECKPOINT: whether it is whole, what a foreign one holds."""
+"""A line of `bncli doctor`'s answer, and those about a CHECKPOINT: is it whole, what does a foreign one hold."""
 
 from dataclasses import dataclass
 from pathlib import Path
