@@ -1,10 +1,21 @@
-"""What `bncli doctor CHECKPOINT` looks at: whether a file is whole, and what lies in a foreign one."""
+"""A line of `bncli doctor`'s answer, and those about a CHECKPOINT: is it whole, what does a foreign one hold."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from bncli.cli.check import Check
 from bncli.errors import BncliError, CheckpointError, NoBatchNormError, OtherFormatError
 from bncli.wording import plural
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    verdict: Literal["ok", "warning", "problem"]
+    found: str
+    fix: str | None = None  # what to do about a warning or a problem
 
 
 def checks_of_checkpoint(path: Path) -> list[Check]:

@@ -1,6 +1,7 @@
 """What goes to stderr: one line each, with nothing in it that a terminal would obey."""
 
 import sys
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,15 @@ def shorten(text: str, length: int) -> str:
     """The text on one line of at most `length` letters; of a longer one the end, which tells names apart."""
     text = one_line(text)
     return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
+def wrapped(text: str, width: int, *, first: str = "") -> list[str]:
+    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long."""
+    indent = " " * len(first)
+    width = max(width, len(first) + 10)  # a word a line, where there is hardly any room
+    return textwrap.wrap(
+        one_line(text), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
 
 
 def print_error(message: str) -> None:

@@ -157,7 +157,7 @@ def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
 
 @pytest.mark.parametrize(
     ("command", "place"),
-    [("eval", "bncli.evaluation.evaluate"), ("inspect-stats", "bncli.checkpoints.open_checkpoint")],
+    [("eval", "bncli.evaluation.examine"), ("inspect-stats", "bncli.checkpoints.open_checkpoint")],
 )
 def test_ctrl_c_is_answered_in_every_command(
     bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str

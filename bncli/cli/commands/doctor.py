@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 import bncli
-from bncli.cli.check import Check
-from bncli.cli.checkpoint_checks import checks_of_checkpoint
-from bncli.cli.messages import one_line
+from bncli.cli.checkpoint_checks import Check, checks_of_checkpoint
+from bncli.cli.messages import one_line, wrapped
 from bncli.cli.options import JsonOption, SetOption
 from bncli.errors import ConfigError, DataError
 from bncli.wording import gigabytes
@@ -286,15 +285,12 @@ def _print_json(checks: list[Check], *, is_well: bool) -> None:
 
 
 def _print_lines(checks: list[Check], *, is_well: bool) -> None:
-    import textwrap
-
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
     names = max(len(check.name) for check in checks)
     for check in checks:
         lines = [check.found] + ([f"-> {check.fix}"] if check.fix else [])
         start = f"{check.verdict:<7}  {check.name:<{names}}  "
         for line in lines:
-            indent = " " * len(start)
-            print(textwrap.fill(line, width, initial_indent=start, subsequent_indent=indent))
-            start = indent
+            print("\n".join(wrapped(line, width, first=start)))
+            start = " " * len(start)
     print("All well." if is_well else "Something is wrong: see the problems above.")

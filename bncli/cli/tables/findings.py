@@ -1,6 +1,5 @@
 """What the audit found, and the pages of `--explain`: text for people."""
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -9,7 +8,8 @@ from rich.console import Console
 
 from bncli.batchnorm import Finding, Rule
 from bncli.cli.messages import one_line
-from bncli.cli.tables.table import console_for_results
+from bncli.cli.tables.table import console_for_results, print_wrapped
+from bncli.wording import plural
 
 MAX_MESSAGES = 5  # layers of one rule that get a line each; more of them are named in one paragraph
 MAX_NAMES = 20
@@ -31,14 +31,14 @@ def show_findings(
             _show_rule(console, list(alike), everything=everything)
     number = Counter(finding.severity for finding in findings)
     if not findings:
-        console.print(f"No findings: {_plural(num_rules, 'rule')} checked.")
+        console.print(f"No findings: {plural(num_rules, 'rule')} checked.")
         return
-    counts = f"{_plural(number['error'], 'error')}, {_plural(number['warning'], 'warning')}"
+    counts = f"{plural(number['error'], 'error')}, {plural(number['warning'], 'warning')}"
     if not number["error"] + number["warning"]:
-        counts = f"No errors or warnings: {_plural(num_rules, 'rule')} checked"
+        counts = f"No errors or warnings: {plural(num_rules, 'rule')} checked"
     if number["info"]:
-        _say(console, _sum_up_infos(findings, shown=whole))
-    _say(console, f"{counts}. bncli inspect-stats --explain CODE tells why, and who says so.")
+        print_wrapped(console, _sum_up_infos(findings, shown=whole))
+    print_wrapped(console, f"{counts}. bncli inspect-stats --explain CODE tells why, and who says so.")
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
@@ -46,26 +46,26 @@ def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
     infos = [finding for finding in findings if finding.severity == "info"]
     number = Counter(finding.name for finding in infos)
     names = ", ".join(f"{name} {count:,}" for name, count in number.items())
-    layers = _plural(len({finding.layer for finding in infos}), "layer")
-    return f"{_plural(len(infos), 'note')} in {layers}: {names}" + ("." if shown else "; --all shows them.")
+    layers = plural(len({finding.layer for finding in infos}), "layer")
+    return f"{plural(len(infos), 'note')} in {layers}: {names}" + ("." if shown else "; --all shows them.")
 
 
 def _show_rule(console: Console, findings: Sequence[Finding], *, everything: bool) -> None:
     first = findings[0]
     style = {"error": "bold red", "warning": "bold yellow", "info": "bold"}[first.severity]
-    where = one_line(first.layer) if len(findings) == 1 else _plural(len(findings), "layer")
-    _say(console, f"{first.code} {first.name} ({first.severity}): {where}", style=style)
+    where = one_line(first.layer) if len(findings) == 1 else plural(len(findings), "layer")
+    print_wrapped(console, f"{first.code} {first.name} ({first.severity}): {where}", style=style)
     if everything or len(findings) <= MAX_MESSAGES:
         for finding in findings:
             name = "" if len(findings) == 1 else f"{one_line(finding.layer)}: "
-            _say(console, f"{name}{finding.message}", indent=2)
+            print_wrapped(console, f"{name}{finding.message}", indent=2)
     else:
         names = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
         more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
-        _say(console, names + more, indent=2)
-        _say(console, f"the first: {first.message}", indent=2)
+        print_wrapped(console, names + more, indent=2)
+        print_wrapped(console, f"the first: {first.message}", indent=2)
     for advice in dict.fromkeys(finding.advice for finding in findings):
-        _say(console, advice, indent=2)
+        print_wrapped(console, advice, indent=2)
     console.print()
 
 
@@ -75,33 +75,21 @@ def show_explanation(rules: Sequence[Rule]) -> None:
     for number, rule in enumerate(rules):
         if number:
             console.print()
-        _say(console, f"{rule.code} {rule.name} ({rule.severity})", style="bold")
-        _say(console, _plain(f"Finds {rule.summary}."))
+        print_wrapped(console, f"{rule.code} {rule.name} ({rule.severity})", style="bold")
+        print_wrapped(console, _plain(f"Finds {rule.summary}."))
         console.print()
-        _say(console, rule.theory)
+        print_wrapped(console, rule.theory)
         console.print()
-        _say(console, f"What it can know: {rule.can_know}")
+        print_wrapped(console, f"What it can know: {rule.can_know}")
         console.print()
-        _say(console, f"What it cannot know: {rule.cannot_know}")
+        print_wrapped(console, f"What it cannot know: {rule.cannot_know}")
         console.print()
-        _say(console, f"What to do: {_plain(rule.advice)}")
+        print_wrapped(console, f"What to do: {_plain(rule.advice)}")
         for threshold in rule.thresholds:
             option = f"--threshold {threshold.name}={threshold.default:.6g}"
-            _say(console, f"{option} ({threshold.meaning}): {threshold.reason}.")
-        _say(console, f"Source: {rule.source}.")
+            print_wrapped(console, f"{option} ({threshold.meaning}): {threshold.reason}.")
+        print_wrapped(console, f"Source: {rule.source}.")
 
 
 def _plain(text: str) -> str:
     return text.replace("`", "")
-
-
-def _say(console: Console, text: str, *, indent: int = 0, style: str | None = None) -> None:
-    """Whole words on lines that fit; off a terminal too, up to 80 columns."""
-    width = max(min(console.width, 80), indent + 10)
-    space = " " * indent
-    lines = textwrap.wrap(text, width, initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
-    console.print("\n".join(lines), style=style)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")

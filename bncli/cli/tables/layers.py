@@ -10,7 +10,7 @@ from torch import Tensor
 from bncli.batchnorm import Finding, LayerStats, summarize
 from bncli.cli.messages import one_line
 from bncli.cli.tables.findings import show_findings
-from bncli.cli.tables.table import console_for_results, number, table_of
+from bncli.cli.tables.table import aligned, console_for_results, number, table_of
 
 MAX_ROWS = 200  # more are shown only when asked for
 MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
@@ -175,8 +175,7 @@ def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
     """Minimum, median and maximum of each, aligned among themselves: narrower than three columns."""
     summaries = [summarize(tensor) for tensor in tensors]
     rows = [[number(s.min), number(s.median), number(s.max)] if s else ["-"] * 3 for s in summaries]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [" ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    return aligned(rows)
 
 
 def show_channels(

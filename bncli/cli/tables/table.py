@@ -4,7 +4,6 @@ The numbers come from the library; here they are only laid out.
 """
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import one_line, wrapped
 from bncli.serialization import to_json
 
 MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
@@ -49,15 +48,6 @@ def print_wrapped(
     """
     lines = wrapped(text, min(console.width, MAX_WIDTH), first=mark or " " * indent)
     console.print("\n".join(lines), style=style, soft_wrap=True)
-
-
-def wrapped(text: str, width: int, *, first: str = "") -> list[str]:
-    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long."""
-    indent = " " * len(first)
-    width = max(width, len(first) + 10)  # a word a line, where there is hardly any room
-    return textwrap.wrap(
-        one_line(text), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-    )
 
 
 def aligned(rows: Sequence[Sequence[str]], *, gap: int = 1) -> list[str]:
