@@ -6,6 +6,7 @@ from .config_file import load_config as load_config
 from .data import load_dataset as load_dataset
 from .errors import BncliError as BncliError
 from .evaluation import FixedShape as FixedShape
+from .evaluation import Folding as Folding
 from .evaluation import certify as certify
 from .evaluation import check_determinism as check_determinism
 from .evaluation import evaluate as evaluate

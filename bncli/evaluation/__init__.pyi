@@ -12,6 +12,9 @@ from .evaluate import Evaluation as Evaluation
 from .evaluate import evaluate as evaluate
 from .fixed_shape import DEFAULT_ROWS as DEFAULT_ROWS
 from .fixed_shape import FixedShape as FixedShape
+from .folded import FoldedLayer as FoldedLayer
+from .folded import Folding as Folding
+from .folded import KeptLayer as KeptLayer
 from .folded import fold_batch_norm as fold_batch_norm
 from .gap import Gap as Gap
 from .gap import LayerGap as LayerGap
