@@ -86,8 +86,8 @@ def fold_batch_norm(model: nn.Module) -> Folding:
     activation in timm's `BatchNormAct2d`). Weights are computed in float64 and rounded once to their type;
     one that was shared with another layer is shared no more.
 
-    What is seen is the code that `model(inputs)` runs in eval mode, optional arguments at their defaults, by
-    torch.fx. It asks with a stand-in for the input: code that asks whether that is a `Tensor` is told no.
+    What is seen, by torch.fx, is the code that `model(inputs)` runs in eval mode, with optional arguments at
+    their defaults. Nothing is computed.
 
     Raises BncliError for a model that cannot be copied, or is not built yet. The copy itself raises it where
     BatchNorm1d was folded into `nn.Linear`, say, and an input is not (N, C) but (N, C, L), where the two mean

@@ -147,25 +147,13 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-class _StandIn(fx.Proxy):
-    """What goes through a network in place of a tensor. Where it lies is known, since code often asks."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "device" and isinstance(self.tracer, _Tracer):
-            return self.tracer.seen.device
-        return super().__getattr__(name)
-
-
 class _Tracer(StandInTracer):
     """Follows a network down to its layers. Hooks are not run: what passes one may be changed by it."""
 
     def __init__(self, seen: _Seen, answers: list[bool]) -> None:
         super().__init__(answers)
         self.seen = seen
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What stands for the value made there."""
-        return _StandIn(node, self)
+        self.device = seen.device
 
     def follow_call(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One step for a layer, else what is inside."""
@@ -195,7 +183,7 @@ class _Tracer(StandInTracer):
 
     def create_arg(self, a: Any) -> Any:
         """An argument of an operation."""
-        if isinstance(a, Tensor):
+        if issubclass(type(a), Tensor):  # no stand-in for one
             self.seen.read.add(id(a))
         return super().create_arg(a)
 
@@ -203,6 +191,8 @@ class _Tracer(StandInTracer):
         call = self.create_proxy("call_module", type(m).__name__, args, kwargs)
         if self.seen.is_layer(m):
             call.node.meta["layer"] = self.seen.name_of(m)
+        else:
+            call.node.meta["is_unknown"] = True
         return call
 
     def _past_a_hook(self, values: Any) -> Any:

@@ -7,6 +7,7 @@ followed. Code that asks for more, such as `range(x.shape[0])`, raises.
 
 import dis
 import inspect
+import linecache
 import sys
 import threading
 import warnings
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
 _MAX_WAYS = 32  # through the code of one module
@@ -24,6 +25,36 @@ _MAX_QUESTIONS = 32  # on one way: a loop may have no end
 _METADATA = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "is_floating_point"}
 _POSITIONAL = {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD}
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx changes nn.Module while it looks
+
+
+class StandIn(fx.Proxy):
+    """What goes through the code in place of a tensor, or of what is made of one."""
+
+    tracer: "StandInTracer"
+
+    def _kind(self) -> type:
+        """What `isinstance` takes it for: to the code of a network it is a tensor, to torch.fx what it is."""
+        asking = sys._getframe(1)
+        if asking.f_globals.get("__name__", "").startswith("torch."):
+            return type(self)
+        # compiled code asks as well, and would take the answer at its word: only a call of isinstance counts
+        line, _, column, _ = list(asking.f_code.co_positions())[asking.f_lasti // 2]
+        text = "" if line is None else linecache.getline(asking.f_code.co_filename, line)
+        if not text.encode()[column:].startswith(b"isinstance(") or _is_number(self.node):
+            return type(self)
+        if self.node.meta.get("is_unknown"):
+            raise TraceError("it asks what kind of thing a module that cannot be followed gives")
+        return Tensor
+
+    __class__ = property(_kind)
+
+    def __getattr__(self, name: str) -> Any:
+        """Where a tensor lies is known, and code often asks. An input has what a tensor has."""
+        if name == "device":
+            return self.tracer.device
+        if self.node.op == "placeholder" and not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no {name}")
+        return super().__getattr__(name)
 
 
 class StandInTracer(fx.Tracer):
@@ -36,6 +67,7 @@ class StandInTracer(fx.Tracer):
         self.depth = (
             0  # of the calls that are being followed; questions are answered in the first module alone
         )
+        self.device = torch.device("cpu")
         self._answers = answers
         self._num_asked = 0
         self._asked_at: tuple[object, int] | None = None  # the code that asked last, and calls so far
@@ -49,6 +81,10 @@ class StandInTracer(fx.Tracer):
         names = [one.name for one in parameters if one.kind in _POSITIONAL and one.default is one.empty]
         names = names or [one.name for one in parameters][:1]
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the value made there."""
+        return StandIn(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,6 +181,12 @@ def _asks_for_metadata(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in _METADATA
     return node.op == "call_method" and node.target in _METADATA
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a value is made from sizes alone."""
+    inputs = node.all_input_nodes
+    return _asks_for_metadata(node) or (bool(inputs) and all(map(_is_number, inputs)))
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -55,6 +55,11 @@ class AsksFirst(Pair):
         return self.norm(self.conv(x if x.mean() > 0 else x.flip(0)))
 
 
+class AsksTheKindOfASize(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if isinstance(x.shape[0] + 1, Tensor) else super().forward(x)
+
+
 class Checks(Pair):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 3:
@@ -89,7 +94,18 @@ class OnItsDevice(Pair):
 
 
 @pytest.mark.parametrize(
-    "kind", [Pair, Recurrent, AsksLater, AsksFirst, Checks, WithOptions, InAList, OnItsDevice]
+    "kind",
+    [
+        Pair,
+        Recurrent,
+        AsksLater,
+        AsksFirst,
+        AsksTheKindOfASize,
+        Checks,
+        WithOptions,
+        InAList,
+        OnItsDevice,
+    ],
 )
 def test_where_every_output_of_the_convolution_goes_into_the_norm_it_is_folded(kind: type[Pair]) -> None:
     assert len(fold_and_compare(kind()).folded) == 1
@@ -175,6 +191,30 @@ class Endless(Pair):
         return super().forward(x)
 
 
+class AsksTheKind(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if isinstance(x, Tensor) else super().forward(x)
+
+
+class AsksTorchTheKind(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if torch.is_tensor(x) else super().forward(x)
+
+
+class AsksTheUnknown(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.measure = Measure()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if isinstance(self.measure(x), Tensor) else super().forward(x)
+
+
+class AsksForMore(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.tensors) if hasattr(x, "tensors") else self.conv(x)
+
+
 class Functional(Pair):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm
@@ -195,6 +235,10 @@ class Functional(Pair):
         (UsesStatistics, "code outside reads the weights or statistics"),
         (FeedsTheUnknown, "the Conv2d before it feeds something else as well"),
         (Endless, "torch.fx cannot follow Endless.forward (TraceError: "),
+        (AsksTheKind, "the network does not call it in eval mode"),
+        (AsksTorchTheKind, "the network does not call it in eval mode"),
+        (AsksTheUnknown, "torch.fx cannot follow AsksTheUnknown.forward (TraceError: it asks what kind"),
+        (AsksForMore, "the network does not call it in eval mode"),
         (Functional, "code outside reads the weights or statistics"),
     ],
 )
