@@ -23,6 +23,7 @@ from .evaluation import Gap as Gap
 from .evaluation import evaluate as evaluate
 from .evaluation import examine as examine
 from .evaluation import measure_gap as measure_gap
+from .inference import Folding as Folding
 from .inference import fold_batch_norm as fold_batch_norm
 from .inference import optimize_for_inference as optimize_for_inference
 from .training import train as train

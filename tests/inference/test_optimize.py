@@ -71,17 +71,39 @@ def test_weights_of_convolutions_are_held_in_bfloat16_and_channels_last_without_
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
 
 
-@pytest.mark.parametrize("own", [torch.float32, torch.float64])
-def test_without_a_type_it_is_bfloat16_only_where_the_hardware_is_fast_at_it(
-    own: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for is_fast, expected in ((True, torch.bfloat16), (False, own)):
-        monkeypatch.setattr(
-            "bncli.hardware._cpu_capabilities", lambda is_fast=is_fast: {"avx512_bf16": is_fast}
-        )
-        fast = optimize_for_inference(our_network().to(own))
-        assert {one.weight.dtype for one in fast.modules() if isinstance(one, nn.Conv2d)} == {expected}
-        assert fast(pixels(2)).dtype == own
+@pytest.mark.parametrize("own", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_type_everything_keeps_its_own(own: torch.dtype) -> None:
+    model = our_network().to(own)
+    fast = optimize_for_inference(model)
+    assert {tensor.dtype for tensor in fast.parameters()} == {own}
+    images = pixels(2)
+    logits = fast(images)
+    assert logits.dtype == model(images).dtype
+    tolerance = 0.05 if own == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(logits.double(), in_float64(model, images), rtol=tolerance, atol=tolerance)
+
+
+def test_without_a_type_layers_of_two_types_keep_theirs() -> None:
+    model = with_statistics(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    )
+    model[0].bfloat16()
+    model[2] = Widen()
+    fast = optimize_for_inference(model)
+    assert [one.weight.dtype for one in fast.modules() if isinstance(one, nn.Conv2d)] == [
+        torch.bfloat16,
+        torch.float32,
+    ]
+    x = torch.rand(2, 3, 8, 8)
+    assert fast(x.bfloat16()).dtype == torch.float32
+    assert (
+        optimize_for_inference(model, dtype=torch.float64)(x).dtype == torch.bfloat16
+    )  # of its first weight
+
+
+class Widen(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float()
 
 
 def test_the_original_stays_as_it_was_to_the_last_bit() -> None:
@@ -97,7 +119,7 @@ def test_the_original_stays_as_it_was_to_the_last_bit() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_a_residual_network_that_cannot_be_folded_is_computed_all_the_same(
+def test_a_residual_network_loses_all_its_batch_norm_and_computes_the_same(
     dtype: torch.dtype, tolerance: float
 ) -> None:
     import_torchvision()
@@ -106,7 +128,9 @@ def test_a_residual_network_that_cannot_be_folded_is_computed_all_the_same(
     model = with_statistics(resnet18(weights=None, num_classes=10))
     images = torch.rand(3, 3, 32, 32)
     oracle = in_float64(model, images.double())
-    found = optimize_for_inference(model, dtype=dtype, rows=2)(images)
+    fast = optimize_for_inference(model, dtype=dtype, rows=2)
+    assert str(fast.folding) == "20 of 20 BatchNorm layers folded"
+    found = fast(images)
     assert found.dtype == torch.float32
     assert (found - oracle).abs().max() < tolerance * oracle.abs().max()
 
