@@ -1,8 +1,8 @@
+from .audit import audit as audit
 from .batchnorm import Finding as Finding
 from .batchnorm import Moments as Moments
 from .batchnorm import Population as Population
 from .batchnorm import Recalibration as Recalibration
-from .batchnorm import audit as audit
 from .batchnorm import measure_population as measure_population
 from .batchnorm import read_running_stats as read_running_stats
 from .batchnorm import recalibrate as recalibrate

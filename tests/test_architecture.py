@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"bench", "demo"},
     {"training"},
-    {"evaluation"},
+    {"evaluation", "audit"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "recorded_config"},

@@ -1,5 +1,5 @@
 from .audit.audit import Finding as Finding
-from .audit.audit import audit as audit
+from .audit.audit import audit_layers as audit_layers
 from .audit.definition import Rule as Rule
 from .audit.definition import Threshold as Threshold
 from .audit.rules import RULES as RULES

@@ -31,7 +31,7 @@ class Finding:
     advice: str  # what to do, by what is known of this layer
 
 
-def audit(
+def audit_layers(
     layers: Sequence[LayerStats],
     *,
     thresholds: Mapping[str, float] | None = None,

@@ -65,7 +65,7 @@ def inspect_stats(
     if source is None:
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     _refuse_what_others_read(source, context.args)
-    from bncli.batchnorm.audit.audit import audit, check_thresholds, selected_rules
+    from bncli.batchnorm.audit.audit import audit_layers, check_thresholds, selected_rules
     from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.csv_layers import layer_rows
     from bncli.cli.tables.layers import describe_layers, show_channels, show_layers
@@ -76,7 +76,7 @@ def inspect_stats(
     limits = check_thresholds(parse_thresholds(threshold))
     layers, checkpoint = _read_layers(source, key)
     # all layers, before --layer: their counters are compared with each other
-    everything = audit(layers, thresholds=limits)
+    everything = audit_layers(layers, thresholds=limits)
     codes = {rule.code for rule in rules}
     findings = tuple(finding for finding in everything if finding.code in codes)
     if layer is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.batchnorm.audit.audit import audit
+from bncli.batchnorm.audit.audit import audit_layers
 from bncli.batchnorm.layers import LayerStats, read_running_stats
 
 
@@ -20,12 +20,12 @@ def read(norm: nn.Module) -> LayerStats:
 
 
 def layer_flags(layer: LayerStats) -> tuple[str, ...]:
-    return tuple(finding.name for finding in audit((layer,)))
+    return tuple(finding.name for finding in audit_layers((layer,)))
 
 
 def dead_channels(layer: LayerStats) -> torch.Tensor:
     found = torch.zeros(layer.num_features, dtype=torch.bool)
-    for finding in audit((layer,), select=["dead_channel"]):
+    for finding in audit_layers((layer,), select=["dead_channel"]):
         found[list(finding.channels)] = True
     return found
 

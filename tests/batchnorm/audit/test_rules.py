@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from bncli.batchnorm import RULES, Finding, LayerStats, audit, read_running_stats
+from bncli.batchnorm import RULES, Finding, LayerStats, audit_layers, read_running_stats
 from bncli.errors import BncliError
 from bncli.torchvision_compat import import_torchvision
 
@@ -40,16 +40,16 @@ def test_what_was_measured_has_no_start_left_in_it() -> None:
 
 
 def found(*layers: LayerStats, **options: object) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(finding.name, finding.layer, finding.channels) for finding in audit(layers, **options)]
+    return [(finding.name, finding.layer, finding.channels) for finding in audit_layers(layers, **options)]
 
 
 def only(*layers: LayerStats, **options: object) -> Finding:
-    (finding,) = audit(layers, **options)
+    (finding,) = audit_layers(layers, **options)
     return finding
 
 
 def test_a_healthy_layer_and_no_layer_have_no_findings() -> None:
-    assert audit([layer()]) == audit([]) == ()
+    assert audit_layers([layer()]) == audit_layers([]) == ()
 
 
 TRIGGERS = [
@@ -134,7 +134,7 @@ def test_the_residue_is_what_the_recurrence_leaves(momentum: float, count: int, 
     if abs(left / limit - 1) < 1e-6:
         return
     subject = layer(momentum=momentum, num_batches_tracked=count, running_var=[1.5] * 4)
-    findings = audit([subject], thresholds={"residue": limit}, select=["BN002"])
+    findings = audit_layers([subject], thresholds={"residue": limit}, select=["BN002"])
     assert bool(findings) == (left > limit)
     assert all(finding.values["residue"] == pytest.approx(left, rel=1e-9) for finding in findings)
 
@@ -165,7 +165,7 @@ def test_the_share_above_0_is_the_normal_models(
         weight=torch.tensor([1.0, 1.0, signed, 1.0], dtype=torch.float64),
         bias=torch.tensor([0.0, 0.0, bias, 0.0], dtype=torch.float64),
     )
-    findings = audit([subject], thresholds={"active_share": 1e-3}, select=["switched_off"])
+    findings = audit_layers([subject], thresholds={"active_share": 1e-3}, select=["switched_off"])
     if abs(share / 1e-3 - 1) > 1e-6:
         assert bool(findings) == (share < 1e-3)
     for finding in findings:
@@ -196,7 +196,7 @@ def test_a_layer_that_counts_otherwise_than_most_is_found() -> None:
         ("counter_multiple", "500", ()),
         ("counter_multiple", "8000", ()),
     ]
-    assert [item.values["multiple"] for item in audit(layers, select=["BN011"])] == [2, 2, 8]
+    assert [item.values["multiple"] for item in audit_layers(layers, select=["BN011"])] == [2, 2, 8]
 
 
 def test_of_two_counts_equally_common_the_smaller_is_the_usual_one() -> None:
@@ -242,7 +242,7 @@ def test_a_threshold_moves_the_limit() -> None:
 )  # fmt: skip
 def test_rules_and_thresholds_that_do_not_exist_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(BncliError):
-        audit([layer()], **options)
+        audit_layers([layer()], **options)
 
 
 def test_select_and_ignore_take_codes_and_names() -> None:
@@ -282,8 +282,8 @@ def test_a_freshly_trained_torchvision_resnet_has_no_finding(zero_init: bool) ->
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-    assert audit(read_running_stats(model)) == ()
-    assert audit(read_running_stats(model.state_dict())) == ()
+    assert audit_layers(read_running_stats(model)) == ()
+    assert audit_layers(read_running_stats(model.state_dict())) == ()
 
 
 @pytest.mark.slow
@@ -303,4 +303,4 @@ def test_a_freshly_trained_timm_network_has_no_finding(name: str) -> None:
         optimizer.step()
     # efficientnet has SiLU and no ReLU: `switched_off` finds a channel that is not off, as --explain warns
     ignore = ["switched_off"] if name == "efficientnet_b0" else []
-    assert audit(read_running_stats(model), ignore=ignore) == ()
+    assert audit_layers(read_running_stats(model), ignore=ignore) == ()

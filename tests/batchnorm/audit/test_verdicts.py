@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from bncli.batchnorm import Finding, LayerStats, audit, read_running_stats
+from bncli.batchnorm import Finding, LayerStats, audit_layers, read_running_stats
 from bncli.checkpoints import open_checkpoint
 from bncli.torchvision_compat import import_torchvision
 
@@ -76,12 +76,12 @@ def opened(content: object, folder: Path) -> tuple[LayerStats, ...]:
 def said(subject: object, **options: object) -> set[tuple[str, str]]:
     """Names and severities of the findings in layers, a model or a state dict."""
     layers = subject if isinstance(subject, tuple) else read_running_stats(subject)
-    return {(finding.name, finding.severity) for finding in audit(layers, **options)}
+    return {(finding.name, finding.severity) for finding in audit_layers(layers, **options)}
 
 
 def first(subject: object, name: str) -> Finding:
     layers = subject if isinstance(subject, tuple) else read_running_stats(subject)
-    return audit(layers, select=[name])[0]
+    return audit_layers(layers, select=[name])[0]
 
 
 # --- the issue's scripts
@@ -324,7 +324,9 @@ def test_a_large_momentum_is_one_that_scatters_like_fewer_than_two_batches(
     # the oracle: how much the means scatter, in batches of 16
     batches = float(1 / (16 * norm.running_mean.double().var()))
     assert (batches < 2) == is_found
-    findings = [finding for finding in audit(read_running_stats(norm)) if finding.name == "few_batches"]
+    findings = [
+        finding for finding in audit_layers(read_running_stats(norm)) if finding.name == "few_batches"
+    ]
     assert bool(findings) == is_found
     for finding in findings:
         assert finding.values["effective_batches"] == pytest.approx(batches, rel=0.1)
@@ -512,7 +514,7 @@ def test_an_assumed_eps_is_called_so_and_dead_channels_are_a_fact_until_the_laye
     norm.running_mean += 0.1
     norm.weight.data.fill_(0.05)
     norm.running_var.copy_(torch.tensor([1.0, 5e-6, 1e-9, 2.0]))
-    found = {finding.name: finding for finding in audit(read_running_stats(norm.state_dict()))}
+    found = {finding.name: finding for finding in audit_layers(read_running_stats(norm.state_dict()))}
     assert {name: finding.severity for name, finding in found.items()} == {
         "eps_decides": "info",
         "dead_channel": "info",
@@ -520,7 +522,7 @@ def test_an_assumed_eps_is_called_so_and_dead_channels_are_a_fact_until_the_laye
     for finding in found.values():
         assert finding.message.endswith("with eps 1e-05 (assumed)")
         assert finding.values["eps_assumed"]
-    for finding in audit(read_running_stats(norm)):
+    for finding in audit_layers(read_running_stats(norm)):
         assert finding.message.endswith("with eps 1e-05")
     norm.running_var.fill_(1e-9)
     assert ("dead_channel", "warning") in said(norm)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bncli.batchnorm import LayerStats, compare, read_running_stats
-from bncli.batchnorm.audit.audit import audit
+from bncli.batchnorm.audit.audit import audit_layers
 from bncli.checkpoints import open_checkpoint
 from bncli.cli.plots.comparison import plot_comparison
 from bncli.cli.plots.gap import plot_gap
@@ -83,7 +83,7 @@ CASES = {
 
 def draw_layers(state: dict[str, torch.Tensor]) -> Callable[[Path], object]:
     found: tuple[LayerStats, ...] = read_running_stats(state)
-    return lambda path: plot_running_stats(found, audit(found), path)
+    return lambda path: plot_running_stats(found, audit_layers(found), path)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bncli.batchnorm.audit.audit import audit
+from bncli.batchnorm.audit.audit import audit_layers
 from bncli.batchnorm.layers import LayerStats, read_running_stats
 from bncli.cli.plots import rows as plot_rows
 from bncli.cli.plots import running_stats as plot
@@ -28,7 +28,7 @@ def layers(count: int = 3) -> tuple[LayerStats, ...]:
 
 
 def draw(layers: Sequence[LayerStats], path: Path) -> None:
-    plot_running_stats(layers, audit(layers), path)
+    plot_running_stats(layers, audit_layers(layers), path)
 
 
 def texts(path: Path) -> list[str]:
