@@ -1,4 +1,4 @@
-"""A line of `bncli doctor`'s answer, and those about a CHECKPOINT: is it whole, what does a foreign one hold."""
+"""A line of `bncli doctor`'s answer, and those about a CHECKPOINT: is it whole, what is in a foreign one."""
 
 from dataclasses import dataclass
 from pathlib import Path
