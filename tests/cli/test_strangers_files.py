@@ -130,15 +130,15 @@ LOADING = {  # commands that load the data set
     "recalibrate": ("recalibrate", "stranger.pt", "-o", "new.pt"),
     "recalibrate --verify": ("recalibrate", "stranger.pt", "--verify"),
     "bench eval": ("bench", "eval", "stranger.pt"),
-    "bench repair": ("bench", "repair", "stranger.pt", "--save-dir", "ruined"),
+    "demo": ("demo", "stranger.pt", "--save-dir", "ruined"),
     "train --resume": ("train", "--resume", "run", "--set", "train.epochs=3"),
     "train --resume --dry-run": ("train", "--resume", "run", "--dry-run"),
 }
 NOT_LOADING = {
     "predict": ("predict", "stranger.pt", "image.png"),
     "inspect-stats": ("inspect-stats", "stranger.pt"),
-    "inspect-stats of two": ("inspect-stats", "stranger.pt", "stranger.pt"),
-    "inspect-stats of a run": ("inspect-stats", "run"),
+    "compare": ("compare", "stranger.pt", "stranger.pt"),
+    "history": ("history", "run"),
     "doctor": ("doctor", "stranger.pt"),
 }
 

@@ -240,7 +240,7 @@ def test_other_precisions_work(dtype: torch.dtype) -> None:
     assert result.train_mode.max_abs_diff > 0
 
 
-def test_sizes_beyond_the_images_are_filled_from_their_start_again() -> None:
+def test_sizes_beyond_the_images_mean_all_of_them() -> None:
     seen = []
 
     class Records(Flat):
@@ -249,9 +249,9 @@ def test_sizes_beyond_the_images_are_filled_from_their_start_again() -> None:
             return super().forward(inputs)
 
     result = certify(Records(), images(5), batch_sizes=(64, 3, 1, 256, 3))
-    assert [check.batch_size for check in result.batch_sizes] == [1, 3, 64, 256]
-    assert set(seen) == {1, 3, 64, 256}
-    assert result.train_mode.batch_size == 256
+    assert [check.batch_size for check in result.batch_sizes] == [1, 3, 5]
+    assert set(seen) == {1, 3, 5}  # the second batch of 3 is filled from the start again
+    assert result.train_mode.batch_size == 5
 
 
 @pytest.mark.parametrize("count", [6, 7])
@@ -356,20 +356,6 @@ def test_no_images_and_no_batch_sizes_are_errors() -> None:
             certify(Flat(), images(), batch_sizes=sizes)
     with pytest.raises(ValueError, match="not all be 1"):
         certify(Flat(), images(), batch_sizes=(1, 1))
-
-
-def test_batch_sizes_stop_at_the_number_of_images() -> None:
-    counted = []
-
-    class Counts(Flat):
-        def forward(self, inputs: Tensor) -> Tensor:
-            counted.append(len(inputs))
-            return super().forward(inputs)
-
-    found = certify(Counts(), images(4), batch_sizes=(2, 7, 64, 256))
-    assert [check.batch_size for check in found.batch_sizes] == [2, 4]
-    assert found.train_mode.batch_size == 4
-    assert max(counted) == 4
 
 
 def test_images_may_come_in_batches_of_which_256_are_taken() -> None:
