@@ -28,8 +28,8 @@ PYTORCH_MOMENTUM = 0.1  # the default of torch.nn.BatchNorm2d; assumed where a s
 # Chosen on the networks of the corpus, which also judged the rules: up to 0.80 (median over the layers) in
 # those of torchvision and timm after 50 steps, 0.88 in small untrained ones and in wide ones on white noise.
 EVEN = 0.85
-# RMS mean in deviations: up to 0.33 in layers that hold a third or more; behind a ReLU of normal inputs random
-# weights give sqrt((1 / 2 pi) / (1 / 2 - 1 / 2 pi)) = 0.68
+# RMS mean in deviations: up to 0.30 in layers that hold a third or more; behind a ReLU of normal inputs
+# random weights give sqrt((1 / 2 pi) / (1 / 2 - 1 / 2 pi)) = 0.68
 MAX_MEAN = 0.4
 MIN_CHANNELS = 4  # fewer say nothing about how even they are
 FROZEN_EPS = 2e-3  # detectron2's FrozenBatchNorm2d starts at 1 - eps
