@@ -444,7 +444,21 @@ def white_noise() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [standardised, norm_on_norm, rotations, white_noise])
+def wide_perceptron() -> nn.Module:
+    """He's initialisation, 1,024 wide, a few steps on white noise: variances of 0.6 to 0.8 in every layer."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(1024, 1024, bias=False), nn.BatchNorm1d(1024), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[-3].weight)
+    model = nn.Sequential(*layers).train()
+    for _ in range(50):
+        model(torch.randn(128, 1024))
+    for layer in model[1::3]:
+        layer.weight.data += torch.randn(1024) / 100
+    return model
+
+
+@pytest.mark.parametrize("make", [standardised, norm_on_norm, rotations, white_noise, wide_perceptron])
 @pytest.mark.parametrize("counter", ["kept", "0", "none"])
 def test_variances_that_truly_are_near_1_are_not_reported(
     make: Callable[[], nn.Module], counter: str
