@@ -18,7 +18,7 @@ from bncli.checkpoints.byte_source import (
 from bncli.checkpoints.formats import torch_legacy, torch_zip
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
-from bncli.checkpoints.formats.shard_index import MAX_INDEX, place_beside, read_index
+from bncli.checkpoints.formats.shard_index import place_beside, read_index
 
 
 def open_file(source: str, stack: ExitStack) -> ByteSource:
@@ -55,9 +55,7 @@ def read_content(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
             kinds.append(kind)
             return content
 
-        if file.size > MAX_INDEX:
-            raise UnreadableFileError(f"not a checkpoint: text of {file.size:,} bytes")
-        tensors = read_index(file.read_at(0, file.size), read_shard)
+        tensors = read_index(file, read_shard)
         return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
     return "torch legacy", torch_legacy.read_torch_legacy(file)
 

@@ -108,7 +108,7 @@ def load_content(path: str | Path) -> dict[str, Any]:
         CheckpointError: when the file cannot be read, is damaged, or has a newer format.
     """
     with open_whole(path) as (kind, content):  # nothing of a stranger's large file is loaded
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if kind != "torch zip" or not isinstance(content, dict) or content.get("format") != FORMAT:
             what = "a torch file" if kind == "torch zip" else f"a {kind} file"
             raise OtherFormatError(f"{path}: {what}, but no bncli checkpoint (made by `bncli train`)")
         version = content.get("format_version")

@@ -278,13 +278,16 @@ OF_NAMES = {
 }
 
 
-@pytest.mark.parametrize("content", [bytes(range(1, 200)) * 3, b"\x10\0\0\0\0\0\0\0{\x07nonsense!!!!!!!!"])
+@pytest.mark.parametrize(
+    "content", [bytes(range(1, 200)) * 3, b"\x10\0\0\0\0\0\0\0{\x07nonsense!!!!!!!!", b"{\0\1\2"]
+)
 @pytest.mark.parametrize("name", OF_NAMES)
 def test_where_bytes_do_not_tell_the_name_does_and_the_answer_says_so(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    expected = OF_NAMES[name] if name != "a.pt" or content[0] == 1 else "a damaged file: "
+    of_no_name = {1: OF_NAMES["a.pt"], 16: "a damaged file: ", 123: "not a checkpoint: text that begins like"}
+    expected = OF_NAMES[name] if name != "a.pt" else of_no_name[content[0]]
     assert refusal(tmp_path / name, CheckpointError).startswith(expected)
 
 
@@ -361,6 +364,11 @@ def test_doctor_gives_no_advice_for_damage_where_the_format_is_another(bncli: Bn
     assert outcome.code == 1
     assert "a weight file of Keras" in text
     assert "restore it from a copy" not in text
+    with pytest.warns(DeprecationWarning):
+        torch.jit.script(network()).save(tmp_path / "script.pt")  # whose code is compressed, as torch does it
+    outcome = bncli("doctor", tmp_path / "script.pt")
+    assert (outcome.code, "foreign (torchscript)" in outcome.out) == (0, True)
+    assert "a torchscript file, but no bncli checkpoint" in bncli("eval", tmp_path / "script.pt").err
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04" + bytes(100))
     assert "restore it from a copy" in " ".join(bncli("doctor", tmp_path / "cut.pt").out.split())
 

@@ -177,6 +177,17 @@ def test_a_tensor_larger_than_is_read_at_once_is_loaded_and_only_once(tmp_path: 
     assert found["b"][0] == -1
 
 
+def test_a_checkpoint_that_poses_as_torchscript_is_not_read_less_strictly(
+    smallest_run: Path, tmp_path: Path
+) -> None:
+    data = io.BytesIO((smallest_run / "last.pt").read_bytes())
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr("archive/code/x.py", "")
+    (tmp_path / "posing.pt").write_bytes(data.getvalue())
+    with pytest.raises(CheckpointError, match="a torchscript file, but no bncli checkpoint"):
+        load_checkpoint(tmp_path / "posing.pt")
+
+
 def test_numbers_as_keys_are_not_text(tmp_path: Path) -> None:
     content = {0: "number", "0": "text", -7: 1, 2**31 - 1: 2, -(2**31): 3}
     torch.save(content, tmp_path / "keys.pt")

@@ -6,8 +6,8 @@ The index is JSON: `weight_map` tells for every tensor the file that holds it, b
 import re
 from collections.abc import Callable, Mapping
 
-from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
-from bncli.checkpoints.formats.foreign import recognise_json
+from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats.foreign import recognise_json, recognise_name
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.stored_tensor import StoredTensor
 
@@ -17,15 +17,22 @@ MAX_FILES = 1000
 _PLAIN_NAME = re.compile(r"[\w.+=@ ()-]+")
 
 
-def read_index(data: bytes, read_shard: Callable[[str], Mapping[str, object]]) -> dict[str, StoredTensor]:
+def read_index(
+    source: ByteSource, read_shard: Callable[[str], Mapping[str, object]]
+) -> dict[str, StoredTensor]:
     """The tensors of all shards by name, in the order of the index; `read_shard(file name)` opens one.
 
     Raises:
         UnreadableFileError: when it is no index, names a file elsewhere, or a tensor is missing.
     """
+    if source.size > MAX_INDEX:
+        raise UnreadableFileError(f"not a checkpoint: text of {source.size:,} bytes")
     try:
-        content = parse_json(data)
+        content = parse_json(source.read_at(0, source.size))
     except UnreadableFileError:
+        known = recognise_name(source.name)
+        if known:
+            raise ForeignFileError(known.sentence) from None
         raise UnreadableFileError(
             "not a checkpoint: text that begins like JSON, and is no index of shards"
         ) from None

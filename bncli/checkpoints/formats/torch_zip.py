@@ -36,16 +36,14 @@ def read_torch_zip(source: ByteSource, *, strictly: bool = False) -> tuple[str, 
     """
     archive = _Archive(source, strictly=strictly)
     pickle = archive.find_pickle()
-    if strictly:
-        archive.check_layout()
-    find_storage = partial(archive.find_storage, pickle.filename.removesuffix("data.pkl"))
-    meanings = PlainMeanings(find_storage) if strictly else TorchMeanings(find_storage)
-    with archive.stream(pickle) as stream:
-        content = read_pickle(stream, meanings)
-    if strictly:
-        archive.check_rest()
-    is_script = any("/code/" in name for name in archive.entries)
-    return "torchscript" if is_script else "torch zip", content
+    if any("/code/" in name for name in archive.entries):  # never bncli's own
+        return "torchscript", archive.read_pickle(pickle, TorchMeanings)
+    if not strictly:
+        return "torch zip", archive.read_pickle(pickle, TorchMeanings)
+    archive.check_layout()
+    content = archive.read_pickle(pickle, PlainMeanings)
+    archive.check_rest()
+    return "torch zip", content
 
 
 class _Archive:
@@ -80,6 +78,12 @@ class _Archive:
                 "it was written on a big-endian machine; load it there and save it again"
             )
         return pickle
+
+    def read_pickle(self, pickle: zipfile.ZipInfo, meanings: type[TorchMeanings]) -> object:
+        """What the pickle says, with `StoredTensor` for tensors."""
+        find_storage = partial(self.find_storage, pickle.filename.removesuffix("data.pkl"))
+        with self.stream(pickle) as stream:
+            return read_pickle(stream, meanings(find_storage))
 
     def check_layout(self) -> None:
         """Check that nothing is compressed, nothing twice there, and all in one folder, as torch.save writes.
