@@ -89,10 +89,9 @@ def never_updated(network: Network, _: Limits) -> Iterator[Hit]:
     harmless cause: the statistics were absorbed into weight and bias, as detection frameworks do before they
     freeze a network. detectron2 then writes 1 - eps for the variance, which counts as 1 here.
 
-    Knows: It is an error where bncli's own training made the statistics, where batches were counted and
-    momentum is known to be 0, where batches were counted although weight and bias are still initial (nothing
-    was absorbed), and where statistics, weight, bias and counters of the whole network are those of a new
-    one: it was never trained.
+    Knows: It is an error where bncli's own training made the statistics, where batches were counted although
+    weight and bias are still initial (nothing was absorbed), and where statistics, weight, bias and counters
+    of the whole network are those of a new one: it was never trained.
 
     Cannot know: Trained weights beside (0, 1) look the same whether the statistics were lost or absorbed.
     With a counter that is a warning, since absorbed networks are usually shipped without; without a counter,
@@ -129,7 +128,7 @@ def _judge_initial(
             "weight and bias are initial too, in every layer: this network was never trained",
             advice,
         )
-    if count and (stuck or has_initial_affine or layer.averaged_by_training):
+    if count and (has_initial_affine or layer.averaged_by_training):
         because = ", because momentum is 0" if stuck else ""
         return "error", f"{count} batches were normalised in train mode and left no trace{because}", advice
     if has_initial_affine:
@@ -139,7 +138,9 @@ def _judge_initial(
             advice,
         )
     if count:
-        cause = "momentum was 0 or they were put back" if assumed else "they were put back"
+        cause = "momentum is 0" if stuck else "they were put back"
+        if assumed:
+            cause = "momentum was 0 or they were put back"
         return (
             "warning",
             f"after {count} batches: {cause}, unless they were absorbed into weight and bias",

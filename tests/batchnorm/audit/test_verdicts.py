@@ -210,7 +210,9 @@ def test_lost_statistics_beside_trained_weights_are_a_warning(trained: nn.Module
     assert said(network.state_dict()) == {("never_updated", "warning")}
 
 
-def test_momentum_0_is_an_error_where_it_is_known_and_the_advice_names_it(tmp_path: Path) -> None:
+def test_a_known_momentum_of_0_is_named_and_an_error_where_nothing_was_absorbed(
+    tmp_path: Path,
+) -> None:
     model = train(chain(momentum=0.0), 20)
     images = next(batches(1))[0]
     output = model(images)
@@ -218,13 +220,18 @@ def test_momentum_0_is_an_error_where_it_is_known_and_the_advice_names_it(tmp_pa
         output, model.eval()(images), atol=0.1
     )  # the oracle: eval mode is another function
     layers = opened(model, tmp_path)
-    assert said(layers) == {("never_updated", "error")}
+    assert said(layers) == {("never_updated", "warning")}
     finding = first(layers, "BN001")
-    assert "momentum is 0" in finding.message
+    assert "momentum is 0, unless they were absorbed" in finding.message
     assert finding.advice.startswith("Its momentum is 0")
     assert said(opened(model.state_dict(), tmp_path)) == {
         ("never_updated", "warning")
     }  # unknown: absorbed, perhaps
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.0, affine=False))
+    for _ in range(20):
+        plain(images)
+    assert said(opened(plain, tmp_path)) == {("never_updated", "error")}
+    assert "because momentum is 0" in first(plain, "BN001").message
 
 
 def test_counted_batches_beside_initial_weights_are_an_error() -> None:
