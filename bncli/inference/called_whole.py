@@ -63,8 +63,8 @@ def _is_harmless(module: nn.Module, attribute: ast.Attribute, parents: dict[ast.
         return is_test or (isinstance(use, ast.Call) and use.func is attribute)
     if name in module._parameters or name in module._buffers:
         return True
-    if hasattr(type(module), name):
-        return not hasattr(nn.Module, name)  # modules(), say; methods of its own are read in their turn
+    if hasattr(type(module), name):  # methods are read in their turn
+        return True
     value = vars(module).get(name)
     values = value if isinstance(value, tuple | list) else [value]
     return all(isinstance(one, _PLAIN) for one in values)

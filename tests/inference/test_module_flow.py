@@ -247,6 +247,48 @@ def test_where_anything_else_is_done_with_it_the_norm_stays(kind: type[Pair], re
     assert kept.reason.startswith(reason)
 
 
+class AsksBetween(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        if x.mean() > 0:
+            return self.norm(h)
+        return self.norm(h).flip(0)
+
+
+def test_modules_that_ask_are_followed_each_by_itself() -> None:
+    # twelve questions, of which every combination would be 4,096 ways
+    model = nn.Sequential(*(AsksBetween() for _ in range(6)), *(AsksLater() for _ in range(6)))
+    assert len(fold_and_compare(model).folded) == 12
+
+
+@pytest.mark.parametrize("is_before", [False, True])
+def test_what_passes_a_hook_may_be_changed_by_it(is_before: bool) -> None:
+    pair = Pair()
+    inner = nn.Sequential(pair.norm if is_before else pair.conv)
+    if is_before:
+        inner.register_forward_pre_hook(lambda _module, args: args[0].abs())
+    else:
+        inner.register_forward_hook(lambda _module, _args, output: output.abs())
+    model = nn.Sequential(pair.conv, inner) if is_before else nn.Sequential(inner, pair.norm)
+    assert "a module with a hook" in fold_and_compare(model).kept[0].reason
+
+
+def test_what_is_inside_a_layer_of_torch_is_called_out_of_sight() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(2).transpose(1, 2)  # (N, H * W, C)
+            x, _ = self.attention(x, x, x, need_weights=False)
+            return self.norm(self.attention.out_proj(x[:, 0]))
+
+    (kept,) = fold_and_compare(Attention()).kept
+    assert kept.reason.endswith("Linear before it: MultiheadAttention calls it out of sight")
+
+
 def test_what_the_network_does_not_call_stays() -> None:
     class WithHead(Pair):
         def __init__(self) -> None:
@@ -334,6 +376,11 @@ class HandsItselfOn(Unseen):
         return Unseen.last(self, x) + self.pair.conv(x)
 
 
+class ReachesInThroughItsParent(ReachesIn):
+    def last(self, x: Tensor) -> Tensor:
+        return super().last(x)
+
+
 class HasAList(Unseen):
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +400,18 @@ class HasAProperty(Unseen):
 
 
 @pytest.mark.parametrize(
-    "kind", [ReachesIn, TakesOut, GoesThrough, GoesOn, WalksAbout, HandsItselfOn, HasAList, HasAProperty]
+    "kind",
+    [
+        ReachesIn,
+        TakesOut,
+        GoesThrough,
+        GoesOn,
+        WalksAbout,
+        HandsItselfOn,
+        ReachesInThroughItsParent,
+        HasAList,
+        HasAProperty,
+    ],
 )
 def test_code_that_cannot_be_followed_and_reaches_into_its_modules_keeps_them(kind: type[Unseen]) -> None:
     assert not calls_parts_whole(kind())
@@ -406,4 +464,4 @@ def test_other_threads_may_use_their_networks_meanwhile() -> None:
         stop.set()
         thread.join()
     assert found
-    assert all(torch.equal(one, expected) for one in found)
+    assert all(type(one) is Tensor and torch.equal(one, expected) for one in found)
