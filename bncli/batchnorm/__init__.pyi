@@ -1,7 +1,7 @@
-from .audit.audit import Finding as Finding
-from .audit.audit import audit_layers as audit_layers
-from .audit.definition import Rule as Rule
-from .audit.definition import Threshold as Threshold
+from .audit.audit_layers import Finding as Finding
+from .audit.audit_layers import audit_layers as audit_layers
+from .audit.rule_definition import Rule as Rule
+from .audit.rule_definition import Threshold as Threshold
 from .audit.rules import RULES as RULES
 from .audit.rules import find_rule as find_rule
 from .compare import Contents as Contents

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.audit.audit import DEFAULT_EPS
+from bncli.batchnorm.audit.audit_layers import DEFAULT_EPS
 from bncli.batchnorm.layers import LayerStats
 from bncli.wording import plural
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
 from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
+from bncli.checkpoints.any_content import named, open_file, read_content, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
-from bncli.checkpoints.content import named, open_file, read_content, without_collector
 from bncli.checkpoints.formats.foreign import recognise_shard
 from bncli.checkpoints.locate import (
     Candidate,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from bncli.atomic_file import atomic_file
+from bncli.checkpoints.own_checks import check_content, check_tensors
 from bncli.checkpoints.own_config import FORMAT
-from bncli.checkpoints.own_content import check_content, check_tensors
+from bncli.checkpoints.own_reader import load_values, open_whole
 from bncli.checkpoints.part_digests import digest_parts, find_damage
-from bncli.checkpoints.whole import load_values, open_whole
 from bncli.config import Config
 from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError, OtherFormatError

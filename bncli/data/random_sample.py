@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bncli.data.dataset import Split
-from bncli.data.loader import BatchPlan
+from bncli.data.epoch_batches import BatchPlan
 from bncli.data.randomness import Stream, generator
 
 

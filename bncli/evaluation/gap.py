@@ -28,8 +28,8 @@ from bncli.batches import Batches, GetTensor, check_repeatable, read_with
 from bncli.batchnorm.layers import write_statistics
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.batchnorm.population.measure import Method, measure_population
-from bncli.batchnorm.population.measured_pass import measure_pass
 from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.one_pass import measure_pass
 from bncli.batchnorm.population.recalibrate import apply_population
 from bncli.batchnorm.population.selection import select_layers
 from bncli.batchnorm.population.verify import distance_from

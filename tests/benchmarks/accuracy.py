@@ -21,9 +21,9 @@ import bncli
 from bncli.bench.matrix_peak import matrix_gflops
 from bncli.cli.app import main
 from bncli.cli.messages import print_error, print_note
+from bncli.cli.opened_checkpoint import open_config
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.cli.stop_signals import StopSignals
-from bncli.cli.subject import open_config
 from bncli.cli.tables.table import (
     console_for_results,
     machine_line,

@@ -20,9 +20,9 @@ import torch
 import typer
 
 from bncli.cli.app import main
+from bncli.cli.opened_checkpoint import open_config
 from bncli.cli.options import ConfigArgument, JsonOption, SetOption
 from bncli.cli.progress import ProgressReporter
-from bncli.cli.subject import open_config
 from bncli.cli.tables.table import (
     console_for_results,
     machine_line,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bncli.batchnorm import read_running_stats
-from bncli.checkpoints import content, open_checkpoint
+from bncli.checkpoints import any_content, open_checkpoint
 from bncli.checkpoints.formats.shard_index import place_beside
 from bncli.errors import CheckpointError
 
@@ -77,8 +77,8 @@ def test_an_entry_that_leads_elsewhere_is_named_and_nothing_is_opened(
     # a sound entry comes first: not even that one is opened
     index = write_index(base, {**dict.fromkeys(state, "sound"), "1.running_mean": name})
     opened: list[str] = []
-    genuine = content.open_source
-    monkeypatch.setattr(content, "open_source", lambda path: opened.append(path) or genuine(path))
+    genuine = any_content.open_source
+    monkeypatch.setattr(any_content, "open_source", lambda path: opened.append(path) or genuine(path))
     with pytest.raises(CheckpointError) as caught, open_checkpoint(index):
         pass
     message = str(caught.value)

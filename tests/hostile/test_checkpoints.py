@@ -17,8 +17,8 @@ from PIL import Image
 
 from bncli.checkpoints import load_checkpoint, load_model
 from bncli.checkpoints.byte_source import MAX_READ
+from bncli.checkpoints.own_reader import load_values, open_whole
 from bncli.checkpoints.part_digests import digest_parts
-from bncli.checkpoints.whole import load_values, open_whole
 from bncli.errors import CheckpointError
 from tests.conftest import Bncli
 

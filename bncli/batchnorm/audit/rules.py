@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm.audit.channels import Network, active_share, dead, gain, mean_in_deviations
-from bncli.batchnorm.audit.definition import Hit, Limits, Rule, Severity, Threshold, Values, rule
 from bncli.batchnorm.audit.initial import (
     MIN_CHANNELS,
     Share,
@@ -27,6 +26,7 @@ from bncli.batchnorm.audit.initial import (
     momentum_of,
     share_of_initial,
 )
+from bncli.batchnorm.audit.rule_definition import Hit, Limits, Rule, Severity, Threshold, Values, rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError
 

@@ -20,10 +20,10 @@ from torch import nn
 
 from bncli.batches import Batches, GetTensor, read_with
 from bncli.batchnorm.population.exact.layer_by_layer import measure_exact
-from bncli.batchnorm.population.measured_pass import PassProgress, measure_pass, rms
+from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.one_pass import PassProgress, measure_pass, rms
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
-from bncli.batchnorm.population.tree import BatchTree
 from bncli.errors import BncliError
 from bncli.wording import plural
 

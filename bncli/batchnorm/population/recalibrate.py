@@ -11,8 +11,8 @@ from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.layers import batch_norm_layers, write_statistics
 from bncli.batchnorm.population.debias import without_start
 from bncli.batchnorm.population.measure import Population, measure_population
-from bncli.batchnorm.population.measured_pass import PassProgress
 from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.one_pass import PassProgress
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
 from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError

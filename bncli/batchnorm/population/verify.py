@@ -13,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor, read_with
 from bncli.batchnorm.distance import Distance, measure_distance
-from bncli.batchnorm.population.measured_pass import measure_pass
 from bncli.batchnorm.population.moments import Moments
+from bncli.batchnorm.population.one_pass import measure_pass
 from bncli.batchnorm.population.selection import Layers, select_layers
 
 

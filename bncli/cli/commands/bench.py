@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from bncli.cli.messages import print_note
+from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
 from bncli.cli.options import CheckpointArgument, ConfigArgument, JsonOption, SetOption
-from bncli.cli.subject import load_subject_data, open_config, open_subject
 
 bench_app = typer.Typer(help="Time training and evaluation on this machine, beside other ways of computing.")
 

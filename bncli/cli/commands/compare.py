@@ -38,7 +38,7 @@ def compare_checkpoints(
 
     The files are only read. Exits with 1 if anything differs, in the whole files, whatever --layer shows.
     """
-    from bncli.cli.tables.comparison import comparison_rows, show_channels_compared, show_comparison
+    from bncli.cli.tables.compare import comparison_rows, show_channels_compared, show_comparison
     from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.table import print_json
 
@@ -46,7 +46,7 @@ def compare_checkpoints(
     comparison = _compare(first, second, key)
     shown = _sort(replace(comparison, layers=matching_layers(comparison.layers, layer)), sort)
     if plot is not None:
-        from bncli.cli.plots.comparison import plot_comparison
+        from bncli.cli.plots.compare import plot_comparison
 
         plot_comparison(shown, plot, first=first, second=second)
         print_note(f"wrote {plot}")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.messages import print_note
+from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import JsonOption, SetOption, make_empty_dir
-from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import BncliError
 
 if TYPE_CHECKING:
-    from bncli.cli.subject import Subject
+    from bncli.cli.opened_checkpoint import Subject
 
 
 def demonstrate_repair(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bncli.cli.messages import print_note
+from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
     CheckpointArgument,
@@ -14,12 +15,11 @@ from bncli.cli.options import (
     check_writable,
     parse_sizes,
 )
-from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bncli.cli.subject import Subject
-    from bncli.cli.tables.evaluation import EvalReport
+    from bncli.cli.opened_checkpoint import Subject
+    from bncli.cli.tables.eval import EvalReport
     from bncli.evaluation.views import Views
 
 
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
 
     Exit code 1 if a prediction depends on the batch in eval mode; with --batch-invariant, if one bit does.
     """
-    from bncli.cli.tables.evaluation import show_eval
+    from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json
 
     sizes = parse_sizes(batch_sizes, "--batch-sizes")
@@ -106,7 +106,7 @@ def _examine(
     views: "Views | None",
 ) -> "EvalReport":
     from bncli.cli.progress import ProgressReporter
-    from bncli.cli.tables.evaluation import EvalReport
+    from bncli.cli.tables.eval import EvalReport
     from bncli.data import sample_batches
     from bncli.evaluation import examine
     from bncli.hardware import describe_machine

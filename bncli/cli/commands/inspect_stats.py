@@ -65,10 +65,10 @@ def inspect_stats(
     if source is None:
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     _refuse_what_others_read(source, context.args)
-    from bncli.batchnorm.audit.audit import audit_layers, check_thresholds, selected_rules
+    from bncli.batchnorm.audit.audit_layers import audit_layers, check_thresholds, selected_rules
     from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
-    from bncli.cli.tables.csv_layers import layer_rows
-    from bncli.cli.tables.layers import describe_layers, show_channels, show_layers
+    from bncli.cli.tables.csv_rows import layer_rows
+    from bncli.cli.tables.inspect_stats import describe_layers, show_channels, show_layers
     from bncli.cli.tables.table import print_json
 
     check_csv_option(csv, as_json=as_json)
@@ -85,7 +85,7 @@ def inspect_stats(
         findings = tuple(finding for finding in findings if finding.layer in shown)
     layers = sort_layers(layers, findings, sort)
     if plot is not None:
-        from bncli.cli.plots.running_stats import plot_running_stats
+        from bncli.cli.plots.inspect_stats import plot_running_stats
 
         plot_running_stats(layers, findings, plot)
         print_note(f"wrote {plot}")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli.messages import one_line, print_error
+from bncli.cli.opened_checkpoint import open_subject
 from bncli.cli.options import BatchInvariantOption, CheckpointArgument, JsonOption, SetOption
-from bncli.cli.subject import open_subject
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
-    from bncli.cli.subject import Subject
+    from bncli.cli.opened_checkpoint import Subject
 
 STDIN = "-"
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bncli.cli.messages import print_note
+from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, check_writable
-from bncli.cli.subject import load_subject_data, open_subject
 from bncli.errors import BncliError, ConfigError
 
 if TYPE_CHECKING:
-    from bncli.cli.subject import Subject
+    from bncli.cli.opened_checkpoint import Subject
     from bncli.data import Dataset
     from bncli.training import Calibration, RecalibratedCheckpoint, Verification
 
@@ -54,7 +54,7 @@ def recalibrate_into_file(
 
     With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
     """
-    from bncli.cli.tables.recalibration import (
+    from bncli.cli.tables.recalibrate import (
         RecalibrateReport,
         show_recalibrate,
         show_verification,

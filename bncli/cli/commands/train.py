@@ -14,7 +14,7 @@ from bncli.errors import ConfigError, StoppedError
 
 if TYPE_CHECKING:
     from bncli.config import Config, DataConfig
-    from bncli.data.recorded import DataRecord
+    from bncli.data.recorded_root import DataRecord
     from bncli.recorded_config import FollowedConfig
 
 
@@ -50,7 +50,7 @@ def train_config(
     from bncli.batchnorm.audit.rules import describe_large_momentum
     from bncli.cli.progress import ProgressReporter, TrainReporter
     from bncli.cli.tables.table import print_json
-    from bncli.cli.tables.training import show_dry_run, show_training
+    from bncli.cli.tables.train import show_dry_run, show_training
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
     from bncli.training.run_dir import default_run_dir
 
@@ -112,7 +112,7 @@ def _read_ahead(data: "DataConfig", recorded_root: str | None) -> None:
     """Begin to read CIFAR-10 before torch is imported, which takes longer than reading."""
     from bncli.config import Cifar10Config
     from bncli.data import cifar10_files
-    from bncli.data.recorded import recorded_batches
+    from bncli.data.recorded_root import recorded_batches
     from bncli.data.user_path import user_path
 
     if not isinstance(data, Cifar10Config):
@@ -129,7 +129,7 @@ def _with_recorded_root(run_dir: Path, followed: "FollowedConfig") -> "Config":
     """The configuration with the recorded data.root, where that holds the data that the run began with."""
     from bncli.checkpoints import load_checkpoint
     from bncli.cli.progress import ProgressReporter
-    from bncli.cli.recorded_places import followed_data
+    from bncli.cli.unfollowed_places import followed_data
 
     def record() -> "DataRecord":
         if not (run_dir / "last.pt").is_file():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bncli.batchnorm.bits import bitwise_equal
+from bncli.batchnorm.population.merge_tree import MAX_NODES, BatchTree
 from bncli.batchnorm.population.moments import Moments, _of_images, pooled
-from bncli.batchnorm.population.tree import MAX_NODES, BatchTree
 
 
 def hard_values(*shape: int) -> torch.Tensor:

@@ -266,7 +266,7 @@ def test_a_narrow_terminal_folds_names_and_keeps_numbers(
 ) -> None:
     from rich.console import Console
 
-    import bncli.cli.tables.layers as render
+    import bncli.cli.tables.inspect_stats as render
 
     monkeypatch.setattr(
         render, "console_for_results", lambda: Console(highlight=False, markup=False, width=width)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bncli.batchnorm import LayerStats, compare, read_running_stats
-from bncli.batchnorm.audit.audit import audit_layers
+from bncli.batchnorm.audit.audit_layers import audit_layers
 from bncli.checkpoints import open_checkpoint
-from bncli.cli.plots.comparison import plot_comparison
+from bncli.cli.plots.compare import plot_comparison
 from bncli.cli.plots.gap import plot_gap
 from bncli.cli.plots.history import plot_convergence
-from bncli.cli.plots.running_stats import plot_running_stats
+from bncli.cli.plots.inspect_stats import plot_running_stats
 from bncli.cli.plots.sweep import plot_sweep
 from bncli.evaluation import Gap, LayerGap, PairedDifference, Score, SweepPoint
 from bncli.training.convergence import EpochPoint, LayerHistory

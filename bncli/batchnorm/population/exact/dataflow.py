@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bncli.batchnorm.modes import eval_mode
-from bncli.batchnorm.population.recording import input_of_call, unbuilt_layers_refused
+from bncli.batchnorm.population.hooks import input_of_call, unbuilt_layers_refused
 from bncli.forward import model_device
 
 NO_SOURCES: frozenset[str] = frozenset()

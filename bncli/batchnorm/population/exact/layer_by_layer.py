@@ -25,9 +25,9 @@ from bncli.batchnorm.modes import preserved_buffers
 from bncli.batchnorm.population.exact.dataflow import Call, trace_flow
 from bncli.batchnorm.population.exact.restart import Restarts
 from bncli.batchnorm.population.exact.stages import Stage, plan_stages
-from bncli.batchnorm.population.measured_pass import MeasuredPass, PassProgress, measure_pass
+from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.tree import BatchTree
+from bncli.batchnorm.population.one_pass import MeasuredPass, PassProgress, measure_pass
 from bncli.errors import BncliError, DataError
 
 MAX_REPEATS = 50  # of a pass over layers whose input depends on their own output

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bncli.batchnorm.bits import as_bytes, bitwise_equal
 from bncli.batchnorm.modes import eval_mode
 from bncli.batchnorm.population.exact.dataflow import Cut
-from bncli.batchnorm.population.recording import RestartError
+from bncli.batchnorm.population.hooks import RestartError
 from bncli.forward import model_device
 
 MAX_BYTES = 2**30  # of kept outputs

@@ -12,7 +12,7 @@ from bncli.batchnorm import Population, batch_norm_layers, measure_population
 from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.population.exact import restart
 from bncli.batchnorm.population.exact.dataflow import trace_flow
-from bncli.batchnorm.population.recording import RestartError
+from bncli.batchnorm.population.hooks import RestartError
 from tests.batchnorm.networks import Residual, Shared, Twins, mixed
 
 

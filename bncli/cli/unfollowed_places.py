@@ -10,7 +10,7 @@ from bncli.errors import DataError
 if TYPE_CHECKING:
     from bncli.config import DataConfig
     from bncli.data import Progress
-    from bncli.data.recorded import DataRecord
+    from bncli.data.recorded_root import DataRecord
     from bncli.recorded_config import FollowedConfig
 
 _SHOWN = 200  # characters of a path or an address
@@ -48,7 +48,7 @@ def followed_data(
 
     `record` gives the digest and the classes that the checkpoint records; it is asked where they are needed.
     """
-    from bncli.data.recorded import check_recorded_root
+    from bncli.data.recorded_root import check_recorded_root
 
     data, root, reason = followed.config.data, followed.recorded_root, None
     if root is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.batchnorm.audit.audit import audit_layers
+from bncli.batchnorm.audit.audit_layers import audit_layers
 from bncli.batchnorm.layers import LayerStats, read_running_stats
 
 

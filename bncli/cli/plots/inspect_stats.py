@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # drawing is rare: the command line starts without torch and 
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from bncli.batchnorm.audit.audit import Finding
+    from bncli.batchnorm.audit.audit_layers import Finding
     from bncli.batchnorm.layers import LayerStats
 
 MAP_ROW_HEIGHT, MAP_MARGINS = 0.2, 0.75  # inches; margins hold the title and the ends of the rows
@@ -48,7 +48,7 @@ def plot_running_stats(layers: Sequence[LayerStats], findings: Sequence[Finding]
 
     Raises BncliError for no layers, another suffix, or a path that cannot be written.
     """
-    from bncli.cli.tables.layers import flags_of
+    from bncli.cli.tables.inspect_stats import flags_of
 
     check_suffix(path)
     if not layers:
@@ -134,7 +134,7 @@ def _heat_maps(layers: Sequence[LayerStats]) -> list[HeatMap]:
 
 def _scale(layer: LayerStats) -> Tensor | None:
     """What eval mode divides each channel by (C,)."""
-    from bncli.batchnorm.audit.audit import DEFAULT_EPS
+    from bncli.batchnorm.audit.audit_layers import DEFAULT_EPS
 
     if layer.running_var is None:
         return None

@@ -64,7 +64,7 @@ def load_subject_data(subject: Subject) -> "Dataset":
     Raises DataError.
     """
     from bncli.cli.progress import ProgressReporter
-    from bncli.cli.recorded_places import followed_data
+    from bncli.cli.unfollowed_places import followed_data
     from bncli.data import load_dataset
 
     checkpoint = subject.checkpoint

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, SameImages, inputs_of
-from bncli.batchnorm.population.recording import recording
-from bncli.batchnorm.population.tree import BatchTree
+from bncli.batchnorm.population.hooks import recording
+from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.errors import DataError
 
 MIN_BATCHES = 8  # before a standard error from so few clusters is trusted to end a pass

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bncli.batchnorm.audit.audit import audit_layers
+from bncli.batchnorm.audit.audit_layers import audit_layers
 from bncli.batchnorm.layers import LayerStats, read_running_stats
+from bncli.cli.plots import inspect_stats as plot
 from bncli.cli.plots import rows as plot_rows
-from bncli.cli.plots import running_stats as plot
-from bncli.cli.plots.running_stats import plot_running_stats
+from bncli.cli.plots.inspect_stats import plot_running_stats
 from bncli.errors import BncliError
 
 
@@ -159,7 +159,7 @@ def test_the_users_matplotlib_settings_are_neither_used_nor_changed(tmp_path: Pa
 
 def test_importing_the_module_loads_neither_torch_nor_matplotlib() -> None:
     code = (
-        "import sys, bncli.cli.plots.running_stats; "
+        "import sys, bncli.cli.plots.inspect_stats; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from bncli.batchnorm.audit.channels import PYTORCH_EPS, network_of
-from bncli.batchnorm.audit.definition import Hit, Rule, Severity, Values
+from bncli.batchnorm.audit.rule_definition import Hit, Rule, Severity, Values
 from bncli.batchnorm.audit.rules import DEFAULT_THRESHOLDS, RULES, find_rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError

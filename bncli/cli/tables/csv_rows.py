@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from bncli.batchnorm import Finding, LayerStats, summarize
 from bncli.cli.tables.csv_file import Row
-from bncli.cli.tables.layers import flags_of
+from bncli.cli.tables.inspect_stats import flags_of
 
 QUANTITIES = ("running_mean", "running_var", "weight", "bias")
 EXTREMES = ("min", "median", "max")
