@@ -3,8 +3,8 @@
 Such a file may come from a stranger. What defines the network and the kind of its data is followed: without
 it the tensors mean nothing. What names a place outside the file (a folder, an archive, an address) is shown,
 never followed: places come from the command line or are the defaults; for `data.root` there is a third way,
-see `data/recorded_root.py`. How to compute is followed as far as this machine can, within bounds: no file uses
-up its memory or its threads. A key in no set below is not followed; a test asks for each.
+see `data/recorded_root.py`. How to compute is followed as far as this machine can, within bounds: no file
+uses up its memory or its threads. A key in no set below is not followed; a test asks for each.
 """
 
 import os
