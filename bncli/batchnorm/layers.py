@@ -62,6 +62,20 @@ class LayerStats:
         False  # True beside `n_averaged`, as torch.optim.swa_utils.AveragedModel keeps
     )
 
+    def __repr__(self) -> str:
+        """One line: which layer, how many updates, and between what its statistics lie."""
+        parts = [f"{self.num_features} channels"]
+        if self.num_batches_tracked is not None:
+            parts.append(f"{self.num_batches_tracked} batches tracked")
+        for name in ("running_mean", "running_var"):
+            values = getattr(self, name)
+            if values is None:
+                parts.append(f"no {name}")
+            elif values.numel():
+                wide = values.double()
+                parts.append(f"{name} {float(wide.min()):.3g} to {float(wide.max()):.3g}")
+        return f"LayerStats({self.name!r}: {', '.join(parts)})"
+
 
 def batch_norm_layers(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
     """Every BatchNorm1d/2d/3d and SyncBatchNorm with its name, in model order.

@@ -26,6 +26,7 @@ from bncli.checkpoints.locate import (
 )
 from bncli.checkpoints.own_config import own_hyperparameters
 from bncli.checkpoints.stored_tensor import StoredTensor
+from bncli.wording import plural
 
 # Of all BatchNorm layers together: 8 million channels, where a network has thousands. Read, copied and
 # judged they take several times that.
@@ -43,6 +44,14 @@ class OpenCheckpoint:
     tensors: Mapping[str, StoredTensor]  # of the chosen state dict, in file order, common prefixes stripped
     hyperparameters: Mapping[str, Hyperparameters]  # by layer name, as far as the file tells
     layer_names: tuple[str, ...] = field(repr=False)
+
+    def __repr__(self) -> str:
+        """Which file, of what kind, and what it holds: one line."""
+        where = f" under {self.key!r}" if self.key else ""
+        return (
+            f"OpenCheckpoint({self.source!r}, {self.kind}: {plural(len(self.tensors), 'tensor')}{where},"
+            f" {plural(len(self.layer_names), 'BatchNorm layer')})"
+        )
 
     def layers(self) -> tuple[LayerStats, ...]:
         """All BatchNorm layers; only their tensors are read.

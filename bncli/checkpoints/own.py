@@ -56,6 +56,17 @@ class Checkpoint:
     # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
     averaging: dict[str, dict[str, Tensor]] | None = None
 
+    def __repr__(self) -> str:
+        """What network after how much training, and how good: one line."""
+        accuracy = (
+            "not evaluated" if self.test_accuracy is None else f"test accuracy {self.test_accuracy:.2%}"
+        )
+        recalibrated = ", recalibrated" if self.recalibration else ""
+        return (
+            f"Checkpoint({len(self.state_dict)} tensors, {len(self.class_names)} classes of"
+            f" {self.config.data.name}, after epoch {self.epoch}, {accuracy}{recalibrated})"
+        )
+
     def finished(self) -> "Checkpoint":
         """The same to be used only: without what training would continue from."""
         return replace(self, optimizer=None, running_epoch=None, averaging=None)

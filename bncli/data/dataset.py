@@ -33,6 +33,11 @@ class Split:
             found = f"{labels.dtype} {tuple(labels.shape)}"
             raise DataError(f"labels must be int64 of shape ({len(images)},), found {found}")
 
+    def __repr__(self) -> str:
+        """How many images of what size."""
+        height, width = self.images.shape[2:]
+        return f"Split({len(self):,} images of {height}x{width} pixels)"
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.images)

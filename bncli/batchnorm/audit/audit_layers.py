@@ -30,6 +30,11 @@ class Finding:
     message: str  # one line, with the numbers
     advice: str  # what to do, by what is known of this layer
 
+    def __str__(self) -> str:
+        """What was found where, and what to do."""
+        where = self.layer or "the module itself"
+        return f"{self.code} {self.severity} in {where}: {self.message}. {self.advice}"
+
 
 def audit_layers(
     layers: Sequence[LayerStats],

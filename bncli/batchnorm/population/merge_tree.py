@@ -26,6 +26,10 @@ class BatchTree:
         self._num_indices = 0  # the highest index plus 1
         self.num_batches = 0
 
+    def __repr__(self) -> str:
+        """How many batches it holds."""
+        return f"BatchTree({self.num_batches} batches)"
+
     def add(self, index: int, moments: Moments) -> None:
         """Put in the batch of that index in the whole data set. Raises ValueError if it is there."""
         self._insert({(0, index): moments.to("cpu")}, index + 1, 1)

@@ -39,6 +39,17 @@ class Moments:
     mean: Tensor  # (C,) float64
     m2: Tensor  # (C,) float64, sum of squared deviations from the mean
 
+    def __repr__(self) -> str:
+        """How many values of how many channels, and between what mean and variance lie."""
+        if not len(self.mean) or not self.count:
+            return f"Moments({self.count} values in {len(self.mean)} channels)"
+        variance = self.variance()
+        return (
+            f"Moments({self.count} values in {len(self.mean)} channels,"
+            f" mean {float(self.mean.min()):.3g} to {float(self.mean.max()):.3g},"
+            f" variance {float(variance.min()):.3g} to {float(variance.max()):.3g})"
+        )
+
     @classmethod
     def of(cls, values: Tensor) -> "Moments":
         """The moments of values (N, C, *) of any floating-point type, on their device.
