@@ -2,27 +2,202 @@
 
 *Moved* means that a bit differs (`bncli.batchnorm.bits`): equal NaNs have not moved, and another dtype or
 shape is another tensor. How far is another question, which `bncli.batchnorm.distance` answers; which weights
-feed a layer is a guess, explained in `bncli.batchnorm.feeding`.
+feed a layer is guessed from the order of the tensors.
+
+A state dict keeps the order in which modules were registered, and that nearly always is the order of the
+forward pass. So the tensors that stand between the BatchNorm layer before and a layer are taken to feed it:
+the convolution, usually. Wrong where branches meet: the shortcut of a residual block is not counted.
+
+A file whose names are sorted, as safetensors writes them, has lost that order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.batchnorm.comparison import (
-    STATISTICS_ALONE,
-    WEIGHTS_ALONE,
-    Comparison,
-    LayerComparison,
-)
-from bncli.batchnorm.distance import diverge, summarize_divergence
-from bncli.batchnorm.feeding import STATISTICS, Feeding, find_feeding, order_is_lost, owner
+from bncli.batchnorm.distance import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.batchnorm.layers import LayerStats
 from bncli.batchnorm.moved_alone import MovedAlone, explain_moved_alone
 from bncli.errors import IncomparableError
+from bncli.wording import list_names, plural
+
+STATISTICS_ALONE = "statistics_moved_weights_unchanged"  # flags of a layer, which `compare` explains
+WEIGHTS_ALONE = "weights_moved_statistics_unchanged"
+FROZEN_OR_STALE = (
+    "Frozen BatchNorm keeps its statistics on purpose. Averaged, pruned, merged or quantised weights must"
+    " not: their statistics are those of another network, and have to be measured again."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerComparison:
+    """One BatchNorm layer in both checkpoints: the second's distance from the first."""
+
+    name: str  # in the first
+    name_in_second: str
+    divergence: Divergence | None  # per channel; None where either has no running statistics
+    summary: DivergenceSummary | None
+    statistics_moved: bool  # running_mean or running_var
+    weights_moved: bool  # its own weight or bias
+    feeding_weights_moved: bool | None  # None: no tensor is known to feed it
+    hyperparameters_changed: bool  # momentum or eps, where both know them
+    num_batches_tracked: tuple[int | None, int | None]
+    flags: tuple[str, ...]
+
+    def to_dict(self, *, channels: bool = False) -> dict[str, Any]:
+        """Its entry in the JSON document: plain values, and with `channels` tensors (C,)."""
+        summary = self.summary or DivergenceSummary(num_incomparable=0)
+        numbers = dict(vars(summary))
+        num_incomparable = numbers.pop("num_incomparable")
+        return {
+            "name": self.name,
+            "name_in_second": self.name_in_second,
+            **numbers,
+            "num_incomparable_channels": num_incomparable,
+            "num_batches_tracked_first": self.num_batches_tracked[0],
+            "num_batches_tracked_second": self.num_batches_tracked[1],
+            "statistics_moved": self.statistics_moved,
+            "weights_moved": self.weights_moved,
+            "feeding_weights_moved": self.feeding_weights_moved,
+            "hyperparameters_changed": self.hyperparameters_changed,
+            "flags": self.flags,
+            **({"channels": self.divergence} if channels else {}),
+        }
+
+    def __str__(self) -> str:
+        """One line."""
+        flags = f" [{', '.join(self.flags)}]" if self.flags else ""
+        return f"{self.name}: {self.summary or 'no running statistics in one or both'}{flags}"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The second checkpoint against the first, in the first's order."""
+
+    identical: bool  # every tensor in every bit, and every hyperparameter that both know
+    matched_by: Literal["name", "order"]
+    order_known: bool  # whether a file keeps the order of registration
+    layers: tuple[LayerComparison, ...]
+    only_in_first: tuple[str, ...]  # BatchNorm layers
+    only_in_second: tuple[str, ...]
+    different_num_features: tuple[str, ...]  # layers of one name but other channels: not compared
+    num_tensors: int  # of any kind, that both have
+    num_tensors_changed: int  # of these
+    num_tensors_only_in_first: int
+    num_tensors_only_in_second: int
+    moved_alone: MovedAlone | None  # what is known where statistics moved and no weight did; None: nowhere
+
+    @property
+    def verdict(self) -> str:
+        """What differs, in a sentence or two."""
+        if self.identical:
+            return f"Identical: all {self.num_tensors:,} tensors agree in every bit."
+        parts = [f"{self.num_tensors_changed:,} of {self.num_tensors:,} tensors differ"]
+        lone = {"first": self.num_tensors_only_in_first, "second": self.num_tensors_only_in_second}
+        parts += [f"{count:,} are only in the {which}" for which, count in lone.items() if count]
+        if changed := [layer.name for layer in self.layers if layer.hyperparameters_changed]:
+            parts.append(f"momentum or eps differ in {list_names(changed)}")
+        moved = [
+            (layer.summary.kl, layer.name) for layer in self.layers if layer.summary and layer.summary.kl
+        ]
+        moved.sort(key=lambda item: -item[0])
+        most = ", ".join(name for _, name in moved[:3])
+        return f"{'; '.join(parts)}." + (f" Farthest moved, by KL: {most}." if most else "")
+
+    def flagged(self, flag: str) -> list[str]:
+        """The names of the layers with that flag."""
+        return [layer.name for layer in self.layers if flag in layer.flags]
+
+    def to_dict(self, *, channels: bool = False) -> dict[str, Any]:
+        """The JSON document; with `channels` every layer's numbers per channel."""
+        alone = self.moved_alone
+        return {
+            "identical": self.identical,
+            "verdict": self.verdict,
+            "matched_by": self.matched_by,
+            "order_known": self.order_known,
+            "num_layers": len(self.layers),
+            "layers": [layer.to_dict(channels=channels) for layer in self.layers],
+            "moved_alone": None if alone is None else alone.to_dict(),
+            "only_in_first": self.only_in_first,
+            "only_in_second": self.only_in_second,
+            "different_num_features": self.different_num_features,
+            "num_tensors": self.num_tensors,
+            "num_tensors_changed": self.num_tensors_changed,
+            "num_tensors_only_in_first": self.num_tensors_only_in_first,
+            "num_tensors_only_in_second": self.num_tensors_only_in_second,
+        }
+
+    def __str__(self) -> str:
+        """The verdict, and a line for each flag that a layer has."""
+        lines = [
+            f"{plural(len(self.layers), 'BatchNorm layer')} compared, matched by {self.matched_by}.",
+            self.verdict,
+        ]
+        for flag, text in self.explanations().items():
+            lines.append(f"{flag} ({list_names(self.flagged(flag))}): {text}")
+        return "\n".join(lines)
+
+    def explanations(self) -> dict[str, str]:
+        """What each flag that was raised means here."""
+        texts = {STATISTICS_ALONE: str(self.moved_alone), WEIGHTS_ALONE: FROZEN_OR_STALE}
+        return {flag: text for flag, text in texts.items() if self.flagged(flag)}
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+OWN_TENSORS = (*STATISTICS, "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """What stands before each BatchNorm layer."""
+
+    tensors: Mapping[str, tuple[str, ...]]  # per layer, those that feed it
+    position: Mapping[str, int]  # per name of a tensor, in the order of the forward pass
+    start: Mapping[str, int]  # per layer, the position of its first tensor
+
+    @property
+    def first_layer(self) -> str | None:
+        """The layer that no other is before; None without layers."""
+        return min(self.start, key=lambda layer: self.start[layer], default=None)
+
+
+def find_feeding(names: Sequence[str], layers: Collection[str]) -> Feeding:
+    """Read it off the names in the order of registration; `layers` are the names of BatchNorm layers."""
+    tensors: dict[str, tuple[str, ...]] = {}
+    start: dict[str, int] = {}
+    known, since_last = set(layers), list[str]()
+    for position, name in enumerate(names):
+        layer = owner(name, known)
+        if layer is None:
+            since_last.append(name)
+            continue
+        if layer not in start:
+            tensors[layer], start[layer] = tuple(since_last), position
+        since_last.clear()
+    return Feeding(tensors, {name: position for position, name in enumerate(names)}, start)
+
+
+def owner(name: str, layers: Collection[str]) -> str | None:
+    """The BatchNorm layer whose tensor this is."""
+    layer, _, leaf = name.rpartition(".")
+    return layer if leaf in OWN_TENSORS and layer in layers else None
+
+
+def order_is_lost(dtypes: Mapping[str, torch.dtype]) -> bool:
+    """Whether the names of tensors (with their types) are sorted within each type, as in safetensors.
+
+    An affine BatchNorm registers its weight before its bias, so the order of registration is hardly ever
+    that of the alphabet.
+    """
+    by_dtype: dict[torch.dtype, list[str]] = {}
+    for name, dtype in dtypes.items():
+        by_dtype.setdefault(dtype, []).append(name)
+    return all(names == sorted(names) for names in by_dtype.values())
 
 
 class ReadableTensor(Protocol):

@@ -4,10 +4,12 @@ Reading copies: nothing that is done to a result can reach the model, and the mo
 changing a result.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -197,3 +199,30 @@ def _count(value: object) -> int | None:
 
 def _dtype(value: object) -> torch.dtype | None:
     return None if not isinstance(value, Tensor) or is_lazy(value) else value.dtype
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Smallest, middle and largest value, in the tensor's unit. One NaN makes all three NaN."""
+
+    min: float
+    median: float
+    max: float
+
+
+def summarize(tensor: Tensor | None) -> Summary | None:
+    """Summarise every value of a tensor of any shape, in float64; None for no tensor or no values.
+
+    Nothing is left out: infinities count as the values they are, and a NaN, which has no place in an
+    order, turns the whole summary into NaN. The median of an even number of values is the mean of the
+    two in the middle.
+    """
+    if tensor is None or tensor.numel() == 0:
+        return None
+    # tens of thousands of small tensors: NumPy sorts them several times faster than PyTorch, NaN last as well
+    values = np.sort(tensor.detach().cpu().double().flatten().numpy())
+    if math.isnan(values[-1]):
+        return Summary(math.nan, math.nan, math.nan)
+    low, high = float(values[(len(values) - 1) // 2]), float(values[len(values) // 2])
+    median = low / 2 + high / 2  # low + high might overflow
+    return Summary(float(values[0]), median, float(values[-1]))

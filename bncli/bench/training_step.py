@@ -4,6 +4,8 @@ The plain loop is what a tutorial shows: float32, contiguous tensors, a `DataLoa
 `torchvision.datasets`-style samples with torchvision's transforms, SGD. Both sides start from the same
 weights, take batches of the same size, and are timed with loading and augmentation included. The plain loop
 runs in a process of its own, because what bncli sets for its whole process would speed it up as well.
+
+`matrix_gflops` says how fast this machine multiplies matrices: the yardstick for a share of its peak.
 """
 
 import statistics
@@ -12,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bncli.bench.matrix_peak import matrix_gflops
+import torch
+
 from bncli.bench.plain_loop import plain_process
 from bncli.config import Config
 from bncli.data import Progress as DataProgress
@@ -23,6 +26,18 @@ from bncli.runtime import synchronize
 from bncli.training import Setup, prepare
 from bncli.training.loop import training_step
 from bncli.training.run import Run
+
+
+def matrix_gflops(device: torch.device, precision: torch.dtype, size: int = 2048) -> float:
+    """The best of several products of square matrices, in 1e9 floating-point operations a second."""
+    matrix = torch.randn(size, size, device=device).to(precision)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9
 
 
 @dataclass(frozen=True)

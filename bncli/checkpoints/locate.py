@@ -14,7 +14,7 @@ from itertools import islice
 from bncli.batchnorm import Hyperparameters
 from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import Global, Inert, walk
+from bncli.checkpoints.formats.inert_pickle import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, read_module
 from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.errors import NoBatchNormError

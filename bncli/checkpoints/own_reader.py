@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bncli.checkpoints.any_content import named, open_file, read_content, without_collector
 from bncli.checkpoints.byte_source import UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import Global, Inert
+from bncli.checkpoints.formats.inert_pickle import Global, Inert
 from bncli.checkpoints.formats.torch_zip import SIGNATURE, read_torch_zip
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor
 

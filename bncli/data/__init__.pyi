@@ -6,10 +6,10 @@ from .dataset import Split as Split
 from .epoch_batches import BatchPlan as BatchPlan
 from .epoch_batches import micro_batches as micro_batches
 from .epoch_batches import num_micro_batches as num_micro_batches
+from .epoch_batches import sample_batches as sample_batches
 from .epoch_batches import sequential_batches as sequential_batches
 from .epoch_batches import training_batches as training_batches
 from .fingerprint import digest_dataset as digest_dataset
 from .load import load_dataset as load_dataset
 from .normalization import Normalization as Normalization
 from .normalization import measure_normalization as measure_normalization
-from .random_sample import sample_batches as sample_batches

@@ -1,9 +1,9 @@
 from .certificate import BATCH_SIZES as BATCH_SIZES
 from .certificate import BatchSizeCheck as BatchSizeCheck
 from .certificate import Certificate as Certificate
+from .certificate import Claim as Claim
 from .certificate import Claims as Claims
 from .certificate import TrainModeContrast as TrainModeContrast
 from .certificate import certify as certify
-from .claim import Claim as Claim
 from .fixed_shape import DEFAULT_ROWS as DEFAULT_ROWS
 from .fixed_shape import FixedShape as FixedShape

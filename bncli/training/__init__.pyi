@@ -1,6 +1,3 @@
-from .calibration_images import training_sample as training_sample
-from .describe import SetupDescription as SetupDescription
-from .describe import describe_setup as describe_setup
 from .loop import EpochDone as EpochDone
 from .loop import Started as Started
 from .loop import StepDone as StepDone
@@ -13,4 +10,7 @@ from .recalibrated import Verification as Verification
 from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
 from .recalibrated import verify_checkpoint as verify_checkpoint
 from .setup import Setup as Setup
+from .setup import SetupDescription as SetupDescription
+from .setup import describe_setup as describe_setup
 from .setup import prepare as prepare
+from .setup import training_sample as training_sample

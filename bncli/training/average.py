@@ -16,8 +16,7 @@ from torch import Tensor
 from bncli.batchnorm import batch_norm_layers
 from bncli.errors import BncliError, DivergedError, StoppedError
 from bncli.models.convnet import ConvNet
-from bncli.training.calibration_images import training_sample
-from bncli.training.setup import Setup
+from bncli.training.setup import Setup, training_sample
 
 # For the statistics. 2,000 repair a ruined network as well as it ever was (README: A demonstration), and take
 # 1 % of the time of an epoch over 50,000 images; 5,000 would take 3 %

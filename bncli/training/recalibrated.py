@@ -22,9 +22,9 @@ from bncli.hardware import describe_machine
 from bncli.models.convnet import ConvNet
 from bncli.recorded_config import MAX_EVAL_BATCH
 from bncli.runtime import Runtime
-from bncli.training.calibration_images import training_sample
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, writing
+from bncli.training.setup import training_sample
 
 RecalibrationMethod = Literal["exact", "precise", "debias"]
 PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)

@@ -1,7 +1,13 @@
-"""Everything a run decides before its first step: data, network, batches, device."""
+"""Everything a run decides before its first step: data, network, batches, device.
+
+Training images to measure statistics on begin here too.
+
+`bncli train --dry-run` shows it as numbers.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from bncli.config import Config
 from bncli.data import (
@@ -15,10 +21,14 @@ from bncli.data import (
     load_dataset,
     measure_normalization,
     num_micro_batches,
+    sample_batches,
 )
 from bncli.errors import ConfigError
-from bncli.models.convnet import ConvNet, build_model, smallest_map
+from bncli.models.convnet import ConvNet, LayerCost, build_model, measure_layers, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
+
+if TYPE_CHECKING:
+    from bncli.batches import Batches
 
 STEPS_BETWEEN_CHECKS = 100  # on a GPU; as many are taken once more, one by one, to find the first bad one
 NUM_WHITENING_IMAGES = 1_000  # a million 2x2 patches at 32x32; more only take memory
@@ -144,3 +154,54 @@ def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
     if smallest < plan.min_batch:
         reason = f"{size} leaves BatchNorm one value per channel in a part of a batch"
         raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])
+
+
+def training_sample(split: Split, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
+    """Images of the split on the device, as often as a measurement wants to go through them."""
+    return lambda: (runtime.place(images) for images, _ in sample_batches(split, batch_size, num_images))
+
+
+@dataclass(frozen=True)
+class SetupDescription:
+    """A run, described before its first step."""
+
+    config: Config
+    runtime: dict[str, Any]
+    dataset: str
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # (channels, height, width)
+    num_train_images: int
+    num_test_images: int
+    normalization: Normalization
+    layers: tuple[LayerCost, ...]
+    num_parameters: int
+    flops_per_image: int  # of a forward pass; a multiplication and an addition count as two
+    steps_per_epoch: int
+    num_steps: int
+    batch_size: int
+    last_batch_size: int
+    images_left_out_per_epoch: int
+
+
+def describe_setup(setup: Setup) -> SetupDescription:
+    """Everything that is decided before the first step, as numbers."""
+    layers = measure_layers(setup.model, setup.image_shape)
+    num_train_images = len(setup.dataset.train)
+    return SetupDescription(
+        config=setup.config,
+        runtime=setup.runtime.describe_training(),
+        dataset=setup.dataset.name,
+        class_names=setup.dataset.class_names,
+        image_shape=setup.image_shape,
+        num_train_images=num_train_images,
+        num_test_images=len(setup.dataset.test),
+        normalization=setup.normalization,
+        layers=layers,
+        num_parameters=sum(layer.num_parameters for layer in layers),
+        flops_per_image=sum(layer.flops for layer in layers),
+        steps_per_epoch=setup.plan.num_steps,
+        num_steps=setup.num_steps,
+        batch_size=setup.plan.batch_size,
+        last_batch_size=setup.plan.last_batch_size,
+        images_left_out_per_epoch=num_train_images - setup.plan.num_images_per_epoch,
+    )

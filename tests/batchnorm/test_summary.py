@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bncli.batchnorm.summary import Summary, summarize
+from bncli.batchnorm.layers import Summary, summarize
 
 
 @given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=9))

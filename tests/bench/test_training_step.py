@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from bncli.bench.matrix_peak import matrix_gflops
 from bncli.bench.plain_loop import _plain_twin, plain_process
+from bncli.bench.training_step import matrix_gflops
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.errors import BncliError

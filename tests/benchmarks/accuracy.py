@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import bncli
-from bncli.bench.matrix_peak import matrix_gflops
+from bncli.bench.training_step import matrix_gflops
 from bncli.cli.app import main
 from bncli.cli.messages import print_error, print_note
 from bncli.cli.opened_checkpoint import open_config

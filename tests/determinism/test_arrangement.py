@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bncli.determinism.arrangement import (
+from bncli.determinism.pairing import (
     Rearranged,
     at_other_places,
     consecutive,

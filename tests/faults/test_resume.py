@@ -15,7 +15,7 @@ from bncli.config_file import load_config
 from bncli.data import Split
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.training import Started, train
-from bncli.training.lock import LOCK_NAME, locked
+from bncli.training.run_dir import LOCK_NAME, locked
 from bncli.training.setup import Setup, prepare
 from tests.conftest import Bncli, save_as_if_whole
 from tests.faults.conftest import FAULTY, content_of, metrics_of, resume_forged, same_run

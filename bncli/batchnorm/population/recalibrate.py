@@ -1,15 +1,21 @@
-"""Replace running statistics by population statistics: the one function here that changes a model."""
+"""Replace running statistics by population statistics: the one function here that changes a model.
+
+The method debias removes the start (0, 1) of an exponential average without any data. After t batches an
+average with momentum m holds the fraction r = (1 - m)**t of what it started with, and 1 - r of the batches:
+running = r * start + (1 - r) * batches. So batches = (running - r * start) / (1 - r), the bias correction
+of Adam (Kingma & Ba 2015). It holds if momentum was the same for all batches and the start was PyTorch's;
+neither can be seen in a checkpoint, except where a variance turns out negative.
+"""
 
 from dataclasses import dataclass
-from math import isnan
+from math import isfinite, isnan
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor
-from bncli.batchnorm.layers import batch_norm_layers, write_statistics
-from bncli.batchnorm.population.debias import without_start
+from bncli.batchnorm.layers import batch_norm_layers, float64_statistics, write_statistics
 from bncli.batchnorm.population.measure import Population, measure_population
 from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.one_pass import PassProgress
@@ -17,6 +23,25 @@ from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_la
 from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError
 from bncli.wording import plural
+
+
+def without_start(layer: _BatchNorm) -> tuple[Tensor, Tensor] | str:
+    """What running_mean and running_var (C,) would hold without their start, float64; or why not."""
+    if layer.momentum is None:
+        return "has momentum None: a cumulative average holds nothing of its start"
+    if layer.num_batches_tracked is None:
+        return "does not know how many batches it tracked"
+    num_batches = float(layer.num_batches_tracked)
+    if not isfinite(num_batches) or num_batches < 0 or not 0 <= layer.momentum <= 1:
+        return f"has momentum {layer.momentum:g} and tracked {num_batches:g} batches, which cannot be"
+    rest = (1 - layer.momentum) ** num_batches
+    if rest == 1:
+        return f"holds nothing but its start: {num_batches:g} batches with momentum {layer.momentum:g}"
+    mean, var = float64_statistics(layer)
+    mean, var = mean / (1 - rest), (var - rest) / (1 - rest)
+    if not bool((var >= 0).all()):
+        return "did not start at variance 1, or momentum was not constant: a variance would be negative"
+    return mean, var
 
 
 @dataclass(frozen=True)
@@ -75,7 +100,7 @@ def recalibrate(
     was tracked. The variance written is the biased one (`bncli.batchnorm.population.measure` says why).
 
     `exact` and `precise` take the arguments of `measure_population`. `debias` takes no batches: it removes
-    the start (0, 1) from an exponential average of few steps (`bncli.batchnorm.population.debias`).
+    the start (0, 1) from an exponential average of few steps (`bncli.batchnorm.population.recalibrate`).
 
     Raises DataError for batches that cannot be used, and BncliError if no layer can be recalibrated or
     one sees values that are not finite.

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import Global, walk
+from bncli.checkpoints.formats.inert_pickle import Global, walk
 
 READ = "bncli reads files of PyTorch and safetensors so far"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported

@@ -10,7 +10,7 @@ from math import isfinite
 
 from bncli.batchnorm import Hyperparameters
 from bncli.checkpoints.byte_source import UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import Inert
+from bncli.checkpoints.formats.inert_pickle import Inert
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 MAX_NAME = 4096  # characters

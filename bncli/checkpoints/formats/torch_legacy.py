@@ -6,8 +6,7 @@ The storages follow in the order of the keys, each a count of elements (8 bytes)
 
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign import recognise_file, recognise_pickle
-from bncli.checkpoints.formats.inert_pickle import read_pickle
-from bncli.checkpoints.formats.pickle_machine import Global, Inert
+from bncli.checkpoints.formats.inert_pickle import Global, Inert, read_pickle
 from bncli.checkpoints.formats.torch_pickle import TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from bncli.checkpoints.byte_source import UnreadableFileError
-from bncli.checkpoints.formats.pickle_machine import MAX_OPERATIONS, Global, Inert
+from bncli.checkpoints.formats.inert_pickle import MAX_OPERATIONS, Global, Inert
 from bncli.checkpoints.stored_tensor import Storage, stored_tensor
 
 # torch.FloatStorage and its kin: the type that a storage of torch.save has

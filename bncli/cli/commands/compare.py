@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption
+from bncli.cli.options import JsonOption, LayerOption, matching_layers
 from bncli.errors import CheckpointError, IncomparableError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def compare_checkpoints(
     The files are only read. Exits with 1 if anything differs, in the whole files, whatever --layer shows.
     """
     from bncli.cli.tables.compare import comparison_rows, show_channels_compared, show_comparison
-    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.table import print_json
 
     check_csv_option(csv, as_json=as_json)

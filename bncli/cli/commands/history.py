@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption
+from bncli.cli.options import JsonOption, LayerOption, matching_layers
 
 
 def show_history(
@@ -24,7 +23,7 @@ def show_history(
 
     The run recorded it; nothing is computed. A run that is still going can be read.
     """
-    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.history import convergence_rows, show_convergence
     from bncli.cli.tables.table import print_json
     from bncli.training.convergence import read_convergence

@@ -20,9 +20,8 @@ from bncli.cli.audit_options import (
     refuse_options,
     sort_layers,
 )
-from bncli.cli.layer_names import LayerOption, matching_layers
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption
+from bncli.cli.options import JsonOption, LayerOption, matching_layers
 from bncli.errors import ConfigError
 from bncli.wording import plural
 
@@ -66,8 +65,7 @@ def inspect_stats(
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     _refuse_what_others_read(source, context.args)
     from bncli.batchnorm.audit.audit_layers import audit_layers, check_thresholds, selected_rules
-    from bncli.cli.tables.csv_file import STDOUT, check_csv_option, write_csv
-    from bncli.cli.tables.csv_rows import layer_rows
+    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, layer_rows, write_csv
     from bncli.cli.tables.inspect_stats import describe_layers, show_channels, show_layers
     from bncli.cli.tables.table import print_json
 

@@ -128,8 +128,8 @@ def _read_ahead(data: "DataConfig", recorded_root: str | None) -> None:
 def _with_recorded_root(run_dir: Path, followed: "FollowedConfig") -> "Config":
     """The configuration with the recorded data.root, where that holds the data that the run began with."""
     from bncli.checkpoints import load_checkpoint
+    from bncli.cli.opened_checkpoint import followed_data
     from bncli.cli.progress import ProgressReporter
-    from bncli.cli.unfollowed_places import followed_data
 
     def record() -> "DataRecord":
         if not (run_dir / "last.pt").is_file():

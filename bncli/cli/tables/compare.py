@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
-from bncli.batchnorm.comparison import STATISTICS_ALONE
+from bncli.batchnorm.compare import STATISTICS_ALONE
 from bncli.cli.messages import one_line
-from bncli.cli.tables.csv_file import Row
+from bncli.cli.tables.csv_rows import Row
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, show_lines, table_of
 from bncli.wording import list_names
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from bncli.cli.messages import one_line
-from bncli.cli.tables.csv_file import Row
+from bncli.cli.tables.csv_rows import Row
 from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines, table_of
 from bncli.training.convergence import Convergence
 from bncli.wording import plural

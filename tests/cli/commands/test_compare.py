@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bncli.batchnorm import compare
 from bncli.checkpoints import open_checkpoint
 from bncli.cli.plots.heat_map import resample
-from bncli.cli.tables.csv_file import format_csv
+from bncli.cli.tables.csv_rows import format_csv
 from tests.conftest import Bncli
 
 
