@@ -86,8 +86,8 @@ def fold_batch_norm(model: nn.Module) -> Folding:
     activation in timm's `BatchNormAct2d`). Weights are computed in float64 and rounded once to their type;
     one that was shared with another layer is shared no more.
 
-    What is seen, by torch.fx, is the code that `model(inputs)` runs in eval mode, with optional arguments at
-    their defaults. Nothing is computed.
+    What is seen, by torch.fx, is the code that `model(inputs)` runs in eval mode: no other method, and
+    optional arguments at their defaults. Nothing is computed; meanwhile there are two copies in memory.
 
     Raises BncliError for a model that cannot be copied, or is not built yet. The copy itself raises it where
     BatchNorm1d was folded into `nn.Linear`, say, and an input is not (N, C) but (N, C, L), where the two mean
@@ -220,40 +220,37 @@ def _neighbour(network: _Network, norm: _BatchNorm, calls: tuple[fx.Node, ...], 
 
 def _end_of_walk(network: _Network, norm: _BatchNorm, call: fx.Node, *, is_before: bool) -> fx.Node:
     """The call of the layer that can take this one in, past others that may be passed. Raises _KeptError."""
-    step = _step_back if is_before else _step_on
     passed: list[nn.Module] = []
-    node, problem = step(call)
-    while problem is None and (name := layer_of(node)) is not None and is_passable(network.layers[name]):
+    last, node = call, _step(call, is_before)
+    while (name := layer_of(node)) is not None and is_passable(network.layers[name]):
         assert node is not None
         passed.append(network.layers[name])
-        node, problem = step(node)
+        if is_before and users_of(node) != [last]:
+            break
+        last, node = node, _step(node, is_before)
     name = layer_of(node)
     layer = None if name is None else network.layers[name]
     if node is None or not isinstance(layer, _ConvNd | nn.Linear):
         raise _KeptError("", beside="several things" if node is None and not is_before else describe(node))
-    problem = problem or problem_of_pair(layer, norm, is_before=is_before)
-    problems = [problem, *(problem_of_passing(one, layer, norm) for one in passed)]
+    is_shared = is_before and users_of(node) != [last]
+    problems = [
+        "feeds something else as well" if is_shared else None,
+        problem_of_pair(layer, norm, is_before=is_before),
+        *(problem_of_passing(one, layer, norm) for one in passed),
+    ]
     problem = next((one for one in problems if one is not None), None)
     if problem is not None:
         raise _KeptError(f"the {type(layer).__name__} {_side(is_before)} {problem}")
     return node
 
 
+def _step(node: fx.Node, is_before: bool) -> fx.Node | None:
+    """What made the input of a call, or what takes its output, if that is one thing."""
+    if is_before:
+        return input_of(node)
+    users = users_of(node)
+    return users[0] if len(users) == 1 else None
+
+
 def _side(is_before: bool) -> str:
     return "before it" if is_before else "after it"
-
-
-def _step_back(node: fx.Node) -> tuple[fx.Node | None, str | None]:
-    """What made the input of a call, and what keeps the two from being one."""
-    before = input_of(node)
-    is_only = before is None or users_of(before) == [node]
-    return before, None if is_only else "feeds something else as well"
-
-
-def _step_on(node: fx.Node) -> tuple[fx.Node | None, str | None]:
-    """What takes the output of a call, if that is one thing, and what keeps the two from being one."""
-    users = users_of(node)
-    if len(users) != 1:
-        return None, None
-    is_input = users[0].op == "output" or input_of(users[0]) is node
-    return users[0], None if is_input else "takes it otherwise than as its input"

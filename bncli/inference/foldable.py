@@ -94,8 +94,6 @@ def problem_of_passing(between: Any, layer: Any, norm: Any) -> str | None:
         has_divisor = getattr(between, "divisor_override", None) is not None
         is_padded = between.count_include_pad and any(_numbers(between.padding))
         return f"is cut off by {kind}, whose weights do not sum to 1" if has_divisor or is_padded else None
-    if between.return_indices:
-        return f"is cut off by {kind}, which returns indices"
     increases = norm.weight is None or bool((norm.weight >= 0).all())
     return None if increases else f"is cut off by {kind}, since BatchNorm has a negative weight"
 

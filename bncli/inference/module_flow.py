@@ -189,10 +189,11 @@ class _Tracer(StandInTracer):
 
     def _one_step(self, m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Proxy:
         call = self.create_proxy("call_module", type(m).__name__, args, kwargs)
-        if self.seen.is_layer(m):
+        is_layer = self.seen.is_layer(m)
+        if is_layer:
             call.node.meta["layer"] = self.seen.name_of(m)
-        else:
-            call.node.meta["is_unknown"] = True
+        is_simple = is_layer and not isinstance(m, nn.RNNBase | nn.RNNCellBase) and not list(m.children())
+        call.node.meta["is_unknown"] = not is_simple  # whether a tensor comes out, or a tuple, say
         return call
 
     def _past_a_hook(self, values: Any) -> Any:

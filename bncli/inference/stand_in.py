@@ -64,9 +64,7 @@ class StandInTracer(fx.Tracer):
         """`answers` are given to the first questions; True is given to others, and noted there."""
         super().__init__()
         self.graph = fx.Graph()
-        self.depth = (
-            0  # of the calls that are being followed; questions are answered in the first module alone
-        )
+        self.depth = 0  # of calls that are being followed; only the first module has its questions answered
         self.device = torch.device("cpu")
         self._answers = answers
         self._num_asked = 0
@@ -185,8 +183,16 @@ def _asks_for_metadata(node: fx.Node) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     """Whether a value is made from sizes alone."""
-    inputs = node.all_input_nodes
-    return _asks_for_metadata(node) or (bool(inputs) and all(map(_is_number, inputs)))
+    waiting, seen = [node], {node}
+    while waiting:
+        one = waiting.pop()
+        if _asks_for_metadata(one):
+            continue
+        if one.op != "call_function" or not one.all_input_nodes:
+            return False
+        waiting += set(one.all_input_nodes) - seen
+        seen.update(waiting)
+    return True
 
 
 def has_hooks(module: nn.Module) -> bool:

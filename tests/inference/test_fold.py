@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -171,10 +172,44 @@ class Magnitude(nn.Conv2d):
         return super().forward(x).abs()
 
 
+class Backwards(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, padding=1)
+
+
+class OtherWeight(nn.Conv2d):
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.other = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.other, self.bias)
+
+
+class ByItsWeight(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.weight.mean())
+
+
+class Custom(nn.BatchNorm2d):
+    """BatchNorm in eval mode but for one argument."""
+
+    def __init__(self, num_features: int, **changed: object) -> None:
+        super().__init__(num_features)
+        self.changed = changed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        names = ("running_mean", "running_var", "weight", "bias", "eps")
+        arguments = {name: getattr(self, name) for name in names} | self.changed
+        if arguments.pop("absolute", False):
+            arguments["weight"] = arguments["weight"].abs() + 1
+        return F.batch_norm(x, **arguments)
+
+
 class Padded(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gap = 2 if x.shape[-1] > 100 else 1
-        return super().forward(nn.functional.pad(x, (gap, gap, gap, gap)))
+        return super().forward(F.pad(x, (gap, gap, gap, gap)))
 
 
 class AlwaysTraining(nn.BatchNorm2d):
@@ -183,11 +218,25 @@ class AlwaysTraining(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    ("convolution", "norm", "num_folded", "reason"),
+    ("first", "second", "num_folded", "reason"),
     [
         (nn.Conv2d(3, 3, 1), Norm(3), 1, ""),
         (nn.Conv2d(3, 3, 1), Activated(3), 1, ""),
         (Padded(3, 3, 3), nn.BatchNorm2d(3), 1, ""),
+        (nn.Conv2d(3, 3, 1), Custom(3), 1, ""),
+        (nn.Conv2d(3, 3, 1), Custom(3, eps=0.5), 0, "it is a Custom, which computes in a way of its own"),
+        (nn.Conv2d(3, 3, 1), Custom(3, training=True), 0, "it is a Custom, which computes in a way"),
+        (nn.Conv2d(3, 3, 1), Custom(3, weight=None), 0, "it is a Custom, which computes in a way"),
+        (nn.Conv2d(3, 3, 1), Custom(3, absolute=True), 0, "it is a Custom, which computes in a way"),
+        (Backwards(3, 3, 3), nn.BatchNorm2d(3), 0, "the Backwards before it computes in a way"),
+        (OtherWeight(3, 3, 3), nn.BatchNorm2d(3), 0, "the OtherWeight before it computes in a way"),
+        (ByItsWeight(3, 3, 3), nn.BatchNorm2d(3), 0, "the ByItsWeight before it computes in a way"),
+        (
+            nn.ReLU(),
+            nn.Sequential(Activated(3), nn.Conv2d(3, 3, 1)),
+            0,
+            "between ReLU and its own activation",
+        ),
         (nn.Conv2d(3, 3, 1), Twice(3), 0, "it is a Twice, which computes in a way of its own"),
         (Standardized(3, 3, 3), nn.BatchNorm2d(3), 0, "the Standardized before it computes in a way"),
         (Magnitude(3, 3, 3), nn.BatchNorm2d(3), 0, "the Magnitude before it computes in a way"),
@@ -196,10 +245,10 @@ class AlwaysTraining(nn.BatchNorm2d):
     ],
 )
 def test_subclasses_are_folded_as_far_as_their_own_code_allows(
-    convolution: nn.Module, norm: nn.Module, num_folded: int, reason: str
+    first: nn.Module, second: nn.Module, num_folded: int, reason: str
 ) -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    folding = assert_folded(nn.Sequential(convolution, norm), x, num_folded)
+    folding = assert_folded(nn.Sequential(first, second), x, num_folded)
     assert all(reason in layer.reason for layer in folding.kept)
 
 
@@ -221,6 +270,12 @@ def block_hooked() -> nn.Module:
     return nn.Sequential(block, nn.BatchNorm2d(3))
 
 
+def between_hooked() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.BatchNorm2d(3))
+    model[1].register_forward_hook(lambda _module, _inputs, output: output.abs())
+    return model
+
+
 def parametrized() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     nn.utils.parametrizations.weight_norm(model[0])
@@ -239,6 +294,7 @@ def patched() -> nn.Module:
         (hooked(), "it has a hook"),
         (convolution_hooked(), "the Conv2d before it has a hook"),
         (block_hooked(), "between a module with a hook and the output"),
+        (between_hooked(), "it lies between Identity and the output"),
         (parametrized(), "a weight that is computed from others"),
         (patched(), "computes in a way of its own"),
         (nn.BatchNorm2d(3), "it is the whole network"),
@@ -247,6 +303,17 @@ def patched() -> nn.Module:
 def test_what_is_watched_or_patched_stays(model: nn.Module, reason: str) -> None:
     folding = assert_folded(model, torch.randn(2, 3, 8, 8, dtype=torch.float64), 0)
     assert reason in folding.kept[0].reason
+
+
+def test_dropout_that_is_never_off_is_not_passed() -> None:
+    class AlwaysOn(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self[1].training = True
+            return self
+
+    folding = fold_batch_norm(AlwaysOn(nn.Conv2d(3, 3, 1), nn.Dropout(), nn.BatchNorm2d(3)))
+    assert folding.kept[0].reason.startswith("it lies between Dropout and the output")
 
 
 def test_a_weight_that_two_layers_share_stays_as_it_was_for_the_other_one() -> None:

@@ -210,6 +210,25 @@ class AsksTheUnknown(Pair):
         return self.conv(x) if isinstance(self.measure(x), Tensor) else super().forward(x)
 
 
+class AsksWhatALayerGives(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.GRU(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if isinstance(self.cells(x[0]), tuple) else super().forward(x)
+
+
+class SharedPool(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(self.conv(x))
+        return self.norm(h) + h
+
+
 class AsksForMore(Pair):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.tensors) if hasattr(x, "tensors") else self.conv(x)
@@ -238,6 +257,8 @@ class Functional(Pair):
         (AsksTheKind, "the network does not call it in eval mode"),
         (AsksTorchTheKind, "the network does not call it in eval mode"),
         (AsksTheUnknown, "torch.fx cannot follow AsksTheUnknown.forward (TraceError: it asks what kind"),
+        (AsksWhatALayerGives, "torch.fx cannot follow AsksWhatALayerGives.forward (TraceError: it asks"),
+        (SharedPool, "it lies between AvgPool2d and add"),
         (AsksForMore, "the network does not call it in eval mode"),
         (Functional, "code outside reads the weights or statistics"),
     ],
