@@ -21,17 +21,20 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.errors import BncliError
-from bncli.inference.foldable import (
+from bncli.inference.folded_layers import (
+    EvalNorm,
+    folded_ahead,
+    folded_behind,
     is_passable,
     is_plain_norm,
     problem_of_norm,
     problem_of_pair,
     problem_of_passing,
+    remove_norm,
+    set_weights,
 )
-from bncli.inference.folded_layers import EvalNorm, folded_ahead, folded_behind, remove_norm, set_weights
 from bncli.inference.module_flow import ModuleFlow, follow_modules, layer_of
-from bncli.inference.own_forward import modules_behind
-from bncli.inference.stand_in import describe, input_of, users_of
+from bncli.inference.stand_in import describe, input_of, modules_behind, users_of
 
 _NUM_NAMES = 3  # of the layers that are kept for one reason, in print
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bncli.inference import Folding, fold_batch_norm
-from bncli.inference.called_whole import calls_parts_whole
+from bncli.inference.module_flow import calls_parts_whole
 
 
 class Pair(nn.Module):
