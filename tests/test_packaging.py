@@ -12,7 +12,7 @@ import pytest
 import bncli
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"pyproject.toml", "bncli", "configs", "tests", "README.md", "Makefile", "LICENSE"}
+ALLOWED = {"pyproject.toml", "bncli", "configs", "findings", "tests", "README.md", "Makefile", "LICENSE"}
 
 
 def test_the_top_level_holds_what_was_agreed_and_nothing_else() -> None:

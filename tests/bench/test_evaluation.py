@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.bench import evaluation, onnx_session
+from bncli.bench import evaluation
 from bncli.bench.evaluation import FOLDED, ONNX, OURS, PLAIN, _in_turns, _paths, _ratio
 from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config import RuntimeConfig
@@ -46,7 +46,7 @@ def test_without_onnx_runtime_its_row_says_so(
 
 def test_a_package_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
-    assert onnx_session.missing_packages() == ("onnx",)
+    assert evaluation.missing_packages() == ("onnx",)
 
 
 def test_all_paths_compute_the_same_network(finished_run: Path) -> None:
