@@ -163,7 +163,8 @@ class Certificate:
             return f"--batch-invariant does not hold on this machine: the last bits depend on {where}."
         return (
             f"{in_eval}, though the last bits of its logits depend on {where},"
-            f" which --batch-invariant prevents; {in_train} companions."
+            " which batches of one fixed shape prevent (bncli.FixedShape, --batch-invariant);"
+            f" {in_train} companions."
         )
 
     def to_dict(self) -> dict[str, Any]:

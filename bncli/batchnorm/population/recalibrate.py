@@ -8,7 +8,7 @@ neither can be seen in a checkpoint, except where a variance turns out negative.
 """
 
 from dataclasses import dataclass
-from math import isfinite, isnan
+from math import hypot, inf, isfinite, isnan, log
 from typing import Literal
 
 from torch import Tensor, nn
@@ -71,16 +71,23 @@ class Recalibration:
 
     def __str__(self) -> str:
         """How many layers, on how many images, and which moved furthest."""
-        furthest = max(self.layers, key=lambda layer: layer.mean_shift_in_new_deviations)
-        shift = furthest.mean_shift_in_new_deviations
+        furthest = max(self.layers, key=_how_far)
         measured = f", measured on {plural(self.num_images, 'image')}" if self.num_images else ""
         left_alone = f", {len(self.skipped)} left alone" if self.skipped else ""
         return (
             f"{plural(len(self.layers), 'BatchNorm layer')} recalibrated ({self.method})"
             f"{measured}{left_alone}\n"
-            f"furthest off was {furthest.name}: running_mean by {shift:.2g} deviations,"
-            f" running_var {furthest.var_ratio:.2g} times the new one"
+            f"furthest off was {furthest.name}: running_mean by"
+            f" {furthest.mean_shift_in_new_deviations:.2g} deviations, running_var by a factor of"
+            f" {furthest.var_ratio:.2g}"
         )
+
+
+def _how_far(layer: LayerChange) -> float:
+    """Both distances in one, as in `LayerGap.self_consistency`; what is no number is farthest."""
+    if isnan(layer.var_ratio) or isnan(layer.mean_shift_in_new_deviations) or layer.var_ratio <= 0:
+        return inf
+    return hypot(layer.mean_shift_in_new_deviations, log(layer.var_ratio))
 
 
 def recalibrate(

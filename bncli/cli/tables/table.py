@@ -22,11 +22,18 @@ def print_json(result: Any) -> None:
     print(to_json(result, in_lines=True))
 
 
+class _Console(Console):
+    """A console whose reader may leave early: rich would end the program with 1, our answer "no"."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console_for_results() -> Console:
     """Stdout, without colours or a width where it is no terminal."""
     # off a terminal rich would cut everything at 80 columns; a file has no width
     width = None if sys.stdout.isatty() else 1000
-    return Console(highlight=False, markup=False, emoji=False, width=width)
+    return _Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
