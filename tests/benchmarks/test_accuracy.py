@@ -71,6 +71,7 @@ def test_targets_come_in_rising_order_each_once() -> None:
     assert parse_targets("0.9, 0.8,0.9") == (0.8, 0.9)
 
 
+@pytest.mark.slow
 def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(
     benchmark: Benchmark, tmp_path: Path
 ) -> None:

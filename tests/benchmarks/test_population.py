@@ -8,6 +8,7 @@ from tests.benchmarks.population import app
 SMALL = (app, "--rounds", 2, "--images", 4, "--batch-size", 2, "--image-size", 32)
 
 
+@pytest.mark.slow
 def test_the_bench_prints_errors_and_ratios_beside_the_rivals(benchmark: Benchmark) -> None:
     result = benchmark(*SMALL, "--json").json
     assert [one["cut"] for one in result["errors"]] == ["equal", "unequal", "single image"]

@@ -269,6 +269,7 @@ def test_every_rule_has_a_test_that_triggers_it() -> None:
     assert {name for name, _, _ in TRIGGERS} | over_layers == {rule.name for rule in RULES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_init", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_freshly_trained_torchvision_resnet_has_no_finding(zero_init: bool) -> None:
     torch.manual_seed(0)

@@ -512,6 +512,7 @@ def test_fine_tuning_raises_no_alarm_and_a_layer_that_missed_batches_does(traine
     assert loud(one.state_dict()) == {("counter_unequal", "warning")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "mobilenet_v2", pytest.param("densenet121", marks=pytest.mark.slow)]
 )

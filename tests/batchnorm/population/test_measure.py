@@ -361,6 +361,7 @@ def count_multiplications(model: nn.Module) -> Callable[[], int]:
     return lambda: done[0]
 
 
+@pytest.mark.slow
 def test_resnet18_costs_a_few_forward_passes_for_20_layers(trials: dict[Restarts, float]) -> None:
     from bncli.torchvision_compat import import_torchvision
 
