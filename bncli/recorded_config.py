@@ -91,15 +91,21 @@ def follow_config(recorded: Config, overrides: list[str] | None, *, source: str)
 
 
 def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) -> FollowedConfig:
-    """Follow the configuration of a run that is resumed: as it was told, but for its places.
+    """Follow the configuration of a run that is resumed: as it was told, but for places and too many threads.
 
     Raises:
         ConfigError: an override cannot be used.
     """
     values = recorded.model_dump(mode="json")
     values["data"] = {key: value for key, value in values["data"].items() if _is_followed("data", key)}
+    named = keys_of(overrides or [])
+    notes: tuple[str, ...] = ()
+    for key, reason in _out_of_bounds(recorded):
+        if key == "runtime.threads" and not named & {key, "runtime"}:
+            threads = values["runtime"].pop("threads")
+            notes = (f"{source} records {key}={threads}, which is not followed: {reason}; --set {key}=...",)
     config = config_from_dict(values, overrides, source=source)
-    return FollowedConfig(config, recorded, keys_of(overrides or []), ())
+    return FollowedConfig(config, recorded, named, notes)
 
 
 def _is_followed(section: str, key: str) -> bool:

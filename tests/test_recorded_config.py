@@ -96,6 +96,9 @@ def test_another_data_set_on_the_command_line_leaves_nothing_of_the_recorded_one
 
 def test_a_resumed_run_computes_as_it_was_told_but_takes_no_place_from_its_file():
     found = follow_run(STRANGE, [], source="run/config.yaml")
-    assert (found.config.runtime, found.config.train) == (STRANGE.runtime, STRANGE.train)
+    # but for threads that this machine does not have
+    runtime = STRANGE.runtime.model_copy(update={"threads": None})
+    assert (found.config.runtime, found.config.train) == (runtime, STRANGE.train)
+    assert [note for note in found.notes if "runtime.threads" in note]
     assert found.config.data == Cifar10Config()
     assert found.recorded_root == "/a"

@@ -84,7 +84,8 @@ def _provide(
         archive = _named_archive(config.archive)
     else:
         archive = next(filter(_is_archive, files.archives(root)), None)
-    if archive is None and config.url is None and not may_download:
+    begun = any(files.begun_folders(root))  # incomplete or damaged: better named than downloaded anew
+    if archive is None and config.url is None and (begun or not may_download):
         raise DataError(_not_there(root))
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -102,6 +103,7 @@ def _provide(
 def _not_there(root: Path) -> str:
     """What is wrong at `root`, and what to type."""
     folder = root if root.name == files.FOLDER else root / files.FOLDER
+    folder = next(files.begun_folders(root), folder)
     missing = files.missing_files(folder)
     if not folder.is_dir():
         found = f"there is no {folder}, nor one above or below"

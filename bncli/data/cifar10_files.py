@@ -61,6 +61,11 @@ def batch_folders(root: Path) -> Iterator[Path]:
     return (folder for folder in _places(root) if not missing_files(folder))
 
 
+def begun_folders(root: Path) -> Iterator[Path]:
+    """Yield the folders in these places that hold at least one file of such a name."""
+    return (folder for folder in _places(root) if len(missing_files(folder)) < len((*TRAIN, *TEST, *META)))
+
+
 def archives(root: Path) -> Iterator[Path]:
     """Yield the files of the archive's name at `root`, just above or just below."""
     candidates = (folder / ARCHIVE for folder in (root, _above(root), *_folders_in(root)))

@@ -29,6 +29,7 @@ from bncli.batchnorm.audit.initial import (
 from bncli.batchnorm.audit.rule_definition import Hit, Limits, Rule, Severity, Threshold, Values, rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError
+from bncli.wording import plural
 
 MAX_MULTIPLE = 8  # updates per step that BN011 knows; beyond, two counters are a multiple by chance
 
@@ -89,13 +90,13 @@ def never_updated(network: Network, _: Limits) -> Iterator[Hit]:
     harmless cause: the statistics were absorbed into weight and bias, as detection frameworks do before they
     freeze a network. detectron2 then writes 1 - eps for the variance, which counts as 1 here.
 
-    Knows: It is an error where bncli's own training made the statistics, where batches were counted although
-    weight and bias are still initial (nothing was absorbed), and where statistics, weight, bias and counters
-    of the whole network are those of a new one: it was never trained.
+    Knows: It is an error where bncli's own training made the statistics: its record says that batches were
+    averaged, and nothing else wrote there.
 
-    Cannot know: Trained weights beside (0, 1) look the same whether the statistics were lost or absorbed.
-    With a counter that is a warning, since absorbed networks are usually shipped without; without a counter,
-    or in a frozen class, it is an info. One new layer in a trained network may be unused.
+    Cannot know: Trained weights beside (0, 1) look the same whether the statistics were lost or absorbed,
+    into weight and bias or, with these at 1 and 0, into the convolution before. With a counter that is a
+    warning, since absorbed networks are usually shipped without; without a counter, or in a frozen class, it
+    is an info. One new layer in a trained network may be unused.
 
     Source: PyTorch documentation, torch.nn.BatchNorm2d; kuangliu/pytorch-cifar#162 (a load that loads
     nothing)
@@ -122,30 +123,23 @@ def _judge_initial(
     advice = AVERAGED if layer.weights_were_averaged else NO_MOMENTUM if stuck else None
     if layer.is_frozen:
         return "info", "right if they were absorbed into weight and bias, unless they were lost", FROZEN
-    if is_new:
-        return (
-            "error",
-            "weight and bias are initial too, in every layer: this network was never trained",
-            advice,
-        )
-    if count and (has_initial_affine or layer.averaged_by_training):
+    batches = plural(count, "batch", "batches")
+    if count and layer.averaged_by_training:
         because = ", because momentum is 0" if stuck else ""
-        return "error", f"{count} batches were normalised in train mode and left no trace{because}", advice
-    if has_initial_affine:
-        return (
-            "warning",
-            "weight and bias are initial too: no training reached the layer, unless it is unused",
-            advice,
-        )
+        return "error", f"{batches} in train mode left no trace{because}", advice
+    own = "weight and bias are initial too" if layer.weight is not None else "it has no weight and bias"
+    if is_new:
+        text = f"{own}, in every layer: no BatchNorm of this network was ever used in train mode"
+        return "warning", f"{text}, unless the layers before absorbed them", advice
     if count:
         cause = "momentum is 0" if stuck else "they were put back"
         if assumed:
             cause = "momentum was 0 or they were put back"
-        return (
-            "warning",
-            f"after {count} batches: {cause}, unless they were absorbed into weight and bias",
-            advice,
-        )
+        where = "the layer before" if has_initial_affine else "weight and bias"
+        return "warning", f"after {batches}: {cause}, unless they were absorbed into {where}", advice
+    if has_initial_affine:
+        text = f"{own}: no training reached the layer, unless it is unused or the layer before absorbed them"
+        return "warning", text, advice
     if layer.num_batches_tracked is not None:
         text = (
             "weight and bias are not initial: the statistics are lost, unless they were absorbed into these"
@@ -576,7 +570,10 @@ def counter_type(network: Network, _: Limits) -> Iterator[Hit]:
         if layer.counter_dtype not in (None, torch.int64):
             name = str(layer.counter_dtype).removeprefix("torch.")
             advice = AVERAGED if layer.weights_were_averaged else None
-            yield Hit(index, (), {"dtype": name}, f"num_batches_tracked is {name}", advice=advice)
+            severity: Severity = "warning"
+            if not layer.counter_dtype.is_floating_point:  # no average makes another whole number
+                severity, advice = "info", "Store the counter as int64; the statistics are not concerned."
+            yield Hit(index, (), {"dtype": name}, f"num_batches_tracked is {name}", severity, advice)
 
 
 @dataclass(frozen=True)
@@ -770,9 +767,10 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
     except beside such counters, where variances have left 1 together, farther than they scatter. The share is
     given as these bounds, the lower one rounded down to a tenth.
 
-    Cannot know: Inputs whose variance truly is 1. So a single layer on standardised features, and one that
-    directly follows another BatchNorm (its variances are then that one's squared weights), are not judged; a
-    deep chain of rotations of white noise would be reported wrongly once its weights were trained. That real
+    Cannot know: Inputs whose variance truly is 1, also where a momentum and a counter say that nothing of (0,
+    1) is left: an average over a whole module keeps both. So a single layer on standardised features, and one
+    that directly follows another BatchNorm (its variances are then that one's squared weights), are not
+    judged; a deep and wide chain that keeps the variance of white noise at 1 is reported wrongly. That real
     layers are less even is measured, not proved. Shares below a half, and those that large variances of the
     data hide, are not found.
 
@@ -792,9 +790,13 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
             layer = network.layers[index]
             # few channels may be more even than layers usually are: the bound is rounded down
             low = min(floor(10 * min(share.at_least, at_most)) / 10, 0.9)
-            text = f"between {low:g} and {at_most:.2g} of (0, 1) is left: the variances lie close to 1"
+            text = (
+                f"between {low:g} and {at_most:.2g} of (0, 1) is left, as the variances close to 1 show,"
+                " unless the layer's inputs truly have variance 1"
+            )
             values: Values = {"share_at_least": low, "share_at_most": at_most}
-            yield Hit(index, (), values, text, advice=AVERAGED if layer.weights_were_averaged else None)
+            advice = AVERAGED if layer.weights_were_averaged else None
+            yield Hit(index, (), values, text, advice=advice)
 
 
 MIN_VARIANCE = 0.5  # below it BN014 calls nothing "close to 1"
@@ -874,6 +876,8 @@ def few_batches(network: Network, limits: Limits) -> Iterator[Hit]:
     for index, layer in enumerate(network.layers):
         if initial[index] or layer.was_measured or layer.running_var is None:
             continue
+        if layer.weights_were_averaged:  # an average of averages, by a decay that no file tells: BN014's
+            continue
         momentum, assumed = momentum_of(layer)
         text = None if assumed else describe_large_momentum(momentum, limits["effective_batches"])
         if text is not None and momentum is not None:
@@ -904,7 +908,8 @@ def describe_large_momentum(momentum: float | None, effective_batches: float = 2
     if not momentum or (2 - momentum) / momentum >= effective_batches:
         return None
     batches = (2 - momentum) / momentum
-    return f"with momentum {momentum:g} the statistics are in effect those of {batches:.3g} batches"
+    in_words = f"{batches:.3g} batches" if batches > 1 else "the last batch"
+    return f"with momentum {momentum:g} the statistics are in effect those of {in_words}"
 
 
 RULES = tuple(found for found in tuple(globals().values()) if isinstance(found, Rule))

@@ -85,7 +85,9 @@ def inspect_stats(
     if plot is not None:
         from bncli.cli.plots.inspect_stats import plot_running_stats
 
-        plot_running_stats(layers, findings, plot)
+        # infos are not marked, as they are not listed below the table, unless asked for by name
+        marked = [finding for finding in findings if select is not None or finding.severity != "info"]
+        plot_running_stats(layers, marked, plot)
         print_note(f"wrote {plot}")
     if csv is not None:
         write_csv(layer_rows(layers, findings, channels=channels), csv)

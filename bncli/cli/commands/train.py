@@ -105,7 +105,10 @@ def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
     from bncli.training.run_dir import find_config
 
     path = find_config(run_dir)
-    return follow_run(load_config(path), overrides, source=str(path))
+    followed = follow_run(load_config(path), overrides, source=str(path))
+    for note in followed.notes:
+        print_note(note)
+    return followed
 
 
 def _read_ahead(data: "DataConfig", recorded_root: str | None) -> None:
