@@ -327,6 +327,20 @@ def test_where_nothing_may_be_fetched_unasked_the_error_says_what_to_type(tiny, 
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_incomplete_or_damaged_folder_is_named_and_nothing_is_downloaded(tiny, tmp_path, server, inside):
+    tiny.monkeypatch.setattr(cifar10_files, "URL", server.url)
+    folder = tmp_path / FOLDER if inside else tmp_path / "mine"
+    folder.mkdir()
+    config = Cifar10Config(root=str(tmp_path if inside else folder))
+    (folder / "data_batch_1").write_bytes(b"")
+    assert f"{folder} lacks data_batch_2, " in error_of(config)
+    for name in tiny.files:
+        (folder / name).write_bytes(b"")
+    assert f"{folder} is damaged" in error_of(config)
+    assert server.requests == []
+
+
 def test_a_damaged_batch_is_replaced_from_the_archive(tiny, tmp_path):
     config = Cifar10Config(root=str(tmp_path), archive=str(tiny.archive))
     load_dataset(config)
