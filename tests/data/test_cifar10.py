@@ -330,9 +330,10 @@ def test_where_nothing_may_be_fetched_unasked_the_error_says_what_to_type(tiny, 
 @pytest.mark.parametrize("inside", [True, False])
 def test_an_incomplete_or_damaged_folder_is_named_and_nothing_is_downloaded(tiny, tmp_path, server, inside):
     tiny.monkeypatch.setattr(cifar10_files, "URL", server.url)
-    folder = tmp_path / FOLDER if inside else tmp_path / "mine"
-    folder.mkdir()
-    config = Cifar10Config(root=str(tmp_path if inside else folder))
+    base = tmp_path / "base" / "data"  # away from the archive
+    folder = base / FOLDER if inside else base / "mine"
+    folder.mkdir(parents=True)
+    config = Cifar10Config(root=str(base if inside else folder))
     (folder / "data_batch_1").write_bytes(b"")
     assert f"{folder} lacks data_batch_2, " in error_of(config)
     for name in tiny.files:
