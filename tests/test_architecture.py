@@ -145,6 +145,7 @@ def test_training_imports_nothing_of_other_commands() -> None:
     loaded = set(done.stdout.split())
     assert {"bncli.training.loop", "bncli.batchnorm.tracking", "bncli.evaluation.evaluate"} <= loaded
     others = {
+        "bncli.batchnorm.audit.rules",
         "bncli.batchnorm.population.recalibrate",
         "bncli.determinism.certificate",
         "bncli.checkpoints.any_file",

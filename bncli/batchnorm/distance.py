@@ -20,12 +20,12 @@ when its output did not move at all. Other direction: exchange the two.
 """
 
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.audit.audit_layers import DEFAULT_EPS
-from bncli.batchnorm.layers import LayerStats
+from bncli.batchnorm.layers import PYTORCH_EPS, LayerStats
 from bncli.wording import plural
 
 MeanAndVar = tuple[Tensor, Tensor]  # (C,) each, of any floating-point type
@@ -57,7 +57,7 @@ class Distance:
     @property
     def rms_mean_shift(self) -> float:
         """Root mean square over channels, in deviations of the reference."""
-        return _rms(self.mean_shift)
+        return rms(self.mean_shift)
 
     @property
     def mean_var_ratio(self) -> float:
@@ -164,7 +164,7 @@ def summarize_divergence(found: Divergence) -> DivergenceSummary:
     z, r, kl = shift[usable], found.var_ratio[usable], found.kl[usable]
     return DivergenceSummary(
         num_incomparable=num_incomparable,
-        mean_shift_in_first_deviations=_rms(z),
+        mean_shift_in_first_deviations=rms(z),
         max_mean_shift_in_first_deviations=float(z.abs().max()),
         max_mean_shift_channel=int(shift.abs().masked_fill(~usable, -1).argmax()),
         var_ratio=_geometric_mean(r),
@@ -177,8 +177,14 @@ def summarize_divergence(found: Divergence) -> DivergenceSummary:
     )
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
+def nan_as_farthest(distance: float) -> float:
+    """The distance, with infinity for what is no number: so that a broken layer ranks as the worst."""
+    return float("inf") if isnan(distance) else distance
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square over channels."""
+    return float(values.double().square().mean().sqrt())
 
 
 def _geometric_mean(values: Tensor) -> float:
@@ -198,5 +204,5 @@ def _excess(one: Tensor, two: Tensor) -> Tensor:
 
 def _eps(first: LayerStats, second: LayerStats) -> tuple[float, float]:
     one, two = first.eps, second.eps
-    known = next((eps for eps in (one, two) if eps is not None), DEFAULT_EPS)
+    known = next((eps for eps in (one, two) if eps is not None), PYTORCH_EPS)
     return (known if one is None else one, known if two is None else two)

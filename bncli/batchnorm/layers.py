@@ -17,6 +17,9 @@ from torch.nn.parameter import is_lazy
 
 from bncli.batchnorm.state_dict import batch_norm_keys, batch_norm_names
 
+PYTORCH_EPS = 1e-5  # the default of torch.nn.BatchNorm2d; assumed where a state dict leaves eps unknown
+PYTORCH_MOMENTUM = 0.1  # likewise
+
 AVERAGED_KEY = "n_averaged"  # how many weights torch.optim.swa_utils.AveragedModel has averaged
 
 

@@ -35,10 +35,9 @@ from typing import Any, Literal
 
 from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.distance import Divergence
-from bncli.batchnorm.layers import LayerStats
+from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
 from bncli.wording import plural
 
-DEFAULT_MOMENTUM = 0.1  # PyTorch's, where a file does not tell
 NUM_IMAGES = 32  # in a batch; of larger ones averaging explains less
 KURTOSIS = 5.0
 ALLOWANCE = 3.0  # times what averaging leaves on average
@@ -234,7 +233,7 @@ def _reach(layer: Measured) -> Reach | None:
 def _averaging_noise(one: LayerStats, two: LayerStats) -> float:
     """Mean square of what averaging leaves between two of the same data, in deviations."""
     known = next((layer for layer in (two, one) if layer.hyperparameters_known), None)
-    momentum = DEFAULT_MOMENTUM if known is None else known.momentum
+    momentum = PYTORCH_MOMENTUM if known is None else known.momentum
     if momentum is None:  # a cumulative average over all batches
         counts = (layer.num_batches_tracked for layer in (one, two))
         return sum(1 / max(count or 1, 1) for count in counts) / NUM_IMAGES

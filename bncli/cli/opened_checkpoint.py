@@ -88,7 +88,6 @@ class Subject:
     followed: "FollowedConfig"
     runtime: "Runtime"
     model: "Module"
-    fixed_rows: int | None  # of --batch-invariant; None without it
 
     @property
     def config(self) -> "Config":
@@ -114,10 +113,8 @@ def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bo
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
     network = runtime.place_model(load_model(checkpoint))
-    if not batch_invariant:
-        return Subject(path, checkpoint, followed, runtime, network, None)
-    fixed = FixedShape(network)
-    return Subject(path, checkpoint, followed, runtime, fixed, fixed.rows)
+    model = FixedShape(network) if batch_invariant else network
+    return Subject(path, checkpoint, followed, runtime, model)
 
 
 def load_subject_data(subject: Subject) -> "Dataset":

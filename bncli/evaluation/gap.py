@@ -18,13 +18,13 @@ own fault.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import isnan
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor, check_repeatable, read_with
+from bncli.batchnorm.distance import nan_as_farthest
 from bncli.batchnorm.layers import write_statistics
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.batchnorm.population.measure import Method, measure_population
@@ -285,8 +285,8 @@ def _try_repairs(
 
 def _shortlist(consistency: list[LayerGap]) -> set[str]:
     """The least consistent layers; a score that is no number is the worst."""
-    by_score = sorted(consistency, key=lambda gap: _rank(gap.self_consistency), reverse=True)
-    first = [gap for gap in consistency if _rank(gap.self_consistency) > INCONSISTENT][:1]
+    by_score = sorted(consistency, key=lambda gap: nan_as_farthest(gap.self_consistency), reverse=True)
+    first = [gap for gap in consistency if nan_as_farthest(gap.self_consistency) > INCONSISTENT][:1]
     return {gap.name for gap in (first + by_score)[:MAX_TRIALS]}
 
 
@@ -308,11 +308,11 @@ def _worst(consistency: list[LayerGap]) -> str | None:
     The repair of a later layer can make up for an earlier fault, never the other way round. Layers that are
     ten times as consistent as the worst are out of the question.
     """
-    worst_score = max((_rank(gap.self_consistency) for gap in consistency), default=0.0)
+    worst_score = max((nan_as_farthest(gap.self_consistency) for gap in consistency), default=0.0)
     suspects = {
         gap.name: gap.recovered
         for gap in consistency
-        if gap.recovered is not None and _rank(gap.self_consistency) >= worst_score / 10
+        if gap.recovered is not None and nan_as_farthest(gap.self_consistency) >= worst_score / 10
     }
     most = max(suspects.values(), default=0.0)
     return next((name for name, part in suspects.items() if part >= 0.9 * most), None) if most > 0 else None
@@ -321,7 +321,3 @@ def _worst(consistency: list[LayerGap]) -> str | None:
 def _first(outcomes: Outcomes, like: Outcomes) -> Outcomes:
     """As many images from the start as the other has."""
     return Outcomes(outcomes.right[: len(like.right)], outcomes.losses[: len(like.right)])
-
-
-def _rank(score: float) -> float:
-    return float("inf") if isnan(score) else score

@@ -7,13 +7,13 @@ computed as `bncli eval` computes it, autocast included, since that is where the
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
+from bncli.batchnorm.distance import nan_as_farthest
 from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
 from bncli.data import Dataset, sequential_batches
 from bncli.errors import StoppedError
@@ -95,7 +95,7 @@ class Verification:
     @property
     def verdict(self) -> str:
         """One sentence: whether they are a fixed point, and where they are furthest off."""
-        worst = max(self.layers, key=lambda layer: _rank(layer.max_relative_error))
+        worst = max(self.layers, key=lambda layer: nan_as_farthest(layer.max_relative_error))
         error = f"{worst.max_relative_error:.1e} in {worst.name}"
         if self.self_consistent:
             return f"Self-consistent: no statistic is further off than {error}."
@@ -239,7 +239,3 @@ def _count(record: Mapping[str, object], key: str, largest: int | None = None) -
     if type(value) is not int or value < 1 or (largest is not None and value > largest):
         return None
     return value
-
-
-def _rank(error: float) -> float:
-    return float("inf") if isnan(error) else error

@@ -7,13 +7,11 @@ A finding is a claim about a layer as it is; a healthy trained network has none 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from bncli.batchnorm.audit.channels import PYTORCH_EPS, network_of
+from bncli.batchnorm.audit.channels import network_of
 from bncli.batchnorm.audit.rule_definition import Hit, Rule, Severity, Values
 from bncli.batchnorm.audit.rules import DEFAULT_THRESHOLDS, RULES, find_rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError
-
-DEFAULT_EPS = PYTORCH_EPS
 
 
 @dataclass(frozen=True)

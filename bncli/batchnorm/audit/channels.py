@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.layers import LayerStats
-
-PYTORCH_EPS = 1e-5  # the default of torch.nn.BatchNorm2d; assumed where a state dict leaves eps unknown
+from bncli.batchnorm.layers import PYTORCH_EPS, LayerStats
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 import torch
 
 from bncli.batchnorm.audit.channels import Network
-from bncli.batchnorm.layers import LayerStats
+from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
 
-PYTORCH_MOMENTUM = 0.1  # the default of torch.nn.BatchNorm2d; assumed where a state dict leaves it unknown
 # Chosen on the networks of the corpus, which also judged the rules: up to 0.80 (median over the layers) in
 # those of torchvision and timm after 50 steps, 0.88 in small untrained ones and in wide ones on white noise.
 EVEN = 0.85

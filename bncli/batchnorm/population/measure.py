@@ -19,10 +19,11 @@ from typing import Literal
 from torch import nn
 
 from bncli.batches import Batches, GetTensor, read_with
+from bncli.batchnorm.distance import rms
 from bncli.batchnorm.population.exact.layer_by_layer import measure_exact
 from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.one_pass import PassProgress, measure_pass, rms
+from bncli.batchnorm.population.one_pass import PassProgress, measure_pass
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
 from bncli.errors import BncliError
 from bncli.wording import plural

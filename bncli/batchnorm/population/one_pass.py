@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, SameImages, inputs_of
+from bncli.batchnorm.distance import rms
 from bncli.batchnorm.population.hooks import recording
 from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.errors import DataError
@@ -71,11 +72,6 @@ def measure_pass(
     if same_images is not None:
         same_images.end_pass()
     return MeasuredPass(trees, num_images, count, stopped)
-
-
-def rms(values: Tensor) -> float:
-    """Root mean square over channels."""
-    return float(values.double().square().mean().sqrt())
 
 
 def _worst_error(trees: Mapping[str, BatchTree], layers: Mapping[str, _BatchNorm]) -> float:
