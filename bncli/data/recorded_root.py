@@ -34,15 +34,17 @@ def check_recorded_root(
     Raises:
         DataError: it does not, or nothing tells; the message is the reason alone.
     """
+    if not isinstance(data, Cifar10Config | ImageFolderConfig):
+        return
+    if not _is_looked_at(user_path(data.root, "data.root")):
+        raise DataError("such a path is not looked at")
     if isinstance(data, Cifar10Config):
         folders = recorded_batches(data.root)
         if not folders:
             raise DataError("it does not hold CIFAR-10")
         if not any(map(cifar10_files.is_whole, folders)):
             raise DataError("what it holds is not CIFAR-10 as published")
-    elif isinstance(data, ImageFolderConfig):
-        if not _is_looked_at(user_path(data.root, "data.root")):
-            raise DataError("such a path is not looked at")
+    else:
         digest, class_names = record()
         if digest is None:
             raise DataError("no digest is recorded to know the images by")
