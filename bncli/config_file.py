@@ -48,6 +48,24 @@ def keys_of(overrides: list[str]) -> frozenset[str]:
     return frozenset(override.partition("=")[0].strip() for override in overrides)
 
 
+def override_values(overrides: list[str]) -> dict[str, Any]:
+    """The values that `section.key=value` overrides give, as sections within sections.
+
+    Raises:
+        ConfigError: one of them is no KEY=VALUE, or its value is no YAML.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        values = _apply_override(values, override)
+    return values
+
+
+def override_of(key: str, text: str) -> str:
+    """The override that gives a dotted key this very text, whatever YAML would make of it."""
+    escaped = (char if char.isprintable() and char not in '"\\' else f"\\U{ord(char):08x}" for char in text)
+    return f'{key}="{"".join(escaped)}"'
+
+
 def dump_config(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
     values = config.model_dump(mode="json")
@@ -198,6 +216,11 @@ def _describe(problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     found = _shown(problem.get("input"))
     if kind == "extra_forbidden":
+        others = [name for name, model in _data_models().items() if location[-1] in model.model_fields]
+        if location[0] == "data" and others:
+            name = section.model_fields["name"].default if section else "chosen"
+            having = " and ".join(others) + (" have" if len(others) > 1 else " has")
+            return f"{key}: the data set {name} has no such key; {having} it (data.name chooses)"
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"

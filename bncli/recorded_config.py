@@ -43,7 +43,7 @@ class FollowedConfig:
     config: Config  # its places are the command line's or the defaults
     recorded: Config
     named: frozenset[str]  # the keys that the command line gives
-    notes: tuple[str, ...]  # what is not followed of how to compute, and why
+    notes: dict[str, str]  # by key: what is not followed of how to compute, and why
 
     @property
     def recorded_root(self) -> str | None:
@@ -80,14 +80,14 @@ def follow_config(recorded: Config, overrides: list[str] | None, *, source: str)
         section: {key: value for key, value in keys.items() if _is_followed(section, key)}
         for section, keys in values.items()
     }
-    notes = []
+    notes = {}
     for key, reason in _out_of_bounds(recorded):
         section, _, name = key.partition(".")
         value = followed[section].pop(name)
         if key not in named and section not in named:
-            notes.append(f"{source} records {key}={value}, which is not followed: {reason}; --set {key}=...")
+            notes[key] = f"{source} records {key}={value}, which is not followed: {reason}; --set {key}=..."
     config = config_from_dict(followed, overrides, source=source)
-    return FollowedConfig(config, recorded, named, tuple(notes))
+    return FollowedConfig(config, recorded, named, notes)
 
 
 def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) -> FollowedConfig:
@@ -99,11 +99,11 @@ def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) ->
     values = recorded.model_dump(mode="json")
     values["data"] = {key: value for key, value in values["data"].items() if _is_followed("data", key)}
     named = keys_of(overrides or [])
-    notes: tuple[str, ...] = ()
+    notes = {}
     for key, reason in _out_of_bounds(recorded):
         if key == "runtime.threads" and not named & {key, "runtime"}:
             threads = values["runtime"].pop("threads")
-            notes = (f"{source} records {key}={threads}, which is not followed: {reason}; --set {key}=...",)
+            notes[key] = f"{source} records {key}={threads}, which is not followed: {reason}; --set {key}=..."
     config = config_from_dict(values, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
 

@@ -95,21 +95,25 @@ class Subject:
         return self.followed.config
 
 
-def open_subject(path: Path, overrides: list[str] | None, *, batch_invariant: bool) -> Subject:
-    """Read a checkpoint and place its network.
+def open_subject(
+    path: Path, overrides: list[str] | None, *, command: str, batch_invariant: bool = False
+) -> Subject:
+    """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
     from bncli.checkpoints import load_checkpoint, load_model
     from bncli.cli.messages import note_emulation
+    from bncli.cli.overrides import has_effect
     from bncli.determinism import FixedShape
     from bncli.recorded_config import follow_config
     from bncli.runtime import resolve_runtime
 
     checkpoint = load_checkpoint(path)
     followed = follow_config(checkpoint.config, overrides, source=str(path))
-    for note in followed.notes:
-        print_note(note)
+    for key, note in followed.notes.items():
+        if has_effect(key, command):
+            print_note(note)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
     network = runtime.place_model(load_model(checkpoint))

@@ -14,6 +14,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=3; repeatable."),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps: as --set runtime.device."
+    ),
+]
+DataRootOption = Annotated[
+    str | None,
+    typer.Option("--data-root", metavar="FOLDER", help="Where the data set lies: as --set data.root."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 BatchInvariantOption = Annotated[
     bool,

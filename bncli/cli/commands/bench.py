@@ -6,7 +6,15 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
-from bncli.cli.options import CheckpointArgument, ConfigArgument, JsonOption, SetOption
+from bncli.cli.options import (
+    CheckpointArgument,
+    ConfigArgument,
+    DataRootOption,
+    DeviceOption,
+    JsonOption,
+    SetOption,
+)
+from bncli.cli.overrides import effective_overrides
 
 bench_app = typer.Typer(help="Time training and evaluation on this machine, beside other ways of computing.")
 
@@ -20,6 +28,8 @@ def bench() -> None:
 def bench_train(
     config: ConfigArgument,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each loop, in turns.")] = 5,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Training steps in a round.")] = 4,
     workers: Annotated[int, typer.Option(min=0, max=64, help="Of the plain loop's DataLoader.")] = 0,
@@ -31,6 +41,7 @@ def bench_train(
     from bncli.cli.tables.bench import show_training_step_bench
     from bncli.cli.tables.table import print_json
 
+    overrides = effective_overrides("bench train", overrides, device=device, data_root=data_root)
     with ProgressReporter() as progress:
         result = bench_training_step(
             open_config(config, overrides),
@@ -48,6 +59,8 @@ def bench_train(
 def bench_eval(
     checkpoint: CheckpointArgument,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all paths, in turns.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Images in a batch.")] = 256,
     batches: Annotated[int, typer.Option(min=1, max=1000, help="Batches in a round.")] = 2,
@@ -59,7 +72,8 @@ def bench_eval(
     from bncli.cli.tables.bench import show_evaluation_bench
     from bncli.cli.tables.table import print_json
 
-    subject = open_subject(checkpoint, overrides, batch_invariant=False)
+    overrides = effective_overrides("bench eval", overrides, device=device, data_root=data_root)
+    subject = open_subject(checkpoint, overrides, command="bench eval")
     dataset = load_subject_data(subject)
     result = bench_evaluation(
         subject.checkpoint,

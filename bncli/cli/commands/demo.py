@@ -8,7 +8,8 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
-from bncli.cli.options import JsonOption, SetOption, make_empty_dir
+from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption, make_empty_dir
+from bncli.cli.overrides import effective_overrides
 from bncli.errors import BncliError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def demonstrate_repair(
         ),
     ] = None,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     num_images: Annotated[
         int, typer.Option(min=2, help="Training images that population statistics are measured on.")
     ] = 5_000,
@@ -38,8 +41,10 @@ def demonstrate_repair(
     from bncli.cli.tables.table import print_json
     from bncli.demo import demonstrate
 
+    command = "demo" if checkpoint is None else "demo CHECKPOINT"
+    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
     if checkpoint is not None:
-        subject = open_subject(checkpoint, overrides, batch_invariant=False)
+        subject = open_subject(checkpoint, overrides, command=command)
     if save_dir is not None:
         make_empty_dir(save_dir)
     if checkpoint is None:
@@ -77,4 +82,4 @@ def _train_subject(overrides: list[str] | None) -> "Subject":
         raise BncliError(f"{problem}; set TMPDIR to a directory that can be written") from None
     with directory as folder, TrainReporter() as reporter:
         result = train(config, Path(folder) / "run", report=reporter, data_progress=reporter.data)
-        return open_subject(result.checkpoint, overrides, batch_invariant=False)
+        return open_subject(result.checkpoint, overrides, command="demo")

@@ -6,6 +6,7 @@ needs itself) is imported at the top, and each check tells its own failure.
 With a CHECKPOINT: is it whole, and what is in a foreign one.
 """
 
+import contextlib
 import importlib
 import os
 import platform
@@ -21,7 +22,8 @@ import typer
 
 import bncli
 from bncli.cli.messages import one_line, wrapped
-from bncli.cli.options import JsonOption, SetOption
+from bncli.cli.options import DataRootOption, JsonOption, SetOption
+from bncli.cli.overrides import effective_overrides
 from bncli.errors import (
     BncliError,
     CheckpointError,
@@ -122,14 +124,19 @@ def diagnose(
         Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
     ] = None,
     overrides: SetOption = None,
+    data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Say what is installed and whether training can start here, or whether a checkpoint is whole.
 
     Exit code 1 if something is wrong. The answer names no user: paste it into a bug report.
     """
-    if checkpoint is not None and overrides:
-        raise ConfigError("bncli doctor", ["--set says where data lies; leave it out beside a CHECKPOINT"])
+    if checkpoint is not None and (overrides or data_root is not None):
+        problem = "--set and --data-root say where data lie, and no data are read to check a CHECKPOINT"
+        raise ConfigError("bncli doctor", [f"{problem}; leave them out"])
+    # a library that this needs may be broken: the check of the data set, which needs it too, says so
+    with contextlib.suppress(ImportError):
+        overrides = effective_overrides("doctor", overrides, data_root=data_root)
     checks = _of_machine(overrides) if checkpoint is None else checks_of_checkpoint(checkpoint)
     checks = [Check(c.name, c.verdict, _anonymous(c.found), c.fix and _anonymous(c.fix)) for c in checks]
     is_well = all(check.verdict != "problem" for check in checks)

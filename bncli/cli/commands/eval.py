@@ -10,11 +10,14 @@ from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
     CheckpointArgument,
+    DataRootOption,
+    DeviceOption,
     JsonOption,
     SetOption,
     check_writable,
     parse_sizes,
 )
+from bncli.cli.overrides import effective_overrides
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 def evaluate_checkpoint(
     checkpoint: CheckpointArgument,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     num_images: Annotated[int, typer.Option(min=1, help="Test images for the certificate.")] = 256,
     batch_sizes: Annotated[
         str, typer.Option(metavar="N,N,...", help="Batch sizes of the certificate.")
@@ -67,7 +72,8 @@ def evaluate_checkpoint(
     if tta is not None and (batch_invariant or sweep is not None or gap):
         raise ConfigError("--tta", ["goes with none of --batch-invariant, --sweep and --gap; leave them out"])
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
-    subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
+    overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
+    subject = open_subject(checkpoint, overrides, command="eval", batch_invariant=batch_invariant)
     calibration = num_calibration_images if gap else None
     report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
     if save is not None:

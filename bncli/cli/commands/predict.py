@@ -9,7 +9,14 @@ import typer
 
 from bncli.cli.messages import one_line, print_error
 from bncli.cli.opened_checkpoint import open_subject
-from bncli.cli.options import BatchInvariantOption, CheckpointArgument, JsonOption, SetOption
+from bncli.cli.options import (
+    BatchInvariantOption,
+    CheckpointArgument,
+    DeviceOption,
+    JsonOption,
+    SetOption,
+)
+from bncli.cli.overrides import effective_overrides
 from bncli.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,6 +33,7 @@ def predict_images(
     top: Annotated[int, typer.Option(min=1, metavar="K", help="Show the K most probable classes.")] = 1,
     batch_invariant: BatchInvariantOption = False,
     overrides: SetOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Name the class of each image, and its probability, on one line.
@@ -35,7 +43,8 @@ def predict_images(
     """
     from bncli.cli.tables.table import print_json
 
-    subject = open_subject(checkpoint, overrides, batch_invariant=batch_invariant)
+    overrides = effective_overrides("predict", overrides, device=device)
+    subject = open_subject(checkpoint, overrides, command="predict", batch_invariant=batch_invariant)
     answers: list[dict[str, Any]] = []
     all_answered = True
     for name in images:

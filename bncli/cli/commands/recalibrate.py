@@ -8,7 +8,15 @@ import typer
 
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
-from bncli.cli.options import CheckpointArgument, JsonOption, SetOption, check_writable
+from bncli.cli.options import (
+    CheckpointArgument,
+    DataRootOption,
+    DeviceOption,
+    JsonOption,
+    SetOption,
+    check_writable,
+)
+from bncli.cli.overrides import effective_overrides
 from bncli.errors import BncliError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,6 +33,8 @@ def recalibrate_into_file(
         Path | None, typer.Option("-o", "--output", metavar="NEW", help="The new checkpoint's file.")
     ] = None,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     method: Annotated[
         Literal["exact", "precise", "debias"],
         typer.Option(help="Layer by layer; all in one pass; or without data."),
@@ -64,7 +74,8 @@ def recalibrate_into_file(
     from bncli.training import Calibration
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
-    subject = open_subject(checkpoint, overrides, batch_invariant=False)
+    overrides = effective_overrides("recalibrate", overrides, device=device, data_root=data_root)
+    subject = open_subject(checkpoint, overrides, command="recalibrate")
     dataset = load_subject_data(subject)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:

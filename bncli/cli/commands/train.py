@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, SetOption
+from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption
+from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, StoppedError
 
@@ -23,6 +24,8 @@ def train_config(
         Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; not needed with --resume.")
     ] = None,
     overrides: SetOption = None,
+    device: DeviceOption = None,
+    data_root: DataRootOption = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where to write; default: runs/NAME-DATE-TIME."),
@@ -43,6 +46,7 @@ def train_config(
 
     from bncli.config_file import load_config
 
+    overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
@@ -106,7 +110,7 @@ def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
 
     path = find_config(run_dir)
     followed = follow_run(load_config(path), overrides, source=str(path))
-    for note in followed.notes:
+    for note in followed.notes.values():
         print_note(note)
     return followed
 
