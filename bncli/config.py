@@ -1,7 +1,8 @@
 """The configuration as pydantic models: every key, its type, range, default and meaning.
 
 Every key has a default, so the empty configuration is the quickstart. Validation is strict: no silent
-conversion from text to number, no unknown keys, no infinities. `bncli.config_file` reads and writes it.
+conversion from text to number, no unknown keys, no infinities. A key's meaning is the `description` of its
+field: `bncli config` and the JSON schema show it. `bncli.config_file` reads and writes configurations.
 """
 
 from typing import Annotated, Literal
@@ -15,31 +16,62 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class SyntheticConfig(Section):
-    """The embedded data set: generated in code, deterministic in its seed."""
+class DataSection(Section):
+    """What the kinds of data share: the name must be given, and editors that know the schema ask for it."""
 
-    name: Literal["synthetic"] = "synthetic"
-    num_train: int = Field(10_000, ge=10, le=1_000_000)
-    num_test: int = Field(2_000, ge=10, le=1_000_000)
-    seed: int = Field(0, ge=0, lt=2**32)
+    model_config = ConfigDict(json_schema_extra={"required": ["name"]})
 
 
-class Cifar10Config(Section):
-    """CIFAR-10."""
+class SyntheticConfig(DataSection):
+    """The embedded data set: ten kinds of shapes, generated in code, deterministic in its seed."""
 
-    name: Literal["cifar10"] = "cifar10"
-    root: str = "data"  # the folder of cifar-10-batches-py; that one itself, one above or below is found too
-    url: str | None = None  # a mirror of cifar-10-python.tar.gz; the same MD5 is required
-    archive: str | None = None  # a local cifar-10-python.tar.gz; the same MD5 is required
+    name: Literal["synthetic"] = Field(
+        "synthetic", description="The data set: `synthetic` is ten kinds of shapes, generated in code."
+    )
+    num_train: int = Field(10_000, ge=10, le=1_000_000, description="Number of training images.")
+    num_test: int = Field(2_000, ge=10, le=1_000_000, description="Number of test images.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the images; another seed draws other images.")
 
 
-class ImageFolderConfig(Section):
+class Cifar10Config(DataSection):
+    """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels in 10 classes."""
+
+    name: Literal["cifar10"] = Field(
+        "cifar10", description="The data set: `cifar10` is CIFAR-10, downloaded if it is not there."
+    )
+    root: str = Field(
+        "data",
+        description="Folder that holds cifar-10-batches-py, or that folder itself; a download goes here.",
+    )
+    url: str | None = Field(
+        None,
+        description="Address of a mirror of cifar-10-python.tar.gz, whose MD5 is checked; null is the"
+        " original address.",
+    )
+    archive: str | None = Field(
+        None,
+        description="A local file cifar-10-python.tar.gz, whose MD5 is checked; null is no such file, so that"
+        " missing images are downloaded.",
+    )
+
+
+class ImageFolderConfig(DataSection):
     """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}. The test split may be called val."""
 
-    name: Literal["imagefolder"] = "imagefolder"
-    root: str = "data"
-    image_size: int = Field(32, ge=8, le=512)  # pixels; images of another size are resized to it
-    cache: str | None = None  # folder of the decoded images; null: the user's cache folder
+    name: Literal["imagefolder"] = Field(
+        "imagefolder",
+        description="The data set: `imagefolder` is your own images, in one folder for each class.",
+    )
+    root: str = Field("data", description="Folder that holds the folders train and test (or val).")
+    image_size: int = Field(
+        32,
+        ge=8,
+        le=512,
+        description="Height and width in pixels to which images of another size are resized.",
+    )
+    cache: str | None = Field(
+        None, description="Folder where the decoded images are kept; null is the user's cache folder."
+    )
 
 
 DataConfig = Annotated[SyntheticConfig | Cifar10Config | ImageFolderConfig, Field(discriminator="name")]
@@ -48,13 +80,40 @@ DataConfig = Annotated[SyntheticConfig | Cifar10Config | ImageFolderConfig, Fiel
 class AugmentConfig(Section):
     """Random changes to training images; test images are never changed."""
 
-    crop_padding: int = Field(2, ge=0, le=64)  # shifts of up to so many pixels, by reflection; 0: off
-    flip: Literal["none", "random", "alternating"] = "alternating"
-    cutout: int = Field(0, ge=0, le=512)  # side of the erased square in pixels; 0: off
-    small_epochs: int = Field(0, ge=0, le=100_000)  # the first so many epochs see smaller images
-    small_size: int = Field(24, ge=1, le=512)  # height and width of those, in pixels
-    crop_epochs: int = Field(0, ge=0, le=100_000)  # so many epochs after those see the middle of the images
-    crop_size: int = Field(28, ge=1, le=512)  # height and width of that, in pixels
+    crop_padding: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="Largest random shift in pixels, in each direction; the border is reflected; 0 is none.",
+    )
+    flip: Literal["none", "random", "alternating"] = Field(
+        "alternating",
+        description="How images are mirrored left to right: `none` never, `random` each with probability 1/2,"
+        " `alternating` each in every second epoch.",
+    )
+    cutout: int = Field(
+        0,
+        ge=0,
+        le=512,
+        description="Side in pixels of a square that is erased at a random place of each image; 0 is none.",
+    )
+    small_epochs: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Number of epochs, from the first on, that see images shrunk to small_size.",
+    )
+    small_size: int = Field(
+        24, ge=1, le=512, description="Height and width in pixels of the images of the first small_epochs."
+    )
+    crop_epochs: int = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="Number of epochs, after small_epochs, that see only the middle of each shifted image: a"
+        " random crop.",
+    )
+    crop_size: int = Field(28, ge=1, le=512, description="Height and width in pixels of those crops.")
 
     def at_full_size(self) -> "AugmentConfig":
         """The same without smaller images: as in the last epochs."""
@@ -73,11 +132,30 @@ class AugmentConfig(Section):
 class BatchNormConfig(Section):
     """The arguments of torch.nn.BatchNorm2d, with PyTorch's meaning and defaults."""
 
-    momentum: float | None = Field(0.1, ge=0, le=1)  # weight of the new batch; null: cumulative average
-    eps: float = Field(1e-5, gt=0, le=1)
-    affine: bool = True
-    learn_weight: bool = True  # false: the weight stays 1, only the bias is learned
-    track_running_stats: bool = True
+    momentum: float | None = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Weight of the new batch in running_mean and running_var, as in PyTorch (0.01 is Keras's"
+        " 0.99); null is the plain average over all batches.",
+    )
+    eps: float = Field(
+        1e-5,
+        gt=0,
+        le=1,
+        description="Added to the variance before its square root, against division by zero.",
+    )
+    affine: bool = Field(
+        True, description="Whether each layer has a weight and a bias for each channel, in both modes."
+    )
+    learn_weight: bool = Field(
+        True, description="Whether the weight is learned; if false it stays 1 and only the bias is learned."
+    )
+    track_running_stats: bool = Field(
+        True,
+        description="Whether running statistics are kept for eval mode; if false, eval mode uses batch"
+        " statistics too.",
+    )
 
 
 class ModelConfig(Section):
@@ -85,64 +163,199 @@ class ModelConfig(Section):
 
     # strict mode would refuse YAML's lists here: only the container is lax, its numbers are not
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(strict=False)] = Field(
-        (16, 32, 64), min_length=1, max_length=16
+        (16, 32, 64),
+        min_length=1,
+        max_length=16,
+        description="Number of channels of each stage; every stage halves height and width.",
     )
-    blocks_per_stage: int = Field(2, ge=1, le=64)
-    pool: Literal["max", "avg"] = "max"
-    pool_after: Literal["first", "last"] = "first"  # the block of each stage that is followed by pooling
-    pool_before_norm: bool = False  # pool between convolution and BatchNorm, on a quarter of the values
-    activation: Literal["relu", "gelu"] = "relu"
-    head_pool: Literal["max", "avg"] = "max"
-    logit_scale: float = Field(1.0, gt=0, le=100)
-    whitening: bool = False  # a first layer, fixed, that whitens 2x2 patches of the training images
-    init: Literal["kaiming", "dirac"] = "kaiming"
-    batch_norm: BatchNormConfig = BatchNormConfig()
+    blocks_per_stage: int = Field(
+        2, ge=1, le=64, description="Number of blocks (convolution, BatchNorm, activation) in each stage."
+    )
+    pool: Literal["max", "avg"] = Field(
+        "max",
+        description="How a stage halves height and width: `max` or `avg` pooling of 2x2 pixels.",
+    )
+    pool_after: Literal["first", "last"] = Field(
+        "first",
+        description="Which block of a stage is pooled: the `first`, which is cheaper, or the `last`.",
+    )
+    pool_before_norm: bool = Field(
+        False,
+        description="Whether that block is pooled before its BatchNorm, which then normalises a quarter of"
+        " the values.",
+    )
+    activation: Literal["relu", "gelu"] = Field(
+        "relu", description="Activation after each BatchNorm: `relu` or `gelu`."
+    )
+    head_pool: Literal["max", "avg"] = Field(
+        "max",
+        description="How the last maps become one number for each channel: `max` or `avg`, over all pixels.",
+    )
+    logit_scale: float = Field(1.0, gt=0, le=100, description="Factor by which the logits are multiplied.")
+    whitening: bool = Field(
+        False,
+        description="Whether a fixed first layer whitens patches of 2x2 pixels; it is computed from training"
+        " images, not learned.",
+    )
+    init: Literal["kaiming", "dirac"] = Field(
+        "kaiming",
+        description="First weights of the convolutions: `kaiming` is PyTorch's default, `dirac` passes the"
+        " input on.",
+    )
+    batch_norm: BatchNormConfig = Field(
+        BatchNormConfig(),
+        description="The arguments of torch.nn.BatchNorm2d, with PyTorch's meaning and defaults.",
+    )
 
 
 class TrainConfig(Section):
     """The optimiser and its schedule."""
 
-    epochs: int = Field(5, ge=1, le=100_000)
-    batch_size: int = Field(250, ge=1, le=1_000_000)
-    # images computed at once, whose gradients are added up to the batch's; null: the batch
-    micro_batch_size: int | None = Field(None, ge=1, le=1_000_000)
-    last_batch: Literal["drop", "keep"] = "drop"  # of an epoch, when it is smaller than the others
-    optimizer: Literal["sgd", "muon"] = "sgd"  # muon: of the convolutions; all else is trained with SGD
-    learning_rate: float = Field(0.5, gt=0)  # at its peak
-    bias_learning_rate: float | None = Field(None, gt=0)  # of biases and BatchNorm; null: the one above
-    head_learning_rate: float | None = Field(None, gt=0)  # of the last layer's weights; null: as above
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
-    weight_decay: float = Field(5e-4, ge=0)  # of weights; never of BatchNorm's or of biases
-    warmup: float = Field(0.2, ge=0, le=1)  # fraction of all steps in which the learning rate rises
-    decay: Literal["linear", "cosine", "none"] = "linear"  # after the warm-up, to 0
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    # epochs over which weights are averaged, exponentially, for evaluation and checkpoints; null: not at all
-    ema_epochs: float | None = Field(None, gt=0, le=100_000)
-    seed: int = Field(0, ge=0, lt=2**32)
-    evaluate_every: int = Field(1, ge=1, le=100_000)  # epochs between evaluations on the test split
-    checkpoint_every: int = Field(1, ge=1, le=1_000_000_000)  # so many epochs or steps
-    checkpoint_unit: Literal["epochs", "steps"] = "epochs"  # steps: and at the end of every epoch
-    recalibrate: Literal["none", "precise", "exact"] = "none"  # at the end, into recalibrated.pt
+    epochs: int = Field(
+        5, ge=1, le=100_000, description="Number of times that training sees the training split."
+    )
+    batch_size: int = Field(250, ge=1, le=1_000_000, description="Number of images for each step.")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Number of images computed at once, to save memory; their gradients are added up to the"
+        " batch's, and BatchNorm sees each part as a batch of its own. null is the whole batch.",
+    )
+    last_batch: Literal["drop", "keep"] = Field(
+        "drop",
+        description="What happens to the last batch of an epoch if it is smaller than the others: `drop` or"
+        " `keep`.",
+    )
+    optimizer: Literal["sgd", "muon"] = Field(
+        "sgd",
+        description="`sgd`, or `muon` for the weights of convolutions with SGD for everything else.",
+    )
+    learning_rate: float = Field(0.5, gt=0, description="Learning rate at its peak.")
+    bias_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate of biases and of BatchNorm's weights, at its peak; null is learning_rate.",
+    )
+    head_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Learning rate of the last layer's weights, at its peak; null is learning_rate.",
+    )
+    momentum: float = Field(
+        0.9,
+        ge=0,
+        lt=1,
+        description="Momentum of the optimiser: how much of the last step goes on; not BatchNorm's momentum.",
+    )
+    nesterov: bool = Field(True, description="Whether that momentum is Nesterov's.")
+    weight_decay: float = Field(
+        5e-4,
+        ge=0,
+        description="L2 penalty on weights, as in torch.optim.SGD; never on biases, BatchNorm, or weights"
+        " that Muon trains.",
+    )
+    warmup: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Fraction of all steps, from 0 to 1, in which the learning rate rises to its peak.",
+    )
+    decay: Literal["linear", "cosine", "none"] = Field(
+        "linear",
+        description="How the learning rate falls to 0 after its peak: `linear`, `cosine`, or `none` (it"
+        " stays).",
+    )
+    label_smoothing: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of each target that is spread evenly over all classes, from 0 to 1.",
+    )
+    ema_epochs: float | None = Field(
+        None,
+        gt=0,
+        le=100_000,
+        description="Number of epochs over which weights are averaged, exponentially, for evaluation and"
+        " checkpoints; null is no average.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the first weights, the order of images and the augmentation."
+    )
+    evaluate_every: int = Field(
+        1,
+        ge=1,
+        le=100_000,
+        description="Number of epochs between evaluations on the test split; the last epoch is always"
+        " evaluated.",
+    )
+    checkpoint_every: int = Field(
+        1,
+        ge=1,
+        le=1_000_000_000,
+        description="Number of epochs or steps, see checkpoint_unit, after which last.pt is written again.",
+    )
+    checkpoint_unit: Literal["epochs", "steps"] = Field(
+        "epochs",
+        description="Unit of checkpoint_every: `epochs`, or `steps` (and last.pt is also written at the end"
+        " of every epoch).",
+    )
+    recalibrate: Literal["none", "precise", "exact"] = Field(
+        "none",
+        description="How the training split's population statistics are measured at the end, for the file"
+        " recalibrated.pt: `none` is not at all, `precise` while all layers use batch statistics, `exact`"
+        " layer by layer, each one after the layers before it have theirs.",
+    )
 
 
 class RuntimeConfig(Section):
     """How to compute; never what."""
 
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    memory_format: Literal["channels_last", "contiguous"] = "channels_last"
-    threads: int | None = Field(None, ge=1, le=1024)  # CPU threads; null: PyTorch's choice
-    compile: bool = False  # torch.compile for the training step; evaluation computes as without it
-    reuse_memory: bool = True  # freed memory stays with the process, for the next step
-    eval_batch_size: int = Field(250, ge=1, le=1_000_000)
+    device: str = Field(
+        "auto",
+        description="`cpu`, `cuda`, `cuda:1` (the second GPU), `mps`, or `auto`: a GPU if there is one.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="`float32`, `bfloat16` (autocast; weights and statistics stay float32), or `auto`:"
+        " bfloat16 where the hardware is fast at it.",
+    )
+    memory_format: Literal["channels_last", "contiguous"] = Field(
+        "channels_last",
+        description="Order of the values in memory: `channels_last` (NHWC), which is mostly faster, or"
+        " `contiguous` (NCHW).",
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="Number of CPU threads; null is PyTorch's choice."
+    )
+    compile: bool = Field(
+        False,
+        description="Whether the training step is compiled with torch.compile, which takes up to a minute;"
+        " evaluation is not compiled.",
+    )
+    reuse_memory: bool = Field(
+        True,
+        description="Whether, on a CPU, the process keeps freed memory for its next step, which is faster.",
+    )
+    eval_batch_size: int = Field(
+        250,
+        ge=1,
+        le=1_000_000,
+        description="Number of images computed at once in evaluation; more of them need more memory.",
+    )
 
 
 class Config(Section):
     """A whole run."""
 
-    data: DataConfig = SyntheticConfig()
-    augment: AugmentConfig = AugmentConfig()
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
+    data: DataConfig = Field(SyntheticConfig(), description="The images to train and test on.")
+    augment: AugmentConfig = Field(
+        AugmentConfig(), description="Random changes to training images; test images are never changed."
+    )
+    model: ModelConfig = Field(
+        ModelConfig(), description="The network: stages of blocks of convolution, BatchNorm and activation."
+    )
+    train: TrainConfig = Field(TrainConfig(), description="How the network is trained, and what is written.")
+    runtime: RuntimeConfig = Field(
+        RuntimeConfig(), description="How to compute: speed and memory; the task stays the same."
+    )

@@ -5,6 +5,7 @@ misspelt. This is the only file that knows YAML.
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bncli.builtin_configs import find_config_file
 from bncli.config import Config, DataConfig
 from bncli.errors import ConfigError
 
@@ -21,12 +23,15 @@ MAX_DEPTH = 20
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Read a configuration file (None: all defaults) and apply `section.key=value` overrides.
+    """Read a configuration file and apply `section.key=value` overrides.
+
+    `path` may also be the name of a built-in configuration, such as `cifar10`; None is all defaults, which
+    are the quickstart.
 
     Raises:
         ConfigError: naming the file and every problem, each with its dotted key.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values = {} if path is None else _read_yaml(find_config_file(path))
     return config_from_dict(values, overrides, source="defaults" if path is None else str(path))
 
 
@@ -72,6 +77,29 @@ def dump_config(config: Config) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
+def dump_value(value: Any) -> str:
+    """A single value as YAML that stands behind `key: `, on one line unless it is text with line breaks."""
+    listed = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return str(listed).strip()[1:-1]
+
+
+def comments_in(text: str) -> dict[str, str]:
+    """The comment at the end of a key's line in a configuration that can be loaded, by dotted key."""
+    lines, found = text.splitlines(), {}
+
+    def visit(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                visit(value, f"{prefix}.{key.value}" if prefix else key.value)
+        elif node.end_mark.line < len(lines):
+            rest = lines[node.end_mark.line][node.end_mark.column :].strip()
+            if rest.startswith("#"):
+                found[prefix] = rest
+
+    visit(yaml.compose(text, Loader=_Loader), "")
+    return found
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, with two traps removed: `1e-5` is a number, and a key that
     stands twice is an error.
@@ -113,15 +141,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes floats so that any YAML reader takes them for numbers."""
+    """Writes floats so that any YAML reader takes them for numbers, and puts text like `1e5` in quotes."""
+
+
+for _ours in (_Loader, _Dumper):
+    _ours.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:

@@ -19,9 +19,9 @@ LAYERS = [
     {"evaluation", "audit"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
-    {"batchnorm", "recorded_config"},
+    {"batchnorm", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
-    {"config", "serialization", "batches", "forward"},
+    {"builtin_configs", "config", "serialization", "batches", "forward"},
     {"errors", "atomic_file", "hardware", "wording"},
 ]
 # a package, and the only places that may import it
@@ -32,7 +32,7 @@ ONLY_IN = {
     "matplotlib": {"cli"},
     "torchvision": {"torchvision_compat", "data", "bench"},
     "PIL": {"data", "bench"},
-    "pydantic": {"config", "config_file", "serialization"},
+    "pydantic": {"config", "config_file", "explained_config", "serialization"},
 }
 
 

@@ -13,6 +13,7 @@ import typer
 import bncli
 from bncli.cli.commands.bench import bench_app
 from bncli.cli.commands.compare import compare_checkpoints
+from bncli.cli.commands.config import show_config
 from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
@@ -53,6 +54,7 @@ def program(
 
 
 app.command("train")(train_config)
+app.command("config")(show_config)
 app.command("eval")(evaluate_checkpoint)
 app.command("predict")(predict_images)
 # more than one checkpoint is answered with the command that compares two

@@ -147,7 +147,7 @@ def load_subject_data(subject: Subject) -> "Dataset":
 
 
 def open_config(path: Path, overrides: list[str] | None) -> "Config":
-    """Read the configuration of a run that is to be timed.
+    """Read the configuration of a run that is to be timed: a file, or a built-in one by its name.
 
     Raises ConfigError or DeviceError.
     """

@@ -9,7 +9,9 @@ import typer
 from bncli.errors import BncliError, ConfigError
 
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file of `bncli train`.")]
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `bncli config` lists.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=3; repeatable."),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bncli.atomic_file import atomic_file, sync_directory
+from bncli.builtin_configs import DEFAULT_NAME
 from bncli.config import Config
 from bncli.config_file import dump_config
 from bncli.errors import RunError
@@ -64,8 +65,8 @@ _LEFTOVER = re.compile(r"\.(config\.yaml|metrics\.jsonl|(last|best|recalibrated)
 
 
 def default_run_dir(config_path: str | Path | None) -> Path:
-    """runs/NAME-DATE-TIME, which does not exist yet."""
-    name = Path(config_path).stem if config_path else "defaults"
+    """runs/NAME-DATE-TIME, which does not exist yet; without a configuration NAME is quickstart."""
+    name = Path(config_path).stem if config_path else DEFAULT_NAME
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     path = Path("runs") / f"{name}-{stamp}"
     number = 2
@@ -86,7 +87,7 @@ def find_config(run_dir: Path) -> Path:
         return path
     hint = ""
     if run_dir.is_dir() and not _foreign_files(run_dir):
-        hint = f"; start it with `bncli train CONFIG.yaml --run-dir {shlex.quote(str(run_dir))}`"
+        hint = f"; start it with `bncli train CONFIG --run-dir {shlex.quote(str(run_dir))}`"
     raise RunError(f"{run_dir}: no run to resume (it has no config.yaml){hint}")
 
 

@@ -201,8 +201,6 @@ def run(
 ) -> int:
     """Time `bncli train` from the start of its process to each accuracy, over several seeds."""
     targets = parse_targets(target)
-    if not config.is_file():
-        raise BncliError(f"{config}: no such file")
     open_config(config, overrides)  # what nobody can run is refused before a process is started
     with StopSignals() as signals:
         try:

@@ -193,7 +193,7 @@ def test_a_run_killed_before_it_had_a_configuration_can_be_started_again(
     (run_dir / ".config.yaml.abcd_123.tmp").write_text("model: {wid")
     outcome = bncli("train", "--resume", run_dir)
     assert outcome.code == 2
-    assert f"start it with `bncli train CONFIG.yaml --run-dir {run_dir}`" in outcome.err
+    assert f"start it with `bncli train CONFIG --run-dir {run_dir}`" in outcome.err
     assert bncli("train", faulty_config, "--run-dir", run_dir).code == 0
     assert not list(run_dir.glob(".*.tmp"))
 

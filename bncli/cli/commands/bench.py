@@ -1,9 +1,11 @@
 """`bncli bench`: what this machine is good for, and which way of computing is fastest for a network."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
 from bncli.cli.options import (
@@ -26,7 +28,7 @@ def bench() -> None:
 
 @bench_app.command("train")
 def bench_train(
-    config: ConfigArgument,
+    config: ConfigArgument = Path(DEFAULT_NAME),
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,

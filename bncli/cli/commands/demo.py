@@ -67,7 +67,7 @@ def demonstrate_repair(
 
 
 def _train_subject(overrides: list[str] | None) -> "Subject":
-    """The network of configs/quickstart.yaml, whose values are the defaults; its run directory is removed."""
+    """The network of the quickstart, whose values are the defaults; its run directory is removed."""
     from bncli.cli.progress import TrainReporter
     from bncli.config import Config
     from bncli.config_file import config_from_dict

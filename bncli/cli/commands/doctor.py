@@ -344,7 +344,7 @@ def _cifar10(root: Path) -> str:
     folder = next(files.batch_folders(root), None)
     if folder is None:
         missing = ", ".join(files.missing_files(root / files.FOLDER))
-        raise DataError(f"CIFAR-10 in {root.absolute()} ({missing}); train configs/cifar10.yaml downloads it")
+        raise DataError(f"CIFAR-10 in {root.absolute()} ({missing}); bncli train cifar10 downloads it")
     return f"CIFAR-10 in {folder.absolute()}"
 
 

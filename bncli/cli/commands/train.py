@@ -1,4 +1,4 @@
-"""`bncli train`: from a YAML file to checkpoints."""
+"""`bncli train`: from a configuration to checkpoints."""
 
 import shlex
 from itertools import islice
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.messages import print_note
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption
 from bncli.cli.overrides import effective_overrides
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 def train_config(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file; not needed with --resume.")
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or a name that `bncli config` lists; default: quickstart."
+        ),
     ] = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
@@ -39,14 +43,18 @@ def train_config(
     as_json: JsonOption = False,
 ) -> int:
     """Train a Conv-BN-ReLU network and save checkpoints with its running statistics."""
-    if (config is None) == (resume is None):
-        raise ConfigError("bncli train", ["give a CONFIG.yaml, or --resume with a run directory"])
+    if config is not None and resume is not None:
+        raise ConfigError(
+            "bncli train", ["--resume continues with the run's own configuration; leave CONFIG out"]
+        )
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
     from bncli.config_file import load_config
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
+    if config is None and resume is None:
+        print_note(f"no CONFIG given: this is the {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
