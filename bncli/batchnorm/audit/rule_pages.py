@@ -13,18 +13,17 @@ PAGES = (
         name="never_updated",
         severity="error",
         summary="running_mean is exactly 0 and running_var exactly 1",
-        theory="A new BatchNorm layer holds running_mean 0 and running_var 1. Each batch in train mode moves "
-        "them, and no real batch leaves every channel at exactly 0 and 1. So no batch reached this layer, or "
-        "the values were put back. Usual causes: a checkpoint without these buffers, loaded with "
-        "strict=False; a layer that training does not use; momentum 0; averaged weights whose buffers nobody "
-        "averaged.",
+        theory="A new BatchNorm layer holds running_mean 0 and running_var 1, and each batch in train mode "
+        "moves them. So no batch reached this layer, or the values were put back. Usual causes: a "
+        "checkpoint without these buffers, loaded with strict=False; a layer that training does not use; "
+        "momentum 0; averaged weights whose buffers nobody averaged.",
         cost="In eval mode the layer does not normalise: it only multiplies by weight and adds bias. "
         "Predictions may be useless.",
         can_know="It is an error where bncli's record says that training batches were counted and that "
         "nothing else wrote the statistics.",
-        cannot_know="Some tools multiply the statistics into weight and bias, or into the convolution "
-        "before, and then set 0 and 1 (detectron2: 0 and 1 - eps). That is harmless and looks the same: a "
-        "warning beside a counter, an info without a counter or in a frozen class.",
+        cannot_know="Some tools move the statistics into weight and bias, or into the convolution before, "
+        "and then set 0 and 1. That is harmless and looks the same. It is a warning beside a counter, an "
+        "info without one or in a frozen class.",
         advice="Run training batches through the network in train mode, or load the checkpoint that has the "
         "statistics.",
         source="PyTorch documentation, torch.nn.BatchNorm2d; kuangliu/pytorch-cifar#162",
@@ -33,27 +32,25 @@ PAGES = (
         code="BN002",
         name="initial_residue",
         severity="warning",
-        summary="few updates: part of the initial 0 and 1 is left",
+        summary="few updates: part of the start is left",
         theory="Running statistics start at mean 0 and variance 1. After n batches with momentum m the "
         "fraction r = (1 - m)^n of that start is left: running_var = (1 - r) * average + r. With momentum "
-        "0.1 it takes 44 batches to get below 1 %. A cumulative average (momentum None) keeps nothing of its "
-        "start.",
-        cost="Eval mode normalises partly by numbers that no image had. 1 % of the initial variance changes "
-        "the scale by 0.25 % beside a variance of 2, and by 4 % beside a variance of 0.1.",
-        can_know="Certain in files whose record says that training alone made the statistics. In others it "
-        "is a warning where the variances show it: they lie just above r, or differ less than those of real "
-        "layers do.",
-        cannot_know="Whether the statistics were recomputed since. PyTorch's update_bn restarts the counter "
-        "and averages cumulatively, so that a count of 25 may be complete. A state dict stores no momentum: "
-        "0.1 is assumed then. What stays open is an info.",
-        advice="Train longer, raise momentum, or recompute the statistics over the training set.",
-        source="PyTorch documentation, torch.nn.BatchNorm2d; Kingma and Ba 2015, arXiv:1412.6980, section 3",
+        "0.1 it is below 1 % from the 44th batch on; momentum None keeps nothing of it.",
+        cost="Eval mode normalises partly by numbers that no image had. 1 % of the start changes the scale "
+        "by 0.25 % beside a variance of 2, by 4 % beside 0.1.",
+        can_know="Certain where the file's record says that training alone made the statistics. Elsewhere a "
+        "warning if the variances show it, just above r or more even than usual.",
+        cannot_know="Whether they were recomputed since: PyTorch's update_bn restarts the counter. A state "
+        "dict stores no momentum, so 0.1 is assumed. What stays open is an info.",
+        advice="Train longer, raise momentum, or recompute the statistics over the training set (bncli "
+        "recalibrate).",
+        source="PyTorch documentation, torch.nn.BatchNorm2d; arXiv:1412.6980, section 3",
         thresholds=(
             Threshold(
                 "residue",
                 0.01,
                 "largest fraction of the start that is accepted",
-                "about as much as a moving average scatters anyway",
+                "a moving average scatters as much",
             ),
         ),
     ),
@@ -70,8 +67,8 @@ PAGES = (
         "heal, because NaN times (1 - momentum) is NaN.",
         can_know="The channels, exactly. No network can compute with such numbers.",
         cannot_know="When it happened, and whether earlier checkpoints of the run are sound.",
-        advice="Go back to a checkpoint without it; under mixed precision keep the activations inside the "
-        "range.",
+        advice="Go back to a checkpoint without it. Under mixed precision keep the activations inside the "
+        "range of the short format.",
         source="pytorch#88474 and pytorch#115500 (mixed precision)",
     ),
     RulePage(
@@ -87,8 +84,8 @@ PAGES = (
         "wrong scale.",
         can_know="No average of variances is negative: the number is wrong, whoever made it.",
         cannot_know="Which other channels were changed as well, and stayed above 0.",
-        advice="Recompute the statistics over the training set; do not extrapolate or subtract running "
-        "statistics.",
+        advice="Recompute the statistics over the training set (bncli recalibrate); do not extrapolate or "
+        "subtract running statistics.",
         source="timgaripov/swa#8 (down to -31.9 after averaging); facebookresearch/detectron2#3160 (a loader "
         "subtracts eps)",
     ),
@@ -101,21 +98,20 @@ PAGES = (
         "it is larger than the variance, the scale is a constant of the code and no property of the data. "
         "Small variances are common behind depthwise convolutions and under weight decay, in published "
         "networks too.",
-        cost="Nothing as long as eps stays the same, since both modes agree. But a state dict does not "
-        "store eps. Rebuilt with another one (1e-5 in PyTorch, 1e-3 in Keras and MobileNetV3), these "
-        "channels change their scale by up to a factor of 10, and the others hardly.",
-        can_know="The share that eps has, where the file stores eps.",
+        cost="Nothing as long as eps stays the same, since both modes agree. But a state dict does not store "
+        "eps. Rebuilt with another one (1e-5 in PyTorch, 1e-3 in Keras and MobileNetV3), these channels "
+        "change their scale by up to a factor of 10, and the others hardly.",
+        can_know="The share of eps, where the file stores eps.",
         cannot_know="A state dict leaves eps unknown; 1e-5 is assumed then and called so. With a larger eps "
         "more channels would be listed.",
-        advice="Make sure that eps is the one used in training wherever the network is rebuilt; else prune "
-        "the channels.",
+        advice="Use the same eps wherever the network is rebuilt. Such channels can be pruned.",
         source="Ioffe and Szegedy 2015, Batch Normalization, arXiv:1502.03167, algorithm 1",
         thresholds=(
             Threshold(
                 "eps_share",
                 0.5,
                 "largest share of eps in running_var + eps",
-                "above one half eps contributes more than the data",
+                "above it eps weighs more than the data",
             ),
         ),
     ),
@@ -126,23 +122,22 @@ PAGES = (
         summary="weight 0 or hardly any variance: a constant output",
         theory="Where weight is exactly 0, the output is bias for every image. Where the variance is below "
         "eps / 100, the normalised value has a deviation below 0.1, while BatchNorm exists to make it 1. "
-        "Usual causes: a dead ReLU or a zeroed filter before the layer, an input that never changes, weight "
-        "decay on BatchNorm, structured pruning. A residual network built with zero_init_residual starts "
-        "with weight 0 in the last BatchNorm of every block.",
-        cost="The channel takes time and says almost nothing about the image. Nothing is computed wrongly.",
+        "Usual causes: a dead ReLU or a zeroed filter before the layer, weight decay on BatchNorm, pruning. "
+        "zero_init_residual starts with weight 0 in the last BatchNorm of every block.",
+        cost="The channel takes time and says nothing about the image. Nothing is wrong.",
         can_know="A weight of 0 is certain. Single dead channels are in many published networks "
-        "(MobileNetV2, EfficientNet-Lite0) and harm none of them: an info. A layer in which every channel is "
-        "dead is a warning.",
+        "(MobileNetV2, EfficientNet-Lite0) and harm none: an info. A layer whose channels are all dead is a "
+        "warning.",
         cannot_know="Whether it was meant so. Where eps is unknown, 1e-5 is assumed and called so.",
         advice="Prune the channel, or look for what silenced it: a dead ReLU before it, weight decay on "
         "BatchNorm.",
-        source="Zhou et al. 2020, How Does BN Increase Collapsed Neural Network Filters?, arXiv:2001.11216",
+        source="Zhou et al. 2020, arXiv:2001.11216",
         thresholds=(
             Threshold(
                 "dead_variance",
                 0.01,
                 "a running_var below this many eps is dead",
-                "its normalised deviation is then below a tenth",
+                "a deviation below a tenth",
             ),
         ),
     ),
@@ -150,14 +145,14 @@ PAGES = (
         code="BN007",
         name="exploding_gain",
         severity="warning",
-        summary="one channel's slope far above the rest of its layer",
+        summary="a slope far above the rest of its layer",
         theory="In eval mode a channel is a straight line with the slope |weight| / sqrt(running_var + eps), "
         "its gain. The scale of a whole layer is free, so each channel is compared with its layer's median. "
         "A far steeper one had almost no variance in training, or a weight that ran away.",
-        cost="The gain multiplies whatever differs from running_mean: rounding errors too, and any shift "
-        "from training to use. A shift of the whole batch cancels in train mode, not in eval mode.",
-        can_know="The gain, if eps is known, and its cause. A weight that ran away is a warning, and a gain "
-        "beyond float16. Little variance is an info: the output is normalised as in training.",
+        cost="The gain multiplies rounding errors, and any shift from training to use. A shift of the whole "
+        "batch cancels in train mode, not in eval mode.",
+        can_know="The gain, and its cause. A runaway weight or a gain beyond float16 is a warning, little "
+        "variance an info.",
         cannot_know="Whether later inputs differ from training's. Unknown eps is taken as 1e-5.",
         advice="Compare outputs in train and eval mode; recompute the statistics, keep the layer in float32, "
         "or prune.",
@@ -166,8 +161,8 @@ PAGES = (
             Threshold(
                 "gain",
                 100.0,
-                "smaller ones are never reported",
-                "100 times float16's rounding is 5 %",
+                "smaller ones are not reported",
+                "100 times the rounding of float16 is 5 %",
             ),
             Threshold(
                 "gain_per_median",
@@ -178,7 +173,7 @@ PAGES = (
             Threshold(
                 "gain_limit",
                 65504.0,
-                "above it always reported",
+                "above it always",
                 "the largest float16",
             ),
         ),
@@ -189,9 +184,9 @@ PAGES = (
         severity="info",
         summary="hardly any output is above 0: a ReLU passes nothing",
         theory="If the normalised input is normally distributed, the share of outputs above 0 is about "
-        "Phi(bias / |weight|), where Phi is the normal distribution function. At bias = -4.75 |weight| it is "
-        "one in a million. A ReLU behind such a channel passes nothing, and no gradient comes back to change "
-        "that.",
+        "Phi(bias / |weight|), where Phi is the normal distribution function. At bias = -4.75 |weight| it "
+        "is one in a million. A ReLU behind such a channel passes nothing, and no gradient comes back to "
+        "change that.",
         cost="The channel takes time and adds nothing. Both modes agree, so nothing is computed wrongly.",
         can_know="The share under this model.",
         cannot_know="Real activations have longer tails than the model, and a checkpoint does not say "
@@ -211,7 +206,7 @@ PAGES = (
                 "off_bias",
                 0.1,
                 "a bias nearer to 0 than this is not judged",
-                "blocks that started at weight 0 have tiny weights and biases in any ratio",
+                "in blocks that started at weight 0 both are tiny",
             ),
         ),
     ),
@@ -224,13 +219,13 @@ PAGES = (
         "leaves it alone. A float shows that somebody computed with the whole state dict: a mean of several "
         "checkpoints, a moving average of weights, a conversion. Then the running statistics were averaged "
         "too. PyTorch loads such a counter without a word, rounded down.",
-        cost="Averaged statistics belong to none of the networks: averaged weights produce activations with "
-        "another mean and variance. Often that costs little, where the averaged networks are close to each "
-        "other, and sometimes everything.",
+        cost="Averaged statistics belong to none of the networks: averaged weights make activations with "
+        "another mean and variance. Accuracy falls a little where the averaged networks are alike, and to "
+        "chance where they are not.",
         can_know="The type, which training never changes. Another whole number type is an info.",
         cannot_know="Whether the statistics were recomputed since, and how far they are from the truth.",
-        advice="Recompute the statistics of averaged weights over the training set; store the counter as "
-        "int64.",
+        advice="Recompute the statistics of averaged weights over the training set (bncli recalibrate); "
+        "store the counter as int64.",
         source="Izmailov et al. 2018, Averaging Weights Leads to Wider Optima, arXiv:1803.05407",
     ),
     RulePage(
@@ -245,8 +240,8 @@ PAGES = (
         "frozen layer out of eval mode again.",
         cost="Nothing, if it was meant so. Otherwise the statistics are those of other batches than the rest "
         "of the network saw.",
-        can_know="The layers did not see the same batches, or a counter was put back. If the first layers "
-        "agree on one count and the last ones on another, it is an info.",
+        can_know="The layers did not see the same batches, or a counter was set. It is an info if the first "
+        "layers agree on one count and the last ones on another.",
         cannot_know="Whether it was meant so. Fine-tuning with a frozen backbone looks like an accident that "
         "froze it.",
         advice="Fine if the layer was frozen, added later or used only now and then; else look why it missed "
@@ -257,11 +252,11 @@ PAGES = (
         code="BN011",
         name="counter_multiple",
         severity="warning",
-        summary="num_batches_tracked is k times most layers', or 1/k",
+        summary="a count k times that of most layers, or 1/k",
         theory="A layer that has counted exactly k times as many batches as the others (k from 2 to 8) was "
-        "updated k times in each step. Either it is used several times in one forward pass (a shared head, a "
-        "siamese network), or activation checkpointing ran the forward pass again for the backward pass. An "
-        "exact fraction is the same, seen from the other side.",
+        "updated k times in each step. Either it is used several times in one forward pass (a shared head, "
+        "a siamese network), or activation checkpointing ran the forward pass again for the backward pass. "
+        "An exact fraction is the same, seen from the other side.",
         cost="A shared layer mixes the statistics of all its uses, and eval mode normalises each use by the "
         "mixture. Checkpointing counts every batch twice, so momentum m acts as 1 - (1 - m)^2.",
         can_know="The ratio, exactly. Where the last layers alone counted fewer, it is an info: a new head "
@@ -280,8 +275,8 @@ PAGES = (
         theory="Eval mode subtracts running_mean from activations that lie around it. If the mean is many "
         "deviations away from 0, most digits of each activation are spent on the offset. Near 64 deviations "
         "neighbouring bfloat16 numbers are half a deviation apart; float16 gets there near 512, float32 in "
-        "the millions. It happens to inputs that were never centred, behind layers with a large bias, and in "
-        "channels that hardly vary.",
+        "the millions. It happens to inputs that were never centred, behind layers with a large bias, and "
+        "in channels that hardly vary.",
         cost="What is rounded away before the layer cannot come back, and part of the measured variance is "
         "that of the rounding.",
         can_know="The distance, and what each number format can resolve there.",
@@ -294,7 +289,7 @@ PAGES = (
                 "mean_in_deviations",
                 64.0,
                 "largest |running_mean| / sqrt(running_var) that is accepted",
-                "there bfloat16 resolves half a deviation",
+                "bfloat16 resolves half a deviation there",
             ),
         ),
     ),
@@ -302,13 +297,13 @@ PAGES = (
         code="BN013",
         name="no_running_stats",
         severity="error",
-        summary="no running statistics (track_running_stats=False)",
+        summary="no running statistics to use in eval mode",
         theory="With track_running_stats=False a layer has no running_mean and running_var. Eval mode then "
         "normalises by the batch at hand, as train mode does. It may be meant so, in style transfer or "
         "test-time adaptation; then use --ignore no_running_stats.",
         cost="The prediction for one image depends on the images beside it. A batch of one image is "
-        "normalised by that image alone; with one value per channel PyTorch refuses it (Expected more than 1 "
-        "value per channel).",
+        "normalised by that image alone; with one value per channel PyTorch refuses it (Expected more than "
+        "1 value per channel).",
         can_know="Certain where the file knows its network: files of bncli and whole pickled modules.",
         cannot_know="In a state dict such a layer looks like any layer with weight and bias, so it is not "
         "found there.",
@@ -323,16 +318,16 @@ PAGES = (
         summary="variances near 1: much of the initial 1 is left",
         theory="An average that still holds the share s of its start has running_var = s + (1 - s) * b, with "
         "b >= 0. So no variance is below s, and all are more even than those of real data. A moving average "
-        "over a whole state dict does that: with decay 0.9999 it holds 95 % of mean 0 and variance 1 after "
-        "500 steps (timm's ModelEmaV2 and V3). So does momentum 0.001.",
-        cost="Eval mode normalises mostly by numbers that no image had. Predictions may be useless.",
-        can_know="Seven layers in ten agree, their smallest variances are above 0.5, and weights or "
-        "counters show that the network was used. The share is given as a lower and an upper bound.",
+        "over a whole state dict does that: with decay 0.9999 it holds 95 % of its start after 500 steps "
+        "(timm's ModelEmaV2 and V3). So does momentum 0.001.",
+        cost="Eval mode normalises by numbers that no image had. Predictions may be useless.",
+        can_know="Seven layers in ten agree, their variances are above 0.5, and weights or counters show "
+        "that the network was used. The share is given as two bounds.",
         cannot_know="An input whose variance truly is 1 looks the same; so BatchNorm on standardised "
-        "features, or directly behind BatchNorm, is not judged. That real layers are less even was measured, "
-        "not proved. Shares below one half are not found.",
-        advice="Recompute the statistics over the training set; then average weights alone, raise momentum, "
-        "or update more often.",
+        "features, or right behind BatchNorm, is not judged. That real layers are less even was measured, "
+        "not proved. Smaller shares are not found.",
+        advice="Recompute the statistics over the training set (bncli recalibrate); then average weights "
+        "alone, raise momentum, or update more often.",
         source="huggingface/pytorch-image-models#245 and #1182 (averaged buffers)",
         thresholds=(
             Threshold(
@@ -350,22 +345,22 @@ PAGES = (
         summary="the statistics of hardly more than one batch",
         theory="With momentum m the last batch has the weight m, the one before it m * (1 - m), and so on. "
         "The mean scatters like that of (2 - m) / m batches: 19 with 0.1, 3 with 0.5, 1.02 with 0.99. Keras "
-        "and Flax (0.99) and ONNX (0.9) call the weight of the old value momentum. Copied without "
-        "conversion, training looks the same, because it does not read the running statistics.",
+        "and Flax (0.99) and ONNX (0.9) call the weight of the old value momentum. Copied as it is, "
+        "training looks the same: it does not read the running statistics.",
         cost="Eval mode normalises by whatever batch came last, so accuracy changes from step to step.",
-        can_know="The momentum, in files of bncli and whole pickled modules. A counter of 1, with a variance "
-        "that momentum 0.1 cannot reach in one step, is the trace of one batch: an info.",
+        can_know="The momentum, in files of bncli and whole pickled modules. A count of 1, beside a variance "
+        "that one step with 0.1 cannot reach, shows one batch: an info.",
         cannot_know="A state dict stores no momentum. Statistics that were recomputed since are right "
-        "whatever momentum says. The one batch may have been the whole training set.",
-        advice="PyTorch's momentum is the weight of the new batch: TensorFlow's and Keras's 0.99 is 0.01 "
-        "here, ONNX's 0.9 is 0.1. Recompute the statistics over the training set.",
-        source="PyTorch documentation, torch.nn.BatchNorm2d; Keras documentation, BatchNormalization",
+        "whatever it says. The one batch may have been all images.",
+        advice="PyTorch's momentum is the weight of the new batch: Keras's 0.99 is 0.01 here. Recompute the "
+        "statistics over the training set (bncli recalibrate).",
+        source="PyTorch documentation, torch.nn.BatchNorm2d; Keras documentation",
         thresholds=(
             Threshold(
                 "effective_batches",
                 2.0,
-                "fewest batches that are accepted, (2 - momentum) / momentum",
-                "short recipes take momentum 0.4 to 0.6 on purpose, which is 2.3 or more",
+                "fewest batches that are accepted",
+                "short recipes take momentum up to 0.6",
             ),
         ),
     ),

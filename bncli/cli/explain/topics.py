@@ -1,8 +1,8 @@
 """The topics of `bncli explain`: their groups and order, and how a name finds its topic.
 
-A topic is a Markdown file beside this one, whose heading is its name and what it is about. Code blocks of `sh`
-hold commands that work as printed where `last.pt` is a checkpoint; blocks of `python` run. A rule's topic is made
-from its page. Each fits one screen: 22 lines of 80 columns.
+A topic is a Markdown file beside this one, whose heading is its name and what it is about. Its code blocks of
+`sh` hold commands that work as printed where `last.pt` is a checkpoint; those of `python` run. A rule's topic
+is made from its page. Each fits one screen: 22 lines of 80 columns.
 """
 
 import difflib
@@ -94,7 +94,7 @@ def topic_of_rule(page: RulePage) -> Topic:
         "Unknown": page.cannot_know,
         "Fix": page.advice,
         **{
-            name: f"{limit.meaning}: {limit.reason}."
+            name: f"{limit.meaning} ({limit.reason})."
             for name, limit in zip(limits, page.thresholds, strict=True)
         },
         "Source": f"{page.source}.",
@@ -124,10 +124,11 @@ def _names(topic: Topic) -> list[str]:
 
 def _nearest(wanted: str, topics: list[Topic]) -> list[str]:
     """Up to three names: those that are spelt alike or hold the word, then topics whose text has it."""
-    names = {name: topic.name for topic in topics for name in _names(topic)}
-    alike = difflib.get_close_matches(wanted, names, n=MAX_NEAREST, cutoff=0.6)
-    if len(wanted) > 2:
-        alike += [name for name in names if wanted in name]
+    if not wanted:
+        return []
+    names = {name: topic.to_line()["topic"] for topic in topics for name in _names(topic)}
+    alike = [name for name in names if name.startswith(wanted)]
+    alike += difflib.get_close_matches(wanted, names, n=MAX_NEAREST, cutoff=0.6)
     word = re.compile(rf"\b{re.escape(wanted)}\b")
-    mention = [topic.name for topic in topics if word.search(_plain(topic.text))] if wanted else []
+    mention = [topic.to_line()["topic"] for topic in topics if word.search(_plain(topic.text))]
     return list(dict.fromkeys([names[name] for name in alike] + mention))[:MAX_NEAREST]

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bncli.batchnorm import Finding
 from bncli.cli.messages import one_line
-from bncli.cli.tables.table import console_for_results, print_wrapped
+from bncli.cli.tables.table import print_wrapped
 from bncli.wording import plural
 
 MAX_MESSAGES = 5  # layers of one rule that get a line each; more of them are named in one paragraph
