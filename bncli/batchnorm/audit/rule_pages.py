@@ -39,12 +39,12 @@ PAGES = (
         cost="Eval mode normalises partly by numbers that no image had. 1 % of the start changes the scale "
         "by 0.25 % beside a variance of 2, by 4 % beside 0.1.",
         can_know="Certain where the file's record says that training alone made the statistics. Elsewhere a "
-        "warning if the variances show it, just above r or more even than usual.",
+        "warning if the variances lie just above r or are more even than usual.",
         cannot_know="Whether they were recomputed since: PyTorch's update_bn restarts the counter. A state "
         "dict stores no momentum, so 0.1 is assumed. What stays open is an info.",
         advice="Train longer, raise momentum, or recompute the statistics over the training set (bncli "
         "recalibrate).",
-        source="PyTorch documentation, torch.nn.BatchNorm2d; arXiv:1412.6980, section 3",
+        source="PyTorch documentation, torch.nn.BatchNorm2d; arXiv:1412.6980",
         thresholds=(
             Threshold(
                 "residue",
@@ -58,7 +58,7 @@ PAGES = (
         code="BN003",
         name="non_finite",
         severity="error",
-        summary="a NaN or an infinity in the statistics, weight or bias",
+        summary="a NaN or an infinity in statistics, weight or bias",
         theory="Eval mode computes weight * (x - running_mean) / sqrt(running_var + eps) + bias. The usual "
         "cause is training in float16: an activation overflows, and the gradient scaler skips the "
         "optimiser's step, but the forward pass has already written the running statistics.",
@@ -148,12 +148,12 @@ PAGES = (
         summary="a slope far above the rest of its layer",
         theory="In eval mode a channel is a straight line with the slope |weight| / sqrt(running_var + eps), "
         "its gain. The scale of a whole layer is free, so each channel is compared with its layer's median. "
-        "A far steeper one had almost no variance in training, or a weight that ran away.",
+        "A far steeper one had almost no variance in training, or a runaway weight.",
         cost="The gain multiplies rounding errors, and any shift from training to use. A shift of the whole "
         "batch cancels in train mode, not in eval mode.",
         can_know="The gain, and its cause. A runaway weight or a gain beyond float16 is a warning, little "
         "variance an info.",
-        cannot_know="Whether later inputs differ from training's. Unknown eps is taken as 1e-5.",
+        cannot_know="Whether later inputs differ from training's, and eps in a state dict.",
         advice="Compare outputs in train and eval mode; recompute the statistics, keep the layer in float32, "
         "or prune.",
         source="van Laarhoven 2017, arXiv:1706.05350 (free scale)",
@@ -161,8 +161,8 @@ PAGES = (
             Threshold(
                 "gain",
                 100.0,
-                "smaller ones are not reported",
-                "100 times the rounding of float16 is 5 %",
+                "none up to this is reported",
+                "float16 rounds by 5 %",
             ),
             Threshold(
                 "gain_per_median",

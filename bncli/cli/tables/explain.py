@@ -44,10 +44,10 @@ class _Page(Markdown):
 def show_topics(topics: Sequence[Topic]) -> None:
     """A page after the other, with an empty line between them."""
     console = console_for_results()
-    print("\n\n".join(_rendered(console, topic.text) for topic in topics))
+    print("\n\n".join(rendered(console, topic.text) for topic in topics))
 
 
-def _rendered(console: Console, markdown: str) -> str:
+def rendered(console: Console, markdown: str) -> str:
     """The lines, with colours on a terminal only, and without the blanks that fill them up."""
     with console.use_theme(THEME), console.capture() as captured:
         console.print(_Page(markdown), width=min(console.width, MAX_WIDTH))
