@@ -17,6 +17,7 @@ from bncli.cli.commands.config import show_config
 from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
+from bncli.cli.commands.explain import explain_topic
 from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
@@ -62,6 +63,7 @@ app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspec
 app.command("compare")(compare_checkpoints)
 app.command("history")(show_history)
 app.command("recalibrate")(recalibrate_into_file)
+app.command("explain")(explain_topic)
 app.command("doctor")(diagnose)
 app.command("demo")(demonstrate_repair)
 app.add_typer(bench_app, name="bench")

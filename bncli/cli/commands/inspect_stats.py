@@ -128,15 +128,16 @@ def _refuse_what_others_read(source: str, more: list[str]) -> None:
 def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
     unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
     refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
-    from bncli.batchnorm import RULES, find_rule
-    from bncli.cli.tables.findings import show_explanation
+    from bncli.batchnorm.audit.rule_pages import PAGES, find_page
+    from bncli.cli.explain.topics import topic_of_rule
+    from bncli.cli.tables.explain import show_topics
     from bncli.cli.tables.table import print_json
 
-    rules = RULES if wanted == "all" else (find_rule(wanted),)
+    pages = PAGES if wanted == "all" else (find_page(wanted),)
     if as_json:
-        print_json({"rules": [rule.describe() for rule in rules]})
+        print_json({"rules": [page.describe() for page in pages]})
     else:
-        show_explanation(rules)
+        show_topics([topic_of_rule(page) for page in pages])
     return 0
 
 

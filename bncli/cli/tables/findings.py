@@ -1,4 +1,4 @@
-"""What the audit found, and the pages of `--explain`: text for people."""
+"""What the audit found: text for people."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from itertools import groupby
 
 from rich.console import Console
 
-from bncli.batchnorm import Finding, Rule
+from bncli.batchnorm import Finding
 from bncli.cli.messages import one_line
-from bncli.cli.tables.table import console_for_results, print_wrapped
+from bncli.cli.tables.table import print_wrapped
 from bncli.wording import plural
 
 MAX_MESSAGES = 5  # layers of one rule that get a line each; more of them are named in one paragraph
@@ -38,7 +38,7 @@ def show_findings(
         counts = f"No errors or warnings: {plural(num_rules, 'rule')} checked"
     if number["info"]:
         print_wrapped(console, _sum_up_infos(findings, shown=whole))
-    print_wrapped(console, f"{counts}. bncli inspect-stats --explain CODE tells why, and who says so.")
+    print_wrapped(console, f"{counts}. bncli explain CODE says what it means.")
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
@@ -67,29 +67,3 @@ def _show_rule(console: Console, findings: Sequence[Finding], *, everything: boo
     for advice in dict.fromkeys(finding.advice for finding in findings):
         print_wrapped(console, advice, indent=2)
     console.print()
-
-
-def show_explanation(rules: Sequence[Rule]) -> None:
-    """A page for every rule."""
-    console = console_for_results()
-    for number, rule in enumerate(rules):
-        if number:
-            console.print()
-        print_wrapped(console, f"{rule.code} {rule.name} ({rule.severity})", style="bold")
-        print_wrapped(console, _plain(f"Finds {rule.summary}."))
-        console.print()
-        print_wrapped(console, rule.theory)
-        console.print()
-        print_wrapped(console, f"What it can know: {rule.can_know}")
-        console.print()
-        print_wrapped(console, f"What it cannot know: {rule.cannot_know}")
-        console.print()
-        print_wrapped(console, f"What to do: {_plain(rule.advice)}")
-        for threshold in rule.thresholds:
-            option = f"--threshold {threshold.name}={threshold.default:.6g}"
-            print_wrapped(console, f"{option} ({threshold.meaning}): {threshold.reason}.")
-        print_wrapped(console, f"Source: {rule.source}.")
-
-
-def _plain(text: str) -> str:
-    return text.replace("`", "")
