@@ -1,6 +1,6 @@
 """Writes `.readme/json.md`: the keys of every JSON document, read from what the commands print.
 
-    python -m tests.json_keys > .readme/json.md
+python -m tests.json_keys > .readme/json.md
 """
 
 import contextlib
@@ -35,17 +35,26 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ),
     ("bncli eval --tta flip", "eval run/last.pt --num-images 8 --batch-sizes 2 --tta flip"),
     ("bncli predict", f"predict run/last.pt {IMAGE}"),
-    ("bncli inspect-stats", "inspect-stats run/last.pt --threshold gain=0.001 --threshold gain_per_median=0.1"),
+    (
+        "bncli inspect-stats",
+        "inspect-stats run/last.pt --threshold gain=0.001 --threshold gain_per_median=0.1",
+    ),
     ("bncli inspect-stats --channels", "inspect-stats run/last.pt --channels"),
     ("bncli inspect-stats --explain", "inspect-stats --explain BN002"),
     ("bncli recalibrate", "recalibrate run/last.pt -o run/new.pt --num-images 100 --verify"),
     ("bncli recalibrate --verify", "recalibrate run/last.pt --verify --num-images 100"),
     ("bncli compare", "compare run/last.pt run/new.pt"),
     ("bncli history", "history run"),
-    ("bncli explain", "explain momentum"),
+    ("bncli config", "config"),
+    ("bncli config KEY", "config train.momentum"),
+    ("bncli explain", "explain"),
+    ("bncli explain TOPIC", "explain momentum"),
     ("bncli doctor", "doctor"),
     ("bncli demo", "demo run/last.pt --num-images 50"),
-    ("bncli bench train", f"bench train quickstart {CONVNET} --set data.num_train=300 --set train.batch_size=50 --rounds 1 --steps 1"),
+    (
+        "bncli bench train",
+        f"bench train quickstart {CONVNET} --set data.num_train=300 --set train.batch_size=50 --rounds 1 --steps 1",
+    ),
     ("bncli bench eval", "bench eval run/last.pt --rounds 1"),
 )
 # whose keys are names that the data, the machine or a rule give

@@ -1,34 +1,93 @@
-"""The README is tested: its commands exist and its Python runs."""
+"""The README is tested by doing what it says."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from pydantic import BaseModel
+from torch import nn
 
-from bncli.batchnorm import RULES
 from bncli.cli.app import app
-from bncli.config import Cifar10Config, Config, ImageFolderConfig, SyntheticConfig
+from tests import a_strangers_resnet
+from tests.conftest import Bncli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / ".readme").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+LONGEST_LINE = 120
+
+SMALL = ["--set", "data.num_train=300", "--set", "data.num_test=80", "--set", "train.epochs=1"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def shell_lines() -> list[str]:
-    shell = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    typed = [line[2:] for block in blocks("console") for line in block.splitlines() if line[:2] == "$ "]
-    return [line.strip().split("  #")[0] for line in shell + typed if line.strip().startswith("bncli ")]
+def tour() -> Iterator[tuple[str, str]]:
+    """Each command after a dollar sign, with what the README says that it prints."""
+    for block in blocks("console"):
+        for part in block.split("$ ")[1:]:
+            command, _, printed = part.partition("\n")
+            yield command, printed
 
 
-@pytest.mark.parametrize("line", shell_lines())
-def test_every_command_in_the_readme_is_registered_with_its_options(line: str) -> None:
-    words = [word.removeprefix(".venv/bin/") for word in shlex.split(line)][1:]
+def shell_lines(text: str) -> list[str]:
+    shell = [line for block in blocks("sh", text) for line in block.replace("\\\n", " ").splitlines()]
+    typed = [line[2:] for block in blocks("console", text) for line in block.splitlines() if line[:2] == "$ "]
+    table = re.findall(r"^\| `(bncli [^`]*)`", text, flags=re.MULTILINE)
+    return [
+        line.strip().split("  #")[0] for line in shell + typed + table if line.strip().startswith("bncli ")
+    ]
+
+
+def test_the_tour_runs_on_small_data(bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    a_strangers_resnet.write(tmp_path / "model.pt")
+    commands = [shlex.split(command) for command, _ in tour()]
+    assert [words[1] for words in commands] == ["train", "eval", "inspect-stats", "inspect-stats"]
+    for words in commands:
+        outcome = bncli(*words[1:], *(SMALL if words[1] == "train" else []))
+        assert outcome.code in {0, 1}, outcome.err
+
+
+def words_of(text: str) -> list[str]:
+    """Its lines without numbers: what a second machine must print as well."""
+    return [
+        " ".join(line.split()) for line in text.splitlines() if line.strip() and not re.search(r"\d", line)
+    ]
+
+
+@pytest.mark.slow
+def test_the_tour_as_typed_prints_what_the_readme_says(tmp_path: Path) -> None:
+    a_strangers_resnet.write(tmp_path / "model.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    for command, printed in tour():
+        words = [sys.executable, "-m", *shlex.split(command)]
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == ("(error)" in done.stdout), done.stderr
+        assert words_of(done.stdout) == words_of(printed), command
+        assert len(done.stdout.splitlines()) == len(printed.splitlines()), command
+
+
+def test_what_the_readme_prints_fits_a_terminal() -> None:
+    for command, printed in tour():
+        for line in [f"$ {command}", *printed.splitlines()]:
+            assert len(line) <= 80, line
+            assert line == line.rstrip()
+
+
+@pytest.mark.parametrize("line", sorted({line for page in PAGES for line in shell_lines(page.read_text())}))
+def test_every_command_is_registered_with_its_options(line: str) -> None:
+    words = shlex.split(line)[1:]
     command = typer.main.get_command(app)
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         assert words[0] in command.commands, f"no such command: {words[0]}"
@@ -40,8 +99,8 @@ def test_every_command_in_the_readme_is_registered_with_its_options(line: str) -
 
 
 def test_every_registered_command_is_in_the_readme() -> None:
-    for name in typer.main.get_command(app).commands:
-        assert f"bncli {name}" in README
+    for name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        assert f"| `bncli {name}" in README, name
 
 
 @pytest.mark.parametrize("target", re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE))
@@ -49,60 +108,56 @@ def test_every_make_target_in_the_readme_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_the_library_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = blocks("python")
-    assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 12
-    config = ROOT / "configs" / "quickstart.yaml"
-    code = code.replace(
-        '"configs/quickstart.yaml", [', f'{str(config)!r}, ["data.num_train=500", "data.num_test=100", '
-    )
-    assert str(config) in code
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
+def test_the_python_examples_do_what_the_readme_says() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    images = torch.randn(40, 3, 8, 8) + 1.0
+    for _ in range(60):
+        model(images)
+    nn.init.constant_(model[1].running_var, -1.0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=10)
+    namespace = {"model": model, "images": images, "loader": loader}
+    audit, recalibrate, certify = (block for block in blocks("python"))
+    for code in (audit, recalibrate, certify):
+        assert len([line for line in code.splitlines() if line.strip() and line != "import bncli"]) <= 3
+
+    assert run(audit, namespace).splitlines()[0].startswith("error BN004 1 ")
+    assert run(recalibrate, namespace) == "40 images, 1 layers\n"
+    with torch.no_grad():
+        outputs = model[0](images)
+    torch.testing.assert_close(model[1].running_mean, outputs.mean(dim=(0, 2, 3)))
+    assert run(certify, namespace).startswith("True ")
+    assert run(audit, namespace) == ""
+
+
+def run(code: str, namespace: dict[str, object]) -> str:
+    printed: list[str] = []
+    namespace["print"] = lambda *values: printed.append(" ".join(map(str, values)) + "\n")
     exec(code, namespace)
-    assert namespace["result"].accuracy > 0.1
+    return "".join(printed)
 
 
-def test_the_readme_names_no_path_of_a_machine() -> None:
-    assert not re.search(r"/(work|home|root)/", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)]*)?)\)", text):
+        name, _, anchor = target.partition("#")
+        if name.startswith("http"):
+            continue
+        file = (page.parent / name).resolve() if name else page
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
 
 
-def keys_of(section: type[BaseModel], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= keys_of(field.annotation, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = field.default
-    return found
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_names_a_path_of_a_machine(page: Path) -> None:
+    assert not re.search(r"(?<![\w.])/(work|home|root|tmp)/", page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("data", [SyntheticConfig, Cifar10Config, ImageFolderConfig])
-def test_the_table_of_keys_is_complete_and_gives_the_defaults(data: type[BaseModel]) -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in README.splitlines() if "| `" in line]
-    table: dict[str, str] = {}
-    for keys, defaults in rows:
-        names = re.findall(r"`([a-z_0-9.]+)`", keys)
-        values = [defaults] if len(names) == 1 else defaults.split(", ")
-        table |= dict(zip(names, values * (len(names) // len(values)), strict=True)) if "." in keys else {}
-    expected = keys_of(Config) | keys_of(data, "data.")
-    del expected["data"], expected["data.name"]
-    for key, default in expected.items():
-        words = {"None": "null", "True": "true", "False": "false"}
-        text = str(list(default)) if isinstance(default, tuple) else str(default)
-        text = words.get(text, text)
-        assert table[key].strip("`") == text, key
-
-
-def rules_table() -> str:
-    """The README's list of rules, made from the table that findings and --explain are made from."""
-    lines = ["| code | rule | severity | finds | thresholds |", "|---|---|---|---|---|"]
-    for rule in RULES:
-        limits = ", ".join(f"`{limit.name}={limit.default:.6g}`" for limit in rule.thresholds)
-        summary = rule.summary.replace("|", "\\|")
-        lines.append(f"| {rule.code} | `{rule.name}` | {rule.severity} | {summary} | {limits} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_list_of_rules_is_the_table_in_the_code() -> None:
-    assert rules_table() in README, f"put this into the README:\n{rules_table()}"
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 260
+    assert max(len(line) for line in lines if not line.startswith(("|", "!["))) <= LONGEST_LINE

@@ -38,9 +38,11 @@ def test_a_program_ends_with_its_exit_code_and_one_line(name: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_every_benchmark_in_the_readme_is_called_with_options_that_it_has() -> None:
+def test_every_benchmark_in_the_measurements_is_called_with_options_that_it_has() -> None:
     calls = re.findall(
-        r'^(?:\$ )?make bench-([a-z]+)(?: ARGS="(.*)")?$', (ROOT / "README.md").read_text(), re.MULTILINE
+        r'^(?:\$ )?make bench-([a-z]+)(?: ARGS="(.*)")?$',
+        (ROOT / ".readme" / "measurements.md").read_text(),
+        re.MULTILINE,
     )
     assert {name for name, _ in calls} == set(PROGRAMS)
     for name, arguments in calls:
