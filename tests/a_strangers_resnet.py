@@ -12,7 +12,7 @@ from bncli.torchvision_compat import import_torchvision
 
 
 def write(path: Path) -> None:
-    """torchvision's ResNet-18 after 60 forward passes in train mode; one layer has what an overflow in float16 leaves."""
+    """torchvision's ResNet-18 after 60 training batches, with an overflow of float16 in one layer."""
     models = import_torchvision().models
     torch.manual_seed(0)
     model = models.resnet18(num_classes=10)

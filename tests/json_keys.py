@@ -18,10 +18,8 @@ from PIL import Image
 
 from bncli.cli.app import main
 
-SMALL = (
-    "--set data.num_train=300 --set data.num_test=60 --set train.epochs=1 --set train.batch_size=50"
-    " --set runtime.threads=1"
-)
+SMALL_BATCHES = "--set data.num_train=300 --set train.batch_size=50"
+SMALL = f"{SMALL_BATCHES} --set data.num_test=60 --set train.epochs=1 --set runtime.threads=1"
 CONVNET = "--set model.widths=[4,8] --set model.blocks_per_stage=1"
 IMAGE = "photo.png"
 
@@ -37,7 +35,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli predict", f"predict run/last.pt {IMAGE}"),
     (
         "bncli inspect-stats",
-        "inspect-stats run/last.pt --threshold gain=0.001 --threshold gain_per_median=0.1",
+        "inspect-stats run/last.pt --threshold gain=0.001",
     ),
     ("bncli inspect-stats --channels", "inspect-stats run/last.pt --channels"),
     ("bncli inspect-stats --explain", "inspect-stats --explain BN002"),
@@ -53,7 +51,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli demo", "demo run/last.pt --num-images 50"),
     (
         "bncli bench train",
-        f"bench train quickstart {CONVNET} --set data.num_train=300 --set train.batch_size=50 --rounds 1 --steps 1",
+        f"bench train quickstart {CONVNET} {SMALL_BATCHES} --rounds 1 --steps 1",
     ),
     ("bncli bench eval", "bench eval run/last.pt --rounds 1"),
 )
@@ -63,10 +61,11 @@ WIDTH = 110
 
 HEAD = """# JSON documents
 
-`--json` on every command prints one JSON document on stdout. Here are its keys, as the commands print them (made by
-`python -m tests.json_keys`, and tested). A line holds the keys of one object; an indented line those of the object under
-its key, and `[]` says that the key holds a list of such objects. Accuracies and shares are fractions from 0 to 1, times
-are in seconds, losses are mean cross-entropies. A number that is not finite is `null`. Keys may be added in later versions.
+`--json` on every command prints one JSON document on stdout. Here are its keys, as the commands print
+them (made by `python -m tests.json_keys`, and tested). A line holds the keys of one object; an indented
+line those of the object under its key, and `[]` says that the key holds a list of such objects.
+Accuracies and shares are fractions from 0 to 1, times are in seconds, losses are mean cross-entropies. A
+number that is not finite is `null`. Keys may be added in later versions.
 """
 
 

@@ -25,12 +25,8 @@ def test_every_command_that_prints_json_is_on_the_page() -> None:
 
 
 def test_keys_of_objects_stand_under_their_own() -> None:
-    document = {
-        "a": 1,
-        "b": {"x": 1, "y": {"z": 2}},
-        "c": [{"p": None}, {"p": {"q": 1}}],
-        "d": {"x": 0, "y": {"z": 1}},
-    }
+    inner = {"p": None}, {"p": {"q": 1}}
+    document = {"a": 1, "b": {"x": 1, "y": {"z": 2}}, "c": list(inner), "d": {"x": 0, "y": {"z": 1}}}
     assert key_lines(document) == [
         "a, b, c, d",
         "  b, d: x, y",
