@@ -30,6 +30,7 @@ GROUPS = {
         "other-frameworks",
     ),
     "Equal bits, and several GPUs": ("batch-invariance", "many-gpus"),
+    "Files": ("checkpoint-files", "runs", "your-images"),
     "What inspect-stats finds": ("findings",),
 }
 MAX_NEAREST = 3
