@@ -96,7 +96,8 @@ def comments_in(text: str) -> dict[str, str]:
             if rest.startswith("#"):
                 found[prefix] = rest
 
-    visit(yaml.compose(text, Loader=_Loader), "")
+    if (root := yaml.compose(text, Loader=_Loader)) is not None:  # None: an empty text
+        visit(root, "")
     return found
 
 
