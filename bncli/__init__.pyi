@@ -6,6 +6,7 @@ from .batchnorm import Recalibration as Recalibration
 from .batchnorm import measure_population as measure_population
 from .batchnorm import read_running_stats as read_running_stats
 from .batchnorm import recalibrate as recalibrate
+from .before_validation import recalibrate_before_validation as recalibrate_before_validation
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import load_model as load_model

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "bncli"
 LAYERS = [
     {"cli"},
     {"bench", "demo"},
-    {"training"},
-    {"evaluation", "audit"},
+    {"training", "lightning"},
+    {"evaluation", "audit", "before_validation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "recorded_config", "explained_config"},
@@ -32,6 +32,7 @@ ONLY_IN = {
     "matplotlib": {"cli"},
     "torchvision": {"torchvision_compat", "data", "bench"},
     "PIL": {"data", "bench"},
+    "pytorch_lightning": {"lightning"},
     "pydantic": {"config", "config_file", "explained_config", "serialization"},
 }
 
