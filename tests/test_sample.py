@@ -17,7 +17,9 @@ from bncli.sample import stratified_sample
     seed=st.integers(0, 3),
 )
 def test_each_class_has_its_share(counts: list[int], share: Fraction, seed: int) -> None:
-    labels = torch.repeat_interleave(torch.arange(len(counts)) * 3, torch.tensor(counts))  # sorted, as folders
+    labels = torch.repeat_interleave(
+        torch.arange(len(counts)) * 3, torch.tensor(counts)
+    )  # sorted, as folders
     num_images = max(1, int(share * len(labels)))
     found = stratified_sample(labels, num_images, seed=seed)
     assert found.dtype == torch.int64

@@ -15,6 +15,7 @@ from bncli.wording import plural
 
 HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
 PAUSE = 0.1  # seconds between two pictures of the bar
+PAUSE_OF_LINES = 10.0  # seconds between two lines about one part, off a terminal
 
 
 class _Display:
@@ -65,16 +66,17 @@ def _bar(console: Console) -> Progress:
 
 
 class ProgressReporter:
-    """Shows what is being done and how far it is: a bar, or off a terminal a line when a part is done.
+    """Shows what is being done and how far it is: a bar on a terminal, which leaves nothing behind.
 
-    Leave the `with` block to take the bar away, whatever happened; of a part that broke off nothing is said.
+    Off a terminal there is a line when a part is done, and one every 10 seconds while it goes on. Leave the
+    `with` block to finish, whatever happened; of a part that broke off nothing more is said.
     """
 
     def __init__(self) -> None:
         self._display = _Display()
         self._what: str | None = None
         self._done = 0
-        self._is_counted = False
+        self._last_line = 0.0
 
     def __enter__(self) -> Self:
         """Nothing is shown before the first call."""
@@ -93,11 +95,16 @@ class ProgressReporter:
         """Take note of `done` of `total`; where the total is unknown, a part ends when another begins."""
         if what != self._what:
             self._finish(is_whole=True)
-        self._what, self._done, self._is_counted = what, done, total is not None
+            self._last_line = time.monotonic()
+        self._what, self._done = what, done
         if total is not None and done >= total:
             self._finish(is_whole=True)
-        else:
+        elif sys.stderr.isatty():
             self._display.show(what, done, total)
+        elif time.monotonic() - self._last_line >= PAUSE_OF_LINES:
+            self._last_line = time.monotonic()
+            of = "" if total is None else f" of {total:,}"
+            self._display.line(f"{one_line(what)}: {done:,}{of}")
 
     def note(self, message: str) -> None:
         """Say something between two parts."""
@@ -107,7 +114,7 @@ class ProgressReporter:
     def _finish(self, *, is_whole: bool) -> None:
         self._display.hide()
         # on a terminal a line for each of many passes would push the results out of sight
-        if self._what is not None and is_whole and (self._is_counted or not sys.stderr.isatty()):
+        if self._what is not None and is_whole and not sys.stderr.isatty():
             self._display.line(f"{one_line(self._what)}: {self._done:,}")
         self._what = None
 

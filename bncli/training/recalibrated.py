@@ -6,7 +6,6 @@ computed as `bncli eval` computes it, autocast included, since that is where the
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,7 +117,7 @@ def recalibrate_checkpoint(
     *,
     source: dict[str, str],
     eval_batch_size: int,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedCheckpoint:
     """Measure, replace, and evaluate before and after; `checkpoint` itself is left as it was.
 
@@ -128,24 +127,25 @@ def recalibrate_checkpoint(
     Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
     size = how.batch_size or eval_batch_size
+    num_images = min(how.num_images or len(dataset.train), len(dataset.train))
     model = runtime.place_model(load_model(checkpoint))
 
     def outcomes(phase: str) -> Outcomes:
         batches = sequential_batches(dataset.test, eval_batch_size)
         placed = ((runtime.place(images), labels) for images, labels in batches)
-        return measure_outcomes(model, placed, progress=partial(progress, phase))
+        return measure_outcomes(model, placed, progress=lambda done: progress(phase, done, len(dataset.test)))
 
     with runtime.autocast():
         before = outcomes("test images before")
         done = recalibrate(
             model,
-            None
-            if how.method == "debias"
-            else training_sample(dataset.train, runtime, size, how.num_images or len(dataset.train)),
+            None if how.method == "debias" else training_sample(dataset.train, runtime, size, num_images),
             method=how.method,
             layers=how.layers,
             tolerance=how.tolerance,
-            progress=lambda number, of, images: progress(f"training images, pass {number} of {of}", images),
+            progress=lambda number, of, images: progress(
+                f"training images, pass {number} of {of}", images, num_images
+            ),
         )
         after = outcomes("test images after")
     made = replace(
@@ -176,7 +176,7 @@ def save_recalibrated(
     Raises StoppedError when `stop`, which is asked after every batch, says so.
     """
 
-    def ask(phase: str, num_images: int) -> None:
+    def ask(phase: str, done: int, total: int | None) -> None:
         if stop():
             raise StoppedError
 
@@ -211,7 +211,7 @@ def verify_checkpoint(
     *,
     eval_batch_size: int,
     max_error: float,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Verification:
     """Whether the running statistics are those of the training images in eval mode: a fixed point.
 
@@ -228,7 +228,7 @@ def verify_checkpoint(
             model,
             training_sample(dataset.train, runtime, size, num_images),
             layers=how.layers,
-            progress=partial(progress, "training images, verifying"),
+            progress=lambda done: progress("training images, verifying", done, num_images),
         )
     return Verification(dataset.name, num_images, size, max_error, layers)
 

@@ -56,6 +56,12 @@ def evaluate_checkpoint(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the sweep or the gap to a .png or .svg file.")
     ] = None,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details", help="Show classes, each claim, each batch size, SHA-256 and hardware too."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Evaluate in eval mode, and certify that a prediction depends on its image alone.
@@ -80,7 +86,7 @@ def evaluate_checkpoint(
         _save_certificate(report, checkpoint, save)
     if plot is not None:
         _plot(report, plot)
-    print_json(report.to_dict()) if as_json else show_eval(report)
+    print_json(report.to_dict()) if as_json else show_eval(report, details=details)
     return 0 if report.found.passed else 1
 
 
