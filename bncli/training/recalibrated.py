@@ -17,6 +17,7 @@ from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_mod
 from bncli.data import Dataset, sequential_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation.gap import PhaseProgress
 from bncli.hardware import describe_machine
 from bncli.models.convnet import ConvNet
 from bncli.recorded_config import MAX_EVAL_BATCH
@@ -26,7 +27,6 @@ from bncli.training.run_dir import RECALIBRATED, writing
 from bncli.training.setup import training_sample
 
 RecalibrationMethod = Literal["exact", "precise", "debias"]
-PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
 
 
 @dataclass(frozen=True)

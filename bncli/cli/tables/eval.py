@@ -133,6 +133,9 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     if not certificate.running_stats_unchanged:
         console.print("The running statistics CHANGED meanwhile, which they must not in eval mode.")
     print_wrapped(console, certificate.verdict, style="bold")
+    if not certificate.deterministic:
+        command = f"bncli inspect-stats {one_line(report.checkpoint)}"
+        console.print(f"What is wrong with its BatchNorm layers: {command}")
 
 
 def _of_all(num_changed: int, certificate: Certificate) -> str:
@@ -216,7 +219,7 @@ def _show_batch_sizes(console: Console, found: Certificate) -> None:
     console.print(table)
     console.print()
     unchanged = "unchanged" if found.running_stats_unchanged else "CHANGED"
-    console.print(f"Running statistics afterwards: {unchanged}. SHA-256 of the logits of single images:")
+    console.print(f"Running statistics afterwards: {unchanged}. SHA-256 of single images' logits:")
     console.print(found.logits_sha256)
 
 
