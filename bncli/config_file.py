@@ -13,7 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bncli.builtin_configs import find_config_file
+from bncli.builtin_configs import DEFAULT_NAME, find_config_file
 from bncli.config import Config, DataConfig
 from bncli.errors import ConfigError
 
@@ -31,8 +31,9 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: naming the file and every problem, each with its dotted key.
     """
-    values = {} if path is None else _read_yaml(find_config_file(path))
-    return config_from_dict(values, overrides, source="defaults" if path is None else str(path))
+    if path is None:  # with the name of its data set, which a key of data needs beside it
+        return config_from_dict({"data": {"name": Config().data.name}}, overrides, source=DEFAULT_NAME)
+    return config_from_dict(_read_yaml(find_config_file(path)), overrides, source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None, *, source: str) -> Config:

@@ -1,8 +1,11 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from bncli.config import SyntheticConfig
+from bncli.config_file import load_config
 from tests.conftest import Bncli
 
 
@@ -77,6 +80,55 @@ def test_without_a_run_dir_every_run_gets_its_own(
     )
     assert first != second
     assert Path(first).parent == Path(second).parent == Path("runs")
+
+
+FEW = ("data.num_train=100", "data.num_test=20", "model.widths=[4]", "train.epochs=1", "train.batch_size=50")
+FEW_IMAGES = tuple(word for key in FEW for word in ("--set", key))
+
+
+@pytest.mark.parametrize("name", [(), ("quickstart",)])
+def test_no_config_is_the_quickstart_with_the_options_applied(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = bncli("train", *name, *FEW_IMAGES, "--device", "cpu", "--json")
+    assert outcome.code == 0
+    assert ("no CONFIG given: this is the quickstart" in outcome.err) == (not name)
+    run_dir = Path(outcome.json["run_dir"])
+    assert re.fullmatch(r"runs/quickstart-\d{8}-\d{6}", str(run_dir))
+    recorded = load_config(run_dir / "config.yaml")
+    assert recorded == load_config(None, [*FEW, "runtime.device=cpu"])
+    assert recorded.data == SyntheticConfig(num_train=100, num_test=20)
+
+
+def test_a_run_of_no_config_goes_on_with_keys_of_its_data(bncli: Bncli, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert bncli("train", *FEW_IMAGES, "--device", "cpu", "--run-dir", run_dir).code == 0
+    again = ("--set", "train.epochs=2", "--set", "data.num_test=20")
+    resumed = bncli("train", "--resume", run_dir, "--device", "cpu", *again, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["epochs"] == 2
+    assert "no CONFIG given" not in resumed.err
+
+
+def test_a_built_in_name_names_the_run_directory(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    synthetic = ("--set", "data.name=synthetic", *FEW_IMAGES, "--set", "model.whitening=false")
+    outcome = bncli("train", "cifar10", *synthetic, "--json")
+    assert outcome.code == 0, outcome.err
+    assert Path(outcome.json["run_dir"]).name.startswith("cifar10-")
+
+
+def test_a_folder_of_data_without_a_config_is_answered_with_the_data_sets_that_have_one(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = bncli("train", "--data-root", "images")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "the data set synthetic has no such key; cifar10 and imagefolder have it" in outcome.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_nothing_to_resume_where_there_was_no_run(bncli: Bncli, tmp_path: Path) -> None:
