@@ -23,11 +23,12 @@ from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
+from bncli.cli.help_page import CommandPage, GroupPage
 from bncli.cli.messages import one_line, print_error
 from bncli.errors import BncliError
 
 app = typer.Typer(
-    add_completion=False,
+    cls=GroupPage,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,30 +44,46 @@ def _print_version(wanted: bool) -> None:
 def program(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Train, evaluate and inspect networks with BatchNorm.
 
     See what train mode and eval mode really do, and what the running statistics hold.
+
+    Examples:
+    bncli train --run-dir runs/first
+    bncli eval runs/first/last.pt
+    bncli explain train-and-eval
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
-app.command("train")(train_config)
-app.command("config")(show_config)
-app.command("eval")(evaluate_checkpoint)
-app.command("predict")(predict_images)
-# more than one checkpoint is answered with the command that compares two
-app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspect_stats)
-app.command("compare")(compare_checkpoints)
-app.command("history")(show_history)
-app.command("recalibrate")(recalibrate_into_file)
-app.command("explain")(explain_topic)
-app.command("doctor")(diagnose)
-app.command("demo")(demonstrate_repair)
-app.add_typer(bench_app, name="bench")
+TRAIN, STATISTICS, LEARN, MACHINE = (
+    "Train and evaluate",
+    "Running statistics of a checkpoint",
+    "Learn about BatchNorm",
+    "This machine",
+)
+app.command("train", cls=CommandPage, rich_help_panel=TRAIN)(train_config)
+app.command("config", cls=CommandPage, rich_help_panel=TRAIN)(show_config)
+app.command("eval", cls=CommandPage, rich_help_panel=TRAIN)(evaluate_checkpoint)
+app.command("predict", cls=CommandPage, rich_help_panel=TRAIN)(predict_images)
+app.command(
+    "inspect-stats",
+    cls=CommandPage,
+    rich_help_panel=STATISTICS,
+    # more than one checkpoint is answered with the command that compares two
+    context_settings={"allow_extra_args": True},
+)(inspect_stats)
+app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_checkpoints)
+app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
+app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
+app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)
+app.command("demo", cls=CommandPage, rich_help_panel=LEARN)(demonstrate_repair)
+app.command("doctor", cls=CommandPage, rich_help_panel=MACHINE)(diagnose)
+app.add_typer(bench_app, name="bench", rich_help_panel=MACHINE)
 
 
 def main(arguments: list[str] | None = None, program: typer.Typer = app, name: str = "bncli") -> int:

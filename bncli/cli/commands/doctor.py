@@ -121,15 +121,21 @@ _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optim
 
 def diagnose(
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Check this file instead of the machine.")
     ] = None,
     overrides: SetOption = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what is installed and whether training can start here, or whether a checkpoint is whole.
+    """Check the installation and this machine, or a checkpoint.
 
-    Exit code 1 if something is wrong. The answer names no user: paste it into a bug report.
+    Can training start here? Or, with CHECKPOINT: is the file what was saved? Exit code 1 if something is
+    wrong. The output names no user, so that it can be pasted into a bug report.
+
+    Examples:
+    bncli doctor
+    bncli doctor --data-root data
+    bncli doctor runs/first/last.pt
     """
     if checkpoint is not None and (overrides or data_root is not None):
         problem = "--set and --data-root say where data lie, and no data are read to check a CHECKPOINT"
