@@ -24,7 +24,7 @@ from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
-from bncli.cli.messages import one_line, print_error
+from bncli.cli.messages import one_line, print_error, usage_error
 from bncli.errors import BncliError
 
 app = typer.Typer(
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
         print_error(str(error))
         return error.exit_code
     except typer.TyperException as error:
-        print_error(f"{error.format_message()} (see {name} --help)")
+        print_error(usage_error(error, name))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")

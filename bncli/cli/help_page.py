@@ -8,7 +8,10 @@ paragraph `Examples:` has these lines printed as they are, below the options.
 import inspect
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
+
+from bncli.cli.unknown_command import instead_of
 
 ARGUMENTS = "Arguments"
 INPUT = "Input"
@@ -27,7 +30,7 @@ _MAX_COLUMN = 26  # of option names; help texts begin here at the latest
 
 
 class _Page:
-    """What the pages of a command and of a group of commands have in common; parameters are those of click."""
+    """What the pages of a command and of a group of commands have in common. Parameters are click's."""
 
     help: str | None
     epilog: str | None
@@ -35,6 +38,15 @@ class _Page:
 
     def _take_examples(self) -> None:
         self.help, _, self.epilog = inspect.cleandoc(self.help or "").partition(_EXAMPLES)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raise what click raises; whichever it is, it knows the command that was typed."""
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc,no-any-return]
+        except typer.TyperException as error:
+            if getattr(error, "ctx", None) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Like `[OPTIONS] CHECKPOINT [NAME]`, with no brackets inside of brackets."""
@@ -93,6 +105,15 @@ class GroupPage(_Page, TyperGroup):
             )
         _write(groups, formatter)
         super().format_options(ctx, formatter)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that was typed; of an unknown one, the error names what may have been meant."""
+        name = args[0]
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            program = ctx.command_path
+            hint = instead_of(name, program, dict(self.commands))
+            ctx.fail(f"no command {name!r} in {program}; {hint}")
+        return super().resolve_command(ctx, args)
 
 
 def _write(groups: dict[str, list[tuple[str, str]]], formatter: Any) -> None:

@@ -31,7 +31,6 @@ def test_version_and_help_answer(bncli: Bncli) -> None:
     [
         ("nonsense",),
         ("train", "--nonsense"),
-        ("train",),
         ("eval",),
         ("train", "x.yaml", "--resume", "y"),
         ("train", "--resume", "y", "--run-dir", "z"),
@@ -73,8 +72,8 @@ def test_what_is_no_checkpoint_is_answered_by_one_line_and_exit_2(
     ("text", "expected"),
     [
         ("trian: {}", "trian: unknown key; did you mean 'train'?"),
-        ("train: {epochs: many}", "train.epochs: expected integer, found 'many'"),
-        ("train: {epochs: 0}", "train.epochs: expected greater than or equal to 1, found 0"),
+        ("train: {epochs: many}", "train.epochs: must be a whole number, not 'many'"),
+        ("train: {epochs: 0}", "train.epochs: must be at least 1, not 0"),
         ("", "empty"),
         ("[1, 2]", "found a list"),
         ("runtime: {device: abacus}", "unknown device 'abacus'"),

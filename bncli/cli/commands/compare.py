@@ -1,7 +1,6 @@
 """`bncli compare FIRST SECOND`: how far the running statistics moved, and whether weights did."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
