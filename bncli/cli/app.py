@@ -94,11 +94,16 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
     try:
         # not app(...), which turns Ctrl-C into an exit code without a word
         command = typer.main.get_command(program)
+        if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:  # the shell asks what the words could go on with
+            os.environ["COLUMNS"] = "1000"  # each answer on one line, which Typer wraps otherwise
+            command.main([], prog_name=name)
         with command.make_context(name, sys.argv[1:] if arguments is None else arguments) as context:
             code = command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:
         return done.exit_code
+    except SystemExit as done:  # so ends what Typer does for completion
+        return done.code if isinstance(done.code, int) else 0
     except BncliError as error:
         print_error(str(error))
         return error.exit_code
