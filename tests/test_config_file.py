@@ -129,7 +129,8 @@ def test_overrides_reach_every_depth_and_are_checked_as_the_file_is(tmp_path: Pa
     assert config.train.learning_rate == 1e-3
     assert config.model.widths == (4, 8)
     assert config.train.epochs == 3
-    assert "train.epochs: must be a whole number" in problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")[0]
+    (found,) = problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")
+    assert "train.epochs: must be a whole number, not 'x'" in found
     assert "did you mean" in problems(tmp_path, "train: {epochs: 3}", "train.epoch=4")[0]
 
 

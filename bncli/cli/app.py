@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the check's answer is no, 2 cannot run, 130 interrupted, 1
 imports torch, so that `--help` answers at once.
 """
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -24,7 +25,7 @@ from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
-from bncli.cli.messages import one_line, print_error, usage_error
+from bncli.cli.messages import print_error, usage_error
 from bncli.errors import BncliError
 
 app = typer.Typer(
@@ -94,7 +95,9 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
     try:
         # not app(...), which turns Ctrl-C into an exit code without a word
         command = typer.main.get_command(program)
-        if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:  # the shell asks what the words could go on with
+        if (
+            f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ
+        ):  # the shell asks what the words could go on with
             os.environ["COLUMNS"] = "1000"  # each answer on one line, which Typer wraps otherwise
             command.main([], prog_name=name)
         with command.make_context(name, sys.argv[1:] if arguments is None else arguments) as context:
@@ -117,16 +120,24 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
         # the reader, `head` say, has what it wanted; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        print_error("out of memory; try smaller batches or images")
-        return 2
-    except ImportError as error:
-        print_error(f"{error} (install torch and torchvision versions that belong together)")
-        return 2
     except Exception as error:
         if os.environ.get("BNCLI_TRACEBACK"):
             raise
-        hint = "this is a bug in bncli or in what it calls; set BNCLI_TRACEBACK=1 to see where"
-        print_error(f"{type(error).__name__}: {one_line(str(error))} ({hint})")
+        print_error(_unforeseen(error))
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _unforeseen(error: Exception) -> str:
+    """What no command expects, and whether it is a bug: a full disk, say, is none."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return f"{where}the disk is full; free some space, or write to another one"
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory; try smaller batches or images"
+    if isinstance(error, ImportError):
+        return f"{error} (install torch and torchvision versions that belong together)"
+    hint = "this is a bug in bncli or in what it calls; set BNCLI_TRACEBACK=1 to see where"
+    return f"{type(error).__name__}: {error} ({hint})"

@@ -83,6 +83,12 @@ class CommandPage(_Page, TyperCommand):
         super().__init__(*args, **settings)
         self._take_examples()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raise for an empty word, which would stand for the current directory."""
+        if "" in args and not ctx.resilient_parsing:
+            ctx.fail("an empty argument; is a variable of the shell not set?")
+        return super().parse_args(ctx, args)
+
 
 class GroupPage(_Page, TyperGroup):
     """Commands below one name, with their page."""

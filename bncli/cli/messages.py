@@ -26,12 +26,20 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
-def wrapped(text: str, width: int, *, first: str = "") -> list[str]:
-    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long."""
+def wrapped(text: str, width: int, *, first: str = "", break_words: bool = True) -> list[str]:
+    """Lines of at most `width` columns; the second and later ones are indented as far as `first` is long.
+
+    With `break_words=False` a longer word, such as a path, stays whole on a longer line.
+    """
     indent = " " * len(first)
     width = max(width, len(first) + 10)  # a word a line, where there is hardly any room
     return textwrap.wrap(
-        one_line(text), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+        one_line(text),
+        width,
+        initial_indent=first,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=break_words,
     )
 
 

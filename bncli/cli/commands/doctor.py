@@ -11,7 +11,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,8 @@ def _of_foreign_checkpoint(path: Path) -> Check:
             what = f"{path}: foreign ({found.kind}): {count}; no digest to compare with"
         return Check("file", "warning", what, fix)
     except NoBatchNormError as error:
-        return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
+        fix = "the file can be read, but bncli finds nothing to look at in a network without BatchNorm"
+        return Check("file", "warning", str(error), fix)
     except OtherFormatError as error:  # which says what to do
         return Check("file", "problem", str(error))
     except CheckpointError as error:
@@ -334,7 +334,7 @@ def _data(overrides: list[str]) -> Check:
         found = _image_folder(root) if config.name == "imagefolder" else _cifar10(root)
     except DataError as error:
         verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
-        return Check("data", verdict, f"not found: {error}", "--set data.root=FOLDER says where data lie")
+        return Check("data", verdict, f"not found: {error}", "--data-root FOLDER says where data lie")
     return Check("data", "ok", f"{found}: all files found (train checks their content)")
 
 
@@ -376,12 +376,17 @@ def _print_json(checks: list[Check], *, is_well: bool) -> None:
 
 
 def _print_lines(checks: list[Check], *, is_well: bool) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    width = shutil.get_terminal_size().columns
     names = max(len(check.name) for check in checks)
     for check in checks:
         lines = [check.found] + ([f"-> {check.fix}"] if check.fix else [])
         start = f"{check.verdict:<7}  {check.name:<{names}}  "
         for line in lines:
-            print("\n".join(wrapped(line, width, first=start)))
+            print("\n".join(wrapped(line, width, first=start, break_words=False)))
             start = " " * len(start)
-    print("All well." if is_well else "Something is wrong: see the problems above.")
+    if not is_well:
+        print("Something is wrong: see the problems above.")
+    elif warnings := sum(check.verdict == "warning" for check in checks):
+        print(f"No problem, but {plural(warnings, 'warning')}: see above.")
+    else:
+        print("All well.")
