@@ -196,3 +196,32 @@ def test_help_takes_at_most_a_quarter_of_importing_torch() -> None:
 
     for option in ("--help", "--version"):
         assert seconds("-m", "bncli", option) <= seconds("-c", "import torch") / 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "words", [("--help",), ("explain",), ("config", "cifar10"), ("inspect-stats", "CHECKPOINT", "--json")]
+)
+def test_a_full_disk_is_called_so(finished_run: Path, words: tuple[str, ...]) -> None:
+    arguments = [str(finished_run / "last.pt") if word == "CHECKPOINT" else word for word in words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bncli", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    expected = "bncli: error: the disk is full; free some space, or write to another one\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+def test_what_the_operating_system_refuses_is_not_called_a_bug(
+    bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)
+    outcome = bncli("eval", finished_run / "last.pt")
+    assert (outcome.code, outcome.err) == (2, "bncli: error: /some/file: Permission denied\n")

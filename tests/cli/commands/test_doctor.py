@@ -140,3 +140,15 @@ def test_damage_where_only_weights_lie_is_a_problem(bncli: Bncli, finished_run: 
     outcome = bncli("doctor", tmp_path / "flipped.pt")
     assert outcome.code == 1
     assert "damaged" in outcome.out
+
+
+def test_a_network_without_batchnorm_is_no_problem_and_nothing_for_bncli(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "linear.pt")
+    outcome = bncli("doctor", tmp_path / "linear.pt")
+    assert (outcome.code, outcome.err) == (0, "")
+    said = " ".join(outcome.out.split())
+    assert "no BatchNorm layer with running statistics in it, but 2 tensors" in said
+    assert "bncli finds nothing to look at in a network without BatchNorm" in said
+    assert said.endswith("No problem, but 1 warning: see above.")
