@@ -50,4 +50,8 @@ def expected_value(problem: Mapping[str, Any]) -> str:
     pattern = _EXPECTED.get(problem["type"])
     if pattern is None:
         return str(problem["msg"]).removeprefix("Input should be ")
-    return pattern.format(**problem.get("ctx", {}))
+    limits = {  # those of a float key are 0.0 and 1.0
+        name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for name, limit in problem.get("ctx", {}).items()
+    }
+    return pattern.format(**limits)
