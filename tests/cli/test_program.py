@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bncli as package
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")
 
@@ -225,3 +226,17 @@ def test_what_the_operating_system_refuses_is_not_called_a_bug(
     monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)
     outcome = bncli("eval", finished_run / "last.pt")
     assert (outcome.code, outcome.err) == (2, "bncli: error: /some/file: Permission denied\n")
+
+
+def test_tensors_that_do_not_fit_are_told_with_the_name_of_the_file(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished_run / "last.pt", weights_only=True)
+    name = next(name for name in content["state_dict"] if name.endswith("running_mean"))
+    content["state_dict"][name] = torch.zeros(3)
+    save_as_if_whole(content, tmp_path / "file.pt")
+    for command in ("eval", "predict"):
+        outcome = bncli(command, tmp_path / "file.pt", *(["x.png"] if command == "predict" else []))
+        assert outcome.code == 2
+        expected = f"bncli: error: {tmp_path / 'file.pt'}: its tensors do not fit its configuration: {name}: "
+        assert outcome.err.startswith(expected)
