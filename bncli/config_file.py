@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from bncli.builtin_configs import DEFAULT_NAME, find_config_file
 from bncli.config import Config, DataConfig
 from bncli.errors import ConfigError
+from bncli.wording import expected_value
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUE_LENGTH = 4096  # characters; the longest path of Linux
@@ -46,7 +47,9 @@ def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None,
     except ValidationError as error:
         if overrides:
             source += " with --set"
-        raise ConfigError(source, [_describe(problem) for problem in error.errors()]) from None
+        # where an element of a list is wrong, pydantic also calls the list too short
+        problems = [one for one in error.errors() if not any(_holds(one, other) for other in error.errors())]
+        raise ConfigError(source, [_describe(problem) for problem in problems]) from None
 
 
 def keys_of(overrides: list[str]) -> frozenset[str]:
@@ -235,6 +238,12 @@ def _start_data_section_afresh(values: dict[str, Any], overrides: list[str]) -> 
     return {**values, "data": {key: value for key, value in data.items() if key in kept}}
 
 
+def _holds(problem: Any, other: Any) -> bool:
+    """Whether the other is about an element of what the first is about."""
+    location = problem["loc"]
+    return len(other["loc"]) > len(location) and other["loc"][: len(location)] == location
+
+
 def _describe(problem: Any) -> str:
     """One pydantic problem as `dotted.key: what is wrong`."""
     # the discriminator's value stands in the location of a union's member: data.cifar10.root
@@ -262,9 +271,7 @@ def _describe(problem: Any) -> str:
         return f"data.name: missing; one of {', '.join(_data_models())}"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return f"{key}: expected a section with keys, found {found}"
-    message = str(problem["msg"])
-    message = message.removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "a list")
-    return f"{key}: expected {message}, found {found}"
+    return f"{key}: must be {expected_value(problem)}, not {found}"
 
 
 def _shown(value: Any) -> str:

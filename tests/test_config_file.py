@@ -119,7 +119,7 @@ def test_a_key_that_stands_twice_is_an_error_with_both_lines(tmp_path: Path) -> 
         ("data: {root: x}", "data.name: missing"),
         ("train:", "train: expected a section"),
         ("model: {widths: []}", "model.widths"),
-        ("model: {widths: 8}", "model.widths: expected a list, found 8"),
+        ("model: {widths: 8}", "model.widths: must be a list, not 8"),
         ("train: {learning_rate: .inf}", "train.learning_rate"),
         ("train: {learning_rate: .nan}", "train.learning_rate"),
         ("model: {batch_norm: {momentum: 1.5}}", "model.batch_norm.momentum"),
@@ -156,7 +156,8 @@ def test_overrides_reach_every_depth_and_are_checked_as_the_file_is(tmp_path: Pa
     assert config.train.learning_rate == 1e-3
     assert config.model.widths == (4, 8)
     assert config.train.epochs == 3
-    assert "train.epochs: expected integer" in problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")[0]
+    (found,) = problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")
+    assert "train.epochs: must be a whole number, not 'x'" in found
     assert "did you mean" in problems(tmp_path, "train: {epochs: 3}", "train.epoch=4")[0]
 
 

@@ -154,16 +154,16 @@ def _check_digests(content: dict[str, Any], path: str | Path) -> None:
         )
 
 
-def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
+def load_model(checkpoint: str | Path | Checkpoint, *, source: str | None = None) -> ConvNet:
     """The checkpoint's network in eval mode, on the CPU.
 
     It takes images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, and returns logits
-    (N, num_classes).
+    (N, num_classes). Errors name the file `source`, which a Checkpoint does not know itself.
 
     Raises:
         CheckpointError: when the file is no checkpoint, or its tensors do not fit its configuration.
     """
-    source = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    source = source or ("checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint))
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     try:

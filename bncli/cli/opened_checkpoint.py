@@ -116,7 +116,7 @@ def open_subject(
             print_note(note)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
-    network = runtime.place_model(load_model(checkpoint))
+    network = runtime.place_model(load_model(checkpoint, source=str(path)))
     model = FixedShape(network) if batch_invariant else network
     return Subject(path, checkpoint, followed, runtime, model)
 

@@ -1,35 +1,106 @@
 """Options that several commands share, and how their values are read; which layers `--layer` asks for."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 import typer
 
+from bncli.builtin_configs import builtin_configs
+from bncli.cli.help_page import COMPUTED, DATA, INPUT, OUTPUT, SHOWN
 from bncli.errors import BncliError, ConfigError
 
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file of `bncli train`.")]
+
+def complete_config(incomplete: str) -> list[str]:
+    """For the shell: built-in names and YAML files. Where there are none, it offers files itself."""
+    files = glob.glob(f"{glob.escape(incomplete)}*.yaml")  # noqa: PTH207  (Path drops the ./ that was typed)
+    return [*builtin_configs(), *files]
+
+
+def complete_device() -> list[str]:
+    """For the shell, without asking PyTorch what there is, which takes a second."""
+    return ["auto", "cpu", "cuda", "mps"]
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
+]
+ANY_CHECKPOINT = "A checkpoint of bncli, PyTorch or safetensors: a path or a URL."
 ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `bncli config` lists.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or the name of a built-in configuration: see `bncli config`.",
+        autocompletion=complete_config,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=3; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the configuration, as in runtime.precision=float32; can be repeated. All"
+        " keys: `bncli config quickstart`.",
+        rich_help_panel=DATA,
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps: as --set runtime.device."
+        "--device",
+        metavar="DEVICE",
+        help="Compute on auto, cpu, cuda, cuda:1 or mps. Short for --set runtime.device=DEVICE.",
+        rich_help_panel=DATA,
+        autocompletion=complete_device,
     ),
 ]
 DataRootOption = Annotated[
     str | None,
-    typer.Option("--data-root", metavar="FOLDER", help="Where the data set lies: as --set data.root."),
+    typer.Option(
+        "--data-root",
+        metavar="FOLDER",
+        help="Read the data set from this folder. Short for --set data.root=FOLDER.",
+        rich_help_panel=DATA,
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw it to a .png or .svg file.", rich_help_panel=OUTPUT),
+]
+CsvOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        metavar="FILE",
+        help="Write the table as CSV to this file; - is stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help="Where in the file the network's tensors lie, as in 'ema', if it holds several networks.",
+        rich_help_panel=INPUT,
+    ),
+]
+ChannelsOption = Annotated[
+    bool,
+    typer.Option("--channels", help="Show every channel of every layer.", rich_help_panel=SHOWN),
+]
 BatchInvariantOption = Annotated[
     bool,
-    typer.Option("--batch-invariant", help="Compute every image in batches of one fixed number of rows."),
+    typer.Option(
+        "--batch-invariant",
+        help="Compute all images in batches of one fixed size, so that not one bit of a result depends on"
+        " the batch. Slower.",
+        rich_help_panel=COMPUTED,
+    ),
 ]
 
 
@@ -64,7 +135,13 @@ def make_empty_dir(path: Path) -> None:
 
 
 LayerOption = Annotated[
-    str | None, typer.Option("--layer", metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+    str | None,
+    typer.Option(
+        "--layer",
+        metavar="PATTERN",
+        help="Show only layers whose names match, as in 'stages.1.*'.",
+        rich_help_panel=SHOWN,
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ from bncli.checkpoints import Checkpoint, load_checkpoint
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import Progress
-from bncli.errors import RunError
+from bncli.errors import CheckpointError, RunError
 from bncli.training.run import Run
 from bncli.training.run_dir import created, keep_metrics_until, reopened, save_config, writing
 from bncli.training.setup import prepare
@@ -45,7 +45,10 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
         last = _load_last(run_dir, config)
         # a run that goes on had its data: if they are gone, nobody asked for a download
         setup = prepare(config, progress=data_progress, may_download=False)
-        run = Run.restore(setup, last) if last else Run.start(setup)
+        try:
+            run = Run.restore(setup, last) if last else Run.start(setup)
+        except (CheckpointError, RunError) as error:
+            raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
         with writing(run_dir):
             save_config(run_dir, config)  # resumed once more, it goes on as it was told now
             keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)

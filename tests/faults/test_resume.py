@@ -168,7 +168,7 @@ def test_a_forged_checkpoint_is_refused_in_one_line(
     progress, line, *more = outcome.err.splitlines()  # the progress of drawing images comes first
     assert (outcome.code, more) == (2, []), outcome.err
     assert "draw images" in progress
-    assert "cannot resume: the checkpoint does not fit" in line
+    assert f"{tmp_path / 'run' / 'last.pt'}: cannot resume: the checkpoint does not fit" in line
 
 
 def test_how_a_resumed_run_is_optimised_is_told_by_its_configuration_alone(

@@ -11,7 +11,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,8 @@ def _of_foreign_checkpoint(path: Path) -> Check:
             what = f"{path}: foreign ({found.kind}): {count}; no digest to compare with"
         return Check("file", "warning", what, fix)
     except NoBatchNormError as error:
-        return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
+        fix = "the file can be read, but bncli finds nothing to look at in a network without BatchNorm"
+        return Check("file", "warning", str(error), fix)
     except OtherFormatError as error:  # which says what to do
         return Check("file", "problem", str(error))
     except CheckpointError as error:
@@ -121,15 +121,21 @@ _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optim
 
 def diagnose(
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Check this file instead of the machine.")
     ] = None,
     overrides: SetOption = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what is installed and whether training can start here, or whether a checkpoint is whole.
+    """Check the installation and this machine, or a checkpoint.
 
-    Exit code 1 if something is wrong. The answer names no user: paste it into a bug report.
+    Can training start here? Or, with CHECKPOINT: is the file what was saved? Exit code 1 if something is
+    wrong. The output names no user, so that it can be pasted into a bug report.
+
+    Examples:
+    bncli doctor
+    bncli doctor --data-root data
+    bncli doctor runs/first/last.pt
     """
     if checkpoint is not None and (overrides or data_root is not None):
         problem = "--set and --data-root say where data lie, and no data are read to check a CHECKPOINT"
@@ -328,7 +334,7 @@ def _data(overrides: list[str]) -> Check:
         found = _image_folder(root) if config.name == "imagefolder" else _cifar10(root)
     except DataError as error:
         verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
-        return Check("data", verdict, f"not found: {error}", "--set data.root=FOLDER says where data lie")
+        return Check("data", verdict, f"not found: {error}", "--data-root FOLDER says where data lie")
     return Check("data", "ok", f"{found}: all files found (train checks their content)")
 
 
@@ -370,12 +376,17 @@ def _print_json(checks: list[Check], *, is_well: bool) -> None:
 
 
 def _print_lines(checks: list[Check], *, is_well: bool) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    width = shutil.get_terminal_size().columns
     names = max(len(check.name) for check in checks)
     for check in checks:
         lines = [check.found] + ([f"-> {check.fix}"] if check.fix else [])
         start = f"{check.verdict:<7}  {check.name:<{names}}  "
         for line in lines:
-            print("\n".join(wrapped(line, width, first=start)))
+            print("\n".join(wrapped(line, width, first=start, break_words=False)))
             start = " " * len(start)
-    print("All well." if is_well else "Something is wrong: see the problems above.")
+    if not is_well:
+        print("Something is wrong: see the problems above.")
+    elif warnings := sum(check.verdict == "warning" for check in checks):
+        print(f"No problem, but {plural(warnings, 'warning')}: see above.")
+    else:
+        print("All well.")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import MEASURED, OUTPUT
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
@@ -31,30 +32,74 @@ def evaluate_checkpoint(
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Test images for the certificate.")] = 256,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Compare the predictions of this many test images, each alone and in batches.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 256,
     batch_sizes: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Batch sizes of the certificate.")
+        str,
+        typer.Option(
+            metavar="N,N,...", help="The sizes of the batches that are compared.", rich_help_panel=MEASURED
+        ),
     ] = "2,3,7,16,64,256",
     batch_invariant: BatchInvariantOption = False,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the certificate as a JSON file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save what was compared, with SHA-256 digests of all outputs, as a JSON file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Measure accuracy in batches of these sizes, in both modes."),
+        typer.Option(
+            metavar="N,N,...",
+            help="Measure the accuracy in batches of these sizes, in train mode and in eval mode.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     gap: Annotated[
-        bool, typer.Option("--gap", help="Take the gap between train and eval mode apart: is it BatchNorm?")
+        bool,
+        typer.Option(
+            "--gap",
+            help="Explain the gap between train mode and eval mode: how much of it is due to BatchNorm, and"
+            " to which layer?",
+            rich_help_panel=MEASURED,
+        ),
     ] = False,
     num_calibration_images: Annotated[
-        int, typer.Option(min=2, help="Training images that --gap measures population statistics on.")
+        int,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="--gap measures population statistics on this many training images.",
+            rich_help_panel=MEASURED,
+        ),
     ] = 10_000,
     tta: Annotated[
         Literal["flip", "shifts"] | None,
-        typer.Option("--tta", help="Report apart what averaging over views of each image gives."),
+        typer.Option(
+            "--tta",
+            metavar="VIEWS",
+            help="Test-time augmentation: also report the accuracy when outputs are averaged over views of"
+            " each image; flip: the image and its mirror image; shifts: these, also shifted."
+            " Goes without --batch-invariant, --sweep and --gap.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the sweep or the gap to a .png or .svg file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the result of --sweep or --gap to a .png or .svg file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     details: Annotated[
         bool,
@@ -64,9 +109,16 @@ def evaluate_checkpoint(
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Evaluate in eval mode, and certify that a prediction depends on its image alone.
+    """Measure accuracy, and what a prediction depends on.
 
-    Exit code 1 if a prediction depends on the batch in eval mode; with --batch-invariant, if one bit does.
+    Test images are computed alone and in batches, in eval mode and in train mode: does a prediction depend
+    on the other images of its batch? Exit code 1 if one does in eval mode; with --batch-invariant, if a
+    single bit does.
+
+    Examples:
+    bncli eval runs/first/last.pt
+    bncli eval runs/first/last.pt --gap
+    bncli eval runs/first/last.pt --sweep 1,2,4,8,16,32,64 --plot sweep.png
     """
     from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json

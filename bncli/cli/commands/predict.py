@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bncli.cli.help_page import SHOWN
 from bncli.cli.messages import one_line, print_error
 from bncli.cli.opened_checkpoint import open_subject
 from bncli.cli.options import (
@@ -28,18 +29,28 @@ STDIN = "-"
 def predict_images(
     checkpoint: CheckpointArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, WebP, a folder of them, or - (stdin).")
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="PNG, JPEG or WebP files, folders of them, or - for an image on stdin."
+        ),
     ],
-    top: Annotated[int, typer.Option(min=1, metavar="K", help="Show the K most probable classes.")] = 1,
+    top: Annotated[
+        int,
+        typer.Option(min=1, metavar="K", help="Show the K most probable classes.", rich_help_panel=SHOWN),
+    ] = 1,
     batch_invariant: BatchInvariantOption = False,
     overrides: SetOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Name the class of each image, and its probability, on one line.
+    """Name the class of each image, and its probability.
 
-    Every image is computed on its own, whatever else is on the command line. Exit code 2 if one is no
-    image; the others are answered all the same.
+    Each image is computed alone, so its answer does not depend on the others. Exit code 2 if one cannot be
+    read as an image; the others are answered all the same.
+
+    Examples:
+    bncli predict runs/first/last.pt photo.png
+    bncli predict runs/first/last.pt images/ --top 3
     """
     from bncli.cli.tables.table import print_json
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import CHECKED, COMPUTED, OUTPUT
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
@@ -30,39 +31,91 @@ MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers
 def recalibrate_into_file(
     checkpoint: CheckpointArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="NEW", help="The new checkpoint's file.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="NEW",
+            help="The file of the new checkpoint. Without it, and with --verify, nothing is written.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     method: Annotated[
         Literal["exact", "precise", "debias"],
-        typer.Option(help="Layer by layer; all in one pass; or without data."),
+        typer.Option(
+            metavar="METHOD",
+            help="exact: one layer after the other, each in a pass of its own; precise: all layers in one"
+            " pass, as fvcore's PreciseBN does; debias: no pass, only the share of the initial values is"
+            " taken out of the running statistics.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = "exact",
     num_images: Annotated[
-        int | None, typer.Option(min=2, help="Training images, drawn at random; default: all.")
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Measure on this many training images, drawn at random.  [default: all]",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of these images; default: runtime.eval_batch_size.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images in a batch.  [default: runtime.eval_batch_size]",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Replace statistics only of layers whose names match, as in 'stages.1.*'.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Stop when every layer's mean is known to this many deviations, as in 0.001."),
+        typer.Option(
+            metavar="X",
+            help="Stop measuring when the standard error of every layer's mean is below X standard"
+            " deviations, as in 0.001.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check that the statistics are a fixed point of eval mode.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check that each layer's statistics are those of its inputs in eval mode.",
+            rich_help_panel=CHECKED,
+        ),
     ] = False,
     max_error: Annotated[
-        float, typer.Option(help="Relative error that --verify allows in each channel.")
+        float,
+        typer.Option(
+            metavar="X",
+            help="The relative error that --verify allows in a channel.",
+            rich_help_panel=CHECKED,
+        ),
     ] = MAX_ERROR,
     as_json: JsonOption = False,
 ) -> int:
-    """Replace running statistics by population statistics of the training images, in a new file.
+    """Measure population statistics and save them in a new file.
 
-    With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
+    Running statistics are averages over the last training batches. They are replaced by the mean and the
+    variance over all training images; the weights stay as they are. Exit code 1 if --verify finds statistics
+    that do not fit.
+
+    Examples:
+    bncli recalibrate runs/first/last.pt -o recalibrated.pt
+    bncli recalibrate runs/first/last.pt -o quick.pt --num-images 2000
+    bncli recalibrate runs/first/last.pt --verify
     """
     from bncli.cli.tables.recalibrate import (
         RecalibrateReport,

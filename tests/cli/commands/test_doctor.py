@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bncli.wording import plural
 from tests.conftest import Bncli
 
 
@@ -34,7 +35,9 @@ def test_a_healthy_machine_is_described_in_one_paste(
     outcome = bncli("doctor")
     assert outcome.code == 0, outcome.out
     assert torch.__version__ in outcome.out
-    assert "All well." in outcome.out
+    warnings = sum(line.startswith("warning") for line in outcome.out.splitlines())
+    end = f"No problem, but {plural(warnings, 'warning')}: see above." if warnings else "All well."
+    assert outcome.out.splitlines()[-1] == end
     assert str(tmp_path) not in outcome.out
     assert "~/runs can be written (not there yet, can be made)" in outcome.out
     assert {path.name for path in tmp_path.iterdir()} <= {".config"}  # which importing matplotlib makes
@@ -112,7 +115,7 @@ def test_a_foreign_checkpoint_is_described_whatever_its_format(bncli: Bncli, tmp
         ("model.safetensors", "foreign (safetensors): 7 tensors, 1 BatchNorm layer;"),
     ):
         outcome = bncli("doctor", tmp_path / name)
-        assert (outcome.code, described in outcome.out) == (0, True), outcome.out
+        assert (outcome.code, described in " ".join(outcome.out.split())) == (0, True), outcome.out
     torch.save({"weight": torch.ones(3)}, tmp_path / "none.pt")
     without = bncli("doctor", tmp_path / "none.pt")
     assert without.code == 0
@@ -137,3 +140,15 @@ def test_damage_where_only_weights_lie_is_a_problem(bncli: Bncli, finished_run: 
     outcome = bncli("doctor", tmp_path / "flipped.pt")
     assert outcome.code == 1
     assert "damaged" in outcome.out
+
+
+def test_a_network_without_batchnorm_is_no_problem_and_nothing_for_bncli(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "linear.pt")
+    outcome = bncli("doctor", tmp_path / "linear.pt")
+    assert (outcome.code, outcome.err) == (0, "")
+    said = " ".join(outcome.out.split())
+    assert "no BatchNorm layer with running statistics in it, but 2 tensors" in said
+    assert "bncli finds nothing to look at in a network without BatchNorm" in said
+    assert said.endswith("No problem, but 1 warning: see above.")
