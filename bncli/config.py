@@ -326,7 +326,10 @@ class RuntimeConfig(Section):
         " `contiguous` (NCHW).",
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="Number of CPU threads; null is PyTorch's choice."
+        None,
+        ge=1,
+        le=1024,
+        description="Number of CPU threads; null: as many as this process may use (CPU affinity and quota).",
     )
     compile: bool = Field(
         False,

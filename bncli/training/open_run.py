@@ -1,6 +1,7 @@
 """A run made ready: a new one in a new directory, or one that continues where its last checkpoint is."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
     with reopened(run_dir):
         last = _load_last(run_dir, config)
         # a run that goes on had its data: if they are gone, nobody asked for a download
-        setup = prepare(config, progress=data_progress, may_download=False)
+        setup = prepare(
+            config, progress=data_progress, may_download=False, default_threads=_former_threads(last)
+        )
         try:
             run = Run.restore(setup, last) if last else Run.start(setup)
         except (CheckpointError, RunError) as error:
@@ -78,6 +81,16 @@ def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
             f" {last.epoch} already"
         )
     return last
+
+
+def _former_threads(last: Checkpoint | None) -> int | None:
+    """The threads that the run had, because sums round as they are split; None: no number this machine has.
+
+    Whether PyTorch chose them or its user, and whether a quota leaves as many CPUs now or not.
+    """
+    threads = last.runtime.get("threads") if last else None
+    is_possible = isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1)
+    return threads if is_possible else None
 
 
 def _differences(before: object, after: object, key: str = "") -> dict[str, str]:

@@ -85,16 +85,23 @@ class Setup:
         return self.plan.num_steps * self.config.train.epochs
 
 
-def prepare(config: Config, *, progress: Progress | None = None, may_download: bool = True) -> Setup:
+def prepare(
+    config: Config,
+    *,
+    progress: Progress | None = None,
+    may_download: bool = True,
+    default_threads: int | None = None,
+) -> Setup:
     """Load the data, build the network and decide the size of every batch.
 
-    Without `may_download` data are only fetched from a `data.url` that is configured.
+    Without `may_download` data are only fetched from a `data.url` that is configured. `default_threads` holds
+    where the configuration names no number of threads.
 
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
     _check_statistics(config)
-    runtime = resolve_runtime(config.runtime)
+    runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if runtime.compiles:
         check_compiler(runtime.device)
     dataset = load_dataset(config.data, progress=progress, may_download=may_download)

@@ -271,11 +271,15 @@ def _bfloat16_ratio(torch: Any) -> str:
 
 
 def _threads() -> Check:
-    num_threads = importlib.import_module("torch").get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = f"{num_threads} of PyTorch, {usable} CPUs for this process"
-    if num_threads > usable:
-        return Check("threads", "warning", found, f"set runtime.threads to {usable}")
+    config = importlib.import_module("bncli.config").RuntimeConfig()
+    num_threads = importlib.import_module("bncli.runtime").resolve_runtime(config).threads
+    usable = importlib.import_module("bncli.usable_cpus").usable_cpus()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS={one_line(asked)}, {usable}" if asked else str(usable)
+    found = f"{plural(num_threads, 'thread')} ({why})"
+    if num_threads > usable.count:
+        fix = f"more threads than can run at once wait for each other: unset it, or set it to {usable.count}"
+        return Check("threads", "warning", found, fix)
     return Check("threads", "ok", found)
 
 
