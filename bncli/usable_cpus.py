@@ -95,7 +95,7 @@ def _paths_by_version(root: Path) -> dict[int, str]:
 
 
 def _below(path: str, mounted: str) -> PurePosixPath:
-    """The group's place below what is mounted; the mount itself where the group is outside, as in containers."""
+    """The group's place below what is mounted; the mount itself where it is outside, as in containers."""
     try:
         inner = PurePosixPath(path).relative_to(mounted)
     except ValueError:
@@ -107,11 +107,7 @@ def _quota_of(group: Path) -> float | None:
     """The quota of one group, in CPUs."""
     words = " ".join(_lines(group / "cpu.max")).split()
     if not words:
-        words = [
-            word
-            for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-            for word in _lines(group / name)
-        ]
+        words = [word for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us") for word in _lines(group / name)]
     try:
         quota, period = (int(word) for word in words)
         return quota / period if quota > 0 and period > 0 else None

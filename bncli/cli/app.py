@@ -25,7 +25,7 @@ from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
-from bncli.cli.messages import one_line, print_error, usage_error
+from bncli.cli.messages import print_error, usage_error
 from bncli.cli.openmp import let_threads_sleep
 from bncli.errors import BncliError
 
