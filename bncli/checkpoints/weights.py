@@ -27,6 +27,7 @@ from bncli.errors import CheckpointError
 from bncli.wording import list_names, plural
 
 COUNTER = "num_batches_tracked"
+MAX_CHILDREN = 20  # of the network, each maybe the network that the file is of
 MAX_COMPARED = 1000  # names that one name is compared with
 MAX_SHOWN = 4  # names of a kind, in an error
 NOT = "!"  # before a glob: all but these
@@ -142,8 +143,8 @@ def _match(
         return (not only or _matches(only, name)) and not _matches(excluded, name)
 
     considered = [name for name in stored if not _matches(excluded, name)]
-    origins = _aligned(list(tensors), considered)
-    _check_globs([*only, *excluded], [*tensors, *stored, *origins])
+    origins = _aligned([name for name in tensors if is_meant(name)], considered)
+    _check_globs([*only, *excluded], list(dict.fromkeys([*tensors, *stored, *origins])))
     names = {name: origins[name] for name in tensors if name in origins and is_meant(name)}
     loaded = {id(tensors[name]) for name in names}
     absent = [name for name in tensors if name not in names and id(tensors[name]) not in loaded]
@@ -185,11 +186,18 @@ def _aligned(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
     """The names in a file as the network would call them, each with what it is called in the file.
 
     A wrapper may stand before the names of the file or of the network: `module.`, `model.`, `backbone.`. Of
-    all prefixes that one is exchanged which gives the most names of the network; none where none gives more.
+    all prefixes that one is exchanged which gives the most names of the network, if it gives most of them.
     """
     first = wanted[0].split(".") if wanted else []
-    prefixes = [f"{'.'.join(first[:length])}." for length in range(1, len(first))]
-    of_network = ["", *(prefix for prefix in prefixes if all(name.startswith(prefix) for name in wanted))]
+    common = [f"{'.'.join(first[:length])}." for length in range(1, len(first))]
+    children = dict.fromkeys(f"{name.partition('.')[0]}." for name in wanted)
+    of_network = dict.fromkeys(
+        [
+            "",
+            *(prefix for prefix in common if all(name.startswith(prefix) for name in wanted)),
+            *list(children)[:MAX_CHILDREN],
+        ]
+    )
     known, hits = set(wanted), Counter[tuple[str, str]]()
     for name in found:
         starts = [0, *(index + 1 for index, char in enumerate(name) if char == ".")]
@@ -200,6 +208,8 @@ def _aligned(wanted: Sequence[str], found: Sequence[str]) -> dict[str, str]:
             if prefix + name[start:] in known
         )
     best, there = max(hits, key=lambda pair: (hits[pair], -len(pair[0]) - len(pair[1])), default=("", ""))
+    if 2 * hits[best, there] <= min(len(wanted), len(found)):  # another network has some names in common
+        best = there = ""
     return {there + name.removeprefix(best) if name.startswith(best) else name: name for name in found}
 
 
@@ -239,7 +249,7 @@ def _describe(
         layers, found, expected = head
         return (
             f"{list_names(layers, MAX_SHOWN)} has {found:,} classes in the file and {expected:,} in"
-            f" the network; --model-arg num_classes={found} if it takes that, or without this layer {remedy}"
+            f" the network; give --model-arg num_classes={found} if it takes that; {remedy}"
         )
     parts = [f"{len(names) - len(problems.wrong):,} of the network's {plural(len(tensors), 'tensor')} fit"]
     if problems.missing:
@@ -253,7 +263,7 @@ def _describe(
             _both_shapes(name, stored[names[name]], tensors[name]) for name in problems.wrong[:MAX_SHOWN]
         ]
         parts.append(f"different: {_cut(shown, problems.wrong)}")
-    return f"does not fit the network: {'; '.join(parts)}; to load a part {remedy}"
+    return f"does not fit the network: {'; '.join(parts)}; {remedy}"
 
 
 def _cut(shown: list[str], everything: Sequence[str]) -> str:
@@ -263,7 +273,7 @@ def _cut(shown: list[str], everything: Sequence[str]) -> str:
 
 def _with_nearest(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> str:
     alike = [other for other, shape in shapes.items() if shape == tuple(tensor.shape)]
-    near = difflib.get_close_matches(name, alike, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, alike, n=1, cutoff=0.4)
     return f"{name} (the file has {near[0]})" if near else name
 
 
@@ -295,13 +305,14 @@ def _head(
 
 
 def _remedy(problems: _Problems, names: Mapping[str, str]) -> str:
-    """The option that leaves out whatever does not fit."""
+    """Which option leaves out whatever does not fit."""
     troubled = [*problems.missing, *problems.left_over, *problems.wrong]
     sound = set(names).difference(problems.wrong)
     globs = list(dict.fromkeys(_narrow_glob(name, sound) for name in troubled))
     if len(globs) > MAX_SHOWN:
-        return "--partial GLOB"
-    return " ".join(f"--partial '{NOT}{glob}'" for glob in globs)
+        return "--partial GLOB loads a part"
+    options = " ".join(f"--partial '{NOT}{glob}'" for glob in globs)
+    return f"{options} loads the rest"
 
 
 def _narrow_glob(name: str, sound: Iterable[str]) -> str:

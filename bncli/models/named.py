@@ -201,7 +201,7 @@ def _attribute(module: ModuleType, where: str, attribute: str) -> Factory:
     if isinstance(found, nn.Module):
         return lambda: found  # a network that is there already
     if not callable(found):
-        raise _UnusableError(f"{attribute} is a {type(found).__name__}, neither a function nor a class")
+        raise _UnusableError(f"{attribute} is of type {type(found).__name__}, neither a function nor a class")
     return found  # type: ignore[no-any-return]
 
 
@@ -210,7 +210,7 @@ def _call(factory: Factory, arguments: dict[str, object]) -> nn.Module:
     with _errors_of_others("making the network"):
         network = factory(**arguments)
     if not isinstance(network, nn.Module):
-        raise _UnusableError(f"it made a {type(network).__name__}, not a torch.nn.Module")
+        raise _UnusableError(f"what it made is of type {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
