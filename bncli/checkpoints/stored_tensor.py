@@ -35,14 +35,23 @@ class Storage:
         Raises:
             UnreadableFileError: on damage.
         """
-        data, checksum = bytearray(self.size), 0
-        for start in range(0, self.size, PIECE):
-            piece = self.read(start, min(PIECE, self.size - start))
-            checksum = zlib.crc32(piece, checksum)
-            data[start : start + len(piece)] = piece
-        if self.check is not None:
-            self.check(checksum)
+        data = bytearray(self.size)
+        self.read_into(data, 0)
         return data
+
+    def read_into(self, target: bytearray | memoryview, start: int) -> None:
+        """The bytes from `start` on, as many as the target has; all of them are checked against the CRC-32.
+
+        Raises:
+            UnreadableFileError: on damage.
+        """
+        view, checksum = memoryview(target), 0
+        for position in range(0, len(view), PIECE):
+            piece = self.read(start + position, min(PIECE, len(view) - position))
+            checksum = zlib.crc32(piece, checksum)
+            view[position : position + len(piece)] = piece
+        if self.check is not None and len(view) == self.size:
+            self.check(checksum)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +82,30 @@ class StoredTensor:
             return tensor.reshape(self.shape)
         return tensor.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
 
+    def copy_into(self, destination: Tensor) -> None:
+        """Put the numbers into a CPU tensor of this shape, whatever its type and layout.
+
+        Where both lie row by row in one type, they go straight there; otherwise over memory for this tensor.
+        The checksum of the storage is compared where all of it is read and the file has one.
+
+        Raises:
+            UnreadableFileError: on damage.
+        """
+        if self.num_elements == 0:
+            return
+        size, span = self.dtype.itemsize, _span(self.shape, self.stride)
+        is_direct = (
+            self.dtype == destination.dtype and self._is_contiguous() and destination.is_contiguous()
+        )  # fmt: skip
+        target = destination if is_direct else torch.empty(span, dtype=self.dtype)
+        self.storage.read_into(as_bytes(target).numpy().data, self.offset * size)
+        if not is_direct:
+            destination.copy_(target.as_strided(self.shape, self.stride).reshape(destination.shape))
+
+    def _is_contiguous(self) -> bool:
+        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        return all(length == 1 or stride == expected for length, stride, expected in strides)
+
     def chunks(self) -> Iterator[bytes]:
         """The numbers as bytes, row by row, `CHUNK` at a time: a tensor of any size in little memory.
 
@@ -80,8 +113,7 @@ class StoredTensor:
             UnreadableFileError: on damage, and on a very large tensor that lies otherwise.
         """
         start, size = self.offset * self.dtype.itemsize, self.num_elements * self.dtype.itemsize
-        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
-        if all(length == 1 or stride == expected for length, stride, expected in strides):
+        if self._is_contiguous():
             for position in range(0, size, CHUNK):
                 yield self.storage.read(start + position, min(CHUNK, size - position))
         else:

@@ -126,7 +126,8 @@ class _Archive:
                 f" {info.file_size // itemsize}"
             )
         if not self._strictly:
-            return Storage(info.file_size, partial(self.read, info), info.filename)
+            read = partial(self.read, info)
+            return Storage(info.file_size, read, info.filename, partial(self._check, info))
         found = self._storages.get(info.filename)
         if found is None:
             start = self._position(info)
@@ -141,9 +142,9 @@ class _Archive:
     def read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
         """A range of an entry's content."""
         if info.compress_type != zipfile.ZIP_STORED:
-            with self.stream(info) as stream:  # torch never compresses; archivers do
-                stream.seek(start)
-                return stream.read(size)
+            if self._last[0] != info.filename:  # torch never compresses; archivers do
+                self._last = (info.filename, self.stream(info).read())
+            return self._last[1][start : start + size]
         if info.file_size <= _WHOLE:
             return self._read_whole(info)[start : start + size]
         if (start, size) == (0, info.file_size):
