@@ -160,7 +160,7 @@ def _patches(name: str, stored: StoredTensor, values: Tensor) -> list[Patch]:
         places += (torch.arange(length) * stride).reshape(along)
     if places.unique().numel() < places.numel():
         raise UnreadableFileError(
-            f"the numbers of {name} share their memory with each other (expand); clone it"
+            f"the numbers of {name} share their memory with each other; save a copy (tensor.clone())"
         )
     starts = (start + place * size for place in places.flatten().tolist())
     return [Patch(place, data[index * size : (index + 1) * size]) for index, place in enumerate(starts)]
@@ -238,5 +238,5 @@ def _count(roots: Sequence[object], wanted: Container[int]) -> tuple[Counter[int
 
 def _shared(name: str, other: str, what: str) -> UnreadableFileError:
     return UnreadableFileError(
-        f"{name} shares its memory in the file with {other}, which {what}; save it from a copy (clone)"
+        f"{name} shares its memory in the file with {other}, which {what}; save a copy of one of them (tensor.clone())"
     )
