@@ -56,7 +56,8 @@ def rewrite(
     with ExitStack() as stack, named(source):
         with without_collector():
             file = open_file(source, stack)
-            if target.exists() and Path(source).exists() and target.samefile(source):
+            original = Path(source.removeprefix("file://"))
+            if target.exists() and original.exists() and target.samefile(original):
                 raise UnreadableFileError("is never changed itself; give another name for the new file")
             patches = _plan(file, stack, new_buffers, key)
         with atomic_file(target) as copy:
@@ -187,9 +188,8 @@ def _check_bytes(
     for storage in uses.opaque:
         check(storage, 0, storage.size, lambda: "an object that bncli does not know")
     own = {id(tensor) for tensor in changed.values()}
-    for tensor in (
-        uses.tensors or state_dict.tensors.values()
-    ):  # safetensors has all of them in its state dict
+    # safetensors has all of them in its state dict
+    for tensor in uses.tensors or list(state_dict.tensors.values()):
         if id(tensor) not in own and tensor.num_elements:
             size = tensor.dtype.itemsize
             name_of = partial(_name_of, tensor, state_dict)
@@ -238,5 +238,6 @@ def _count(roots: Sequence[object], wanted: Container[int]) -> tuple[Counter[int
 
 def _shared(name: str, other: str, what: str) -> UnreadableFileError:
     return UnreadableFileError(
-        f"{name} shares its memory in the file with {other}, which {what}; save a copy of one of them (tensor.clone())"
+        f"{name} shares its memory in the file with {other}, which {what};"
+        " save a copy of one of them (tensor.clone())"
     )
