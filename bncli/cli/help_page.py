@@ -6,6 +6,7 @@ paragraph `Examples:` has these lines printed as they are, below the options.
 """
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -84,8 +85,9 @@ class CommandPage(_Page, TyperCommand):
         self._take_examples()
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raise for an empty word, which would stand for the current directory."""
-        if "" in args and not ctx.resilient_parsing:
+        """Raise for an empty word, which would stand for the current directory; of a key it is the top."""
+        is_path = (word == "" and before != "--key" for before, word in pairwise(["", *args]))
+        if any(is_path) and not ctx.resilient_parsing:
             ctx.fail("an empty argument; is a variable of the shell not set?")
         return super().parse_args(ctx, args)
 

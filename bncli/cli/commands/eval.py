@@ -104,7 +104,9 @@ def evaluate_checkpoint(
     details: Annotated[
         bool,
         typer.Option(
-            "--details", help="Show classes, each claim, each batch size, SHA-256 and hardware too."
+            "--details",
+            help="Show each claim, class and batch size as well, the SHA-256 and the hardware.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     as_json: JsonOption = False,
