@@ -62,7 +62,7 @@ def test_no_name_at_all_is_the_quickstart_whatever_files_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("cifar", "cifar10"), ("Speedrun", "speedrun"), ("imagefolders", "imagefolder")]
+    ("typed", "meant"), [("cifar", "cifar10"), ("QUICKSTART", "quickstart"), ("imagefolders", "imagefolder")]
 )
 def test_a_misspelt_name_is_answered_with_the_nearest_and_all_others(typed: str, meant: str) -> None:
     assert refusal(typed) == (
