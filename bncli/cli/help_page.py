@@ -86,7 +86,9 @@ class CommandPage(_Page, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raise for an empty word, which would stand for the current directory."""
         if "" in args and not ctx.resilient_parsing:
-            ctx.fail("an empty argument; is a variable of the shell not set?")
+            before = args[: args.index("")][-1:]
+            what = f"value of {before[0]}" if before and before[0].startswith("-") else "argument"
+            ctx.fail(f"an empty {what}; is a variable of the shell not set?")
         return super().parse_args(ctx, args)
 
 
