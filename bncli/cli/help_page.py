@@ -6,6 +6,7 @@ paragraph `Examples:` has these lines printed as they are, below the options.
 """
 
 import inspect
+import re
 from typing import Any
 
 import typer
@@ -66,6 +67,8 @@ class _Page:
             elif record is not None:
                 # a default that only the text knows, such as a key, and what Typer adds
                 text = record[1].replace("]  [", "; ")
+                text = re.sub(r"\bx>=(\d+)\]", r"at least \1]", text)
+                text = re.sub(r"\b(\d+)<=x<=(\d+)\]", r"\1 to \2]", text)
                 groups[param.rich_help_panel or OTHER].append((record[0], text))
         _write(groups, formatter)
 

@@ -21,7 +21,7 @@ import typer
 
 import bncli
 from bncli.cli.messages import one_line, wrapped
-from bncli.cli.options import DataRootOption, JsonOption, SetOption
+from bncli.cli.options import DataRootOption, JsonOption, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import (
     BncliError,
@@ -123,7 +123,7 @@ def diagnose(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Check this file instead of the machine.")
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("data.name=imagefolder")] = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:

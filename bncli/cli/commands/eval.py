@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bncli.cli.help_page import MEASURED, OUTPUT
+from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
@@ -104,7 +104,9 @@ def evaluate_checkpoint(
     details: Annotated[
         bool,
         typer.Option(
-            "--details", help="Show classes, each claim, each batch size, SHA-256 and hardware too."
+            "--details",
+            help="Also show each class, each batch size, the SHA-256 of the outputs, and the hardware.",
+            rich_help_panel=SHOWN,
         ),
     ] = False,
     as_json: JsonOption = False,

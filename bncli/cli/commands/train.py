@@ -10,7 +10,7 @@ import typer
 from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import RUN
 from bncli.cli.messages import print_note
-from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption, complete_config
+from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, StoppedError
@@ -31,7 +31,7 @@ def train_config(
             autocompletion=complete_config,
         ),
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("train.epochs=3")] = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     run_dir: Annotated[
@@ -68,7 +68,7 @@ def train_config(
     Examples:
     bncli train --run-dir runs/first
     bncli train --resume runs/first
-    bncli train cifar10 --data-root data --set train.epochs=5 --dry-run
+    bncli train cifar10 --data-root data --set train.epochs=5
     """
     if config is not None and resume is not None:
         raise ConfigError(
