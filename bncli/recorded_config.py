@@ -85,7 +85,9 @@ def follow_config(recorded: Config, overrides: list[str] | None, *, source: str)
         section, _, name = key.partition(".")
         value = followed[section].pop(name)
         if key not in named and section not in named:
-            notes[key] = f"{source} records {key}={value}, which is not followed: {reason}; --set {key}=..."
+            notes[key] = (
+                f"{source} records {key}={value}, which is not used: {reason}; --set {key}=VALUE changes it"
+            )
     config = config_from_dict(followed, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
 
@@ -103,7 +105,9 @@ def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) ->
     for key, reason in _out_of_bounds(recorded):
         if key == "runtime.threads" and not named & {key, "runtime"}:
             threads = values["runtime"].pop("threads")
-            notes[key] = f"{source} records {key}={threads}, which is not followed: {reason}; --set {key}=..."
+            notes[key] = (
+                f"{source} records {key}={threads}, which is not used: {reason}; --set {key}=VALUE changes it"
+            )
     config = config_from_dict(values, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
 

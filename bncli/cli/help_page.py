@@ -6,6 +6,7 @@ paragraph `Examples:` has these lines printed as they are, below the options.
 """
 
 import inspect
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -67,6 +68,8 @@ class _Page:
             elif record is not None:
                 # a default that only the text knows, such as a key, and what Typer adds
                 text = record[1].replace("]  [", "; ")
+                text = re.sub(r"\bx>=(\d+)\]", r"at least \1]", text)
+                text = re.sub(r"\b(\d+)<=x<=(\d+)\]", r"\1 to \2]", text)
                 groups[param.rich_help_panel or OTHER].append((record[0], text))
         _write(groups, formatter)
 
@@ -86,9 +89,10 @@ class CommandPage(_Page, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raise for an empty word, which would stand for the current directory; of a key it is the top."""
-        is_path = (word == "" and before != "--key" for before, word in pairwise(["", *args]))
-        if any(is_path) and not ctx.resilient_parsing:
-            ctx.fail("an empty argument; is a variable of the shell not set?")
+        for before, word in pairwise(["", *args]):
+            if word == "" and before != "--key" and not ctx.resilient_parsing:
+                what = f"value of {before}" if before.startswith("-") else "argument"
+                ctx.fail(f"an empty {what}; is a variable of the shell not set?")
         return super().parse_args(ctx, args)
 
 

@@ -71,8 +71,8 @@ def note_emulation(runtime: "Runtime") -> None:
     """Say that bfloat16 was asked for where it does not pay: a wait without a visible reason."""
     if runtime.emulates_bfloat16:
         print_note(
-            f"warning: runtime.precision: bfloat16 is emulated or unknown on {runtime.device}, where it may"
-            " take many times as long as float32; set it to auto or float32"
+            f"warning: runtime.precision: bfloat16 may take many times as long as float32 on"
+            f" {runtime.device}, which does not compute in it; use auto or float32"
         )
 
 

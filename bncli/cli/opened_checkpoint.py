@@ -45,7 +45,7 @@ class Unfollowed:
         """One sentence, which names the file."""
         named = ", ".join([*filter(None, [self.root]), *self.others, *filter(None, [self.cache])])
         return (
-            f"{path} names {named}: not followed, as a file may come from anybody; --set KEY=... follows it"
+            f"{path} names {named}: not used, because a file may come from anybody; --set KEY=VALUE uses it"
         )
 
 

@@ -3,7 +3,7 @@
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
@@ -35,16 +35,20 @@ ConfigArgument = Annotated[
         autocompletion=complete_config,
     ),
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
+
+
+def set_option(example: str) -> Any:
+    """`--set`, with a key that changes what the command does."""
+    return typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a key of the configuration, as in runtime.precision=float32; can be repeated. All"
-        " keys: `bncli config quickstart`.",
+        help=f"Change a key of the configuration, as in {example}; can be repeated. All keys:"
+        " `bncli config quickstart`.",
         rich_help_panel=DATA,
-    ),
-]
+    )
+
+
+SetOption = Annotated[list[str] | None, set_option("runtime.precision=float32")]
 DeviceOption = Annotated[
     str | None,
     typer.Option(

@@ -55,6 +55,8 @@ def test_a_page_is_neither_cut_nor_wider_than_the_terminal(
         assert line == line.rstrip()
     assert "…" not in outcome.out
     assert "[[" not in outcome.out
+    assert "x>=" not in outcome.out
+    assert "<=x" not in outcome.out
     # what Typer cuts ends in three dots, as only these may
     for word in re.findall(r"\S*\.\.\.\S*", outcome.out):
         assert word in {"[ARGS]...", "N,N,...", "IMAGE..."}, word

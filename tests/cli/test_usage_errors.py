@@ -44,7 +44,11 @@ from tests.conftest import Bncli
         ("inspect-stats ''", "an empty argument; is a variable of the shell not set?", "bncli inspect-stats"),
         ("eval ''", "an empty argument; is a variable of the shell not set?", "bncli eval"),
         ("predict x.pt ''", "an empty argument; is a variable of the shell not set?", "bncli predict"),
-        ("train --run-dir ''", "an empty argument; is a variable of the shell not set?", "bncli train"),
+        (
+            "train --run-dir ''",
+            "an empty value of --run-dir; is a variable of the shell not set?",
+            "bncli train",
+        ),
     ],
 )
 def test_the_error_names_the_word_and_the_help_of_the_command(

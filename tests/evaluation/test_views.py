@@ -78,4 +78,4 @@ def test_views_are_refused_beside_other_measurements(bncli: Bncli, other: tuple[
     outcome = bncli("eval", "no-such-file.pt", "--tta", "flip", *other)
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
-    assert "--tta: goes with none of" in outcome.err
+    assert "--tta: cannot be combined with" in outcome.err

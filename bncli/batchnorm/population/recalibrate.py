@@ -196,7 +196,7 @@ def _debias(model: nn.Module, layers: Layers) -> Recalibration:
         changes.append(LayerChange(name, moved.rms_mean_shift, moved.mean_var_ratio, None, None, None))
     if not changes:
         reasons = "; ".join(f"{one.name} {one.reason}" for one in skipped)
-        raise BncliError(f"no layer can be freed of its start: {reasons}")
+        raise BncliError(f"in no layer can the share of the initial values be taken out: {reasons}")
     for write in writes:
         write_statistics(*write)
     return Recalibration("debias", 0, 0, False, 0, 0.0, tuple(changes), tuple(skipped))

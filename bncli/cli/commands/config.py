@@ -60,7 +60,7 @@ def show_config(
 
     if schema:
         if name is not None:
-            raise ConfigError("--schema", ["is of every configuration; leave NAME out"])
+            raise ConfigError("--schema", ["describes all configurations; leave NAME out"])
         _write(_schema(), output)
     elif name is None:
         known = [

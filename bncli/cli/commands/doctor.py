@@ -21,7 +21,7 @@ import typer
 
 import bncli
 from bncli.cli.messages import one_line, wrapped
-from bncli.cli.options import DataRootOption, JsonOption, SetOption
+from bncli.cli.options import DataRootOption, JsonOption, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import (
     BncliError,
@@ -56,14 +56,14 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
         return [Check("file", "problem", str(error), "restore it from a copy, or train again")]
     progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
     checks = [Check("file", "ok", f"{path}: {progress}")]
-    compared = f"of {plural(found.num_tensors, 'tensor')} and of all other values"
+    compared = f"{plural(found.num_tensors, 'tensor')} and all other values"
     if not found.digest_stored:
         checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
     elif found.damaged:
         damaged = f"differs from what was saved in {', '.join(found.damaged[:5])}"
         checks.append(Check("SHA-256", "problem", damaged, "restore it from a copy, or train again"))
     else:
-        checks.append(Check("SHA-256", "ok", f"the stored ones {compared} match"))
+        checks.append(Check("SHA-256", "ok", f"{compared} are what was saved"))
     if found.non_finite:
         what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
         checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
@@ -123,7 +123,7 @@ def diagnose(
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="CHECKPOINT", help="Check this file instead of the machine.")
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("data.name=imagefolder")] = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -177,7 +177,7 @@ def _answered(name: str, ask: Callable[[], Check]) -> Check:
     try:
         return ask()
     except (Exception, SystemExit) as error:  # a broken library may do anything while it is imported
-        return Check(name, "problem", f"cannot be told: {_reason(error)}", "see the problems above")
+        return Check(name, "problem", f"cannot be found out: {_reason(error)}", "see the problems above")
 
 
 def _torch() -> Check:
@@ -190,7 +190,9 @@ def _torch() -> Check:
         return Check("torch", "problem", f"cannot be imported: {_reason(error)}", fix)
     found = f"{version}, built for {'CUDA ' + cuda if cuda else 'the CPU'}"
     if tuple(int(part) for part in version.split(".", 2)[:2]) < (2, 10):
-        return Check("torch", "problem", found, "reading checkpoints was exploitable before 2.10; upgrade it")
+        return Check(
+            "torch", "problem", found, "upgrade it: before 2.10 a checkpoint could run code when it was read"
+        )
     return Check("torch", "ok", found)
 
 
@@ -208,7 +210,7 @@ def _torchvision() -> Check:
         return Check("torchvision", "problem", f"cannot be imported: {_reason(error)}", fix)
     if not declared:
         return Check("torchvision", "ok", version)
-    fix = "nothing for bncli, which uses no operator of it; for others install a CPU build of it"
+    fix = "bncli does not need them; for other programs install the torchvision that belongs to your torch"
     found = f"{version}, its operators built for another torch; bncli declares them"
     return Check("torchvision", "warning", found, fix)
 
@@ -354,7 +356,7 @@ def _cifar10(root: Path) -> str:
     folder = next(files.batch_folders(root), None)
     if folder is None:
         missing = ", ".join(files.missing_files(root / files.FOLDER))
-        raise DataError(f"CIFAR-10 in {root.absolute()} ({missing}); bncli train cifar10 downloads it")
+        raise DataError(f"CIFAR-10 in {root.absolute()} (no {missing}); bncli train cifar10 downloads it")
     return f"CIFAR-10 in {folder.absolute()}"
 
 

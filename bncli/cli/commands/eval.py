@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bncli.cli.help_page import MEASURED, OUTPUT
+from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
@@ -105,8 +105,8 @@ def evaluate_checkpoint(
         bool,
         typer.Option(
             "--details",
-            help="Show each claim, class and batch size as well, the SHA-256 and the hardware.",
-            rich_help_panel=OUTPUT,
+            help="Also show each class, each batch size, the SHA-256 of the outputs, and the hardware.",
+            rich_help_panel=SHOWN,
         ),
     ] = False,
     as_json: JsonOption = False,
@@ -127,10 +127,14 @@ def evaluate_checkpoint(
 
     sizes = parse_sizes(batch_sizes, "--batch-sizes")
     if max(sizes) == 1:
-        raise ConfigError("--batch-sizes", ["expected a size above 1: an image alone has no neighbours"])
+        raise ConfigError(
+            "--batch-sizes", ["give at least one size above 1: an image alone depends on no other"]
+        )
     sweep_sizes = None if sweep is None else parse_sizes(sweep, "--sweep")
     if tta is not None and (batch_invariant or sweep is not None or gap):
-        raise ConfigError("--tta", ["goes with none of --batch-invariant, --sweep and --gap; leave them out"])
+        raise ConfigError(
+            "--tta", ["cannot be combined with --batch-invariant, --sweep or --gap; leave them out"]
+        )
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
     subject = open_subject(checkpoint, overrides, command="eval", batch_invariant=batch_invariant)

@@ -160,5 +160,8 @@ def _read_layers(source: str, key: str | None) -> "tuple[list[LayerStats], OpenC
     keys = [candidate.key for candidate in checkpoint.candidates]
     if len(keys) > 1 and key is None:
         listed = ", ".join(name or "the top" for name in keys[:8])
-        print_note(f"BatchNorm layers under {listed}; took {checkpoint.key or 'the top'} (--key chooses)")
+        print_note(
+            f"BatchNorm layers lie under {listed}; these are the ones of {checkpoint.key or 'the top'}"
+            " (--key KEY shows others)"
+        )
     return layers, checkpoint

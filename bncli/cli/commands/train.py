@@ -10,7 +10,7 @@ import typer
 from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import RUN
 from bncli.cli.messages import print_note
-from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption, complete_config
+from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, StoppedError
@@ -31,7 +31,7 @@ def train_config(
             autocompletion=complete_config,
         ),
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("train.epochs=3")] = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     run_dir: Annotated[
@@ -68,7 +68,7 @@ def train_config(
     Examples:
     bncli train --run-dir runs/first
     bncli train --resume runs/first
-    bncli train cifar10 --data-root data --set train.epochs=5 --dry-run
+    bncli train cifar10 --data-root data --set train.epochs=5
     """
     if config is not None and resume is not None:
         raise ConfigError(
@@ -81,7 +81,7 @@ def train_config(
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
     if config is None and resume is None:
-        print_note(f"no CONFIG given: this is the {DEFAULT_NAME}; `bncli config` lists others")
+        print_note(f"no CONFIG given, so this trains the {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
@@ -98,8 +98,8 @@ def train_config(
     effect = describe_large_momentum(loaded.model.batch_norm.momentum)
     if effect is not None:
         print_note(
-            f"warning: model.batch_norm.momentum: {effect}; PyTorch's momentum is the weight of the new"
-            " batch, 0.01 for Keras's 0.99"
+            f"warning: model.batch_norm.momentum: {effect}; in PyTorch momentum is the weight of the new"
+            " batch: 0.01 is what Keras calls 0.99"
         )
     if dry_run:
         with ProgressReporter() as progress:
