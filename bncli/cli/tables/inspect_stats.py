@@ -10,10 +10,11 @@ from torch import Tensor
 from bncli.batchnorm import Finding, LayerStats, summarize
 from bncli.cli.messages import one_line
 from bncli.cli.tables.findings import show_findings
-from bncli.cli.tables.table import aligned, console_for_results, number, table_of
+from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_layer_table
+from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
 
+UNKNOWN = "unknown"  # momentum and eps in a state dict
 MAX_ROWS = 200  # more are shown only when asked for
-MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
 DROPPED_FIRST = (
     "weight\nmin, max",
     "eps",
@@ -99,76 +100,81 @@ def show_layers(
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
     console.print(one_line(headline), style="bold")
-    columns = _columns(console, layers, shown)
-    table = table_of(None, *columns)
-    for column in table.columns[1:]:
-        column.no_wrap = True  # a number over two lines could not be read
-    for layer, row in zip(shown, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(*row, style="bold red" if layer.name in flags else None)
-    console.print(table)
+    _show_what_all_share(console, layers)
+    styles = ["bold red" if layer.name in flags else None for layer in shown]
+    show_layer_table(console, [layer.name for layer in shown], _columns(console, layers, shown), styles)
     if len(shown) < len(layers):
         console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
     console.print()
     show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)
 
 
+COMMON: dict[str, Callable[[LayerStats], str]] = {
+    "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
+    "momentum": lambda layer: _momentum(layer),
+    "eps": lambda layer: _eps(layer),
+}
+
+
+def _shared(layers: Sequence[LayerStats]) -> dict[str, str]:
+    """What is the same in all layers, as text."""
+    return {name: text(layers[0]) for name, text in COMMON.items() if len(set(map(text, layers))) == 1}
+
+
+def _show_what_all_share(console: Console, layers: Sequence[LayerStats]) -> None:
+    shared = _shared(layers)
+    known = [f"{name} {value}" for name, value in shared.items() if value != UNKNOWN]
+    unknown = [name for name, value in shared.items() if value == UNKNOWN]
+    if known:
+        print_wrapped(console, f"In every layer: {', '.join(known)}")
+    if unknown:
+        print_wrapped(console, f"Not in the file: {', '.join(unknown)}")
+
+
 def _columns(
     console: Console, layers: Sequence[LayerStats], shown: Sequence[LayerStats]
 ) -> dict[str, list[str]]:
-    """Header to cells; says above the table what is the same in all layers, and what found no room."""
-    common: dict[str, Callable[[LayerStats], str]] = {
-        "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
-        "momentum": _momentum,
-        "eps": _eps,
-    }
-    uniform = {name: text(layers[0]) for name, text in common.items() if len(set(map(text, layers))) == 1}
-    if uniform:
-        line = ", ".join(f"{name} {value}" for name, value in uniform.items())
-        console.print(f"In every layer: {line}")
+    """Header to cells, without what is the same in all layers."""
     weights = [summarize(layer.weight) for layer in shown]
     columns = {
-        "layer": [one_line(layer.name) for layer in shown],
         "channels": [str(layer.num_features) for layer in shown],
         **{
             name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
-            for name, text in common.items()
-            if name not in uniform
+            for name, text in COMMON.items()
+            if name not in _shared(layers)
         },
         "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
         "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
-        "weight\nmin, max": ["-" if w is None else f"{number(w.min)} {number(w.max)}" for w in weights],
+        "weight\nmin, max": aligned(
+            [["-", "-"] if w is None else [number(w.min), number(w.max)] for w in weights]
+        ),
     }
     return _fitting(console, columns)
 
 
 def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[str]]:
-    """As many columns as a narrow terminal has room for, beside names that may fold."""
-    widths = {
-        name: max(map(len, [*name.split("\n"), *(line for cell in cells for line in cell.split("\n"))]))
-        for name, cells in columns.items()
-    }
-    widths["layer"] = min(widths["layer"], MIN_NAME)
+    """As many columns as a narrow terminal has room for; says which found none."""
     kept = dict(columns)
     for name in DROPPED_FIRST:
-        if sum(widths[column] + 2 for column in kept) - 2 > console.width:
+        if MIN_NAME + sum(width + GAP for width in column_widths(kept)) > console.width:
             kept.pop(name, None)
     if lost := [name.split("\nm")[0].replace("\n", "") for name in columns if name not in kept]:
-        console.print(f"Too narrow for: {', '.join(lost)}")
+        print_wrapped(console, f"Left out, as {console.width} columns are too few: {', '.join(lost)}")
     return kept
 
 
 def _count(number: int | None) -> str:
-    return "unknown" if number is None else str(number)
+    return UNKNOWN if number is None else str(number)
 
 
 def _momentum(layer: LayerStats) -> str:
     if not layer.hyperparameters_known:
-        return "unknown"
+        return UNKNOWN
     return "cumulative" if layer.momentum is None else f"{layer.momentum:g}"
 
 
 def _eps(layer: LayerStats) -> str:
-    return "unknown" if layer.eps is None else f"{layer.eps:g}"
+    return UNKNOWN if layer.eps is None else f"{layer.eps:g}"
 
 
 def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
