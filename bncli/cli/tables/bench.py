@@ -47,7 +47,7 @@ def show_evaluation_bench(result: EvaluationBench) -> None:
     meanings = {
         "measured": f"medians of {rounds} of {batches} and {plural(result.calls_per_round, 'single image')},"
         " all paths in turns",
-        "ratio": "against plain PyTorch in the same round; above 1 is faster",
+        "ratio": "against plain PyTorch in the same round; of images/s above 1 is faster, of ms below 1",
         "changed": f"share of {plural(result.num_test_images, 'test image')} with another class than in"
         " plain PyTorch",
     }

@@ -91,7 +91,9 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
         print_wrapped(console, text)
     if not comparison.order_known:
         console.print()
-        text = "Both files sort their tensors by name. So the order of the layers is unknown, and also whether"
+        text = (
+            "Both files sort their tensors by name. So the order of the layers is unknown, and also whether"
+        )
         print_wrapped(console, f"{text} the weights before a layer changed (?).")
     groups = {
         "Only in the first": comparison.only_in_first,
@@ -113,7 +115,9 @@ def _show_flags(console: Console, comparison: Comparison) -> None:
     for flag, meaning in comparison.explanations().items():
         names = comparison.flagged(flag)
         console.print()
-        print_wrapped(console, f"{flag}: {plural(len(names), 'layer')} ({list_names(names)})", style="bold red")
+        print_wrapped(
+            console, f"{flag}: {plural(len(names), 'layer')} ({list_names(names)})", style="bold red"
+        )
         alone = comparison.moved_alone
         if flag != STATISTICS_ALONE or alone is None:
             print_wrapped(console, meaning)
@@ -132,7 +136,8 @@ def show_channels_compared(comparison: Comparison) -> None:
             continue
         found = layer.divergence
         headers = "channel", "mean shift, in the\nfirst's deviations", "variance ratio", "KL divergence"
-        table = table_of(one_line(layer.name), *headers, left=0)
+        print_wrapped(console, layer.name, style="bold")
+        table = table_of(None, *headers, left=0)
         columns = (
             found.mean_shift_in_first_deviations.tolist(),
             found.var_ratio.tolist(),
@@ -141,3 +146,4 @@ def show_channels_compared(comparison: Comparison) -> None:
         for channel, values in enumerate(zip(*columns, strict=True)):
             table.add_row(str(channel), *(f"{value:.4g}" for value in values))
         console.print(table)
+        console.print()

@@ -1,7 +1,8 @@
 """The output of `bncli inspect-stats`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_laye
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
 
 UNKNOWN = "unknown"  # momentum and eps in a state dict
+MAX_EXCEPTIONS = 3  # layers that are named beside the others' value; more of them have a column
 MAX_ROWS = 200  # more are shown only when asked for
 DROPPED_FIRST = (
     "weight\nmin, max",
@@ -100,9 +102,10 @@ def show_layers(
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
     console.print(one_line(headline), style="bold")
-    _show_what_all_share(console, layers)
+    shared = _shared(layers)
+    _show_shared(console, shared)
     styles = ["bold red" if layer.name in flags else None for layer in shown]
-    show_layer_table(console, [layer.name for layer in shown], _columns(console, layers, shown), styles)
+    show_layer_table(console, [layer.name for layer in shown], _columns(console, shown, set(shared)), styles)
     if len(shown) < len(layers):
         console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
     console.print()
@@ -116,32 +119,49 @@ COMMON: dict[str, Callable[[LayerStats], str]] = {
 }
 
 
-def _shared(layers: Sequence[LayerStats]) -> dict[str, str]:
-    """What is the same in all layers, as text."""
-    return {name: text(layers[0]) for name, text in COMMON.items() if len(set(map(text, layers))) == 1}
+@dataclass(frozen=True)
+class _Shared:
+    """What all layers have in common, or all but a few."""
+
+    value: str
+    others: dict[str, str]  # by layer
 
 
-def _show_what_all_share(console: Console, layers: Sequence[LayerStats]) -> None:
-    shared = _shared(layers)
-    known = [f"{name} {value}" for name, value in shared.items() if value != UNKNOWN]
-    unknown = [name for name, value in shared.items() if value == UNKNOWN]
+def _shared(layers: Sequence[LayerStats]) -> dict[str, _Shared]:
+    """By name; what differs in more layers needs a column."""
+    found = {}
+    for name, text in COMMON.items():
+        values = {layer.name: text(layer) for layer in layers}
+        value, number = Counter(values.values()).most_common(1)[0]
+        others = {layer: other for layer, other in values.items() if other != value}
+        if number == len(layers) or (len(others) <= MAX_EXCEPTIONS and 2 * len(others) < number):
+            found[name] = _Shared(value, others)
+    return found
+
+
+def _show_shared(console: Console, shared: Mapping[str, _Shared]) -> None:
+    everywhere = [f"{name} {one.value}" for name, one in shared.items() if not one.others]
+    known = [text for text in everywhere if not text.endswith(UNKNOWN)]
+    unknown = [name for name, one in shared.items() if not one.others and one.value == UNKNOWN]
     if known:
         print_wrapped(console, f"In every layer: {', '.join(known)}")
     if unknown:
         print_wrapped(console, f"Not in the file: {', '.join(unknown)}")
+    for name, one in shared.items():
+        if one.others:
+            others = ", ".join(f"{value} in {layer}" for layer, value in one.others.items())
+            print_wrapped(console, f"In most layers: {name} {one.value} (but {others})")
 
 
-def _columns(
-    console: Console, layers: Sequence[LayerStats], shown: Sequence[LayerStats]
-) -> dict[str, list[str]]:
-    """Header to cells, without what is the same in all layers."""
+def _columns(console: Console, shown: Sequence[LayerStats], without: Container[str]) -> dict[str, list[str]]:
+    """Header to cells."""
     weights = [summarize(layer.weight) for layer in shown]
     columns = {
         "channels": [str(layer.num_features) for layer in shown],
         **{
             name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
             for name, text in COMMON.items()
-            if name not in _shared(layers)
+            if name not in without
         },
         "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
         "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
@@ -199,8 +219,10 @@ def show_channels(
         for channel in finding.channels:
             codes[finding.layer, channel].append(finding.code)
     for layer in layers:
+        text = f"{layer.name}: momentum {_momentum(layer)}, eps {_eps(layer)}"
+        print_wrapped(console, text, style="bold")
         table = table_of(
-            f"{one_line(layer.name)}: momentum {_momentum(layer)}, eps {_eps(layer)}",
+            None,
             "channel",
             "running_mean",
             "running_var",
@@ -215,5 +237,5 @@ def show_channels(
             numbers = ("-" if value is None else f"{value:.4g}" for value in values)
             table.add_row(str(channel), *numbers, " ".join(codes[layer.name, channel]))
         console.print(table)
-    console.print()
+        console.print()
     show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)

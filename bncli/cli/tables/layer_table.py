@@ -36,9 +36,7 @@ def show_layer_table(
         console.print(_row(header, widths), style="bold", soft_wrap=True)
     line = "-" if console.options.ascii_only else "─"
     console.print(line * min(sum(widths) + GAP * len(columns), console.width), soft_wrap=True)
-    for name, style, *cells in zip(
-        names, styles or [None] * len(names), *columns.values(), strict=True
-    ):
+    for name, style, *cells in zip(names, styles or [None] * len(names), *columns.values(), strict=True):
         shown = name
         if cell_len(name) > widths[0]:
             console.print("\n".join(fold_name(name, console.width)), style=style, soft_wrap=True)
