@@ -93,8 +93,7 @@ class MovedAlone:
         if self.counters == "grown" and self.num_batches is not None:
             batches = plural(self.num_batches, "batch", "batches")
             return (
-                f"num_batches_tracked grew by {self.num_batches:,} in each of them, as {batches} in train mode"
-                " make it grow."
+                f"num_batches_tracked grew by {self.num_batches:,} in each of them: {batches} in train mode."
             )
         return _COUNTERS_IN_WORDS[self.counters]
 
@@ -108,8 +107,8 @@ class MovedAlone:
                 " updated, and says nothing about the images.",
             ),
             "farther": (
-                f"The first BatchNorm layer, {name}, moved farther than random batches of {NUM_IMAGES} or more"
-                " images explain. So the images differ, or the first file's statistics belong to other"
+                f"The first BatchNorm layer, {name}, moved farther than random batches of {NUM_IMAGES} or"
+                " more images explain. So the images differ, or the first file's statistics belong to other"
                 " weights.",
             ),
             "nothing moved farther": (
@@ -130,9 +129,9 @@ _COUNTERS_IN_WORDS = {
         "num_batches_tracked is the same in both files, and the second one records that its statistics were"
         " measured."
     ),
-    "lower": "num_batches_tracked is lower in the second file: it was reset, or the second file is the older one.",
+    "lower": "num_batches_tracked is lower in the second file: it was reset, or that file is older.",
     "unequal": "num_batches_tracked did not change by the same number in all of these layers.",
-    "unknown": "num_batches_tracked is missing or not a whole number, so nobody knows how many batches passed.",
+    "unknown": "num_batches_tracked is missing or no whole number: how many batches passed is unknown.",
 }
 _CAUSES: dict[Counters, tuple[str, ...]] = {
     "equal": (
@@ -168,7 +167,7 @@ _CAUSES_BY_DEPTH = {
         "a repair: the first file's weights had been averaged, merged or still moving",
     ),
     "later layers moved farther": (
-        "the first file's statistics belong to earlier weights, or few batches had passed since they were new",
+        "the first file's statistics belong to earlier weights, or had seen few batches",
         "another dropout, batch size or mode of a layer between while the statistics were averaged",
         "other images with the same mean and variance in the first layer",
     ),

@@ -154,8 +154,8 @@ PAGES = (
         can_know="The gain, and its cause. A runaway weight or a gain beyond float16 is a warning, little "
         "variance an info.",
         cannot_know="Whether later inputs differ from training's, and eps in a state dict.",
-        advice="Compare the outputs in train and eval mode. If they differ, recompute the statistics over the "
-        "training set, keep the layer in float32, or prune the channel.",
+        advice="Compare outputs in train and eval mode. If they differ, recompute the statistics, keep the layer "
+        "in float32, or prune.",
         source="van Laarhoven 2017, arXiv:1706.05350 (free scale)",
         thresholds=(
             Threshold(
@@ -323,8 +323,8 @@ PAGES = (
         cannot_know="An input whose variance truly is 1 looks the same; so BatchNorm on standardised "
         "features, or right behind BatchNorm, is not judged. That real layers are less even was measured, "
         "not proved. Smaller shares are not found.",
-        advice="Recompute the statistics over the training set (bncli recalibrate). In later runs average the "
-        "weights alone, raise momentum, or update more often.",
+        advice="Recompute the statistics over the training set (bncli recalibrate). In later runs average "
+        "the weights alone, raise momentum, or update more often.",
         source="huggingface/pytorch-image-models#245 and #1182 (averaged buffers)",
         thresholds=(
             Threshold(

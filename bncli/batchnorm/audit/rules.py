@@ -123,28 +123,22 @@ def _judge_initial(
     if count and layer.averaged_by_training:
         because = ", as momentum is 0" if stuck else ""
         return "error", f"Training on {batches} did not change them{because}", advice
-    has_affine = layer.weight is not None
-    own = (
-        "Weight and bias have their initial values too" if has_affine else "The layer has no weight and bias"
-    )
+    own = "The layer has no weight and bias"
+    if layer.weight is not None:
+        own = "Weight and bias have their initial values too"
     if is_new:
-        text = (
-            f"{own}, in every layer. No BatchNorm of this network was ever used in train mode, or the layers"
-        )
-        return "warning", f"{text} before took the statistics over", advice
+        text = f"{own}, in every layer. No BatchNorm of this network was ever used in train mode, or the"
+        return "warning", f"{text} statistics were moved into the layers before", advice
     if count:
         cause = "momentum is 0" if stuck else "they were reset"
         if assumed:
             cause = "momentum was 0, they were reset"
         where = "the layer before" if has_initial_affine else "weight and bias"
-        return (
-            "warning",
-            f"num_batches_tracked is {count:,}: {cause}, or they were moved into {where}",
-            advice,
-        )
-    if has_initial_affine:
-        text = f"{own}. No training reached the layer, it is unused, or the layer before took its statistics over"
+        text = f"num_batches_tracked is {count:,}: {cause}, or they were moved into {where}"
         return "warning", text, advice
+    if has_initial_affine:
+        text = f"{own}. No training reached the layer, it is unused, or its statistics were moved into the"
+        return "warning", f"{text} layer before", advice
     if layer.num_batches_tracked is not None:
         text = "Weight and bias were trained. So the statistics are lost, or were moved into weight and bias"
         return "warning", text, advice

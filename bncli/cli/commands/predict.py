@@ -103,7 +103,7 @@ def _answer(
     else:
         classes = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
         lines = [f"{one_line(source)}: {classes}"]
-        if len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
+        if top > 1 and len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
             lines = [f"{one_line(source)}:", *wrapped(classes, MAX_WIDTH, first="  ")]
         print("\n".join(lines), flush=True)
     return True

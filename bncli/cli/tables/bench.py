@@ -13,8 +13,8 @@ def show_training_step_bench(result: TrainingStepBench) -> None:
         "plain loop": f"{result.plain_images_per_second:,.0f} images/s (float32, contiguous, DataLoader"
         f" with {plural(result.plain_workers, 'worker')}, torchvision transforms)",
         "ratio": f"{result.ratio_to_plain:.2f}, from {result.ratio_min:.2f} to {result.ratio_max:.2f}"
-        f" (median of {plural(result.num_rounds, 'round')} of {plural(result.steps_per_round, 'step')} in turns,"
-        f" batches of {result.batch_size:,})",
+        f" (median of {plural(result.num_rounds, 'round')} of {plural(result.steps_per_round, 'step')} in"
+        f" turns, batches of {result.batch_size:,})",
         "of the peak": f"{result.share_of_peak:.0%} ({result.gflops_per_second:,.0f} of"
         f" {result.peak_gflops_per_second:,.0f} GFLOP/s, the best 2048x2048 matrix product)",
     }

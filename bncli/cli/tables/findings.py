@@ -38,7 +38,8 @@ def show_findings(
         counts = f"No errors or warnings: {plural(num_rules, 'rule')} checked"
     if number["info"]:
         print_wrapped(console, _sum_up_infos(findings, shown=whole))
-    print_wrapped(console, f"{counts}. For what a code means: bncli explain {findings[0].code}")
+    more = f" For what a code means: bncli explain {shown[0].code}" if shown else ""
+    print_wrapped(console, f"{counts}.{more}")
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:

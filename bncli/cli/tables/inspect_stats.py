@@ -112,13 +112,6 @@ def show_layers(
     show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)
 
 
-COMMON: dict[str, Callable[[LayerStats], str]] = {
-    "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
-    "momentum": lambda layer: _momentum(layer),
-    "eps": lambda layer: _eps(layer),
-}
-
-
 @dataclass(frozen=True)
 class _Shared:
     """What all layers have in common, or all but a few."""
@@ -130,7 +123,7 @@ class _Shared:
 def _shared(layers: Sequence[LayerStats]) -> dict[str, _Shared]:
     """By name; what differs in more layers needs a column."""
     found = {}
-    for name, text in COMMON.items():
+    for name, text in SETTINGS.items():
         values = {layer.name: text(layer) for layer in layers}
         value, number = Counter(values.values()).most_common(1)[0]
         others = {layer: other for layer, other in values.items() if other != value}
@@ -160,7 +153,7 @@ def _columns(console: Console, shown: Sequence[LayerStats], without: Container[s
         "channels": [str(layer.num_features) for layer in shown],
         **{
             name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
-            for name, text in COMMON.items()
+            for name, text in SETTINGS.items()
             if name not in without
         },
         "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
@@ -195,6 +188,13 @@ def _momentum(layer: LayerStats) -> str:
 
 def _eps(layer: LayerStats) -> str:
     return UNKNOWN if layer.eps is None else f"{layer.eps:g}"
+
+
+SETTINGS: dict[str, Callable[[LayerStats], str]] = {
+    "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
+    "momentum": _momentum,
+    "eps": _eps,
+}
 
 
 def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:

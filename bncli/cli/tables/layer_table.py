@@ -50,7 +50,7 @@ def column_widths(columns: Mapping[str, Sequence[str]]) -> list[int]:
 
 
 def fold_name(name: str, width: int) -> list[str]:
-    """Lines of at most `width` columns that give the name when put together; broken after dots, if possible."""
+    """Lines of at most `width` columns, broken after dots if possible; put together they are the name."""
     lines = [""]
     for part in name.replace(".", ".\0").split("\0"):
         if cell_len(lines[-1] + part) > width and lines[-1]:

@@ -5,8 +5,8 @@ The numbers come from the library; here they are only laid out.
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -48,7 +48,9 @@ class _Table(Table):
     """A table whose lines end where their text ends: rich fills them up with blanks."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in Segment.split_lines(super().__rich_console__(console, options)):
+        for line in Segment.split_lines(
+            cast("Iterable[Segment]", super().__rich_console__(console, options))
+        ):
             while line and not line[-1].text.strip(" "):
                 line.pop()
             if line:
