@@ -97,8 +97,11 @@ class Verification:
         worst = max(self.layers, key=lambda layer: nan_as_farthest(layer.max_relative_error))
         error = f"{worst.max_relative_error:.1e} in {worst.name}"
         if self.self_consistent:
-            return f"Self-consistent: no statistic is further off than {error}."
-        return f"Not self-consistent: off by {error}, more than the {self.max_error:g} allowed."
+            return f"Self-consistent: no mean or variance differs from its input's by more than {error}."
+        return (
+            f"Not self-consistent: a mean or variance differs from its input's by {error};"
+            f" {self.max_error:g} is allowed."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""

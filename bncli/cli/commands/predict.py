@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli.help_page import SHOWN
-from bncli.cli.messages import one_line, print_error
+from bncli.cli.messages import one_line, print_error, wrapped
 from bncli.cli.opened_checkpoint import open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
@@ -91,6 +91,8 @@ def _answer(
     subject: "Subject", source: str, top: int, answers: list[dict[str, Any]], *, as_json: bool
 ) -> bool:
     """Answer for one image, at once on stdout or into `answers`; False, with a message, if it is none."""
+    from bncli.cli.tables.table import MAX_WIDTH
+
     try:
         best = _best_classes(subject, source, top)
     except DataError as error:
@@ -100,7 +102,10 @@ def _answer(
         answers.append({"image": source, **best[0], "top": best})
     else:
         classes = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
-        print(f"{one_line(source)}: {classes}", flush=True)
+        lines = [f"{one_line(source)}: {classes}"]
+        if top > 1 and len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
+            lines = [f"{one_line(source)}:", *wrapped(classes, MAX_WIDTH, first="  ")]
+        print("\n".join(lines), flush=True)
     return True
 
 

@@ -38,7 +38,8 @@ def show_findings(
         counts = f"No errors or warnings: {plural(num_rules, 'rule')} checked"
     if number["info"]:
         print_wrapped(console, _sum_up_infos(findings, shown=whole))
-    print_wrapped(console, f"{counts}. bncli explain CODE says what it means.")
+    more = f" For what a code means: bncli explain {shown[0].code}" if shown else ""
+    print_wrapped(console, f"{counts}.{more}")
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
@@ -58,12 +59,12 @@ def _show_rule(console: Console, findings: Sequence[Finding], *, everything: boo
     if everything or len(findings) <= MAX_MESSAGES:
         for finding in findings:
             name = "" if len(findings) == 1 else f"{one_line(finding.layer)}: "
-            print_wrapped(console, f"{name}{finding.message}", indent=2)
+            print_wrapped(console, f"{name}{finding.message}.", indent=2)
     else:
         names = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
         more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
         print_wrapped(console, names + more, indent=2)
-        print_wrapped(console, f"the first: {first.message}", indent=2)
+        print_wrapped(console, f"In {one_line(first.layer)}: {first.message}.", indent=2)
     for advice in dict.fromkeys(finding.advice for finding in findings):
         print_wrapped(console, advice, indent=2)
     console.print()

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bncli.cli.messages import one_line
+from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
     console_for_results,
     number,
@@ -49,12 +49,10 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     made, done = report.made, report.made.recalibration
     measured = f"{done.method}, no images needed"
     if done.num_images:
-        measured = (
-            f"{done.method}, {done.num_images:,} training images of {report.dataset},"
-            f" at the cost of {done.forward_passes:.2f} forward passes"
-        )
+        images = plural(done.num_images, "training image")
+        measured = f"{done.method}, {images} of {report.dataset} ({done.forward_passes:.2f} forward passes)"
     if done.stopped_early:
-        measured += "; the tolerance was reached"
+        measured += "; stopped as the tolerance was reached"
     lines = {
         "checkpoint": f"{report.input}, after epoch {made.checkpoint.epoch}, unchanged",
         "new": report.output,
@@ -65,28 +63,28 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     show_lines(console, lines)
     console.print()
     table = table_of(None, "", "accuracy", "loss", left=1)
-    table.add_row("before", f"{made.before.accuracy:.2%}", f"{made.before.loss:.4f} nats")
-    table.add_row("after", f"{made.after.accuracy:.2%}", f"{made.after.loss:.4f} nats")
+    for when, score in (("before", made.before), ("after", made.after)):
+        table.add_row(when, f"{score.accuracy:.2%}", f"{score.loss:.4f}")
     console.print(table)
     console.print()
-    table = table_of(
-        "How far the old statistics were off", "layer", "mean shift", "var ratio", "standard error"
-    )
-    for layer in done.layers:
-        table.add_row(
-            one_line(layer.name), number(layer.mean_shift_in_new_deviations), number(layer.var_ratio),
-            number(layer.standard_error),
-        )  # fmt: skip
-    console.print(table)
+    console.print("How far the old statistics were off", style="bold")
+    columns = {
+        "mean shift": [number(layer.mean_shift_in_new_deviations) for layer in done.layers],
+        "variance ratio": [number(layer.var_ratio) for layer in done.layers],
+        "standard error": [number(layer.standard_error) for layer in done.layers],
+    }
+    if not any(layer.standard_error for layer in done.layers):  # without data there is none
+        del columns["standard error"]
+    show_layer_table(console, [layer.name for layer in done.layers], columns)
     console.print()
     meanings = {
-        "mean shift": "of running_mean, in the new deviations, RMS over channels",
-        "var ratio": "old running_var over new one, geometric mean over channels",
-        "standard error": "of the new mean, in its deviations, if the images are a sample",
+        "mean shift": "old running_mean minus new one, in standard deviations",
+        "variance ratio": "old running_var divided by new one; 1 is equal",
+        "standard error": "how exactly the new mean is known from so many images, in standard deviations",
     }
-    show_lines(console, meanings)
+    show_lines(console, {name: text for name, text in meanings.items() if name in columns})
     for one in done.skipped:
-        console.print(f"left alone: {one_line(f'{one.name} {one.reason}')}")
+        print_wrapped(console, f"left unchanged: {one.name} {one.reason}")
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
@@ -103,8 +101,8 @@ def show_verification(checkpoint: str, found: Verification) -> None:
     console = console_for_results()
     lines = {
         "checkpoint": checkpoint,
-        "images": f"{found.num_images:,} training images of {found.dataset},"
-        f" in eval mode in batches of {found.batch_size:,}",
+        "images": f"{plural(found.num_images, 'training image')} of {found.dataset},"
+        f" in eval mode, in batches of {found.batch_size:,}",
     }
     show_lines(console, lines)
     console.print()
@@ -113,16 +111,20 @@ def show_verification(checkpoint: str, found: Verification) -> None:
 
 
 def _show_consistency(console: Console, found: Verification) -> None:
-    table = table_of(
-        "Against the input in eval mode",
-        "layer", "mean shift", "var ratio", "largest error",
-    )  # fmt: skip
-    for layer in found.layers:
-        table.add_row(
-            one_line(layer.name), number(layer.mean_shift_in_input_deviations), f"{layer.var_ratio:.4g}",
-            f"{layer.max_relative_error:.1e}",
-        )  # fmt: skip
-    console.print(table)
+    console.print("Running statistics against the layer's real input in eval mode", style="bold")
+    columns = {
+        "mean shift": [number(layer.mean_shift_in_input_deviations) for layer in found.layers],
+        "variance ratio": [f"{layer.var_ratio:.4g}" for layer in found.layers],
+        "largest error": [f"{layer.max_relative_error:.1e}" for layer in found.layers],
+    }
+    show_layer_table(console, [layer.name for layer in found.layers], columns)
+    console.print()
+    meanings = {
+        "mean shift": "running_mean minus the input's mean, in standard deviations",
+        "variance ratio": "running_var divided by the input's variance; 1 is equal",
+        "largest error": f"relative, of any mean or variance; at most {found.max_error:g} is allowed",
+    }
+    show_lines(console, meanings)
 
 
 def _show_verdict(console: Console, text: str) -> None:
