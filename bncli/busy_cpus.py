@@ -67,7 +67,9 @@ def read_cpu_times(stat: Path = _STAT, allowed: Collection[int] | None = None) -
             return None
         allowed = os.sched_getaffinity(0)
     try:
-        ticks = sum(_busy_ticks(line) for line in stat.read_text("ascii").splitlines() if _cpu(line) in allowed)
+        ticks = sum(
+            _busy_ticks(line) for line in stat.read_text("ascii").splitlines() if _cpu(line) in allowed
+        )
     except (OSError, ValueError):
         return None
     return CpuTimes(time.monotonic(), ticks * _SECONDS_PER_TICK, time.process_time(), len(allowed))
@@ -88,19 +90,26 @@ def _busy_ticks(line: str) -> int:
 class ShortageWatch:
     """Looks for a shortage of CPUs at the beginning of a computation. Costs a look at a clock in each step."""
 
-    def __init__(self, num_threads: int, read: Callable[[], CpuTimes | None] = read_cpu_times) -> None:
+    def __init__(
+        self,
+        num_threads: int,
+        *,
+        read: Callable[[], CpuTimes | None] = read_cpu_times,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Begin the first window now."""
         self._num_threads = num_threads
         self._read = read
+        self._clock = clock
         self._windows_left = NUM_WINDOWS if num_threads > 1 else 0
         self._start = read() if self._windows_left else None
         self._was_short = False
 
-    def after_step(self, now: float | None = None) -> Shortage | None:
+    def after_step(self) -> Shortage | None:
         """The shortage of two windows in a row, once; None otherwise, and before a window is over."""
         if self._start is None or not self._windows_left:
             return None
-        if (time.monotonic() if now is None else now) - self._start.now < WINDOW:
+        if self._clock() - self._start.now < WINDOW:
             return None
         end = self._read()
         if end is None:

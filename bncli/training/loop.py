@@ -37,6 +37,7 @@ class Started:
     run_dir: Path
     epoch: int  # epochs finished already: 0, or more in a resumed run
     step: int  # steps finished already
+    former_threads: int | None  # of the run that is resumed; None: of a new one, or not recorded
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def train(
     """
     run_dir = Path(run_dir)
     with open_run(run_dir, config, resume=resume, data_progress=data_progress) as run:
-        report(Started(run.setup, run_dir, run.epoch, run.step))
+        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, report, stop)
