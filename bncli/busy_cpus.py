@@ -88,7 +88,7 @@ def _busy_ticks(line: str) -> int:
 
 
 class ShortageWatch:
-    """Looks for a shortage of CPUs at the beginning of a computation. Costs a look at a clock in each step."""
+    """Looks for a shortage of CPUs at the beginning of a computation; each step costs a look at a clock."""
 
     def __init__(
         self,

@@ -101,9 +101,9 @@ class Convergence:
 def eval_lag(layers: Sequence[Mapping[str, Any]]) -> float | None:
     """How far the running statistics are from those of an epoch's batches, in the layer where it is furthest.
 
-    `layers` is that key of the epoch's metrics. Per layer sqrt(shift**2 + ln(ratio)**2) of the two distances in
-    `EpochPoint`: about 0 where eval mode normalises as the epoch's batches did; with 0.1 it is off by a tenth
-    of their deviations. None where no layer's batches are known.
+    `layers` is that key of the epoch's metrics. Per layer sqrt(shift**2 + ln(ratio)**2) of the two distances
+    in `EpochPoint`: about 0 where eval mode normalises as the epoch's batches did; with 0.1 it is off by a
+    tenth of their deviations. None where no layer's batches are known.
     """
     distances = [
         math.hypot(layer["mean_shift"], math.log(layer["var_ratio"]))

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
 from bncli.training.setup import Setup
+
+if TYPE_CHECKING:
+    from bncli.training.agreement import Agreement
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class TrainResult:
     images_per_second: float  # of all epochs, evaluation and checkpoints included
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
+    agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
 
 
 def train(
@@ -106,6 +110,7 @@ def train(
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, report, stop)
+            return _result_of(run, run_dir, stop)
         except (StoppedError, CompileError) as error:
             _save_last_step(run, last_good, run_dir)
             # Ctrl-C on a terminal also ends the C++ compiler that is at work, and that comes first
@@ -122,7 +127,6 @@ def train(
             if not stop():
                 _save_last_step(run, last_good, run_dir)
             raise
-        return _result_of(run, run_dir)
 
 
 def _train_to_the_end(
@@ -247,7 +251,9 @@ def _training_metrics(run: Run) -> dict[str, Any]:
     }
 
 
-def _result_of(run: Run, run_dir: Path) -> TrainResult:
+def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
+    from bncli.training.agreement import measure_agreement  # needed here only
+
     recalibrated = run.setup.config.train.recalibrate != "none"
     path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
     last = load_checkpoint(path)
@@ -266,6 +272,7 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration if recalibrated else None,
+        agreement=measure_agreement(last, run.setup, stop),
     )
 
 
