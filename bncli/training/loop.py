@@ -6,7 +6,7 @@ learning rate. Nothing else is random, so a run that was interrupted continues b
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,11 @@ class TrainResult:
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
     agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        agreement = None if self.agreement is None else self.agreement.to_dict()
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"agreement": agreement}
 
 
 def train(
