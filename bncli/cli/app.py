@@ -26,7 +26,7 @@ from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
 from bncli.cli.messages import print_error, usage_error
-from bncli.cli.openmp import let_threads_sleep
+from bncli.cli.openmp import shorten_waiting
 from bncli.errors import BncliError
 
 app = typer.Typer(
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
 
     Another program than `bncli`, such as a benchmark in the tests, has the same messages and exit codes.
     """
-    let_threads_sleep(os.environ)  # before a command imports torch
+    shorten_waiting(os.environ)  # before a command imports torch
     try:
         # not app(...), which turns Ctrl-C into an exit code without a word
         command = typer.main.get_command(program)

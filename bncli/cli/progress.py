@@ -8,12 +8,18 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bncli.busy_cpus import ShortageWatch
 from bncli.cli.messages import note_emulation, one_line, print_note
 from bncli.cli.tables.table import runtime_line
 from bncli.training import EpochDone, Started, StepDone
+from bncli.training.convergence import eval_lag
 from bncli.wording import plural
 
-HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
+# two lines for whole words in 80 columns
+HEADER = """\
+eval lag: how far running statistics are from the epoch's batch statistics
+          train     train       test      test      eval  learning
+epoch      loss  accuracy       loss  accuracy       lag      rate  images/s"""
 PAUSE = 0.1  # seconds between two pictures of the bar
 PAUSE_OF_LINES = 10.0  # seconds between two lines about one part, off a terminal
 
@@ -129,6 +135,7 @@ class TrainReporter:
         self._num_steps = 0
         self._images = 0
         self._start = 0.0
+        self._watch: ShortageWatch | None = None
 
     def __enter__(self) -> Self:
         """Nothing is shown before `Started` comes."""
@@ -159,7 +166,7 @@ class TrainReporter:
         self._num_epochs = setup.config.train.epochs
         self._display.line(
             f"Training on {plural(len(setup.dataset.train), 'image')} of {setup.dataset.name}"
-            f" ({runtime_line(setup.runtime.describe_training())}) into {one_line(str(event.run_dir))}"
+            f" into {one_line(str(event.run_dir))}\n({runtime_line(setup.runtime.describe_training())})"
         )
         if event.step > event.epoch * setup.plan.num_steps:
             self._display.line(
@@ -167,12 +174,24 @@ class TrainReporter:
             )
         elif event.epoch:
             self._display.line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
+        if event.former_threads not in {None, setup.runtime.threads}:
+            print_note(
+                f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: the last digits"
+                " may differ from those of a run without a break"
+            )
         self._display.line(HEADER)
+        # on a GPU its own threads compute; torch.compile has processes of its own at work
+        if setup.runtime.device.type == "cpu" and not setup.runtime.compiles:
+            self._watch = ShortageWatch(setup.runtime.threads)
         self._num_steps = setup.num_steps
         self._start = time.monotonic()
 
     def _step(self, event: StepDone) -> None:
         self._images += event.num_images
+        shortage = self._watch.after_step() if self._watch else None
+        if shortage is not None:
+            self._display.hide()
+            print_note(str(shortage))
         speed = self._images / max(time.monotonic() - self._start, 1e-9)
         self._display.show(
             f"epoch {event.epoch}/{self._num_epochs}", event.step, self._num_steps, f"{speed:,.0f} images/s"
@@ -183,8 +202,9 @@ class TrainReporter:
         is_evaluated = metrics["test_accuracy"] is not None
         test_loss = f"{metrics['test_loss']:.4f}" if is_evaluated else "-"
         test_accuracy = f"{metrics['test_accuracy']:.2%}" if is_evaluated else "-"
+        lag = eval_lag(metrics["layers"])
         self._display.line(
-            f"{metrics['epoch']:>7}  {metrics['train_loss']:>10.4f}  {metrics['train_accuracy']:>8.2%}"
-            f"   {test_loss:>9}  {test_accuracy:>7}"
-            f"   {metrics['learning_rate']:>13.4g}  {metrics['images_per_second']:>8,.0f}"
+            f"{metrics['epoch']:>5}  {metrics['train_loss']:>8.4f}  {metrics['train_accuracy']:>8.2%}"
+            f"   {test_loss:>8}  {test_accuracy:>8}  {'-' if lag is None else f'{lag:.3f}':>8}"
+            f"  {metrics['learning_rate']:>8.3g}  {metrics['images_per_second']:>8,.0f}"
         )

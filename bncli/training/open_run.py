@@ -45,13 +45,15 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
     with reopened(run_dir):
         last = _load_last(run_dir, config)
         # a run that goes on had its data: if they are gone, nobody asked for a download
-        setup = prepare(
-            config, progress=data_progress, may_download=False, default_threads=_former_threads(last)
-        )
+        former = _recorded_threads(last)
+        # as before, since sums round as they are split; but a file starts no more threads than there are CPUs
+        threads = former if former is not None and former <= (os.cpu_count() or 1) else None
+        setup = prepare(config, progress=data_progress, may_download=False, default_threads=threads)
         try:
             run = Run.restore(setup, last) if last else Run.start(setup)
         except (CheckpointError, RunError) as error:
             raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
+        run.former_threads = former
         with writing(run_dir):
             save_config(run_dir, config)  # resumed once more, it goes on as it was told now
             keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)
@@ -83,14 +85,10 @@ def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
     return last
 
 
-def _former_threads(last: Checkpoint | None) -> int | None:
-    """The threads that the run had, because sums round as they are split; None: no number this machine has.
-
-    Whether PyTorch chose them or its user, and whether a quota leaves as many CPUs now or not.
-    """
+def _recorded_threads(last: Checkpoint | None) -> int | None:
+    """The threads that the run had, whether PyTorch, a quota or its user chose them."""
     threads = last.runtime.get("threads") if last else None
-    is_possible = isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1)
-    return threads if is_possible else None
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def _differences(before: object, after: object, key: str = "") -> dict[str, str]:

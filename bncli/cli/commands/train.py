@@ -133,7 +133,7 @@ def train_config(
             hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if begun else ""
             print_note(f"interrupted{hint}")
             return signals.exit_code
-    print_json(result) if as_json else show_training(result)
+    print_json(result.to_dict()) if as_json else show_training(result)
     return 0
 
 
