@@ -183,14 +183,13 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """Whether a prediction depends on its batch in eval mode; where one does, from which layer on, and why."""
+        """Whether a prediction depends on its batch in eval mode; where it does, from which layer on, and why."""
         first_layer = f"The first layer whose output depends on the batch is {self._first_layer}."
         if not self.deterministic:
             num_changed = self.eval_mode.prediction_flips
-            change = "changes" if num_changed == 1 else "change"
             return (
-                f"In eval mode {num_changed:,} of {plural(self.num_images, 'prediction')} {change} with the batch."
-                f" {first_layer} {self._remedy}"
+                f"In eval mode {num_changed:,} of {plural(self.num_images, 'prediction')}"
+                f" {'changes' if num_changed == 1 else 'change'} with the batch. {first_layer} {self._remedy}"
             )
         if not self.holds:
             return f"Batches of a fixed shape do not give equal bits on this machine. {first_layer}"
