@@ -116,9 +116,11 @@ class ProgressReporter:
 
     def _finish(self, *, is_whole: bool) -> None:
         self._display.hide()
+        if self._what is None:
+            return
         # a line for each of many short passes would push the results out of sight
         took_long = time.monotonic() - self._start >= FIRST_LINE
-        if self._what is not None and is_whole and took_long and not sys.stderr.isatty():
+        if is_whole and took_long and not sys.stderr.isatty():
             self._display.line(f"{one_line(self._what)}: {self._done:,}")
         self._what = None
         self._start = time.monotonic()

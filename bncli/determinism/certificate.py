@@ -183,7 +183,7 @@ class Certificate:
 
     @property
     def verdict(self) -> str:
-        """Whether a prediction depends on its batch in eval mode; where it does, from which layer on, and why."""
+        """Does a prediction depend on its batch in eval mode? Where it does, from which layer on, and why."""
         first_layer = f"The first layer whose output depends on the batch is {self._first_layer}."
         if not self.deterministic:
             num_changed = self.eval_mode.prediction_flips

@@ -85,7 +85,7 @@ def test_off_a_terminal_a_part_says_every_few_seconds_how_far_it_is_and_when_it_
 def test_off_a_terminal_nothing_is_said_of_short_parts_nor_of_one_that_broke_off(
     capfd: pytest.CaptureFixture[str], wait: Callable[[float], None]
 ) -> None:
-    with pytest.raises(KeyboardInterrupt), ProgressReporter() as report:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), ProgressReporter() as report:
         for what in ("one", "two", "three"):
             for done in range(5):
                 report(what, done, 4)
