@@ -1,7 +1,9 @@
 """A sample of labelled images: random, the same everywhere, with every class's share."""
 
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
@@ -63,9 +65,38 @@ def test_the_same_images_come_in_every_process_and_of_every_integer_type() -> No
     assert not torch.equal(found, stratified_sample(labels, 8, seed=1))
 
 
-KNOWN = [44, 37, 675, 500, 561, 756, 802, 483]  # by torch 2.13.0
+KNOWN = [44, 37, 675, 209, 500, 561, 928, 483]  # by torch 2.13.0
 
 
 @pytest.mark.parametrize("num_images", [5, 6, 100])
 def test_no_fewer_than_there_are_means_all_in_order(num_images: int) -> None:
     assert stratified_sample(torch.tensor([1, 0, 1, 2, 0]), num_images).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_shares_are_as_near_as_whole_numbers_can_be() -> None:
+    """Of all ways to share, for small numbers, none is nearer by the sum of squares."""
+    for counts in product((1, 2, 5), repeat=3):
+        labels = torch.arange(3).repeat_interleave(torch.tensor(counts))
+        for num_images in range(sum(counts)):
+            exact = [Fraction(num_images * count, sum(counts)) for count in counts]
+            least = 1 if num_images >= 3 else 0
+            ways = product(*(range(least, count + 1) for count in counts))
+            best = min(distance(way, exact) for way in ways if sum(way) == num_images)
+            found = labels[stratified_sample(labels, num_images)].bincount(minlength=3)
+            assert distance(found.tolist(), exact) == best
+
+
+def distance(way: Sequence[int], exact: Sequence[Fraction]) -> Fraction:
+    return sum(((one - part) ** 2 for one, part in zip(way, exact, strict=True)), Fraction(0))
+
+
+def test_rare_classes_are_there_and_the_largest_gives_for_them() -> None:
+    labels = torch.tensor([0] * 991 + list(range(1, 10)))
+    assert labels[stratified_sample(labels, 20)].bincount().tolist() == [11] + [1] * 9
+    assert labels[stratified_sample(labels, 10)].bincount().tolist() == [1] * 10
+
+
+def test_fewer_images_than_classes_are_of_different_classes_and_not_of_the_first() -> None:
+    found = stratified_sample(torch.arange(100).repeat_interleave(10), 5) // 10
+    assert len(set(found.tolist())) == 5
+    assert found.max() >= 10

@@ -21,7 +21,8 @@ eval lag: how far running statistics are from the epoch's batch statistics
           train     train       test      test      eval  learning
 epoch      loss  accuracy       loss  accuracy       lag      rate  images/s"""
 PAUSE = 0.1  # seconds between two pictures of the bar
-PAUSE_OF_LINES = 10.0  # seconds between two lines about one part, off a terminal
+FIRST_LINE = 2.0  # seconds after which a part says how far it is, off a terminal; a shorter one is silent
+PAUSE_OF_LINES = 10.0  # seconds between that and the next line, and so on
 
 
 class _Display:
@@ -74,15 +75,17 @@ def _bar(console: Console) -> Progress:
 class ProgressReporter:
     """Shows what is being done and how far it is: a bar on a terminal, which leaves nothing behind.
 
-    Off a terminal there is a line when a part is done, and one every 10 seconds while it goes on. Leave the
-    `with` block to finish, whatever happened; of a part that broke off nothing more is said.
+    Off a terminal a part that takes more than 2 seconds says in lines how far it is, one every 10 seconds,
+    and when it is done. Leave the `with` block to finish, whatever happened; of a part that broke off nothing
+    more is said.
     """
 
     def __init__(self) -> None:
         self._display = _Display()
         self._what: str | None = None
         self._done = 0
-        self._last_line = 0.0
+        self._start = time.monotonic()  # of the part, whose first call comes when some of it is done
+        self._next_line = 0.0
 
     def __enter__(self) -> Self:
         """Nothing is shown before the first call."""
@@ -101,14 +104,14 @@ class ProgressReporter:
         """Take note of `done` of `total`; where the total is unknown, a part ends when another begins."""
         if what != self._what:
             self._finish(is_whole=True)
-            self._last_line = time.monotonic()
+            self._next_line = self._start + FIRST_LINE
         self._what, self._done = what, done
         if total is not None and done >= total:
             self._finish(is_whole=True)
         elif sys.stderr.isatty():
             self._display.show(what, done, total)
-        elif time.monotonic() - self._last_line >= PAUSE_OF_LINES:
-            self._last_line = time.monotonic()
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + PAUSE_OF_LINES
             of = "" if total is None else f" of {total:,}"
             self._display.line(f"{one_line(what)}: {done:,}{of}")
 
@@ -119,10 +122,14 @@ class ProgressReporter:
 
     def _finish(self, *, is_whole: bool) -> None:
         self._display.hide()
-        # on a terminal a line for each of many passes would push the results out of sight
-        if self._what is not None and is_whole and not sys.stderr.isatty():
+        if self._what is None:
+            return
+        # a line for each of many short passes would push the results out of sight
+        took_long = time.monotonic() - self._start >= FIRST_LINE
+        if is_whole and took_long and not sys.stderr.isatty():
             self._display.line(f"{one_line(self._what)}: {self._done:,}")
         self._what = None
+        self._start = time.monotonic()
 
 
 class TrainReporter:

@@ -183,6 +183,9 @@ class Pairings:
 
 
 def num_computed(num_images: int, batch_sizes: Sequence[int]) -> int:
-    """How many images `Pairings.of` computes in all, one as often as it is computed."""
-    arranged = sum(consecutive(num_images, size).numel() for size in set(batch_sizes) - {1})
-    return 2 * num_images + 4 * arranged
+    """How many images a certificate computes in all, one as often as it is computed."""
+    total = 3 * num_images  # alone: twice in eval mode, once in train mode
+    for size in set(batch_sizes) - {1}:
+        in_train_mode = -(-num_images // size) * size
+        total += 4 * consecutive(num_images, size).numel() + in_train_mode
+    return total

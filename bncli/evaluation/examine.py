@@ -12,9 +12,9 @@ from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certi
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
-from bncli.evaluation.sweep import SweepPoint, random_order, sweep_batch_sizes
+from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmented
-from bncli.sample import stratified_sample
+from bncli.sample import random_order, stratified_sample
 
 CERTIFYING = "test images, each alone and in batches"
 VIEWS = "test images, averaged over views"

@@ -119,9 +119,10 @@ def prepare(
         seed=config.train.seed,
     )
     if model.whiten is not None:
-        # evenly spaced, because an image folder comes sorted by class
-        stride = max(1, len(dataset.train) // NUM_WHITENING_IMAGES)
-        model.whiten.fit(model.normalize(dataset.train.images[::stride][:NUM_WHITENING_IMAGES]))
+        # evenly spaced to the very end, because an image folder comes sorted by class
+        num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
+        spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
+        model.whiten.fit(model.normalize(dataset.train.images[spaced]))
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1

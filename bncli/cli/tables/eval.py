@@ -14,7 +14,7 @@ from bncli.cli.tables.table import (
     show_lines,
     table_of,
 )
-from bncli.determinism import Certificate
+from bncli.determinism import Apart, Certificate
 from bncli.evaluation import Examination, Gap, LayerGap, SweepPoint
 from bncli.evaluation.gap import SOURCES
 from bncli.wording import plural
@@ -99,47 +99,57 @@ def _show_answer(console: Console, report: EvalReport) -> None:
             f"accuracy {tta.accuracy:.2%} averaged over {tta.num_views} views of each image"
             f" (--tta {tta.views}, loss {tta.loss:.4f}, {tta.seconds:.1f} s)"
         )
-    console.print()
     rows = certificate.fixed_rows
     chunks = "" if rows is None else f" (in chunks of {plural(rows, 'row')})"
-    largest = max(check.batch_size for check in certificate.batch_sizes)
-    console.print(f"{certificate.num_images:,} of them, alone and in batches of up to {largest}{chunks}:")
-    sizes = " / ".join(str(point.batch_size) for point in found.sample_sweep)
+    sizes = [check.batch_size for check in certificate.batch_sizes if check.batch_size > 1]
+    several = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    images = plural(certificate.num_images, "image")
+    each = "each alone" if certificate.num_images > 1 else "alone"
+    console.print(f"{images}, {each} and in batches of {several}{chunks}:")
+    columns = " / ".join(str(point.batch_size) for point in found.sample_sweep)
     table = table_of(
-        None, "", "predictions\nchanged", "largest logit\ndifference", f"accuracy in batches\nof {sizes}"
+        None, "", "predictions\nchanged", "largest logit\ndifference", f"accuracy in batches\nof {columns}"
     )
-    claims, contrast = certificate.claims.by_name().values(), certificate.train_mode
-    rounding = " (rounding)" if certificate.only_rounding and not certificate.bitwise_equal else ""
+    rounding = " (rounding)" if certificate.within_rounding else ""
     table.add_row(
         "eval mode",
-        _of_all(max(claim.prediction_flips for claim in claims), certificate),
-        number(max(claim.max_abs_diff for claim in claims)) + rounding,
+        *_apart(certificate.eval_mode, certificate, rounding),
         _accuracies([point.eval_accuracy for point in found.sample_sweep]),
     )
     table.add_row(
         "train mode",
-        _of_all(contrast.prediction_flips, certificate),
-        number(contrast.max_abs_diff),
+        *_apart(certificate.train_mode.any_batch_size, certificate),
         _accuracies([point.batch_statistics_accuracy for point in found.sample_sweep]),
     )
     console.print(table)
     console.print()
-    if contrast.reference_batch_size > 1:
-        print_wrapped(
-            console,
-            "In train mode BatchNorm refuses an image alone: a single value per channel has no variance."
-            f" There the batches are compared with batches of {contrast.reference_batch_size}.",
-        )
-    if not certificate.running_stats_unchanged:
-        console.print("The running statistics CHANGED meanwhile, which they must not in eval mode.")
+    for note in _notes(certificate):
+        print_wrapped(console, note)
     print_wrapped(console, certificate.verdict, style="bold")
     if not certificate.deterministic:
         command = f"bncli inspect-stats {one_line(report.checkpoint)}"
         console.print(f"What is wrong with its BatchNorm layers: {command}")
 
 
-def _of_all(num_changed: int, certificate: Certificate) -> str:
-    return f"{num_changed:,} of {certificate.num_images:,}"
+def _notes(certificate: Certificate) -> list[str]:
+    """What one must know beside the table, where it is not as usual."""
+    notes = []
+    if certificate.num_batch_norm_layers == 0:
+        notes.append("The network has no BatchNorm layer.")
+    if (size := certificate.train_mode.reference_batch_size) > 1:
+        notes.append(
+            "In train mode BatchNorm refuses an image alone: a single value per channel has no variance."
+            f" There the batches are compared with batches of {size}."
+        )
+    if not certificate.running_stats_unchanged:
+        notes.append("The running statistics CHANGED meanwhile, which they must not in eval mode.")
+    return notes
+
+
+def _apart(found: Apart, certificate: Certificate, rounding: str = "") -> tuple[str, str]:
+    """The cells for changed predictions, and for the largest difference."""
+    changed = f"{found.prediction_flips:,} of {certificate.num_images:,}"
+    return changed, "none" if found.max_abs_diff == 0 else number(found.max_abs_diff) + rounding
 
 
 def _accuracies(accuracies: list[float | None]) -> str:
@@ -216,6 +226,9 @@ def _show_batch_sizes(console: Console, found: Certificate) -> None:
         "",
         str(contrast.prediction_flips),
     )
+    if len(found.batch_sizes) > 1:
+        anyway = contrast.any_batch_size
+        table.add_row("train", "any", "", number(anyway.max_abs_diff), "", str(anyway.prediction_flips))
     console.print(table)
     console.print()
     unchanged = "unchanged" if found.running_stats_unchanged else "CHANGED"

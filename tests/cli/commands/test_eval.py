@@ -37,8 +37,8 @@ def test_eval_answers_in_a_few_lines_with_the_numbers_of_its_json(bncli: Bncli, 
     lines = outcome.out.splitlines()
     assert len(lines) <= 15
     assert lines[0].startswith(f"accuracy {found['accuracy']:.2%} of 120 test images in eval mode")
-    assert lines[2] == "100 of them, alone and in batches of up to 100:"
-    in_train = found["determinism"]["train_mode"]
+    assert lines[1] == "100 images, each alone and in batches of 2 to 100:"
+    in_train = found["determinism"]["train_mode"]["any_batch_size"]
     for mode, num_changed, key in (
         ("eval", 0, "eval_accuracy"),
         ("train", in_train["prediction_flips"], "batch_statistics_accuracy"),

@@ -143,7 +143,10 @@ def test_the_certificate_is_saved_with_what_it_was_obtained_on(
     assert [item.name for item in tmp_path.iterdir()] == ["certificate.json"]
 
 
-def test_a_sweep_is_shown_written_and_drawn(bncli: Bncli, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sweep_is_shown_written_and_drawn(
+    bncli: Bncli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.cli.progress.FIRST_LINE", 0.0)
     path = tmp_path / "sweep.svg"
     arguments = ("eval", checkpoint, *QUICK, "--sweep", "60,1,2,2,120", "--plot", path)
     outcome = bncli(*arguments, "--json")
