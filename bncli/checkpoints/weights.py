@@ -45,7 +45,7 @@ class LoadedWeights:
     kind: str  # of the file, as `OpenCheckpoint.kind`
     key: str  # where the state dict lies, dotted; '' for the top
     num_tensors: int  # of the network
-    names: Mapping[str, str]  # of each loaded tensor in the network: its name in `OpenCheckpoint.tensors`
+    names: Mapping[str, str]  # of each loaded tensor in the network: its name in the file, prefixes included
     kept: tuple[str, ...]  # tensors of the network that the file did not give: they are as they were
     left_over: tuple[str, ...]  # tensors of the file that the network does not have
 
@@ -109,7 +109,7 @@ def load_weights(
         kind=source.kind,
         key=source.key,
         num_tensors=len(tensors),
-        names=match.names,
+        names={name: source.prefix + origin for name, origin in match.names.items()},
         kept=match.kept,
         left_over=match.left_over,
     )

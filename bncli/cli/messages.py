@@ -79,3 +79,8 @@ def note_emulation(runtime: "Runtime") -> None:
 def print_note(message: str) -> None:
     """Say something on stderr that is no result."""
     print(f"bncli: {one_line(message)}", file=sys.stderr)
+
+
+def after_epoch(epoch: int | None) -> str:
+    """What stands behind the name of a checkpoint that tells its epoch."""
+    return "" if epoch is None else f", after epoch {epoch}"

@@ -93,6 +93,46 @@ KeyOption = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="The network that the checkpoint is of, if `bncli train` did not save it: torchvision:NAME,"
+        " timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY. Its code is run.",
+        rich_help_panel=INPUT,
+    ),
+]
+ModelArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="An argument of that network, as in num_classes=10; can be repeated.",
+        rich_help_panel=INPUT,
+    ),
+]
+PartialOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partial",
+        metavar="PATTERN",
+        help="Load only tensors whose names match, as in 'layer4.*', or all but those, as in '!fc.*'; can"
+        " be repeated.",
+        rich_help_panel=INPUT,
+    ),
+]
+NormalizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--normalization",
+        metavar="NAME",
+        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), measured (on the"
+        " training images), or M,M,M/S,S,S (means and deviations of the channels, from 0 to 1)."
+        "  [default: measured]",
+        rich_help_panel=INPUT,
+    ),
+]
 ChannelsOption = Annotated[
     bool,
     typer.Option("--channels", help="Show every channel of every layer.", rich_help_panel=SHOWN),

@@ -35,6 +35,7 @@ EFFECTIVE = {
     "train": _ALL,
     "eval": _EVALUATING,
     "predict": _COMPUTING,
+    "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
     "recalibrate": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network

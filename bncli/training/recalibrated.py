@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.batchnorm.distance import nan_as_farthest
@@ -19,7 +19,6 @@ from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.evaluation.gap import PhaseProgress
 from bncli.hardware import describe_machine
-from bncli.models.convnet import ConvNet
 from bncli.recorded_config import MAX_EVAL_BATCH
 from bncli.runtime import Runtime
 from bncli.training.run import Run
@@ -52,10 +51,9 @@ class Calibration:
 
 
 @dataclass(frozen=True, eq=False)
-class RecalibratedCheckpoint:
-    """The new checkpoint beside what it was made from."""
+class RecalibratedNetwork:
+    """How good a network was before its running statistics were replaced, and after."""
 
-    checkpoint: Checkpoint
     recalibration: Recalibration
     before: Score  # on the test split, in eval mode
     after: Score
@@ -74,6 +72,13 @@ class RecalibratedCheckpoint:
     def __str__(self) -> str:
         """How far the layers moved, and the verdict."""
         return f"{self.recalibration}\n{self.difference.verdict}"
+
+
+@dataclass(frozen=True, eq=False)
+class RecalibratedCheckpoint(RecalibratedNetwork):
+    """The same, and the new checkpoint."""
+
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,50 @@ def recalibrate_checkpoint(
 
     Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
+    model = runtime.place_model(load_model(checkpoint))
+    made = recalibrate_network(
+        model, dataset, runtime, how, eval_batch_size=eval_batch_size, progress=progress
+    )
+    return RecalibratedCheckpoint(
+        made.recalibration,
+        made.before,
+        made.after,
+        made.difference,
+        replace(
+            checkpoint.finished(),
+            state_dict=checkpoint.state_dict | running_stats(model),
+            test_accuracy=made.after.accuracy,
+            test_loss=made.after.loss,
+            recalibration={
+                **asdict(how),
+                "num_images": made.recalibration.num_images,
+                "batch_size": how.batch_size or eval_batch_size,
+                "recalibrated_layers": [layer.name for layer in made.recalibration.layers],
+                "source": source,
+                "before": asdict(made.before),
+                "after": asdict(made.after),
+                "runtime": runtime.describe(),
+                "machine": describe_machine(),
+            },
+        ),
+    )
+
+
+def recalibrate_network(
+    model: nn.Module,
+    dataset: Dataset,
+    runtime: Runtime,
+    how: Calibration,
+    *,
+    eval_batch_size: int,
+    progress: PhaseProgress = lambda phase, done, total: None,
+) -> RecalibratedNetwork:
+    """Replace the running statistics of a placed classifier in eval mode; it is evaluated before and after.
+
+    Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
+    """
     size = how.batch_size or eval_batch_size
     num_images = min(how.num_images or len(dataset.train), len(dataset.train))
-    model = runtime.place_model(load_model(checkpoint))
 
     def outcomes(phase: str) -> Outcomes:
         batches = sequential_batches(dataset.test, eval_batch_size)
@@ -151,24 +197,7 @@ def recalibrate_checkpoint(
             ),
         )
         after = outcomes("test images after")
-    made = replace(
-        checkpoint.finished(),
-        state_dict=checkpoint.state_dict | _running_stats(model),
-        test_accuracy=after.score.accuracy,
-        test_loss=after.score.loss,
-        recalibration={
-            **asdict(how),
-            "num_images": done.num_images,
-            "batch_size": size,
-            "recalibrated_layers": [layer.name for layer in done.layers],
-            "source": source,
-            "before": asdict(before.score),
-            "after": asdict(after.score),
-            "runtime": runtime.describe(),
-            "machine": describe_machine(),
-        },
-    )
-    return RecalibratedCheckpoint(made, done, before.score, after.score, compare_outcomes(before, after))
+    return RecalibratedNetwork(done, before.score, after.score, compare_outcomes(before, after))
 
 
 def save_recalibrated(
@@ -197,7 +226,7 @@ def save_recalibrated(
         save_checkpoint(made.checkpoint, run_dir / RECALIBRATED)
 
 
-def _running_stats(model: ConvNet) -> dict[str, Tensor]:
+def running_stats(model: nn.Module) -> dict[str, Tensor]:
     """The part of the state dict that recalibration writes; all other tensors stay the file's own."""
     return {
         key: value.to("cpu", copy=True)
@@ -222,10 +251,30 @@ def verify_checkpoint(
 
     Raises BncliError where no layer can be measured.
     """
-    how = how.or_as_recorded(checkpoint)
+    return verify_network(
+        runtime.place_model(load_model(checkpoint)),
+        dataset,
+        runtime,
+        how.or_as_recorded(checkpoint),
+        eval_batch_size=eval_batch_size,
+        max_error=max_error,
+        progress=progress,
+    )
+
+
+def verify_network(
+    model: nn.Module,
+    dataset: Dataset,
+    runtime: Runtime,
+    how: Calibration,
+    *,
+    eval_batch_size: int,
+    max_error: float,
+    progress: PhaseProgress = lambda phase, done, total: None,
+) -> Verification:
+    """The same of a network that is placed already. Raises BncliError where no layer can be measured."""
     size = how.batch_size or eval_batch_size
     num_images = min(how.num_images or len(dataset.train), len(dataset.train))
-    model: ConvNet = runtime.place_model(load_model(checkpoint))
     with runtime.autocast():
         layers = verify_fixed_point(
             model,

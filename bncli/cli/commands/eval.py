@@ -7,6 +7,7 @@ import typer
 
 from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
+from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
@@ -14,6 +15,11 @@ from bncli.cli.options import (
     DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
     check_writable,
     parse_sizes,
@@ -29,6 +35,11 @@ if TYPE_CHECKING:
 
 def evaluate_checkpoint(
     checkpoint: CheckpointArgument,
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
@@ -121,6 +132,7 @@ def evaluate_checkpoint(
     bncli eval runs/first/last.pt
     bncli eval runs/first/last.pt --gap
     bncli eval runs/first/last.pt --sweep 1,2,4,8,16,32,64 --plot sweep.png
+    bncli eval mine.pt --model torchvision:resnet18 --model-arg num_classes=10 --data-root images
     """
     from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json
@@ -137,7 +149,10 @@ def evaluate_checkpoint(
         )
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
-    subject = open_subject(checkpoint, overrides, command="eval", batch_invariant=batch_invariant)
+    named = named_network(model, model_args, key, partial, normalization)
+    subject = open_subject(
+        checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
+    )
     calibration = num_calibration_images if gap else None
     report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
     if save is not None:
@@ -206,7 +221,8 @@ def _examine(
         )
     return EvalReport(
         checkpoint=str(path),
-        epoch=subject.checkpoint.epoch,
+        epoch=subject.epoch,
+        network=subject.describe_network(),
         dataset=dataset.name,
         class_names=dataset.class_names,
         found=found,
@@ -230,8 +246,9 @@ def _plot(report: "EvalReport", path: Path) -> None:
     from bncli.cli.plots.gap import plot_gap
     from bncli.cli.plots.sweep import plot_sweep
 
+    epoch = "" if report.epoch is None else f", epoch {report.epoch}"
     source = (
-        f"{report.dataset}, {report.found.evaluation.num_images:,} test images, epoch {report.epoch},"
+        f"{report.dataset}, {report.found.evaluation.num_images:,} test images{epoch},"
         f" {report.runtime['precision']}."
     )
     if report.found.gap is not None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,16 +10,23 @@ import typer
 
 from bncli.cli.help_page import SHOWN
 from bncli.cli.messages import one_line, print_error, wrapped
-from bncli.cli.opened_checkpoint import open_subject
+from bncli.cli.named_network import named_network
+from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
     CheckpointArgument,
+    DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
 )
 from bncli.cli.overrides import effective_overrides
-from bncli.errors import DataError
+from bncli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
@@ -39,8 +47,14 @@ def predict_images(
         typer.Option(min=1, metavar="K", help="Show the K most probable classes.", rich_help_panel=SHOWN),
     ] = 1,
     batch_invariant: BatchInvariantOption = False,
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
     """Name the class of each image, and its probability.
@@ -51,17 +65,25 @@ def predict_images(
     Examples:
     bncli predict runs/first/last.pt photo.png
     bncli predict runs/first/last.pt images/ --top 3
+    bncli predict mine.pt photo.png --model torchvision:resnet18 --data-root images
     """
     from bncli.cli.tables.table import print_json
 
-    overrides = effective_overrides("predict", overrides, device=device)
-    subject = open_subject(checkpoint, overrides, command="predict", batch_invariant=batch_invariant)
+    named = named_network(model, model_args, key, partial, normalization)
+    if named is None and data_root is not None:
+        raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
+    command = "predict" if named is None else "predict --model"
+    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
+    subject = open_subject(
+        checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
+    )
+    classes = _classes(subject)
     answers: list[dict[str, Any]] = []
     all_answered = True
     for name in images:
         try:
             for source in _sources(name):
-                all_answered &= _answer(subject, source, top, answers, as_json=as_json)
+                all_answered &= _answer(subject, classes, source, top, answers, as_json=as_json)
         except DataError as error:  # a folder that cannot be listed
             print_error(str(error))
             all_answered = False
@@ -69,12 +91,29 @@ def predict_images(
         print_json(
             {
                 "checkpoint": str(checkpoint),
+                **subject.describe_network(),
                 "batch_invariant": batch_invariant,
                 "predictions": answers,
                 "runtime": subject.runtime.describe(),
             }
         )
     return 0 if all_answered else 2
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """What the network tells apart, and in images of which size."""
+
+    names: tuple[str, ...]
+    image_size: int  # height and width in pixels
+
+
+def _classes(subject: "Subject") -> _Classes:
+    """As the checkpoint records them, or those of the data set that the command line names."""
+    if subject.own is not None:
+        return _Classes(subject.own.class_names, subject.own.image_size)
+    dataset = load_subject_data(subject)
+    return _Classes(dataset.class_names, dataset.test.images.shape[-1])
 
 
 def _sources(name: str) -> Iterator[str]:
@@ -88,28 +127,34 @@ def _sources(name: str) -> Iterator[str]:
 
 
 def _answer(
-    subject: "Subject", source: str, top: int, answers: list[dict[str, Any]], *, as_json: bool
+    subject: "Subject",
+    classes: "_Classes",
+    source: str,
+    top: int,
+    answers: list[dict[str, Any]],
+    *,
+    as_json: bool,
 ) -> bool:
     """Answer for one image, at once on stdout or into `answers`; False, with a message, if it is none."""
     from bncli.cli.tables.table import MAX_WIDTH
 
     try:
-        best = _best_classes(subject, source, top)
+        best = _best_classes(subject, classes, source, top)
     except DataError as error:
         print_error(f"{source}: {error}")
         return False
     if as_json:
         answers.append({"image": source, **best[0], "top": best})
     else:
-        classes = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
-        lines = [f"{one_line(source)}: {classes}"]
+        found = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
+        lines = [f"{one_line(source)}: {found}"]
         if top > 1 and len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
-            lines = [f"{one_line(source)}:", *wrapped(classes, MAX_WIDTH, first="  ")]
+            lines = [f"{one_line(source)}:", *wrapped(found, MAX_WIDTH, first="  ")]
         print("\n".join(lines), flush=True)
     return True
 
 
-def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, Any]]:
+def _best_classes(subject: "Subject", classes: "_Classes", source: str, top: int) -> list[dict[str, Any]]:
     from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file, read_image
     from bncli.evaluation import predict
 
@@ -118,8 +163,7 @@ def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, A
         check_size(content)
     else:
         content = read_file(Path(source))
-    image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])
+    image = subject.runtime.place(read_image(content, classes.image_size)[None])
     with subject.runtime.autocast():
         (found,) = predict(subject.model, image, top=top)
-    names = subject.checkpoint.class_names
-    return [{"class": names[item.label], "probability": item.probability} for item in found]
+    return [{"class": classes.names[item.label], "probability": item.probability} for item in found]

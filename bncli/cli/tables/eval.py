@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import after_epoch, one_line
 from bncli.cli.tables.table import (
     console_for_results,
     number,
@@ -39,7 +39,8 @@ class EvalReport:
     """What `bncli eval` found, and what it was found on."""
 
     checkpoint: str
-    epoch: int
+    epoch: int | None
+    network: dict[str, object]  # the part `model` of the JSON document; empty for bncli's own
     dataset: str
     class_names: tuple[str, ...]
     found: Examination
@@ -51,6 +52,7 @@ class EvalReport:
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
+            **self.network,
             "dataset": self.dataset,
             **self.found.to_dict(self.class_names),
             "runtime": self.runtime,
@@ -65,6 +67,7 @@ class EvalReport:
             "checkpoint": self.checkpoint,
             "checkpoint_sha256": checkpoint_sha256,
             "epoch": self.epoch,
+            **self.network,
             "dataset": self.dataset,
             "images": self.found.sample,
             **{name: document[name] for name in parts},
@@ -162,7 +165,7 @@ def _show_details(console: Console, report: EvalReport) -> None:
     found = report.found
     console.print()
     lines = {
-        "checkpoint": f"{report.checkpoint}, after epoch {report.epoch}",
+        "checkpoint": report.checkpoint + after_epoch(report.epoch),
         "data": report.dataset,
         "runtime": runtime_line(report.runtime),
         "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),

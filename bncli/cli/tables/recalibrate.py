@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bncli.cli.messages import after_epoch
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
     console_for_results,
@@ -14,7 +15,7 @@ from bncli.cli.tables.table import (
     show_lines,
     table_of,
 )
-from bncli.training import RecalibratedCheckpoint, Verification
+from bncli.training import RecalibratedNetwork, Verification
 from bncli.wording import plural
 
 
@@ -24,16 +25,19 @@ class RecalibrateReport:
 
     input: str
     output: str
+    epoch: int | None
     dataset: str
-    made: RecalibratedCheckpoint
+    made: RecalibratedNetwork
     runtime: dict[str, Any]
     verification: Verification | None  # of the new file, with --verify
+    network: dict[str, object]  # the part `model` of the JSON document; empty for bncli's own
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
         return {
             "input": self.input,
             "output": self.output,
+            **self.network,
             "dataset": self.dataset,
             **self.made.to_dict(),
             "runtime": self.runtime,
@@ -54,7 +58,7 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     if done.stopped_early:
         measured += "; stopped as the tolerance was reached"
     lines = {
-        "checkpoint": f"{report.input}, after epoch {made.checkpoint.epoch}, unchanged",
+        "checkpoint": f"{report.input}{after_epoch(report.epoch)}, unchanged",
         "new": report.output,
         "method": measured,
         "test split": f"{plural(made.difference.num_images, 'image')} in eval mode",
