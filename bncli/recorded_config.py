@@ -22,6 +22,8 @@ FOLLOWED = {
     "data.num_test",
     "data.seed",
     "data.image_size",
+    "data.resize",
+    "data.interpolation",
     "augment",
     "model",
     "train",

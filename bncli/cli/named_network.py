@@ -1,7 +1,7 @@
 """What `--model` and its companions ask for: a network by name, and any checkpoint loaded into it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bncli.checkpoints import LoadedWeights
+    from bncli.config import Config
     from bncli.data import Dataset
+    from bncli.models.preset import Preset
     from bncli.runtime import Runtime
 
 CONVNET = "convnet"  # bncli's own, which its checkpoints describe
@@ -26,7 +28,13 @@ class NamedNetwork:
     arguments: dict[str, Any]
     key: str | None
     partial: tuple[str, ...]
-    normalization: str
+    normalization: str | None  # None: that of the preset, or measured
+    logits: str | None
+
+    def with_preset(self, preset: "Preset | None") -> "NamedNetwork":
+        """The same, with the normalization of its library where the command line gives none."""
+        by_default = MEASURED if preset is None else preset.normalization
+        return replace(self, normalization=self.normalization or by_default)
 
     def load(self, path: Path) -> "tuple[nn.Module, LoadedWeights]":
         """The network in eval mode on the CPU with the file's tensors, and which those are.
@@ -38,6 +46,8 @@ class NamedNetwork:
 
         network = build_network(self.name, self.arguments)
         loaded = load_weights(network, path, key=self.key, partial=self.partial)
+        if self.logits is not None:
+            _pick_output(network, self.logits)
         return network.eval(), loaded
 
     def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
@@ -56,6 +66,7 @@ def named_network(
     key: str | None,
     partial: Sequence[str] | None,
     normalization: str | None,
+    logits: str | None,
 ) -> NamedNetwork | None:
     """What the options ask for; None for a checkpoint of bncli's own.
 
@@ -67,6 +78,7 @@ def named_network(
             "--key": key,
             "--partial": partial,
             "--normalization": normalization,
+            "--logits": logits,
         }
         for option, value in given.items():
             if value:
@@ -76,8 +88,27 @@ def named_network(
     if normalization is not None:
         _parse_normalization(normalization)
     return NamedNetwork(
-        model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization or MEASURED
+        model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization, logits
     )
+
+
+def _pick_output(network: "nn.Module", key: str) -> None:
+    """Let the network return one of its outputs: an item of a dict, tuple or list, or an attribute."""
+
+    def pick(_: object, __: object, outputs: Any) -> Any:
+        try:
+            if isinstance(outputs, Mapping):
+                return outputs[key]
+            if isinstance(outputs, tuple | list) and key.lstrip("-").isdigit():
+                return outputs[int(key)]
+            return getattr(outputs, key)
+        except (KeyError, IndexError, AttributeError):
+            found = (
+                f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
+            )
+            raise BncliError(f"--logits {key}: the network returns {found}") from None
+
+    network.register_forward_hook(pick)
 
 
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
@@ -111,23 +142,46 @@ def _parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...
     return mean, std
 
 
-def find_data(overrides: list[str], command: str) -> list[str]:
+def find_data(overrides: list[str], command: str, preset: "Preset | None") -> list[str]:
     """The overrides, with the kind of data where only their folder is named.
 
     Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
     """
     from bncli.config_file import override_values
+    from bncli.models.preset import IMAGENET
 
     data = override_values(overrides).get("data")
     named = data if isinstance(data, dict) else {}
+    # as the owners of most networks evaluate them
+    overrides = ["runtime.precision=float32", *overrides]
+    if named.get("name", "imagefolder") == "imagefolder":
+        keys = ("image_size", "resize", "interpolation")
+        as_trained = [f"data.{key}={getattr(preset or IMAGENET, key)}" for key in keys]
     if "name" in named:
-        return overrides
+        return [*as_trained, *overrides] if named["name"] == "imagefolder" else overrides
     if "root" not in named:
         ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
         raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
     root = Path(str(named["root"]))
     is_cifar10 = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
-    return [*overrides, f"data.name={'cifar10' if is_cifar10 else 'imagefolder'}"]
+    if is_cifar10:
+        return ["data.name=cifar10", *overrides]
+    return ["data.name=imagefolder", *as_trained, *overrides]
+
+
+def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> None:
+    """Say what was assumed of the images: a wrong guess costs accuracy, and nothing else shows it."""
+    from bncli.cli.messages import print_note
+    from bncli.config import ImageFolderConfig
+
+    data, shape = config.data, ""
+    if isinstance(data, ImageFolderConfig):
+        size = f"{data.image_size}x{data.image_size}"
+        shape = f"resized to {size}, "
+        if data.resize is not None:
+            shape = f"the middle {size} of a shorter side of {data.resize} ({data.interpolation}), "
+    by = f"as {named.name.partition(':')[0]} evaluates {named.name}" if has_preset else "assumed"
+    print_note(f"images: {shape}normalization {named.normalization} ({by}); --set data.image_size and others")
 
 
 def fit_to_data(
@@ -141,7 +195,7 @@ def fit_to_data(
     from bncli.data import measure_normalization
     from bncli.models import normalize_input
 
-    known = _parse_normalization(named.normalization)
+    known = _parse_normalization(named.normalization or MEASURED)
     if known is None:
         measured = measure_normalization(dataset.train.images)
         known = measured.mean, measured.std

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bncli.config import Config, DataConfig
     from bncli.data import Dataset, Progress
     from bncli.data.recorded_root import DataRecord
+    from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime
 
@@ -128,16 +129,21 @@ def open_subject(
     Raises CheckpointError, ConfigError or DeviceError.
     """
     from bncli.cli.messages import note_emulation
+    from bncli.cli.named_network import tell_images
     from bncli.determinism import FixedShape
+    from bncli.models.preset import preset_of
     from bncli.runtime import resolve_runtime
 
     loaded = checkpoint = None
     if named is None:
         network, checkpoint, followed = _open_own(path, overrides, command)
     else:
-        followed = _config_of_options(overrides or [], command)
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
+        preset = preset_of(named.name, network)
+        named = named.with_preset(preset)
+        followed = _config_of_options(overrides or [], command, preset)
+        tell_images(followed.config, named, has_preset=preset is not None)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
     network = runtime.place_model(network)
@@ -180,13 +186,13 @@ def _open_own(
     return load_model(checkpoint, source=str(path)), checkpoint, followed
 
 
-def _config_of_options(overrides: list[str], command: str) -> "FollowedConfig":
+def _config_of_options(overrides: list[str], command: str, preset: "Preset | None") -> "FollowedConfig":
     """The configuration where a file records none: the defaults, and what the command line says."""
     from bncli.cli.named_network import find_data
     from bncli.config_file import config_from_dict, keys_of
     from bncli.recorded_config import FollowedConfig
 
-    config = config_from_dict({}, find_data(overrides, f"bncli {command}"), source="defaults")
+    config = config_from_dict({}, find_data(overrides, f"bncli {command}", preset), source="defaults")
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 

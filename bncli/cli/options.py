@@ -122,6 +122,16 @@ PartialOption = Annotated[
         rich_help_panel=INPUT,
     ),
 ]
+LogitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--logits",
+        metavar="KEY",
+        help="Where the scores of the classes are, if that network returns several outputs: a key, the name"
+        " of an attribute, or a number.",
+        rich_help_panel=INPUT,
+    ),
+]
 NormalizationOption = Annotated[
     str | None,
     typer.Option(
@@ -129,7 +139,7 @@ NormalizationOption = Annotated[
         metavar="NAME",
         help="How pixels are normalised for that network: imagenet, half (from -1 to 1), measured (on the"
         " training images), or M,M,M/S,S,S (means and deviations of the channels, from 0 to 1)."
-        "  [default: measured]",
+        "  [default: that of the network's library, else measured]",
         rich_help_panel=INPUT,
     ),
 ]

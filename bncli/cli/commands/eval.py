@@ -16,6 +16,7 @@ from bncli.cli.options import (
     DeviceOption,
     JsonOption,
     KeyOption,
+    LogitsOption,
     ModelArgOption,
     ModelOption,
     NormalizationOption,
@@ -40,6 +41,7 @@ def evaluate_checkpoint(
     key: KeyOption = None,
     partial: PartialOption = None,
     normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
@@ -149,7 +151,7 @@ def evaluate_checkpoint(
         )
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
-    named = named_network(model, model_args, key, partial, normalization)
+    named = named_network(model, model_args, key, partial, normalization, logits)
     subject = open_subject(
         checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
     )

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +19,7 @@ from bncli.cli.options import (
     DeviceOption,
     JsonOption,
     KeyOption,
+    LogitsOption,
     ModelArgOption,
     ModelOption,
     NormalizationOption,
@@ -30,6 +31,8 @@ from bncli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
+    from bncli.config import DataConfig
+    from bncli.data.decode import Fit
 
 STDIN = "-"
 
@@ -52,6 +55,7 @@ def predict_images(
     key: KeyOption = None,
     partial: PartialOption = None,
     normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
@@ -69,7 +73,7 @@ def predict_images(
     """
     from bncli.cli.tables.table import print_json
 
-    named = named_network(model, model_args, key, partial, normalization)
+    named = named_network(model, model_args, key, partial, normalization, logits)
     if named is None and data_root is not None:
         raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
     command = "predict" if named is None else "predict --model"
@@ -105,15 +109,27 @@ class _Classes:
     """What the network tells apart, and in images of which size."""
 
     names: tuple[str, ...]
-    image_size: int  # height and width in pixels
+    fit: "Fit"
 
 
 def _classes(subject: "Subject") -> _Classes:
     """As the checkpoint records them, or those of the data set that the command line names."""
     if subject.own is not None:
-        return _Classes(subject.own.class_names, subject.own.image_size)
+        data = subject.own.config.data
+        return _Classes(subject.own.class_names, _fit(data, subject.own.image_size))
     dataset = load_subject_data(subject)
-    return _Classes(dataset.class_names, dataset.test.images.shape[-1])
+    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.images.shape[-1]))
+
+
+def _fit(data: "DataConfig", image_size: int) -> "Fit":
+    """How images become squares, as those of the data set did; its size is that of the network."""
+    from bncli.config import ImageFolderConfig
+    from bncli.data.decode import Fit
+    from bncli.data.imagefolder import fit_of
+
+    if not isinstance(data, ImageFolderConfig):
+        return Fit(image_size)
+    return replace(fit_of(data), image_size=image_size)
 
 
 def _sources(name: str) -> Iterator[str]:
@@ -163,7 +179,7 @@ def _best_classes(subject: "Subject", classes: "_Classes", source: str, top: int
         check_size(content)
     else:
         content = read_file(Path(source))
-    image = subject.runtime.place(read_image(content, classes.image_size)[None])
+    image = subject.runtime.place(read_image(content, classes.fit)[None])
     with subject.runtime.autocast():
         (found,) = predict(subject.model, image, top=top)
     return [{"class": classes.names[item.label], "probability": item.probability} for item in found]

@@ -17,6 +17,7 @@ from bncli.cli.options import (
     DeviceOption,
     JsonOption,
     KeyOption,
+    LogitsOption,
     ModelArgOption,
     ModelOption,
     NormalizationOption,
@@ -54,6 +55,7 @@ def recalibrate_into_file(
     key: KeyOption = None,
     partial: PartialOption = None,
     normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
@@ -143,7 +145,7 @@ def recalibrate_into_file(
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     overrides = effective_overrides("recalibrate", overrides, device=device, data_root=data_root)
-    named = named_network(model, model_args, key, partial, normalization)
+    named = named_network(model, model_args, key, partial, normalization, logits)
     subject = open_subject(checkpoint, overrides, command="recalibrate", named=named)
     if output is not None:
         _check_container(subject)
