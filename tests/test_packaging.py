@@ -120,7 +120,13 @@ def test_the_wheel_works_in_an_empty_folder_without_the_checkout(built: Path, tm
     listed = json.loads(run("config", "--json"))["configurations"]
     assert {each["name"] for each in listed} == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     assert {Path(each["path"]).parent for each in listed} == {built / "site" / "bncli" / "builtin_configs"}
-    few = ("data.num_train=100", "data.num_test=20", "train.batch_size=50", "train.epochs=1", "model.widths=[4]")
+    few = (
+        "data.num_train=100",
+        "data.num_test=20",
+        "train.batch_size=50",
+        "train.epochs=1",
+        "model.widths=[4]",
+    )
     overrides = [word for key in (*few, "runtime.threads=1") for word in ("--set", key)]
     trained = json.loads(run("train", *overrides, "--json"))
     checkpoint = str(Path(trained["run_dir"]) / "last.pt")
