@@ -28,7 +28,7 @@ OTHER = "Other options"
 GROUPS = (ARGUMENTS, INPUT, RUN, MEASURED, COMPUTED, CHECKED, SHOWN, DATA, OUTPUT, OTHER)  # in this order
 
 _EXAMPLES = "\n\nExamples:\n"
-_MAX_COLUMN = 26  # of option names; help texts begin here at the latest
+_MAX_COLUMN = 22  # of option names; help texts begin here at the latest
 
 
 class _Page:

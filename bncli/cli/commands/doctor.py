@@ -211,7 +211,7 @@ def _torchvision() -> Check:
     if not declared:
         return Check("torchvision", "ok", version)
     fix = "bncli does not need them; for other programs install the torchvision that belongs to your torch"
-    found = f"{version}, its operators built for another torch; bncli declares them"
+    found = f"{version}, its compiled operators are for another torch"
     return Check("torchvision", "warning", found, fix)
 
 

@@ -101,7 +101,7 @@ def evaluate_checkpoint(
             "--tta",
             metavar="VIEWS",
             help="Test-time augmentation: also report the accuracy when outputs are averaged over views of"
-            " each image; flip: the image and its mirror image; shifts: these, also shifted."
+            " each image; flip: the image and its mirror image; shifts: both, also shifted by one pixel."
             " Goes without --batch-invariant, --sweep and --gap.",
             rich_help_panel=MEASURED,
         ),

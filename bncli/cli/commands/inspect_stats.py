@@ -137,7 +137,9 @@ def _refuse_what_others_read(source: str, more: list[str]) -> None:
 
 def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
     unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
-    refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
+    refuse_options(
+        context, unused, f"--explain {wanted}", "no effect here, where no checkpoint is read; leave it out"
+    )
     from bncli.batchnorm.audit.rule_pages import PAGES, find_page
     from bncli.cli.explain.topics import topic_of_rule
     from bncli.cli.tables.explain import show_topics
