@@ -108,8 +108,8 @@ class MovedAlone:
                 " updated, and says nothing about the images.",
             ),
             "farther": (
-                f"The first BatchNorm layer, {name}, moved farther than {CHANCE}. So the images differ, or the"
-                " first file's statistics belong to other weights.",
+                f"The first BatchNorm layer, {name}, moved farther than {CHANCE}. So the images differ, or"
+                " the first file's statistics belong to other weights.",
             ),
             "nothing moved farther": (
                 f"No layer moved farther than {CHANCE}. So nothing here shows that the images differ.",

@@ -33,7 +33,7 @@ def as_json(verdicts: Sequence[Verdict]) -> str:
 
 
 def as_text(verdicts: Sequence[Verdict]) -> str:
-    """A row per case, what was expected and found below it; then what is wrong, then true facts, then the sums."""
+    """A row per case, with what was expected and found; then what is wrong, true facts, and the sums."""
     heads, *rows = _table(
         COLUMNS,
         [(one.name, str(one.exit_code), one.verdict) for one in verdicts],

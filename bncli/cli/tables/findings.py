@@ -64,9 +64,9 @@ def _show_rule(console: Console, findings: Sequence[Finding], *, everything: boo
             where = "" if len(findings) == 1 else f"{', '.join(map(one_line, names))}: "
             print_wrapped(console, f"{where}{message}.", indent=2)
     else:
-        names = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
+        some = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
         more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
-        print_wrapped(console, names + more, indent=2)
+        print_wrapped(console, some + more, indent=2)
         print_wrapped(console, f"In {one_line(first.layer)}: {first.message}.", indent=2)
     for advice in dict.fromkeys(finding.advice for finding in findings):
         print_wrapped(console, advice, indent=2)
