@@ -76,9 +76,10 @@ def override_of(key: str, text: str) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
+    """The configuration as YAML that `load_config` reads back to an equal one, 80 columns wide."""
     values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+    # PyYAML breaks a line after the key that made it too long
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=52)
 
 
 def dump_value(value: Any) -> str:

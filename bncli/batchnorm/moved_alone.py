@@ -39,6 +39,7 @@ from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
 from bncli.wording import plural
 
 NUM_IMAGES = 32  # in a batch; of larger ones averaging explains less
+CHANCE = f"chance explains (random batches of {NUM_IMAGES} or more images)"
 KURTOSIS = 5.0
 ALLOWANCE = 3.0  # times what averaging leaves on average
 
@@ -107,18 +108,15 @@ class MovedAlone:
                 " updated, and says nothing about the images.",
             ),
             "farther": (
-                f"The first BatchNorm layer, {name}, moved farther than random batches of {NUM_IMAGES} or"
-                " more images explain. So the images differ, or the first file's statistics belong to other"
-                " weights.",
+                f"The first BatchNorm layer, {name}, moved farther than {CHANCE}. So the images differ, or"
+                " the first file's statistics belong to other weights.",
             ),
             "nothing moved farther": (
-                f"No layer moved farther than random batches of {NUM_IMAGES} or more images explain. So"
-                " nothing here shows that the images differ.",
+                f"No layer moved farther than {CHANCE}. So nothing here shows that the images differ.",
             ),
             "later layers moved farther": (
-                f"The first BatchNorm layer, {name}, moved no farther than random batches of {NUM_IMAGES} or"
-                f" more images explain, but {later} did. So the first layer does not show that the"
-                " images differ.",
+                f"The first BatchNorm layer, {name}, moved no farther than {CHANCE}, but {later} did. So the"
+                " first layer does not show that the images differ.",
             ),
         }[self._depth]
 

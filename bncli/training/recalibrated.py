@@ -100,7 +100,7 @@ class Verification:
     def verdict(self) -> str:
         """One sentence: whether they are a fixed point, and where they are furthest off."""
         worst = max(self.layers, key=lambda layer: nan_as_farthest(layer.max_relative_error))
-        error = f"{worst.max_relative_error:.1e} in {worst.name}"
+        error = f"{worst.max_relative_error:.2g} in {worst.name}"
         if self.self_consistent:
             return f"Self-consistent: no mean or variance differs from its input's by more than {error}."
         return (

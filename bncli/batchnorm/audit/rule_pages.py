@@ -154,8 +154,8 @@ PAGES = (
         can_know="The gain, and its cause. A runaway weight or a gain beyond float16 is a warning, little "
         "variance an info.",
         cannot_know="Whether later inputs differ from training's, and eps in a state dict.",
-        advice="Compare outputs in train and eval mode. If they differ, recompute the statistics, keep the"
-        " layer in float32, or prune.",
+        advice="Compare outputs in train and eval mode. If they differ, recompute the statistics, keep the "
+        "layer in float32, or prune.",
         source="van Laarhoven 2017, arXiv:1706.05350 (free scale)",
         thresholds=(
             Threshold(

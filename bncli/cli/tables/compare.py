@@ -15,7 +15,7 @@ from bncli.wording import list_names, plural
 MARKS = {
     "S": "running_mean or running_var changed",
     "W": "weight or bias of this layer changed",
-    "F": "weights of the layers between the BatchNorm before and this one changed",
+    "F": "weights between the BatchNorm before and this one changed",
     "?": "unknown: no such weights are known",
 }
 
@@ -76,10 +76,9 @@ def _marks(layer: LayerComparison) -> str:
 def _show_legend(console: Console, layers: Sequence[LayerComparison]) -> None:
     used = "SWF" + "".join(map(_marks, layers))
     meanings = {
-        "mean shift": "how far running_mean moved, in standard deviations of the first file",
-        "variance ratio": "running_var + eps in the second file, divided by that in the first",
-        "KL divergence": "how far the normal distributions of these means and variances are"
-        " apart; 0 is equal",
+        "mean shift": "move of running_mean, in standard deviations of the first file",
+        "variance ratio": "running_var + eps of the second file, divided by the first's",
+        "KL divergence": "distance of the two normal distributions; 0 is equal",
     }
     show_lines(console, {**meanings, **{mark: text for mark, text in MARKS.items() if mark in used}})
 

@@ -177,7 +177,7 @@ def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[
 
 
 def _count(number: int | None) -> str:
-    return UNKNOWN if number is None else str(number)
+    return UNKNOWN if number is None else f"{number:,}"
 
 
 def _momentum(layer: LayerStats) -> str:

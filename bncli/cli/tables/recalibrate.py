@@ -84,7 +84,7 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     meanings = {
         "mean shift": "old running_mean minus new one, in standard deviations",
         "variance ratio": "old running_var divided by new one; 1 is equal",
-        "standard error": "how exactly the new mean is known from so many images, in standard deviations",
+        "standard error": "uncertainty of the new mean from these images, in standard deviations",
     }
     show_lines(console, {name: text for name, text in meanings.items() if name in columns})
     for one in done.skipped:
@@ -119,7 +119,7 @@ def _show_consistency(console: Console, found: Verification) -> None:
     columns = {
         "mean shift": [number(layer.mean_shift_in_input_deviations) for layer in found.layers],
         "variance ratio": [f"{layer.var_ratio:.4g}" for layer in found.layers],
-        "largest error": [f"{layer.max_relative_error:.1e}" for layer in found.layers],
+        "largest error": [number(layer.max_relative_error) for layer in found.layers],
     }
     show_layer_table(console, [layer.name for layer in found.layers], columns)
     console.print()
