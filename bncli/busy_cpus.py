@@ -55,8 +55,9 @@ class Shortage:
     def __str__(self) -> str:
         """One sentence, with what to type."""
         return (
-            f"other processes use {self.num_busy:.1f} of {self.num_cpus} cores: --set"
-            f" runtime.threads={self.better_threads} would be faster (the last digits of results change)"
+            f"other processes use {self.num_busy:.1f} of {self.num_cpus} cores:"
+            f" --set runtime.threads={self.better_threads} would be faster"
+            " (other rounding, as if with another seed)"
         )
 
 

@@ -183,8 +183,8 @@ class TrainReporter:
             self._display.line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
         if event.former_threads not in {None, setup.runtime.threads}:
             print_note(
-                f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: the last digits"
-                " may differ from those of a run without a break"
+                f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: they round"
+                " differently, so the run ends elsewhere than without the break, as if with another seed"
             )
         self._display.line(HEADER)
         # on a GPU its own threads compute; torch.compile has processes of its own at work

@@ -9,6 +9,7 @@ import torch
 
 import bncli.training.agreement
 from bncli.checkpoints import load_checkpoint, load_model
+from bncli.cli.tables.train import show_training
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import sample_batches
@@ -18,17 +19,13 @@ from bncli.training import TrainResult, prepare, train
 from bncli.training.agreement import Agreement, measure_agreement
 from tests.conftest import Bncli
 
-STALE = ("model.batch_norm.momentum=0.001", "train.learning_rate=0.3", "train.epochs=4", "data.num_test=500")
-
-
-def settings(overrides: tuple[str, ...]) -> list[str]:
-    return [part for one in overrides for part in ("--set", one)]
-
 
 @pytest.fixture(scope="module")
 def stale_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """Running statistics that are still near where they began."""
-    return train(load_config(tiny_config, list(STALE)), tmp_path_factory.mktemp("stale") / "run")
+    """A network that has learnt something, with running statistics that are still near where they began."""
+    learning = ["train.learning_rate=0.3", "train.batch_size=25", "train.epochs=6", "augment.crop_padding=0"]
+    short = ["train.evaluate_every=6", "data.num_test=500", "model.batch_norm.momentum=0.001"]
+    return train(load_config(tiny_config, learning + short), tmp_path_factory.mktemp("stale") / "a run")
 
 
 def test_both_accuracies_are_those_of_the_two_modes(tiny_config: Path, tmp_path: Path) -> None:
@@ -52,19 +49,28 @@ def test_both_accuracies_are_those_of_the_two_modes(tiny_config: Path, tmp_path:
 
 
 def test_stale_statistics_are_named_and_the_command_that_is_printed_repairs_them(
-    bncli: Bncli, tiny_config: Path, tmp_path: Path
+    bncli: Bncli, stale_run: TrainResult, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "a run", *settings(STALE))
-    text = " ".join(outcome.out.split())
-    assert "Running statistics (momentum 0.001, 40 updates) are behind batch statistics: accuracy" in text
+    show_training(stale_run)
+    text = " ".join(capfd.readouterr().out.split())
+    assert "Running statistics (momentum 0.001, 120 updates) are behind batch statistics: accuracy" in text
     command = text.partition("To measure them anew: bncli ")[2]
     assert command
     assert bncli(*shlex.split(command)).code == 0
-    anew = load_checkpoint(tmp_path / "a run" / "recalibrated.pt")
+    anew = load_checkpoint(stale_run.run_dir / "recalibrated.pt")
     agreement = measure_agreement(anew, prepare(anew.config), lambda: False)
     assert agreement is not None
     assert agreement.recalibrated
     assert not agreement.eval_mode_is_behind
+
+
+def test_where_new_statistics_are_behind_too_the_gap_is_to_be_explained(
+    stale_run: TrainResult, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert stale_run.agreement is not None
+    show_training(replace(stale_run, agreement=replace(stale_run.agreement, recalibrated=True)))
+    text = " ".join(capfd.readouterr().out.split())
+    assert text.endswith(f"To see why: bncli eval {shlex.quote(str(stale_run.checkpoint))} --gap")
 
 
 def test_json_has_the_numbers_and_the_verdict(stale_run: TrainResult) -> None:
@@ -79,7 +85,7 @@ def test_statistics_that_keep_up_agree(bncli: Bncli, tiny_config: Path, tmp_path
     text = " ".join(outcome.out.split())
     assert "Running statistics (momentum 0.1, 20 updates) agree with batch statistics within chance" in text
     assert "bncli" not in text.partition("Running statistics")[2]
-    assert all(len(line) <= 80 for line in outcome.out.splitlines() if str(tmp_path) not in line)
+    assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines() if str(tmp_path) not in line)
 
 
 def verdict(gained: int, lost: int, momentum: float | None = 0.1, *, recalibrated: bool = False) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bncli.usable_cpus import UsableCpus
 from bncli.wording import plural
 from tests.conftest import Bncli
 
@@ -41,6 +42,38 @@ def test_a_healthy_machine_is_described_in_one_paste(
     assert str(tmp_path) not in outcome.out
     assert "~/runs can be written (not there yet, can be made)" in outcome.out
     assert {path.name for path in tmp_path.iterdir()} <= {".config"}  # which importing matplotlib makes
+
+
+@pytest.mark.parametrize(
+    ("omp", "quota", "verdict", "found"),
+    [
+        (None, None, "ok", "2 threads (16 cores)"),
+        (None, 2.0, "ok", "2 threads (CPU quota 2.0 of 16 cores)"),
+        (None, 0.5, "ok", "1 thread (CPU quota 0.5 of 16 cores)"),
+        ("2", 2.0, "ok", "2 threads (OMP_NUM_THREADS=2, CPU quota 2.0 of 16 cores)"),
+        ("2", 1.0, "warning", "2 threads (OMP_NUM_THREADS=2, CPU quota 1.0 of 16 cores)"),
+    ],
+)
+def test_as_many_threads_as_may_run_at_once_and_why(
+    bncli: Bncli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    omp: str | None,
+    quota: float | None,
+    verdict: str,
+    found: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    for module in ("bncli.runtime", "bncli.usable_cpus"):
+        monkeypatch.setattr(f"{module}.usable_cpus", lambda: UsableCpus(16, 16, quota))
+    torch.set_num_threads(2)
+    checks = {check["name"]: check for check in bncli("doctor", "--json").json["checks"]}
+    assert (checks["threads"]["verdict"], checks["threads"]["found"]) == (verdict, found)
+    if verdict == "warning":
+        assert "unset it, or set it to 1" in checks["threads"]["fix"]
 
 
 @pytest.mark.parametrize(
