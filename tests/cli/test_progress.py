@@ -89,7 +89,7 @@ def test_off_a_terminal_nothing_is_said_of_short_parts_nor_of_one_that_broke_off
         for what in ("one", "two", "three"):
             for done in range(5):
                 report(what, done, 4)
-                wait(0.4)
+                wait(0.3)
         report.note("between two")
         report("broken off", 5, 10)
         wait(5.0)
