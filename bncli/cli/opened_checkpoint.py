@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
-from bncli.errors import CheckpointError, DataError
+from bncli.errors import CheckpointError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -178,7 +178,12 @@ def _open_own(
     from bncli.cli.overrides import has_effect
     from bncli.recorded_config import follow_config
 
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except ForeignNetworkError as error:
+        if command not in ("eval", "recalibrate", "predict"):
+            raise
+        raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))
     for key, note in followed.notes.items():
         if has_effect(key, command):
