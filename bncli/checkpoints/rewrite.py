@@ -10,14 +10,14 @@ safetensors. A zip archive's `.data/serialization_id`, which PyTorch only logs, 
 import difflib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.atomic_file import atomic_file
 from bncli.batchnorm.bits import as_bytes
@@ -31,6 +31,7 @@ from bncli.checkpoints.formats.zip_checksums import patch_checksums
 from bncli.checkpoints.locate import StateDict, choose
 from bncli.checkpoints.own_config import FORMAT
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor
+from bncli.checkpoints.weights import LoadedWeights
 from bncli.wording import list_names
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -54,22 +55,52 @@ def rewrite(
     """
     source, target = str(source), Path(target)
     with ExitStack() as stack, named(source):
-        with without_collector():
-            file = open_file(source, stack)
-            original = Path(source.removeprefix("file://"))
-            if target.exists() and original.exists() and target.samefile(original):
-                raise UnreadableFileError("is never changed itself; give another name for the new file")
-            patches = _plan(file, stack, new_buffers, key)
+        file = open_file(source, stack)
+        original = Path(source.removeprefix("file://"))
+        if target.exists() and original.exists() and target.samefile(original):
+            raise UnreadableFileError("is never changed itself; give another name for the new file")
+        patches = _plan(file, stack, new_buffers, new_buffers, key)
         with atomic_file(target) as copy:
             file.copy_to(copy, patches)
 
 
+def check_rewritable(source: str | Path, names: Iterable[str], key: str | None = None) -> None:
+    """Check, before new values for these buffers are measured, that `rewrite` will take them.
+
+    Raises:
+        CheckpointError: as `rewrite` would for values that fit, naming the file.
+    """
+    with ExitStack() as stack, named(str(source)):
+        _plan(open_file(str(source), stack), stack, list(names), None, key)
+
+
+def statistics_in_file(model: nn.Module, loaded: LoadedWeights, layers: Collection[str]) -> dict[str, Tensor]:
+    """Running means and variances of a loaded network's layers, by their names in the file: for `rewrite`.
+
+    A layer that the network has under several names has all of them, as far as the file knows them.
+    """
+    modules = [model.get_submodule(layer) for layer in layers]
+    wanted = {id(buffer) for module in modules for buffer in (module.running_mean, module.running_var)}
+    # with keep_vars the state dict has the buffers themselves
+    state = model.state_dict(keep_vars=True)
+    return {
+        loaded.names[name]: value
+        for name, value in state.items()
+        if id(value) in wanted and name in loaded.names
+    }
+
+
 def _plan(
-    file: ByteSource, stack: ExitStack, new_buffers: Mapping[str, Tensor], key: str | None
+    file: ByteSource,
+    stack: ExitStack,
+    names: Iterable[str],
+    new_buffers: Mapping[str, Tensor] | None,
+    key: str | None,
 ) -> list[Patch]:
-    """All that the copy has in other bytes than the file."""
+    """All that the copy has in other bytes than the file; without new values, those of the file."""
     uses = UsesOfStorages()
-    kind, content = read_content(file, stack, uses.meanings)
+    with without_collector():
+        kind, content = read_content(file, stack, uses.meanings)
     if kind.endswith("index"):
         raise UnreadableFileError("an index of several files; give the one of them that is to be changed")
     if isinstance(content, dict) and content.get("format") == FORMAT:
@@ -78,10 +109,10 @@ def _plan(
             " save_checkpoint"
         )
     state_dict = choose(state_dicts_of(kind, content, file.name), key)
-    changed = _find(state_dict, new_buffers)
+    changed = _find(state_dict, names)
     owners: dict[Patch, str] = {}
     for name, tensor in changed.items():
-        values = _converted(name, new_buffers[name], tensor)
+        values = tensor.read() if new_buffers is None else _converted(name, new_buffers[name], tensor)
         owners |= dict.fromkeys(_patches(name, tensor, values), name)
     patches = sorted(owners)  # a buffer that has two names is replaced once
     for first, second in pairwise(patches):
@@ -92,7 +123,7 @@ def _plan(
     return patches + (patch_checksums(file, patches) if kind in ("torch zip", "torchscript") else [])
 
 
-def _find(state_dict: StateDict, new_buffers: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+def _find(state_dict: StateDict, names: Iterable[str]) -> dict[str, StoredTensor]:
     """The tensors to be changed, by name.
 
     Raises:
@@ -104,9 +135,10 @@ def _find(state_dict: StateDict, new_buffers: Mapping[str, Tensor]) -> dict[str,
         for leaf, found in batch_norm_keys(state_dict.tensors, layer).items()
         if leaf in BUFFERS
     }
-    unknown = [name for name in new_buffers if name not in buffers]
+    names = list(names)
+    unknown = [name for name in names if name not in buffers]
     if not unknown:
-        return {name: buffers[name] for name in new_buffers}
+        return {name: buffers[name] for name in names}
     where = f" under {state_dict.key!r}" if state_dict.key else ""
     name = unknown[0]
     if name in state_dict.tensors:
@@ -123,6 +155,8 @@ def _converted(name: str, new: Tensor, stored: StoredTensor) -> Tensor:
     Raises:
         UnreadableFileError: when they do not fit in number or in size.
     """
+    if new.numel() == stored.num_elements == 1:
+        new = new.reshape(stored.shape)  # early versions of PyTorch have counters of shape (1,)
     if tuple(new.shape) != stored.shape:
         raise UnreadableFileError(
             f"{name} has shape {stored.shape} in the file, and {tuple(new.shape)} in the new values"

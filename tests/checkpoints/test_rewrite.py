@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import warnings
 import zipfile
@@ -19,8 +20,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from bncli.batchnorm import recalibrate
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.checkpoints import open_checkpoint, rewrite
+from bncli.checkpoints import (
+    check_rewritable,
+    load_weights,
+    open_checkpoint,
+    rewrite,
+    statistics_in_file,
+)
 from bncli.errors import BncliError, CheckpointError
 from tests.conftest import Bncli
 
@@ -149,7 +157,7 @@ def save_without_checksums(path: Path) -> tuple[str, str, str]:
 
 def save_views(path: Path) -> tuple[str, str, str]:
     """All numbers of a type lie in one storage, one tensor after another."""
-    state = network().state_dict()
+    state = network().double().state_dict()
     floats = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
     flat = torch.cat([tensor.flatten() for tensor in floats.values()])
     views = dict(zip(floats, flat.split([tensor.numel() for tensor in floats.values()]), strict=True))
@@ -371,6 +379,70 @@ def test_a_layer_under_two_names_is_changed_when_both_are_given(tmp_path: Path) 
     assert_same_but(torch.load(tmp_path / "old.pt"), found, dict.fromkeys(names, new))
 
 
+def test_a_counter_of_an_early_pytorch_keeps_its_shape(tmp_path: Path) -> None:
+    state = network().state_dict()
+    state["1.num_batches_tracked"] = torch.tensor([3])
+    torch.save(state, tmp_path / "old.pt")
+    rewrite(tmp_path / "old.pt", tmp_path / "new.pt", {"1.num_batches_tracked": torch.tensor(7)})
+    assert torch.load(tmp_path / "new.pt")["1.num_batches_tracked"].tolist() == [7]
+
+
+def test_the_copy_is_whole_where_the_system_stops_copying_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_state_dict(tmp_path / "old.pt")
+    sizes = iter([1000, 7])
+
+    def copy(source: int, target: int, count: int, *offsets: int) -> int:
+        size = next(sizes, None)
+        if size is None:
+            raise OSError(18, "Invalid cross-device link")
+        os.pwrite(target, os.pread(source, size, offsets[0]), offsets[1])
+        return size
+
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    rewrite(tmp_path / "old.pt", tmp_path / "new.pt", {})
+    assert (tmp_path / "new.pt").read_bytes() == (tmp_path / "old.pt").read_bytes()
+    assert next(sizes, None) is None
+
+
+@pytest.mark.parametrize("name", ["Lightning", "prefixes", "module in a dict"])
+def test_a_network_that_was_loaded_and_recalibrated_goes_back_into_its_file(
+    tmp_path: Path, name: str
+) -> None:
+    source, target = tmp_path / "old.pt", tmp_path / "new.pt"
+    key = TORCH[name](source)[0]
+    model = network()
+    loaded = load_weights(model, source, key=key)
+    check_rewritable(source, statistics_in_file(model, loaded, [LAYER, "2.0"]), loaded.key)
+    before = {entry: value.clone() for entry, value in model.state_dict().items()}
+    recalibrate(model, torch.randn(64, 3, 6, 6).split(16))
+    rewrite(source, target, statistics_in_file(model, loaded, [LAYER]), loaded.key)
+    again = network()
+    load_weights(again, target, key=key)
+    for entry, value in again.state_dict().items():
+        wanted = before[entry]
+        if entry in (f"{LAYER}.running_mean", f"{LAYER}.running_var"):
+            assert not torch.equal(value, wanted)
+            wanted = model.state_dict()[entry]
+            if name == "module in a dict":
+                wanted = wanted.half().float()  # as in the file
+        assert torch.equal(value, wanted), entry
+
+
+def test_a_tied_layer_gets_its_statistics_under_all_its_names(tmp_path: Path) -> None:
+    norm = nn.BatchNorm2d(CHANNELS)
+    model = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), norm, nn.ReLU(), norm)
+    torch.save(model.state_dict(), tmp_path / "old.pt")
+    loaded = load_weights(model, tmp_path / "old.pt")
+    norm.running_mean.fill_(3)
+    buffers = statistics_in_file(model, loaded, ["1"])
+    assert list(buffers) == ["1.running_mean", "1.running_var", "3.running_mean", "3.running_var"]
+    rewrite(tmp_path / "old.pt", tmp_path / "new.pt", buffers, loaded.key)
+    values = {name: torch.full((CHANNELS,), 3.0) for name in ("1.running_mean", "3.running_mean")}
+    assert_same_but(torch.load(tmp_path / "old.pt"), torch.load(tmp_path / "new.pt"), values)
+
+
 # ---- refusals: one line, and nothing is written
 
 
@@ -378,11 +450,18 @@ def refusal(folder: Path, name: str, values: dict[str, Tensor], key: str | None 
     """What is said of the file; nothing is written and it is as before."""
     source = folder / name
     before, names = source.read_bytes(), sorted(folder.iterdir())
+    told = None
+    try:
+        check_rewritable(source, values, key)
+    except CheckpointError as error:
+        told = str(error)
     with pytest.raises(CheckpointError) as caught:
         rewrite(source, folder / "refused.pt", values, key)
     assert sorted(folder.iterdir()) == names
     assert source.read_bytes() == before
     text = str(caught.value)
+    # it is known before new values are measured, unless it is about these values
+    assert told == (None if re.search("new values|cannot hold|get different", text) else text)
     assert text.startswith(f"{source}: ")
     assert "\n" not in text
     return text.removeprefix(f"{source}: ")
@@ -400,8 +479,8 @@ def refusal(folder: Path, name: str, values: dict[str, Tensor], key: str | None 
             "1.running_mean has shape (5,) in the file, and (6,) in the new values",
         ),
         (
-            {"1.num_batches_tracked": torch.zeros(1, dtype=torch.int64)},
-            "1.num_batches_tracked has shape () in the file, and (1,) in the new values",
+            {"1.num_batches_tracked": torch.zeros(2, dtype=torch.int64)},
+            "1.num_batches_tracked has shape () in the file, and (2,) in the new values",
         ),
         (
             {"1.running_var": torch.tensor([1, 1, 70_000.0, 1, 1])},
@@ -454,6 +533,9 @@ def saved_sharing(how: str) -> object:
         case "its last number":
             flat = torch.zeros(20)
             return {"model": {**state, mean: flat[3:8]}, "flat": flat[7:]}
+        case "a tensor with gaps":
+            flat = torch.zeros(20)
+            return {"model": {**state, mean: flat[13:18]}, "some": flat[::4]}
         case "a key of a dict":
             return {"model": state, "more": {state[mean].detach(): 1}}
         case "an attribute of a parameter":
@@ -478,6 +560,7 @@ def saved_sharing(how: str) -> object:
         "the storage itself",
         "a longer tensor",
         "its last number",
+        "a tensor with gaps",
         "a key of a dict",
         "an attribute of a parameter",
         "a sparse tensor",
