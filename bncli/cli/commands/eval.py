@@ -134,7 +134,7 @@ def evaluate_checkpoint(
     bncli eval runs/first/last.pt
     bncli eval runs/first/last.pt --gap
     bncli eval runs/first/last.pt --sweep 1,2,4,8,16,32,64 --plot sweep.png
-    bncli eval mine.pt --model torchvision:resnet18 --model-arg num_classes=10 --data-root images
+    bncli eval mine.pt --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json

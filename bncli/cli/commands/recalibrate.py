@@ -132,7 +132,7 @@ def recalibrate_into_file(
     bncli recalibrate runs/first/last.pt -o recalibrated.pt
     bncli recalibrate runs/first/last.pt -o quick.pt --num-images 2000
     bncli recalibrate runs/first/last.pt --verify
-    bncli recalibrate mine.pt --model torchvision:resnet18 --data-root images -o new.pt
+    bncli recalibrate mine.pt -o new.pt --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.recalibrate import (
         RecalibrateReport,
