@@ -6,9 +6,11 @@ from .batchnorm import Recalibration as Recalibration
 from .batchnorm import measure_population as measure_population
 from .batchnorm import read_running_stats as read_running_stats
 from .batchnorm import recalibrate as recalibrate
+from .before_validation import recalibrate_before_validation as recalibrate_before_validation
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import load_checkpoint as load_checkpoint
 from .checkpoints import load_model as load_model
+from .checkpoints import load_weights as load_weights
 from .checkpoints import open_checkpoint as open_checkpoint
 from .config import Config as Config
 from .config_file import load_config as load_config
@@ -26,6 +28,7 @@ from .evaluation import measure_gap as measure_gap
 from .inference import Folding as Folding
 from .inference import fold_batch_norm as fold_batch_norm
 from .inference import optimize_for_inference as optimize_for_inference
+from .models import build_network as build_network
 from .training import train as train
 
 __version__: str

@@ -67,7 +67,17 @@ class ImageFolderConfig(DataSection):
         32,
         ge=8,
         le=512,
-        description="Height and width in pixels to which images of another size are resized.",
+        description="Height and width in pixels of the squares that images become.",
+    )
+    resize: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="Shorter side in pixels to which an image is resized before its middle is cut out, as in"
+        " evaluation on ImageNet (256, with image_size 224); null resizes the whole image to the square.",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="How pixels are interpolated where an image is resized."
     )
     cache: str | None = Field(
         None, description="Folder where the decoded images are kept; null is the user's cache folder."
@@ -326,7 +336,10 @@ class RuntimeConfig(Section):
         " `contiguous` (NCHW).",
     )
     threads: int | None = Field(
-        None, ge=1, le=1024, description="Number of CPU threads; null is PyTorch's choice."
+        None,
+        ge=1,
+        le=1024,
+        description="Number of CPU threads; null: as many as this process may use (CPU affinity and quota).",
     )
     compile: bool = Field(
         False,

@@ -13,9 +13,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from bncli.builtin_configs import find_config_file
+from bncli.builtin_configs import DEFAULT_NAME, find_config_file
 from bncli.config import Config, DataConfig
 from bncli.errors import ConfigError
+from bncli.wording import expected_value
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUE_LENGTH = 4096  # characters; the longest path of Linux
@@ -31,8 +32,9 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     Raises:
         ConfigError: naming the file and every problem, each with its dotted key.
     """
-    values = {} if path is None else _read_yaml(find_config_file(path))
-    return config_from_dict(values, overrides, source="defaults" if path is None else str(path))
+    if path is None:  # with the name of its data set, which a key of data needs beside it
+        return config_from_dict({"data": {"name": Config().data.name}}, overrides, source=DEFAULT_NAME)
+    return config_from_dict(_read_yaml(find_config_file(path)), overrides, source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None, *, source: str) -> Config:
@@ -45,7 +47,9 @@ def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None,
     except ValidationError as error:
         if overrides:
             source += " with --set"
-        raise ConfigError(source, [_describe(problem) for problem in error.errors()]) from None
+        # where an element of a list is wrong, pydantic also calls the list too short
+        problems = [one for one in error.errors() if not any(_holds(one, other) for other in error.errors())]
+        raise ConfigError(source, [_describe(problem) for problem in problems]) from None
 
 
 def keys_of(overrides: list[str]) -> frozenset[str]:
@@ -72,9 +76,10 @@ def override_of(key: str, text: str) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
+    """The configuration as YAML that `load_config` reads back to an equal one, 80 columns wide."""
     values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
+    # PyYAML breaks a line after the key that made it too long
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=52)
 
 
 def dump_value(value: Any) -> str:
@@ -96,7 +101,8 @@ def comments_in(text: str) -> dict[str, str]:
             if rest.startswith("#"):
                 found[prefix] = rest
 
-    visit(yaml.compose(text, Loader=_Loader), "")
+    if (root := yaml.compose(text, Loader=_Loader)) is not None:  # None: an empty text
+        visit(root, "")
     return found
 
 
@@ -233,6 +239,12 @@ def _start_data_section_afresh(values: dict[str, Any], overrides: list[str]) -> 
     return {**values, "data": {key: value for key, value in data.items() if key in kept}}
 
 
+def _holds(problem: Any, other: Any) -> bool:
+    """Whether the other is about an element of what the first is about."""
+    location = problem["loc"]
+    return len(other["loc"]) > len(location) and other["loc"][: len(location)] == location
+
+
 def _describe(problem: Any) -> str:
     """One pydantic problem as `dotted.key: what is wrong`."""
     # the discriminator's value stands in the location of a union's member: data.cifar10.root
@@ -260,9 +272,7 @@ def _describe(problem: Any) -> str:
         return f"data.name: missing; one of {', '.join(_data_models())}"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return f"{key}: expected a section with keys, found {found}"
-    message = str(problem["msg"])
-    message = message.removeprefix("Input should be ").removeprefix("a valid ").replace("tuple", "a list")
-    return f"{key}: expected {message}, found {found}"
+    return f"{key}: must be {expected_value(problem)}, not {found}"
 
 
 def _shown(value: Any) -> str:

@@ -20,6 +20,7 @@ from bncli.checkpoints import Checkpoint, load_model, save_checkpoint
 from bncli.config import Config
 from bncli.data import BatchPlan, Dataset, sample_batches, training_batches
 from bncli.evaluation import Gap, measure_gap
+from bncli.evaluation.gap import PhaseProgress
 from bncli.hardware import describe_machine
 from bncli.models.convnet import ConvNet
 from bncli.runtime import Runtime
@@ -65,7 +66,7 @@ class _Scene:
     dataset: Dataset
     runtime: Runtime
     num_images: int
-    progress: Callable[[str, int], None]
+    progress: PhaseProgress
 
     def fresh_model(self) -> ConvNet:
         """The trained network, in eval mode."""
@@ -94,7 +95,7 @@ def demonstrate(
     num_images: int = 5_000,
     save_dir: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
-    progress: Callable[[str, int], None] = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Demonstration:
     """Ruin copies of the checkpoint's network and take the gap of each apart; `checkpoint` is unchanged.
 

@@ -33,6 +33,10 @@ class OtherFormatError(CheckpointError):
     """A file or directory of another kind: nothing is known to be wrong with it, and the message names it."""
 
 
+class ForeignNetworkError(OtherFormatError):
+    """A checkpoint that another program than bncli saved: it does not describe its network."""
+
+
 class NoBatchNormError(CheckpointError):
     """A checkpoint that is sound as far as it was read, and holds no BatchNorm layer."""
 

@@ -22,6 +22,8 @@ FOLLOWED = {
     "data.num_test",
     "data.seed",
     "data.image_size",
+    "data.resize",
+    "data.interpolation",
     "augment",
     "model",
     "train",
@@ -85,7 +87,9 @@ def follow_config(recorded: Config, overrides: list[str] | None, *, source: str)
         section, _, name = key.partition(".")
         value = followed[section].pop(name)
         if key not in named and section not in named:
-            notes[key] = f"{source} records {key}={value}, which is not followed: {reason}; --set {key}=..."
+            notes[key] = (
+                f"{source} records {key}={value}, which is not used: {reason}; --set {key}=VALUE changes it"
+            )
     config = config_from_dict(followed, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
 
@@ -103,7 +107,9 @@ def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) ->
     for key, reason in _out_of_bounds(recorded):
         if key == "runtime.threads" and not named & {key, "runtime"}:
             threads = values["runtime"].pop("threads")
-            notes[key] = f"{source} records {key}={threads}, which is not followed: {reason}; --set {key}=..."
+            notes[key] = (
+                f"{source} records {key}={threads}, which is not used: {reason}; --set {key}=VALUE changes it"
+            )
     config = config_from_dict(values, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
 

@@ -6,6 +6,7 @@ from compute capability 8.0, CPUs with AVX-512-bf16 or AMX. Elsewhere bfloat16 i
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import torch
 from bncli.config import RuntimeConfig
 from bncli.errors import CompileError, DeviceError
 from bncli.hardware import has_fast_bfloat16
+from bncli.usable_cpus import usable_cpus
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -69,14 +71,18 @@ class Runtime:
         return self.describe() | {"compile": self.compiles}
 
 
-def resolve_runtime(config: RuntimeConfig) -> Runtime:
+def resolve_runtime(config: RuntimeConfig, *, default_threads: int | None = None) -> Runtime:
     """Choose device and precision, and set the number of CPU threads of this process.
+
+    Without `runtime.threads` they are `default_threads`, such as those of a run that goes on; without these
+    as many as PyTorch has, but no more than this process may use (see `bncli.usable_cpus`).
 
     Raises:
         DeviceError: when the device does not exist here or cannot compute in the precision asked for.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    threads = config.threads or default_threads or _fitting_threads()
+    if config.threads or threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
     device = resolve_device(config.device)
     fast_bfloat16 = has_fast_bfloat16(device)
     wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
@@ -89,6 +95,12 @@ def resolve_runtime(config: RuntimeConfig) -> Runtime:
         threads=torch.get_num_threads(),
         compiles=config.compile,
     )
+
+
+def _fitting_threads() -> int:
+    """PyTorch's number of threads, where they can all run at once; who sets OMP_NUM_THREADS has chosen."""
+    threads = torch.get_num_threads()
+    return threads if os.environ.get("OMP_NUM_THREADS") else min(threads, usable_cpus().count)
 
 
 def resolve_device(name: str) -> torch.device:

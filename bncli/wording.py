@@ -1,6 +1,7 @@
-"""How numbers of things, lists of names and sizes in bytes are written wherever a person reads them."""
+"""How numbers of things, names, sizes and what a value must be are written wherever a person reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_NAMES = 8  # in one sentence
 
@@ -19,3 +20,38 @@ def list_names(names: Sequence[str], most: int = MAX_NAMES) -> str:
 def gigabytes(num_bytes: int, digits: int = 1) -> str:
     """As disks and memory are sold: 1 GB is 1e9 bytes."""
     return f"{num_bytes / 1e9:,.{digits}f} GB"
+
+
+_EXPECTED = {  # by pydantic's kinds of errors, as far as a configuration or an option can have them
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "too_short": "a list of at least {min_length:,}",
+    "too_long": "a list of at most {max_length:,}",
+    "greater_than": "above {gt:,}",
+    "greater_than_equal": "at least {ge:,}",
+    "less_than": "below {lt:,}",
+    "less_than_equal": "at most {le:,}",
+    "literal_error": "{expected}",
+    "none_required": "null",
+}
+
+
+def expected_value(problem: Mapping[str, Any]) -> str:
+    """What a value must be, such as "a whole number" or "at least 1", of one of pydantic's `errors()`."""
+    pattern = _EXPECTED.get(problem["type"])
+    if pattern is None:
+        return str(problem["msg"]).removeprefix("Input should be ")
+    limits = {  # those of a float key are 0.0 and 1.0
+        name: int(limit) if isinstance(limit, float) and limit.is_integer() else limit
+        for name, limit in problem.get("ctx", {}).items()
+    }
+    return pattern.format(**limits)

@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "bncli"
 LAYERS = [
     {"cli"},
     {"bench", "demo"},
-    {"training"},
-    {"evaluation", "audit"},
+    {"training", "lightning"},
+    {"evaluation", "audit", "before_validation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
-    {"builtin_configs", "config", "serialization", "batches", "forward"},
-    {"errors", "atomic_file", "hardware", "wording"},
+    {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},
+    {"errors", "atomic_file", "hardware", "sample", "wording"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {
@@ -32,6 +32,7 @@ ONLY_IN = {
     "matplotlib": {"cli"},
     "torchvision": {"torchvision_compat", "data", "bench"},
     "PIL": {"data", "bench"},
+    "pytorch_lightning": {"lightning"},
     "pydantic": {"config", "config_file", "explained_config", "serialization"},
 }
 

@@ -40,3 +40,30 @@ def test_a_written_file_has_the_mode_that_open_gives(tmp_path: Path) -> None:
     write(tmp_path / "ours", b"x")
     (tmp_path / "usual").write_bytes(b"x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with atomic_file(pipe) as file:
+            file.write(b"new")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_symbolic_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "file").write_bytes(b"old")
+    link = tmp_path / "link"
+    link.symlink_to(folder / "file")
+    with atomic_file(link) as file:
+        file.write(b"new")
+    assert link.is_symlink()
+    assert (folder / "file").read_bytes() == b"new"
+    assert list(folder.iterdir()) == [folder / "file"]

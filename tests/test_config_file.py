@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bncli.config import Config
+from bncli.config import Config, ImageFolderConfig, ModelConfig, SyntheticConfig, TrainConfig
 from bncli.config_file import config_from_dict, dump_config, load_config
 from bncli.errors import ConfigError
 
@@ -33,7 +34,33 @@ def test_no_file_gives_the_defaults() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid_and_tells_how_to_launch_it(path: Path) -> None:
     load_config(path)
-    assert f"bncli train configs/{path.name}" in path.read_text()
+    (launch,) = re.findall(r"^# Launch: (.*)$", path.read_text(), re.MULTILINE)
+    command = "bncli train" if path.stem == "quickstart" else f"bncli train {path.stem}"
+    assert launch.split(" --")[0] == command
+
+
+def test_the_quickstart_and_no_file_are_the_same(tmp_path: Path) -> None:
+    overrides = ["data.num_train=300", "train.epochs=2", "model.batch_norm.momentum=0.3"]
+    assert load_config("quickstart", overrides) == load_config(None, overrides)
+    assert load_config("quickstart") == Config()
+
+
+def test_without_a_file_the_keys_of_the_quickstart_can_be_changed() -> None:
+    config = load_config(None, ["data.num_train=300", "train.epochs=2"])
+    assert config.data == SyntheticConfig(num_train=300)
+    assert config.train == TrainConfig(epochs=2)
+    assert config.model == ModelConfig()
+    assert load_config(None, ["data.root=x", "data.name=imagefolder"]).data == ImageFolderConfig(root="x")
+
+
+def test_without_a_file_a_wrong_key_is_said_of_the_quickstart() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["data.root=x"])
+    assert str(caught.value).startswith(
+        "quickstart with --set: data.root: the data set synthetic has no such"
+    )
+    with pytest.raises(ConfigError, match="did you mean 'num_train'"):
+        load_config(None, ["data.num_trains=300"])
 
 
 def test_there_are_the_three_promised_configurations() -> None:
@@ -92,7 +119,7 @@ def test_a_key_that_stands_twice_is_an_error_with_both_lines(tmp_path: Path) -> 
         ("data: {root: x}", "data.name: missing"),
         ("train:", "train: expected a section"),
         ("model: {widths: []}", "model.widths"),
-        ("model: {widths: 8}", "model.widths: expected a list, found 8"),
+        ("model: {widths: 8}", "model.widths: must be a list, not 8"),
         ("train: {learning_rate: .inf}", "train.learning_rate"),
         ("train: {learning_rate: .nan}", "train.learning_rate"),
         ("model: {batch_norm: {momentum: 1.5}}", "model.batch_norm.momentum"),
@@ -107,8 +134,8 @@ def test_a_bad_file_is_answered_with_one_line(tmp_path: Path, text: str, expecte
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.yaml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read") as caught:
+    for path, reason in ((tmp_path / "missing.yaml", "no such file"), (tmp_path, "cannot be read")):
+        with pytest.raises(ConfigError, match=reason) as caught:
             load_config(path)
         assert caught.value.source == str(path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
@@ -129,7 +156,8 @@ def test_overrides_reach_every_depth_and_are_checked_as_the_file_is(tmp_path: Pa
     assert config.train.learning_rate == 1e-3
     assert config.model.widths == (4, 8)
     assert config.train.epochs == 3
-    assert "train.epochs: expected integer" in problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")[0]
+    (found,) = problems(tmp_path, "train: {epochs: 3}", "train.epochs=x")
+    assert "train.epochs: must be a whole number, not 'x'" in found
     assert "did you mean" in problems(tmp_path, "train: {epochs: 3}", "train.epoch=4")[0]
 
 

@@ -64,7 +64,9 @@ def test_a_layer_and_a_finding_are_a_line_each(network: nn.Module) -> None:
     broken = nn.BatchNorm1d(2)
     broken.running_var[0] = torch.nan
     (finding,) = bncli.audit(broken)
-    assert str(finding).startswith("BN003 error in the module itself: channel 0 of 2: 1 in running_var.")
+    assert str(finding).startswith(
+        "BN003 error in the module itself: channel 0 of 2: NaN or infinity in running_var."
+    )
     assert str(bncli.read_running_stats(broken)[0]) == (
         "LayerStats('': 2 channels, 0 batches tracked, running_mean 0 to 0, running_var nan to nan)"
     )

@@ -65,7 +65,7 @@ def test_how_to_compute_is_followed_within_bounds_and_each_bound_is_told():
     assert found.config.train.batch_size == TrainConfig().batch_size
     for key in ("threads=1024", "eval_batch_size=1000000", "device=cuda:97"):
         assert any(
-            f"x.pt records runtime.{key}, which is not followed: " in note for note in found.notes.values()
+            f"x.pt records runtime.{key}, which is not used: " in note for note in found.notes.values()
         )
     assert len(found.notes) == 4
 

@@ -9,6 +9,7 @@ from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
 from bncli.hardware import has_fast_bfloat16
 from bncli.runtime import keep_freed_memory, release_freed_memory, resolve_runtime
+from bncli.usable_cpus import UsableCpus
 
 
 def test_auto_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +36,27 @@ def test_threads_are_set_and_reported() -> None:
     for threads in (1, 2):
         assert resolve_runtime(RuntimeConfig(device="cpu", threads=threads)).threads == threads
         assert torch.get_num_threads() == threads
+
+
+def test_without_a_word_there_are_as_many_threads_as_may_run_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def threads(usable: int, torchs: int, *, configured: int | None = None, former: int | None = None) -> int:
+        monkeypatch.setattr("bncli.runtime.usable_cpus", lambda: UsableCpus(16, 16, usable - 0.5))
+        torch.set_num_threads(torchs)
+        config = RuntimeConfig(device="cpu", threads=configured)
+        found = resolve_runtime(config, default_threads=former).threads
+        assert torch.get_num_threads() == found
+        return found
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert threads(2, 4) == 2
+    assert threads(8, 4) == 4  # never more than PyTorch has
+    assert threads(2, 4, configured=3) == 3
+    assert threads(2, 4, former=3) == 3  # of a run that goes on: other threads round otherwise
+    assert threads(2, 4, configured=1, former=3) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert threads(2, 4) == 4
 
 
 def test_images_and_models_are_placed_in_the_memory_format() -> None:

@@ -98,15 +98,17 @@ class Comparison:
             return f"Identical: all {self.num_tensors:,} tensors agree in every bit."
         parts = [f"{self.num_tensors_changed:,} of {self.num_tensors:,} tensors differ"]
         lone = {"first": self.num_tensors_only_in_first, "second": self.num_tensors_only_in_second}
-        parts += [f"{count:,} are only in the {which}" for which, count in lone.items() if count]
+        parts += [f"{count:,} only in the {which} file" for which, count in lone.items() if count]
         if changed := [layer.name for layer in self.layers if layer.hyperparameters_changed]:
-            parts.append(f"momentum or eps differ in {list_names(changed)}")
+            parts.append(f"other momentum or eps in {list_names(changed)}")
         moved = [
             (layer.summary.kl, layer.name) for layer in self.layers if layer.summary and layer.summary.kl
         ]
         moved.sort(key=lambda item: -item[0])
         most = ", ".join(name for _, name in moved[:3])
-        return f"{'; '.join(parts)}." + (f" Farthest moved, by KL: {most}." if most else "")
+        return f"{'; '.join(parts)}." + (
+            f" The statistics that moved farthest are in {most}." if most else ""
+        )
 
     def flagged(self, flag: str) -> list[str]:
         """The names of the layers with that flag."""

@@ -122,7 +122,8 @@ class DivergenceSummary:
             f"mean shift {self.mean_shift_in_first_deviations:.2g} of the first's deviations (at most"
             f" {self.max_mean_shift_in_first_deviations:.2g}, in channel {self.max_mean_shift_channel}),"
             f" variance ratio {self.var_ratio:.2g} ({self.var_ratio_min:.2g} to {self.var_ratio_max:.2g}),"
-            f" KL {self.kl:.2g} nats (at most {self.max_kl:.2g}, in channel {self.max_kl_channel}){left_out}"
+            f" KL divergence {self.kl:.2g} (at most {self.max_kl:.2g}, in channel {self.max_kl_channel})"
+            f"{left_out}"
         )
 
 

@@ -39,6 +39,7 @@ from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
 from bncli.wording import plural
 
 NUM_IMAGES = 32  # in a batch; of larger ones averaging explains less
+CHANCE = f"chance explains (random batches of {NUM_IMAGES} or more images)"
 KURTOSIS = 5.0
 ALLOWANCE = 3.0  # times what averaging leaves on average
 
@@ -65,8 +66,7 @@ class MovedAlone:
     def known(self) -> tuple[str, ...]:
         """What the files show, in sentences; no guesses."""
         return (
-            "The same weights compute their inputs in both files; that does not tell whether the images were"
-            " the same.",
+            "The weights before these layers are the same in both files. The images may have been others.",
             self._counters_in_words(),
             *self._depth_in_words(),
         )
@@ -94,8 +94,7 @@ class MovedAlone:
         if self.counters == "grown" and self.num_batches is not None:
             batches = plural(self.num_batches, "batch", "batches")
             return (
-                f"num_batches_tracked grew by {self.num_batches:,} in each of them, as it does when {batches}"
-                " pass in train mode."
+                f"num_batches_tracked grew by {self.num_batches:,} in each of them: {batches} in train mode."
             )
         return _COUNTERS_IN_WORDS[self.counters]
 
@@ -103,43 +102,40 @@ class MovedAlone:
         name = self.first_layer
         later = plural(self.num_farther, "later layer")
         return {
-            "unknown": ("Which layer comes first, or how far it moved, is unknown.",),
+            "unknown": ("It is unknown which layer comes first, or how far it moved.",),
             "not at all": (
-                f"The first BatchNorm layer in the file, {name}, did not move in a single bit: it was not"
-                " updated, so it tells nothing about the images.",
+                f"The first BatchNorm layer, {name}, did not change at all. So it was not"
+                " updated, and says nothing about the images.",
             ),
             "farther": (
-                f"The first BatchNorm layer in the file, {name}, moved farther than averaging over batches of"
-                f" {NUM_IMAGES} or more images explains, and no other is before it: the batches differ, or"
-                " the first file's statistics are those of other weights.",
+                f"The first BatchNorm layer, {name}, moved farther than {CHANCE}. So the images differ, or"
+                " the first file's statistics belong to other weights.",
             ),
             "nothing moved farther": (
-                f"No layer moved farther than averaging over batches of {NUM_IMAGES} or more images"
-                " explains: their means and variances do not show that the data differ.",
+                f"No layer moved farther than {CHANCE}. So nothing here shows that the images differ.",
             ),
             "later layers moved farther": (
-                f"The first BatchNorm layer in the file, {name}, moved no farther than averaging over batches"
-                f" of {NUM_IMAGES} or more images explains, but {later} did: the first"
-                " does not show that the data differ.",
+                f"The first BatchNorm layer, {name}, moved no farther than {CHANCE}, but {later} did. So the"
+                " first layer does not show that the images differ.",
             ),
         }[self._depth]
 
 
 _COUNTERS_IN_WORDS = {
-    "equal": "num_batches_tracked is the same in both: neither counted more batches than the other.",
+    "equal": "num_batches_tracked is the same in both files.",
     "measured": (
-        "num_batches_tracked is the same in both, and the second file records that its statistics were"
+        "num_batches_tracked is the same in both files, and the second one records that its statistics were"
         " measured."
     ),
-    "lower": "num_batches_tracked is lower in the second: it was started anew, or the second is the older.",
-    "unequal": "num_batches_tracked changed by other amounts in some of these layers than in others.",
-    "unknown": "num_batches_tracked is missing or no integer, so it does not tell whether batches passed.",
+    "lower": "num_batches_tracked is lower in the second file: it was reset, or that file is older.",
+    "unequal": "num_batches_tracked did not change by the same number in all of these layers.",
+    "unknown": "num_batches_tracked is missing or no whole number: how many batches passed is unknown.",
 }
 _CAUSES: dict[Counters, tuple[str, ...]] = {
     "equal": (
         "two ranks of one distributed run, each with the statistics of its own batches",
-        "two runs with the same frozen weights, after equally many batches",
-        "statistics that were measured, averaged over ranks or copied, which leaves the counter alone"
+        "two runs with the same frozen weights and equally many batches",
+        "statistics that were measured, averaged over ranks or copied: that does not change the counter"
         " (bncli recalibrate, timm's distribute_bn)",
     ),
     "measured": ("bncli recalibrate, or training that ends with it",),
@@ -165,16 +161,15 @@ _CAUSES: dict[Counters, tuple[str, ...]] = {
 _CAUSES_BY_DEPTH = {
     "farther": (
         "other images, or other preprocessing, augmentation or image size",
-        f"batches of fewer than {NUM_IMAGES} images, or few of them after a start at (0, 1)",
+        f"batches of fewer than {NUM_IMAGES} images, or few batches since the statistics were new",
         "a repair: the first file's weights had been averaged, merged or still moving",
     ),
     "later layers moved farther": (
-        "the first file's statistics were those of earlier weights, a lag that grows with depth, or still"
-        " held part of their start (0, 1)",
-        "dropout, batch size or the mode of a layer between that differed while they were averaged",
-        "other images that are alike in the mean and variance of the first layer",
+        "the first file's statistics belong to earlier weights, or had seen few batches",
+        "another dropout, batch size or mode of a layer between while the statistics were averaged",
+        "other images with the same mean and variance in the first layer",
     ),
-    "not at all": ("a first layer that was kept in eval mode, or left alone by a recalibration",),
+    "not at all": ("a first layer that stayed in eval mode, or that a recalibration left out",),
 }
 
 

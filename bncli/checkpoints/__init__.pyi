@@ -8,4 +8,10 @@ from .own import load_checkpoint as load_checkpoint
 from .own import load_model as load_model
 from .own import save_checkpoint as save_checkpoint
 from .part_digests import file_sha256 as file_sha256
+from .rewrite import check_rewritable as check_rewritable
+from .rewrite import rewrite as rewrite
+from .rewrite import statistics_in_file as statistics_in_file
 from .stored_tensor import StoredTensor as StoredTensor
+from .weights import LoadedWeights as LoadedWeights
+from .weights import MismatchError as MismatchError
+from .weights import load_weights as load_weights

@@ -5,7 +5,7 @@ and nothing is written to it.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from bncli.checkpoints.byte_source import (
@@ -19,6 +19,7 @@ from bncli.checkpoints.formats import torch_legacy, torch_zip
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
+from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 
 
 def open_file(source: str, stack: ExitStack) -> ByteSource:
@@ -34,8 +35,14 @@ def open_file(source: str, stack: ExitStack) -> ByteSource:
         raise ForeignFileError(describe_directory(source, error.names)) from None
 
 
-def read_content(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
+def read_content(
+    file: ByteSource,
+    stack: ExitStack,
+    meanings: Callable[[FindStorage], TorchMeanings] = TorchMeanings,
+) -> tuple[str, object]:
     """The kind of a file, and its content with `StoredTensor` for tensors.
+
+    `meanings` are those of PyTorch's pickles.
 
     Raises:
         UnreadableFileError: when it is damaged, or of a format that bncli does not read.
@@ -44,7 +51,7 @@ def read_content(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
     if not start:
         raise UnreadableFileError("an empty file, not a checkpoint")
     if start.startswith(torch_zip.SIGNATURE):
-        return torch_zip.read_torch_zip(file)
+        return torch_zip.read_torch_zip(file, meanings)
     if is_safetensors(start):
         return "safetensors", _read_safetensors(file)
     if start.lstrip()[:1] == b"{":
@@ -57,7 +64,7 @@ def read_content(file: ByteSource, stack: ExitStack) -> tuple[str, object]:
 
         tensors = read_index(file, read_shard)
         return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
-    return "torch legacy", torch_legacy.read_torch_legacy(file)
+    return "torch legacy", torch_legacy.read_torch_legacy(file, meanings)
 
 
 def _read_safetensors(file: ByteSource) -> Mapping[str, object]:

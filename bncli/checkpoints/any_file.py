@@ -44,6 +44,8 @@ class OpenCheckpoint:
     tensors: Mapping[str, StoredTensor]  # of the chosen state dict, in file order, common prefixes stripped
     hyperparameters: Mapping[str, Hyperparameters]  # by layer name, as far as the file tells
     layer_names: tuple[str, ...] = field(repr=False)
+    prefix: str = ""  # the common prefixes: with it before them, names are those of the file
+    is_whole_module: bool = False  # a pickled module, not a state dict
 
     def __repr__(self) -> str:
         """Which file, of what kind, and what it holds: one line."""
@@ -94,10 +96,8 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
     with ExitStack() as stack:
         with named(source), without_collector():
             kind, content = read_content(open_file(source, stack), stack)
-            found = find_state_dicts(content)
-            if not found:
-                raise _without_tensors(kind, content, source)
-            chosen = strip_prefixes(choose(_with_own_hyperparameters(found, content), key))
+            found = state_dicts_of(kind, content, source)
+            chosen = strip_prefixes(choose(found, key))
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
         yield OpenCheckpoint(
@@ -108,7 +108,21 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             tensors=chosen.tensors,
             hyperparameters=chosen.hyperparameters,
             layer_names=tuple(chosen.layer_names),
+            prefix=chosen.prefix,
+            is_whole_module=chosen.is_whole_module,
         )
+
+
+def state_dicts_of(kind: str, content: object, source: str) -> list[StateDict]:
+    """All places of a file that hold tensors, outermost first, with what bncli's own files tell of them.
+
+    Raises:
+        UnreadableFileError: when there is none; says what there is.
+    """
+    found = find_state_dicts(content)
+    if not found:
+        raise _without_tensors(kind, content, source)
+    return _with_own_hyperparameters(found, content)
 
 
 def _without_tensors(kind: str, content: object, source: str) -> UnreadableFileError:

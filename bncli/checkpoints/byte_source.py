@@ -7,11 +7,12 @@ reading, never for writing.
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import IO, NamedTuple
 
 from bncli.errors import CheckpointError, OtherFormatError
 
@@ -22,6 +23,7 @@ MAX_READ = 64 * 2**20
 MAX_READ_IN_ALL = 2**31
 MAX_TIMES_READ = 2  # of a file that is larger than that
 MAX_NAMES = 1000  # of a directory that are looked at
+COPIED_AT_ONCE = 16 * 2**20  # bytes, where the kernel does not copy by itself
 
 
 class UnreadableFileError(Exception):
@@ -45,6 +47,18 @@ class DirectoryError(ForeignFileError):
         super().__init__("a directory, not a checkpoint")
 
 
+class Patch(NamedTuple):
+    """Bytes that a copy of a file has in place of the file's own."""
+
+    position: int  # in the file
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        """The position behind it."""
+        return self.position + len(self.data)
+
+
 @dataclass
 class ByteSource:
     """A file of `size` bytes that is read by position."""
@@ -53,6 +67,7 @@ class ByteSource:
     size: int
     read_range: Callable[[int, int], bytes]  # start, size
     num_read: int = 0  # bytes so far
+    descriptor: int | None = None  # of a local file
 
     def read_at(self, start: int, size: int) -> bytes:
         """Exactly `size` bytes from `start`.
@@ -84,6 +99,42 @@ class ByteSource:
     def stream(self, start: int = 0, end: int | None = None) -> io.BufferedReader:
         """The bytes from `start` to `end` as a file object."""
         return io.BufferedReader(_Window(self, start, self.size if end is None else end), 2**18)
+
+    def copy_to(self, target: IO[bytes], patches: Sequence[Patch] = ()) -> None:
+        """Write all of it to an empty file, with other bytes in the places of the patches.
+
+        Raises:
+            UnreadableFileError: where it ends too early, or a patch lies beyond it.
+            OSError: when the target cannot be written.
+        """
+        if any(patch.position < 0 or patch.end > self.size for patch in patches):
+            raise UnreadableFileError("a damaged or truncated file: it ends before what it claims to hold")
+        start = self._copy_in_kernel(target.fileno())
+        target.seek(start)
+        while start < self.size:
+            data = self.read_range(start, min(COPIED_AT_ONCE, self.size - start))
+            if not data:
+                raise UnreadableFileError("it became shorter while it was read")
+            target.write(data)
+            start += len(data)
+        for patch in patches:
+            target.seek(patch.position)
+            target.write(patch.data)
+
+    def _copy_in_kernel(self, target: int) -> int:
+        """Copy as much as the system copies without our help (some only note that blocks are shared)."""
+        position = 0
+        if self.descriptor is None or not hasattr(os, "copy_file_range"):
+            return position
+        while position < self.size:
+            try:
+                size = os.copy_file_range(self.descriptor, target, self.size - position, position, position)
+            except OSError:  # between these file systems; what is wrong beyond that the plain way meets too
+                break
+            if size == 0:
+                break
+            position += size
+        return position
 
 
 class _Window(io.RawIOBase):
@@ -142,7 +193,10 @@ def open_source(source: str) -> Iterator[ByteSource]:
         raise CheckpointError(f"{source}: cannot be read: {reason}") from None
     try:
         yield ByteSource(
-            source, os.fstat(descriptor).st_size, lambda start, size: os.pread(descriptor, size, start)
+            source,
+            os.fstat(descriptor).st_size,
+            lambda start, size: os.pread(descriptor, size, start),
+            descriptor=descriptor,
         )
     finally:
         os.close(descriptor)

@@ -56,6 +56,7 @@ class StateDict:
     layer_names: list[str]  # of BatchNorm layers, in file order or module order
     hyperparameters: dict[str, Hyperparameters] = field(default_factory=dict)
     is_whole_module: bool = False
+    prefix: str = ""  # what every name in the file has before those here
 
     @property
     def candidate(self) -> Candidate:
@@ -154,6 +155,7 @@ def strip_prefixes(state_dict: StateDict) -> StateDict:
         length += len(_common_prefix(names, length, prefixes))
     return replace(
         state_dict,
+        prefix=names[0][:length] if names else "",
         tensors={name[length:]: tensor for name, tensor in state_dict.tensors.items()},
         layer_names=[name[length:] for name in state_dict.layer_names],
         hyperparameters={name[length:]: known for name, known in state_dict.hyperparameters.items()},

@@ -23,7 +23,7 @@ from bncli.checkpoints.own_reader import load_values, open_whole
 from bncli.checkpoints.part_digests import digest_parts, find_damage
 from bncli.config import Config
 from bncli.config_file import config_from_dict
-from bncli.errors import BncliError, CheckpointError, ConfigError, OtherFormatError
+from bncli.errors import BncliError, CheckpointError, ConfigError, ForeignNetworkError
 from bncli.models.convnet import ConvNet, build_model
 
 FORMAT_VERSION = 2  # written; older ones are read
@@ -115,13 +115,16 @@ def load_content(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint of bncli, as it stands there.
 
     Raises:
-        OtherFormatError: when it is a file of another kind, or of PyTorch and not bncli's.
+        ForeignNetworkError: when it is a file of PyTorch or safetensors and not bncli's.
+        OtherFormatError: when it is a file of another kind.
         CheckpointError: when the file cannot be read, is damaged, or has a newer format.
     """
     with open_whole(path) as (kind, content):  # nothing of a stranger's large file is loaded
         if kind != "torch zip" or not isinstance(content, dict) or content.get("format") != FORMAT:
             what = "a torch file" if kind == "torch zip" else f"a {kind} file"
-            raise OtherFormatError(f"{path}: {what}, but no bncli checkpoint (made by `bncli train`)")
+            raise ForeignNetworkError(
+                f"{path}: {what}, but no bncli checkpoint (made by `bncli train`){_recorded_network(content)}"
+            )
         version = content.get("format_version")
         is_newer = type(version) is int and version > FORMAT_VERSION
         loaded: dict[str, Any] = {} if is_newer else load_values(content)
@@ -130,6 +133,12 @@ def load_content(path: str | Path) -> dict[str, Any]:
             f"{path}: checkpoint format {version!r}; this bncli reads up to {FORMAT_VERSION}; upgrade bncli"
         )
     return loaded
+
+
+def _recorded_network(content: object) -> str:
+    """What a file says of its network, as those of PyTorch's examples and timm do: shown, and no more."""
+    name = content.get("arch") if isinstance(content, dict) else None
+    return f"; it calls its network {name[:60]!r}" if isinstance(name, str) else ""
 
 
 def find_damaged_parts(content: dict[str, Any]) -> tuple[str, ...] | None:
@@ -154,16 +163,16 @@ def _check_digests(content: dict[str, Any], path: str | Path) -> None:
         )
 
 
-def load_model(checkpoint: str | Path | Checkpoint) -> ConvNet:
+def load_model(checkpoint: str | Path | Checkpoint, *, source: str | None = None) -> ConvNet:
     """The checkpoint's network in eval mode, on the CPU.
 
     It takes images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, and returns logits
-    (N, num_classes).
+    (N, num_classes). Errors name the file `source`, which a Checkpoint does not know itself.
 
     Raises:
         CheckpointError: when the file is no checkpoint, or its tensors do not fit its configuration.
     """
-    source = "checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint)
+    source = source or ("checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint))
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     try:

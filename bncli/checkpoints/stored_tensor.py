@@ -28,6 +28,7 @@ class Storage:
     read: Callable[[int, int], bytes]
     name: str = ""  # the same for the same bytes of one file; '' where nothing tells
     check: Callable[[int], None] | None = None  # raises where the CRC-32 of all of it is another
+    position: Callable[[], int] | None = None  # of its first byte in the file; None where it is compressed
 
     def read_whole(self) -> bytearray:
         """All of it, in memory that is nobody else's; however large it is, never more than its size.
@@ -35,14 +36,23 @@ class Storage:
         Raises:
             UnreadableFileError: on damage.
         """
-        data, checksum = bytearray(self.size), 0
-        for start in range(0, self.size, PIECE):
-            piece = self.read(start, min(PIECE, self.size - start))
-            checksum = zlib.crc32(piece, checksum)
-            data[start : start + len(piece)] = piece
-        if self.check is not None:
-            self.check(checksum)
+        data = bytearray(self.size)
+        self.read_into(data, 0)
         return data
+
+    def read_into(self, target: bytearray | memoryview, start: int) -> None:
+        """The bytes from `start` on, as many as the target has; all of them are checked against the CRC-32.
+
+        Raises:
+            UnreadableFileError: on damage.
+        """
+        view, checksum = memoryview(target), 0
+        for position in range(0, len(view), PIECE):
+            piece = self.read(start + position, min(PIECE, len(view) - position))
+            checksum = zlib.crc32(piece, checksum)
+            view[position : position + len(piece)] = piece
+        if self.check is not None and len(view) == self.size:
+            self.check(checksum)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +74,7 @@ class StoredTensor:
         size = self.dtype.itemsize
         if self.num_elements == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        span = _span(self.shape, self.stride)
+        span = self.span
         if max(span, self.num_elements) * size > MAX_READ:
             raise UnreadableFileError(f"a tensor of shape {self.shape} is too large to be read here")
         data = bytearray(self.storage.read(self.offset * size, span * size))
@@ -73,6 +83,26 @@ class StoredTensor:
             return tensor.reshape(self.shape)
         return tensor.as_strided(self.shape, self.stride).clone(memory_format=torch.contiguous_format)
 
+    def copy_into(self, destination: Tensor) -> None:
+        """Put the numbers into a CPU tensor of this shape, whatever its type and layout.
+
+        Where both lie row by row in one type, they go straight there; otherwise over memory for this tensor.
+        The checksum of the storage is compared where all of it is read and the file has one.
+
+        Raises:
+            UnreadableFileError: on damage.
+        """
+        if self.num_elements == 0:
+            return
+        size, span = self.dtype.itemsize, self.span
+        is_direct = (
+            self.dtype == destination.dtype and self.is_contiguous and destination.is_contiguous()
+        )  # fmt: skip
+        target = destination if is_direct else torch.empty(span, dtype=self.dtype)
+        self.storage.read_into(as_bytes(target).numpy().data, self.offset * size)
+        if not is_direct:
+            destination.copy_(target.as_strided(self.shape, self.stride).reshape(destination.shape))
+
     def chunks(self) -> Iterator[bytes]:
         """The numbers as bytes, row by row, `CHUNK` at a time: a tensor of any size in little memory.
 
@@ -80,8 +110,7 @@ class StoredTensor:
             UnreadableFileError: on damage, and on a very large tensor that lies otherwise.
         """
         start, size = self.offset * self.dtype.itemsize, self.num_elements * self.dtype.itemsize
-        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
-        if all(length == 1 or stride == expected for length, stride, expected in strides):
+        if self.is_contiguous:
             for position in range(0, size, CHUNK):
                 yield self.storage.read(start + position, min(CHUNK, size - position))
         else:
@@ -93,6 +122,17 @@ class StoredTensor:
     def num_elements(self) -> int:
         """As `Tensor.numel()`."""
         return math.prod(self.shape)
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last, both included, of a tensor that is not empty."""
+        return 1 + sum((length - 1) * step for length, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements lie one after another, row by row."""
+        strides = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        return all(length == 1 or stride == expected for length, stride, expected in strides)
 
 
 def stored_tensor(
@@ -109,7 +149,7 @@ def stored_tensor(
         )
     tensor = StoredTensor(tuple(shape), dtype, storage, offset, tuple(stride))  # type: ignore[arg-type]
     if tensor.num_elements:
-        end = tensor.offset + _span(tensor.shape, tensor.stride)
+        end = tensor.offset + tensor.span
         if end * dtype.itemsize > storage.size:
             raise UnreadableFileError(
                 f"a damaged or truncated file: a tensor of shape {tensor.shape} reaches beyond its storage"
@@ -121,14 +161,6 @@ def stored_tensor(
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The stride of a tensor whose elements lie one after another."""
     return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
-
-
-def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last, both included, of a view that is not empty."""
-    last = 0
-    for length, step in zip(shape, stride, strict=True):
-        last += (length - 1) * step
-    return 1 + last
 
 
 def _is_size(value: object) -> bool:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the check's answer is no, 2 cannot run, 130 interrupted, 1
 imports torch, so that `--help` answers at once.
 """
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -23,11 +24,13 @@ from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
 from bncli.cli.commands.train import train_config
-from bncli.cli.messages import one_line, print_error
+from bncli.cli.help_page import CommandPage, GroupPage
+from bncli.cli.messages import print_error, usage_error
+from bncli.cli.openmp import shorten_waiting
 from bncli.errors import BncliError
 
 app = typer.Typer(
-    add_completion=False,
+    cls=GroupPage,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,30 +46,46 @@ def _print_version(wanted: bool) -> None:
 def program(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Train, evaluate and inspect networks with BatchNorm.
 
     See what train mode and eval mode really do, and what the running statistics hold.
+
+    Examples:
+    bncli train --run-dir runs/first
+    bncli eval runs/first/last.pt
+    bncli explain train-and-eval
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
-app.command("train")(train_config)
-app.command("config")(show_config)
-app.command("eval")(evaluate_checkpoint)
-app.command("predict")(predict_images)
-# more than one checkpoint is answered with the command that compares two
-app.command("inspect-stats", context_settings={"allow_extra_args": True})(inspect_stats)
-app.command("compare")(compare_checkpoints)
-app.command("history")(show_history)
-app.command("recalibrate")(recalibrate_into_file)
-app.command("explain")(explain_topic)
-app.command("doctor")(diagnose)
-app.command("demo")(demonstrate_repair)
-app.add_typer(bench_app, name="bench")
+TRAIN, STATISTICS, LEARN, MACHINE = (
+    "Train and evaluate",
+    "Running statistics of a checkpoint",
+    "Learn about BatchNorm",
+    "This machine",
+)
+app.command("train", cls=CommandPage, rich_help_panel=TRAIN)(train_config)
+app.command("config", cls=CommandPage, rich_help_panel=TRAIN)(show_config)
+app.command("eval", cls=CommandPage, rich_help_panel=TRAIN)(evaluate_checkpoint)
+app.command("predict", cls=CommandPage, rich_help_panel=TRAIN)(predict_images)
+app.command(
+    "inspect-stats",
+    cls=CommandPage,
+    rich_help_panel=STATISTICS,
+    # more than one checkpoint is answered with the command that compares two
+    context_settings={"allow_extra_args": True},
+)(inspect_stats)
+app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_checkpoints)
+app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
+app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
+app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)
+app.command("demo", cls=CommandPage, rich_help_panel=LEARN)(demonstrate_repair)
+app.command("doctor", cls=CommandPage, rich_help_panel=MACHINE)(diagnose)
+app.add_typer(bench_app, name="bench", rich_help_panel=MACHINE)
 
 
 def main(arguments: list[str] | None = None, program: typer.Typer = app, name: str = "bncli") -> int:
@@ -74,19 +93,27 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
 
     Another program than `bncli`, such as a benchmark in the tests, has the same messages and exit codes.
     """
+    shorten_waiting(os.environ)  # before a command imports torch
     try:
         # not app(...), which turns Ctrl-C into an exit code without a word
         command = typer.main.get_command(program)
+        if (
+            f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ
+        ):  # the shell asks what the words could go on with
+            os.environ["COLUMNS"] = "1000"  # each answer on one line, which Typer wraps otherwise
+            command.main([], prog_name=name)
         with command.make_context(name, sys.argv[1:] if arguments is None else arguments) as context:
             code = command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as done:
         return done.exit_code
+    except SystemExit as done:  # so ends what Typer does for completion
+        return done.code if isinstance(done.code, int) else 0
     except BncliError as error:
         print_error(str(error))
         return error.exit_code
     except typer.TyperException as error:
-        print_error(f"{error.format_message()} (see {name} --help)")
+        print_error(usage_error(error, name))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")
@@ -95,16 +122,24 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
         # the reader, `head` say, has what it wanted; keep Python from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        print_error("out of memory; try smaller batches or images")
-        return 2
-    except ImportError as error:
-        print_error(f"{error} (install torch and torchvision versions that belong together)")
-        return 2
     except Exception as error:
         if os.environ.get("BNCLI_TRACEBACK"):
             raise
-        hint = "this is a bug in bncli or in what it calls; set BNCLI_TRACEBACK=1 to see where"
-        print_error(f"{type(error).__name__}: {one_line(str(error))} ({hint})")
+        print_error(_unforeseen(error))
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _unforeseen(error: Exception) -> str:
+    """What no command expects, and whether it is a bug: a full disk, say, is none."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return f"{where}the disk is full; free some space, or write to another one"
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return "out of memory; try smaller batches or images"
+    if isinstance(error, ImportError):
+        return f"{error} (install torch and torchvision versions that belong together)"
+    hint = "this is a bug in bncli or in what it calls; set BNCLI_TRACEBACK=1 to see where"
+    return f"{type(error).__name__}: {error} ({hint})"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import CHECKED, SHOWN
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,29 +15,77 @@ if TYPE_CHECKING:
 FailOn = Literal["error", "warning", "never"]
 SortBy = Literal["model", "name", "findings", "gain", "mean", "variance"]
 
+
+def complete_rule(incomplete: str) -> list[tuple[str, str]]:
+    """For the shell: the last of the rules between commas, with what the rule finds."""
+    from bncli.batchnorm.audit.rule_pages import PAGES
+
+    before, comma, _ = incomplete.rpartition(",")
+    return [(f"{before}{comma}{name}", page.summary) for page in PAGES for name in (page.code, page.name)]
+
+
 SelectOption = Annotated[
-    str | None, typer.Option("--select", metavar="CODES", help="Only these rules, as in BN003,dead_channel.")
+    str | None,
+    typer.Option(
+        "--select",
+        metavar="RULES",
+        help="Check only these rules, by code or name, as in BN003,dead_channel.",
+        rich_help_panel=CHECKED,
+        autocompletion=complete_rule,
+    ),
 ]
-IgnoreOption = Annotated[str | None, typer.Option("--ignore", metavar="CODES", help="All but these rules.")]
+IgnoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ignore",
+        metavar="RULES",
+        help="Check all rules but these.",
+        rich_help_panel=CHECKED,
+        autocompletion=complete_rule,
+    ),
+]
 FailOnOption = Annotated[
     FailOn,
-    typer.Option("--fail-on", help="Exit with 1 on findings of at least this severity; never on infos."),
+    typer.Option(
+        "--fail-on",
+        metavar="SEVERITY",
+        help="Exit with 1 on findings that are at least this severe: error, warning or never.",
+        rich_help_panel=CHECKED,
+    ),
 ]
 ExplainOption = Annotated[
     str | None,
-    typer.Option("--explain", metavar="RULE", help="Explain a rule by code or name, or all; no checkpoint."),
+    typer.Option(
+        "--explain",
+        metavar="RULE",
+        help="Explain a rule, by code or name, or all of them; needs no CHECKPOINT.",
+        rich_help_panel=CHECKED,
+        autocompletion=complete_rule,
+    ),
 ]
 ThresholdOption = Annotated[
     list[str] | None,
-    typer.Option("--threshold", metavar="NAME=VALUE", help="Change a limit, as in gain=50; repeatable."),
+    typer.Option(
+        "--threshold",
+        metavar="NAME=VALUE",
+        help="Change a limit of a rule, as in gain=50; can be repeated.",
+        rich_help_panel=CHECKED,
+    ),
 ]
 SortOption = Annotated[
     SortBy,
     typer.Option(
-        "--sort", help="By name, or worst first: most findings, largest gain, farthest mean, least variance."
+        "--sort",
+        metavar="ORDER",
+        help="model (as in the network), name, or the worst layer first: findings (most of them), gain"
+        " (largest), mean (farthest from 0) or variance (smallest).",
+        rich_help_panel=SHOWN,
     ),
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="Show every layer and finding, infos too.")]
+AllOption = Annotated[
+    bool,
+    typer.Option("--all", help="Show every layer and every finding, also mere infos.", rich_help_panel=SHOWN),
+]
 AUDIT_FLAGS = frozenset({"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"})
 
 

@@ -4,20 +4,22 @@ Of the places that a checkpoint records only some are followed; what is said abo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
-from bncli.errors import DataError
+from bncli.errors import CheckpointError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from bncli.checkpoints import Checkpoint
+    from bncli.checkpoints import Checkpoint, LoadedWeights
+    from bncli.cli.named_network import NamedNetwork
     from bncli.config import Config, DataConfig
     from bncli.data import Dataset, Progress
     from bncli.data.recorded_root import DataRecord
+    from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime
 
@@ -45,7 +47,7 @@ class Unfollowed:
         """One sentence, which names the file."""
         named = ", ".join([*filter(None, [self.root]), *self.others, *filter(None, [self.cache])])
         return (
-            f"{path} names {named}: not followed, as a file may come from anybody; --set KEY=... follows it"
+            f"{path} names {named}: not used, because a file may come from anybody; --set KEY=VALUE uses it"
         )
 
 
@@ -84,10 +86,27 @@ class Subject:
     """A checkpoint, and its network as the configuration and the overrides want it computed."""
 
     path: Path
-    checkpoint: "Checkpoint"
     followed: "FollowedConfig"
     runtime: "Runtime"
     model: "Module"
+    own: "Checkpoint | None"  # of bncli; None for a network that the command line names
+    named: "tuple[NamedNetwork, LoadedWeights] | None" = None  # such a network, and what was loaded into it
+
+    @property
+    def checkpoint(self) -> "Checkpoint":
+        """bncli's own, for what is done with no other."""
+        if self.own is None:
+            raise CheckpointError(f"{self.path}: no bncli checkpoint (made by `bncli train`)")
+        return self.own
+
+    @property
+    def epoch(self) -> int | None:
+        """Of training, where the file tells."""
+        return None if self.own is None else self.own.epoch
+
+    def describe_network(self) -> dict[str, object]:
+        """What JSON documents say of a network that the command line names; nothing of bncli's own."""
+        return {} if self.named is None else {"model": self.named[0].describe(self.named[1])}
 
     @property
     def config(self) -> "Config":
@@ -96,29 +115,90 @@ class Subject:
 
 
 def open_subject(
-    path: Path, overrides: list[str] | None, *, command: str, batch_invariant: bool = False
+    path: Path,
+    overrides: list[str] | None,
+    *,
+    command: str,
+    batch_invariant: bool = False,
+    named: "NamedNetwork | None" = None,
 ) -> Subject:
     """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
+    `named` is the network where the file is not bncli's own.
+
     Raises CheckpointError, ConfigError or DeviceError.
     """
-    from bncli.checkpoints import load_checkpoint, load_model
     from bncli.cli.messages import note_emulation
-    from bncli.cli.overrides import has_effect
+    from bncli.cli.named_network import tell_images
     from bncli.determinism import FixedShape
-    from bncli.recorded_config import follow_config
+    from bncli.models.preset import preset_of
     from bncli.runtime import resolve_runtime
 
-    checkpoint = load_checkpoint(path)
+    loaded = checkpoint = None
+    if named is None:
+        network, checkpoint, followed = _open_own(path, overrides, command)
+    else:
+        network, loaded = named.load(path)
+        print_note(f"{path}: {loaded.sentence} into {named.name}")
+        preset = preset_of(named.name, network)
+        named = named.with_preset(preset)
+        followed = _config_of_options(overrides or [], command, preset)
+        tell_images(followed.config, named, has_preset=preset is not None)
+    runtime = resolve_runtime(followed.config.runtime)
+    note_emulation(runtime)
+    network = runtime.place_model(network)
+    model = FixedShape(network) if batch_invariant else network
+    return Subject(
+        path,
+        followed,
+        runtime,
+        model,
+        checkpoint,
+        None if named is None or loaded is None else (named, loaded),
+    )
+
+
+def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
+    """The network that the command line names, with the tensors of another file of its own kind."""
+    from bncli.cli.named_network import fit_to_data
+
+    if subject.named is None:
+        raise TypeError("a checkpoint of bncli's own is opened by open_subject")
+    named = subject.named[0]
+    network, loaded = named.load(path)
+    network = subject.runtime.place_model(network)
+    fit_to_data(network, named, dataset, subject.runtime, path)
+    return replace(subject, path=path, model=network, named=(named, loaded))
+
+
+def _open_own(
+    path: Path, overrides: list[str] | None, command: str
+) -> "tuple[Module, Checkpoint, FollowedConfig]":
+    from bncli.checkpoints import load_checkpoint, load_model
+    from bncli.cli.overrides import has_effect
+    from bncli.recorded_config import follow_config
+
+    try:
+        checkpoint = load_checkpoint(path)
+    except ForeignNetworkError as error:
+        if command not in ("eval", "recalibrate", "predict"):
+            raise
+        raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))
     for key, note in followed.notes.items():
         if has_effect(key, command):
             print_note(note)
-    runtime = resolve_runtime(followed.config.runtime)
-    note_emulation(runtime)
-    network = runtime.place_model(load_model(checkpoint))
-    model = FixedShape(network) if batch_invariant else network
-    return Subject(path, checkpoint, followed, runtime, model)
+    return load_model(checkpoint, source=str(path)), checkpoint, followed
+
+
+def _config_of_options(overrides: list[str], command: str, preset: "Preset | None") -> "FollowedConfig":
+    """The configuration where a file records none: the defaults, and what the command line says."""
+    from bncli.cli.named_network import find_data
+    from bncli.config_file import config_from_dict, keys_of
+    from bncli.recorded_config import FollowedConfig
+
+    config = config_from_dict({}, find_data(overrides, f"bncli {command}", preset), source="defaults")
+    return FollowedConfig(config, config, keys_of(overrides), {})
 
 
 def load_subject_data(subject: Subject) -> "Dataset":
@@ -129,11 +209,9 @@ def load_subject_data(subject: Subject) -> "Dataset":
     from bncli.cli.progress import ProgressReporter
     from bncli.data import load_dataset
 
-    checkpoint = subject.checkpoint
+    checkpoint = subject.own
     with ProgressReporter() as progress:
-        data, unfollowed = followed_data(
-            subject.followed, lambda: (checkpoint.data_digest, checkpoint.class_names), progress
-        )
+        data, unfollowed = followed_data(subject.followed, lambda: _record_of(checkpoint), progress)
         try:
             dataset = load_dataset(data, progress=progress, may_download=False)
         except DataError as error:
@@ -142,8 +220,19 @@ def load_subject_data(subject: Subject) -> "Dataset":
             raise
     if unfollowed.matters:
         print_note(unfollowed.of(subject.path))
-    _check_dataset(checkpoint, dataset)
+    if checkpoint is not None:
+        _check_dataset(checkpoint, dataset)
+    if subject.named is not None:
+        from bncli.cli.named_network import fit_to_data
+        from bncli.determinism.fixed_shape import without_fixed_shape
+
+        network = without_fixed_shape(subject.model)
+        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path)
     return dataset
+
+
+def _record_of(checkpoint: "Checkpoint | None") -> "DataRecord":
+    return (None, ()) if checkpoint is None else (checkpoint.data_digest, checkpoint.class_names)
 
 
 def open_config(path: Path, overrides: list[str] | None) -> "Config":

@@ -1,35 +1,160 @@
 """Options that several commands share, and how their values are read; which layers `--layer` asks for."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
+from bncli.builtin_configs import builtin_configs
+from bncli.cli.help_page import COMPUTED, DATA, INPUT, OUTPUT, SHOWN
 from bncli.errors import BncliError, ConfigError
 
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A file of `bncli train`.")]
+
+def complete_config(incomplete: str) -> list[str]:
+    """For the shell: built-in names and YAML files. Where there are none, it offers files itself."""
+    files = glob.glob(f"{glob.escape(incomplete)}*.yaml")  # noqa: PTH207  (Path drops the ./ that was typed)
+    return [*builtin_configs(), *files]
+
+
+def complete_device() -> list[str]:
+    """For the shell, without asking PyTorch what there is, which takes a second."""
+    return ["auto", "cpu", "cuda", "mps"]
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
+]
+ANY_CHECKPOINT = "A checkpoint of bncli, PyTorch or safetensors: a path or a URL."
 ConfigArgument = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a name that `bncli config` lists.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or the name of a built-in configuration: see `bncli config`.",
+        autocompletion=complete_config,
+    ),
 ]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.epochs=3; repeatable."),
-]
+
+
+def set_option(example: str) -> Any:
+    """`--set`, with a key that changes what the command does."""
+    return typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=f"Change a key of the configuration, as in {example}; can be repeated. All keys:"
+        " `bncli config quickstart`.",
+        rich_help_panel=DATA,
+    )
+
+
+SetOption = Annotated[list[str] | None, set_option("runtime.precision=float32")]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 or mps: as --set runtime.device."
+        "--device",
+        metavar="DEVICE",
+        help="Compute on auto, cpu, cuda, cuda:1 or mps. Short for --set runtime.device=DEVICE.",
+        rich_help_panel=DATA,
+        autocompletion=complete_device,
     ),
 ]
 DataRootOption = Annotated[
     str | None,
-    typer.Option("--data-root", metavar="FOLDER", help="Where the data set lies: as --set data.root."),
+    typer.Option(
+        "--data-root",
+        metavar="FOLDER",
+        help="Read the data set from this folder. Short for --set data.root=FOLDER.",
+        rich_help_panel=DATA,
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw it to a .png or .svg file.", rich_help_panel=OUTPUT),
+]
+CsvOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--csv",
+        metavar="FILE",
+        help="Write the table as CSV to this file; - is stdout.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help="Where in the file the network's tensors lie, as in 'ema', if it holds several networks.",
+        rich_help_panel=INPUT,
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="The network that the checkpoint is of, if `bncli train` did not save it: torchvision:NAME,"
+        " timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY. Its code is run.",
+        rich_help_panel=INPUT,
+    ),
+]
+ModelArgOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="An argument of that network, as in num_classes=10; can be repeated.",
+        rich_help_panel=INPUT,
+    ),
+]
+PartialOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partial",
+        metavar="PATTERN",
+        help="Load only tensors whose names match, as in 'layer4.*', or all but those, as in '!fc.*'; can"
+        " be repeated.",
+        rich_help_panel=INPUT,
+    ),
+]
+LogitsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--logits",
+        metavar="KEY",
+        help="Where the scores of the classes are, if that network returns several outputs: a key, the name"
+        " of an attribute, or a number.",
+        rich_help_panel=INPUT,
+    ),
+]
+NormalizationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--normalization",
+        metavar="NAME",
+        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), measured (on the"
+        " training images), or M,M,M/S,S,S (means and deviations of the channels, from 0 to 1)."
+        "  [default: that of the network's library, else measured]",
+        rich_help_panel=INPUT,
+    ),
+]
+ChannelsOption = Annotated[
+    bool,
+    typer.Option("--channels", help="Show every channel of every layer.", rich_help_panel=SHOWN),
+]
 BatchInvariantOption = Annotated[
     bool,
-    typer.Option("--batch-invariant", help="Compute every image in batches of one fixed number of rows."),
+    typer.Option(
+        "--batch-invariant",
+        help="Compute all images in batches of one fixed size, so that not one bit of a result depends on"
+        " the batch. Slower.",
+        rich_help_panel=COMPUTED,
+    ),
 ]
 
 
@@ -64,7 +189,13 @@ def make_empty_dir(path: Path) -> None:
 
 
 LayerOption = Annotated[
-    str | None, typer.Option("--layer", metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+    str | None,
+    typer.Option(
+        "--layer",
+        metavar="PATTERN",
+        help="Show only layers whose names match, as in 'stages.1.*'.",
+        rich_help_panel=SHOWN,
+    ),
 ]
 
 

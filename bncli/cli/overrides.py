@@ -12,7 +12,7 @@ _COMPUTING = ("runtime.device", "runtime.precision", "runtime.memory_format", "r
 # where images lie, and what of them is drawn or read
 _IMAGES = (
     *("data.name", "data.root", "data.url", "data.archive", "data.cache"),
-    *("data.image_size", "data.seed"),
+    *("data.image_size", "data.resize", "data.interpolation", "data.seed"),
 )
 _EVALUATING = ("data", *_COMPUTING, "runtime.eval_batch_size")
 _AUGMENTING = ("augment.crop_padding", "augment.flip", "augment.cutout")
@@ -35,6 +35,7 @@ EFFECTIVE = {
     "train": _ALL,
     "eval": _EVALUATING,
     "predict": _COMPUTING,
+    "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
     "recalibrate": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network

@@ -8,13 +8,21 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bncli.busy_cpus import ShortageWatch
 from bncli.cli.messages import note_emulation, one_line, print_note
 from bncli.cli.tables.table import runtime_line
 from bncli.training import EpochDone, Started, StepDone
+from bncli.training.convergence import eval_lag
 from bncli.wording import plural
 
-HEADER = "  epoch  train loss  train acc  test loss  test acc  learning rate  images/s"
+# two lines for whole words in 80 columns
+HEADER = """\
+eval lag: how far running statistics are from the epoch's batch statistics
+          train     train       test      test      eval  learning
+epoch      loss  accuracy       loss  accuracy       lag      rate  images/s"""
 PAUSE = 0.1  # seconds between two pictures of the bar
+FIRST_LINE = 2.0  # seconds after which a part says how far it is, off a terminal; a shorter one is silent
+PAUSE_OF_LINES = 10.0  # seconds between that and the next line, and so on
 
 
 class _Display:
@@ -65,16 +73,19 @@ def _bar(console: Console) -> Progress:
 
 
 class ProgressReporter:
-    """Shows what is being done and how far it is: a bar, or off a terminal a line when a part is done.
+    """Shows what is being done and how far it is: a bar on a terminal, which leaves nothing behind.
 
-    Leave the `with` block to take the bar away, whatever happened; of a part that broke off nothing is said.
+    Off a terminal a part that takes more than 2 seconds says in lines how far it is, one every 10 seconds,
+    and when it is done. Leave the `with` block to finish, whatever happened; of a part that broke off nothing
+    more is said.
     """
 
     def __init__(self) -> None:
         self._display = _Display()
         self._what: str | None = None
         self._done = 0
-        self._is_counted = False
+        self._start = time.monotonic()  # of the part, whose first call comes when some of it is done
+        self._next_line = 0.0
 
     def __enter__(self) -> Self:
         """Nothing is shown before the first call."""
@@ -93,11 +104,16 @@ class ProgressReporter:
         """Take note of `done` of `total`; where the total is unknown, a part ends when another begins."""
         if what != self._what:
             self._finish(is_whole=True)
-        self._what, self._done, self._is_counted = what, done, total is not None
+            self._next_line = self._start + FIRST_LINE
+        self._what, self._done = what, done
         if total is not None and done >= total:
             self._finish(is_whole=True)
-        else:
+        elif sys.stderr.isatty():
             self._display.show(what, done, total)
+        elif time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + PAUSE_OF_LINES
+            of = "" if total is None else f" of {total:,}"
+            self._display.line(f"{one_line(what)}: {done:,}{of}")
 
     def note(self, message: str) -> None:
         """Say something between two parts."""
@@ -106,10 +122,14 @@ class ProgressReporter:
 
     def _finish(self, *, is_whole: bool) -> None:
         self._display.hide()
-        # on a terminal a line for each of many passes would push the results out of sight
-        if self._what is not None and is_whole and (self._is_counted or not sys.stderr.isatty()):
+        if self._what is None:
+            return
+        # a line for each of many short passes would push the results out of sight
+        took_long = time.monotonic() - self._start >= FIRST_LINE
+        if is_whole and took_long and not sys.stderr.isatty():
             self._display.line(f"{one_line(self._what)}: {self._done:,}")
         self._what = None
+        self._start = time.monotonic()
 
 
 class TrainReporter:
@@ -122,6 +142,7 @@ class TrainReporter:
         self._num_steps = 0
         self._images = 0
         self._start = 0.0
+        self._watch: ShortageWatch | None = None
 
     def __enter__(self) -> Self:
         """Nothing is shown before `Started` comes."""
@@ -152,7 +173,7 @@ class TrainReporter:
         self._num_epochs = setup.config.train.epochs
         self._display.line(
             f"Training on {plural(len(setup.dataset.train), 'image')} of {setup.dataset.name}"
-            f" ({runtime_line(setup.runtime.describe_training())}) into {one_line(str(event.run_dir))}"
+            f" into {one_line(str(event.run_dir))}\n({runtime_line(setup.runtime.describe_training())})"
         )
         if event.step > event.epoch * setup.plan.num_steps:
             self._display.line(
@@ -160,12 +181,24 @@ class TrainReporter:
             )
         elif event.epoch:
             self._display.line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
+        if event.former_threads not in {None, setup.runtime.threads}:
+            print_note(
+                f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: they round"
+                " differently, so the run ends elsewhere than without the break, as if with another seed"
+            )
         self._display.line(HEADER)
+        # on a GPU its own threads compute; torch.compile has processes of its own at work
+        if setup.runtime.device.type == "cpu" and not setup.runtime.compiles:
+            self._watch = ShortageWatch(setup.runtime.threads)
         self._num_steps = setup.num_steps
         self._start = time.monotonic()
 
     def _step(self, event: StepDone) -> None:
         self._images += event.num_images
+        shortage = self._watch.after_step() if self._watch else None
+        if shortage is not None:
+            self._display.hide()
+            print_note(str(shortage))
         speed = self._images / max(time.monotonic() - self._start, 1e-9)
         self._display.show(
             f"epoch {event.epoch}/{self._num_epochs}", event.step, self._num_steps, f"{speed:,.0f} images/s"
@@ -176,8 +209,9 @@ class TrainReporter:
         is_evaluated = metrics["test_accuracy"] is not None
         test_loss = f"{metrics['test_loss']:.4f}" if is_evaluated else "-"
         test_accuracy = f"{metrics['test_accuracy']:.2%}" if is_evaluated else "-"
+        lag = eval_lag(metrics["layers"])
         self._display.line(
-            f"{metrics['epoch']:>7}  {metrics['train_loss']:>10.4f}  {metrics['train_accuracy']:>8.2%}"
-            f"   {test_loss:>9}  {test_accuracy:>7}"
-            f"   {metrics['learning_rate']:>13.4g}  {metrics['images_per_second']:>8,.0f}"
+            f"{metrics['epoch']:>5}  {metrics['train_loss']:>8.4f}  {metrics['train_accuracy']:>8.2%}"
+            f"   {test_loss:>8}  {test_accuracy:>8}  {'-' if lag is None else f'{lag:.3f}':>8}"
+            f"  {metrics['learning_rate']:>8.3g}  {metrics['images_per_second']:>8,.0f}"
         )

@@ -58,7 +58,9 @@ def load_cifar10(
     _provide(home, root, config, progress, may_download=may_download)
     dataset = _read(home / files.FOLDER)
     if dataset is None:
-        raise DataError(f"{home}: the archive did not contain CIFAR-10's batches with their MD5 values")
+        raise DataError(
+            f"{home}: the archive does not hold the files of CIFAR-10 as published (by their MD5)"
+        )
     return dataset
 
 
@@ -110,7 +112,7 @@ def _not_there(root: Path) -> str:
     elif missing:
         found = f"{folder} lacks {', '.join(missing)}"
     else:
-        found = f"{folder} is damaged (its files have other MD5s than the published ones)"
+        found = f"{folder} is damaged (the MD5 of its files is not the published one)"
     return (
         f"{found}; give --set data.root=FOLDER that holds {files.FOLDER}, or --set data.archive=FILE for a"
         f" local {files.ARCHIVE}, or --set data.url={files.URL} to download it"

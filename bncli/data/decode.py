@@ -5,7 +5,9 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +22,29 @@ MAX_FILE_BYTES = 512 << 20
 VERSION = 1  # part of every cache key: raise it when the same file gives other pixels
 
 
-def decode(content: bytes, image_size: int) -> npt.NDArray[np.uint8]:
+@dataclass(frozen=True)
+class Fit:
+    """How an image of any size becomes a square."""
+
+    image_size: int  # height and width in pixels
+    resize: int | None = None  # the shorter side in pixels, before the middle is cut out; None: no cutting
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __str__(self) -> str:
+        """What tells it from others in names of files; that of a plain square is its size."""
+        if self == Fit(self.image_size):
+            return str(self.image_size)
+        return f"{self.image_size}-{self.resize}-{self.interpolation}"
+
+
+def decode(content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
     """Decode to (3, image_size, image_size).
 
     The EXIF rotation is applied. Transparent images are laid on black. 16-bit grey keeps its upper 8 bits.
-    An image of another size or aspect ratio is resized to the square with PIL's antialiased bilinear
-    filter; one of the right size is taken bit for bit. Of an animation the first frame counts.
+    Without `fit.resize` an image of another size or aspect ratio is resized to the square; one of the right
+    size is taken bit for bit. With it the shorter side is resized and the middle cut out, as torchvision's
+    `Resize` and `CenterCrop` do, with black where it is too small. PIL's filters are antialiased. Of an
+    animation the first frame counts.
 
     Raises:
         Exception: whatever PIL raises; the types are many and undocumented.
@@ -33,9 +52,30 @@ def decode(content: bytes, image_size: int) -> npt.NDArray[np.uint8]:
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         opened.load()
         image = _to_rgb(ImageOps.exif_transpose(opened))
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    size, filter_ = fit.image_size, Image.Resampling[fit.interpolation.upper()]
+    if fit.resize is not None:
+        image = _middle(_with_shorter_side(image, fit.resize, filter_), size)
+    elif image.size != (size, size):
+        image = image.resize((size, size), filter_)
     return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _with_shorter_side(image: Image.Image, pixels: int, filter_: Image.Resampling) -> Image.Image:
+    width, height = image.size
+    shorter = min(width, height)
+    # torchvision cuts the longer side down to a whole number
+    size = (
+        (pixels, int(pixels * height / width)) if width == shorter else (int(pixels * width / height), pixels)
+    )
+    return image if shorter == pixels else image.resize(size, filter_)
+
+
+def _middle(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    # torchvision first fills up what is too small, then rounds to the even
+    left = -((size - width) // 2) if width < size else round((width - size) / 2)
+    top = -((size - height) // 2) if height < size else round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
 
 
 def read_file(path: Path) -> bytes:
@@ -62,14 +102,14 @@ def check_size(content: bytes) -> None:
         raise DataError(f"larger than {MAX_FILE_BYTES >> 20} MiB: not read as an image")
 
 
-def read_image(content: bytes, image_size: int) -> Tensor:
+def read_image(content: bytes, fit: Fit) -> Tensor:
     """Decode a single image to (3, image_size, image_size) uint8, as `decode` does.
 
     Raises:
         DataError: it is no image, or one of more than 89 million pixels.
     """
     with bombs_refused(), explained():
-        return torch.from_numpy(decode(content, image_size))
+        return torch.from_numpy(decode(content, fit))
 
 
 @contextmanager

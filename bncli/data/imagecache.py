@@ -65,7 +65,7 @@ def default_cache() -> Path:
 def cached_images(
     root: Path,
     files: list[ImageFile],
-    image_size: int,
+    fit: decode.Fit,
     folder: Path,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -76,13 +76,13 @@ def cached_images(
     Raises:
         DataError: a file cannot be read or decoded, or the cache cannot be written.
     """
-    shape = (len(files), 3, image_size, image_size)
+    shape = (len(files), 3, fit.image_size, fit.image_size)
     require_address_space(
         math.prod(shape),
-        what=f"data: mapping {len(files):,} images of {image_size}x{image_size} pixels",
+        what=f"data: mapping {len(files):,} images of {fit.image_size}x{fit.image_size} pixels",
         fix="raise the limit, or set data.image_size lower",
     )
-    manifest, pointer = _manifest(files), _pointer(root, image_size, folder)
+    manifest, pointer = _manifest(files), _pointer(root, fit, folder)
     note = _remembered(pointer, manifest)
     images = None if note is None else _map(_entry(pointer, note), shape)
     if note is not None and images is not None:
@@ -90,11 +90,11 @@ def cached_images(
         return images
     hashes = _hash_files(root, files, progress)
     named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
-    content = _digest(itertools.chain([f"bncli images {decode.VERSION} {image_size}\n"], named))
+    content = _digest(itertools.chain([f"bncli images {decode.VERSION} {fit}\n"], named))
     entry = folder / f"{content}.npy"
     images = _map(entry, shape)
     if images is None:
-        pixels = _decode_files(root, files, hashes, image_size, progress)
+        pixels = _decode_files(root, files, hashes, fit, progress)
         _evict(folder)
         with _written(entry) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -118,11 +118,13 @@ class Known(NamedTuple):
     note: dict[str, str]  # what stands in it
 
 
-def known_images(root: Path, files: list[ImageFile], image_size: int, folder: Path) -> Known | None:
+def known_images(root: Path, files: list[ImageFile], fit: decode.Fit, folder: Path) -> Known | None:
     """Return what `cached_images` would, where no file needs to be opened for it; None elsewhere."""
-    pointer = _pointer(root, image_size, folder)
+    pointer = _pointer(root, fit, folder)
     note = _remembered(pointer, _manifest(files))
-    images = None if note is None else _map(_entry(pointer, note), (len(files), 3, image_size, image_size))
+    images = (
+        None if note is None else _map(_entry(pointer, note), (len(files), 3, fit.image_size, fit.image_size))
+    )
     if note is None or images is None:
         return None
     return Known(images, note.get("dataset"), pointer, note)
@@ -140,14 +142,14 @@ def note_digest(known: Known, digest: str) -> None:
 
 
 def decoded_images(
-    root: Path, files: list[ImageFile], image_size: int, progress: Progress | None = None
+    root: Path, files: list[ImageFile], fit: decode.Fit, progress: Progress | None = None
 ) -> Iterator[bytes]:
     """Yield each image's pixels, (3, image_size, image_size) uint8, in order; the cache plays no part.
 
     Raises:
         DataError: a file cannot be read or decoded.
     """
-    return _decode_files(root, files, None, image_size, progress)
+    return _decode_files(root, files, None, fit, progress)
 
 
 def _entry(pointer: Path, note: dict[str, str]) -> Path:
@@ -158,8 +160,8 @@ def _manifest(files: list[ImageFile]) -> str:
     return _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
 
 
-def _pointer(root: Path, image_size: int, folder: Path) -> Path:
-    return folder / f"{_digest([str(root.resolve())])[:32]}-{image_size}.json"
+def _pointer(root: Path, fit: decode.Fit, folder: Path) -> Path:
+    return folder / f"{_digest([str(root.resolve())])[:32]}-{fit}.json"
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -238,7 +240,7 @@ def _decode_files(
     root: Path,
     files: list[ImageFile],
     hashes: list[str] | None,
-    image_size: int,
+    fit: decode.Fit,
     progress: Progress | None,
 ) -> Iterator[bytes]:
     """Yield each image's pixels, (3, image_size, image_size), in order; None: of whatever is there now."""
@@ -249,7 +251,7 @@ def _decode_files(
         if hashes is not None and hashlib.sha256(content).hexdigest() != hashes[index]:
             raise DataError(f"{path}: changed while it was being read; start again")
         with decode.explained(before=f"{path}: ", after="; repair or remove it"):
-            return decode.decode(content, image_size).tobytes()
+            return decode.decode(content, fit).tobytes()
 
     with decode.bombs_refused():
         yield from _in_parallel("decode images", decode_file, len(files), progress)

@@ -18,6 +18,7 @@ import torch
 
 from bncli.config import ImageFolderConfig
 from bncli.data.dataset import Dataset, Progress, Split
+from bncli.data.decode import Fit
 from bncli.data.fingerprint import content_of, digest_dataset, digest_splits
 from bncli.data.imagecache import (
     ImageFile,
@@ -63,6 +64,11 @@ def class_names(split: Path) -> tuple[str, ...]:
     """
     with os.scandir(split) as entries:
         return tuple(sorted(entry.name for entry in entries if entry.name[0] != "." and entry.is_dir()))
+
+
+def fit_of(config: ImageFolderConfig) -> Fit:
+    """How its images become squares."""
+    return Fit(config.image_size, config.resize, config.interpolation)
 
 
 def layout(root: Path) -> str:
@@ -137,7 +143,7 @@ class _Listing:
 
 
 def load_image_folder(config: ImageFolderConfig, progress: Progress | None = None) -> Dataset:
-    """Load the images, each resized to a square of `config.image_size` pixels.
+    """Load the images, each made a square of `config.image_size` pixels as `decode` says.
 
     Raises:
         DataError: a folder is missing or empty, the splits have different classes, an image is broken,
@@ -148,7 +154,7 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
         return checked
     root, train, test = _list_splits(config)
     files = [*train.files, *test.files]
-    images = cached_images(root, files, config.image_size, _cache_folder(config), progress)
+    images = cached_images(root, files, fit_of(config), _cache_folder(config), progress)
     return _dataset_of(images, train, test)
 
 
@@ -171,10 +177,10 @@ def check_digest(
     if found != [classes, classes]:
         raise DataError("its classes are others")
     root, train, test = _list_splits(config)
-    key = (root, [*train.files, *test.files], config.image_size, _cache_folder(config))
+    key = (root, [*train.files, *test.files], fit_of(config), _cache_folder(config))
     known = known_images(*key)
     if known is None:
-        found_digest = _digest_files(root, train, test, config.image_size, progress)
+        found_digest = _digest_files(root, train, test, fit_of(config), progress)
     else:
         found_digest = known.digest or digest_dataset(_dataset_of(known.images, train, test))
     if found_digest != digest:
@@ -200,14 +206,12 @@ def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Datase
     )
 
 
-def _digest_files(
-    root: Path, train: _Listing, test: _Listing, image_size: int, progress: Progress | None
-) -> str:
+def _digest_files(root: Path, train: _Listing, test: _Listing, fit: Fit, progress: Progress | None) -> str:
     """What `digest_dataset` would say, image by image: nothing is kept of them."""
     splits = (
         content_of(
-            (len(split.files), 3, image_size, image_size),
-            decoded_images(root, split.files, image_size, progress),
+            (len(split.files), 3, fit.image_size, fit.image_size),
+            decoded_images(root, split.files, fit, progress),
             split.labels,
         )
         for split in (train, test)

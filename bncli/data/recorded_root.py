@@ -37,7 +37,7 @@ def check_recorded_root(
     if not isinstance(data, Cifar10Config | ImageFolderConfig):
         return
     if not _is_looked_at(user_path(data.root, "data.root")):
-        raise DataError("such a path is not looked at")
+        raise DataError("bncli does not look into such a folder")
     if isinstance(data, Cifar10Config):
         folders = recorded_batches(data.root)
         if not folders:
@@ -47,7 +47,7 @@ def check_recorded_root(
     else:
         digest, class_names = record()
         if digest is None:
-            raise DataError("no digest is recorded to know the images by")
+            raise DataError("the file holds no digest to compare the images with")
         from bncli.data.imagefolder import check_digest
 
         check_digest(data, digest, class_names, progress)

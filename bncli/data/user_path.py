@@ -12,7 +12,7 @@ def user_path(text: str, key: str) -> Path:
         DataError: it names the home of a user who does not exist, or no path at all.
     """
     if "\0" in text:
-        raise DataError(f"{key}: {text!r} is no path")
+        raise DataError(f"{key}: {text!r} is not a path")
     try:
         return Path(text).expanduser()
     except RuntimeError:

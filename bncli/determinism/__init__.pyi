@@ -1,4 +1,5 @@
 from .certificate import BATCH_SIZES as BATCH_SIZES
+from .certificate import Apart as Apart
 from .certificate import BatchSizeCheck as BatchSizeCheck
 from .certificate import Certificate as Certificate
 from .certificate import Claim as Claim

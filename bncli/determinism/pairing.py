@@ -6,7 +6,7 @@ each image went test one claim and no other: one that keeps places and changes c
 companions and changes places.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -81,9 +81,18 @@ class Pass:
     logits: Tensor  # (num_batches * batch_size, num_classes), on the CPU, in their own dtype
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, index: Tensor) -> "Pass":
-        """Compute images (N, ...) in the batches of `index`, in the model's mode."""
-        return cls(index, torch.cat([forward(model, images[batch]).cpu() for batch in index]))
+    def of(
+        cls, model: nn.Module, images: Tensor, index: Tensor, computed: Callable[[int], None] = lambda _: None
+    ) -> "Pass":
+        """Compute images (N, ...) in the batches of `index`, in the model's mode.
+
+        `computed` is told the size of each batch when it is done.
+        """
+        logits = []
+        for batch in index:
+            logits.append(forward(model, images[batch]).cpu())
+            computed(len(batch))
+        return cls(index, torch.cat(logits))
 
     def seat(self, images: Tensor, row: int) -> Seat:
         """The batch and the place in it that a row of the logits comes from."""
@@ -142,24 +151,41 @@ class Pairings:
 
     @classmethod
     def of(
-        cls, model: nn.Module, images: Tensor, batch_sizes: Sequence[int], *, num_images: int, seed: int
+        cls,
+        model: nn.Module,
+        images: Tensor,
+        batch_sizes: Sequence[int],
+        *,
+        num_images: int,
+        seed: int,
+        computed: Callable[[int], None] = lambda _: None,
     ) -> "Pairings":
         """Compute images (N, ...) in all arrangements, in the model's mode; compare `num_images` of them."""
         pair = partial(Pairing, num_images=num_images)
-        alone = Pass.of(model, images, one_by_one(len(images)))
+        compute = partial(Pass.of, model, images, computed=computed)
+        alone = compute(one_by_one(len(images)))
         found = cls(alone)
-        found.repeat.append(pair(alone, Pass.of(model, images, alone.index), alone.index))
+        found.repeat.append(pair(alone, compute(alone.index), alone.index))
         for size in sorted(set(batch_sizes)):
             if size == 1:
                 found.batch_size[1] = (found.repeat[0], found.repeat[0])
                 continue
-            given = Pass.of(model, images, consecutive(len(images), size))
-            again = Pass.of(model, images, given.index)
+            given = compute(consecutive(len(images), size))
+            again = compute(given.index)
             found.repeat.append(pair(given, again, torch.arange(given.index.numel())))
             mixed = with_other_neighbours(given.index)
-            found.neighbours.append(pair(given, Pass.of(model, images, mixed.images), mixed.moved_to))
+            found.neighbours.append(pair(given, compute(mixed.images), mixed.moved_to))
             moved = at_other_places(given.index, seed)
-            shuffled = Pass.of(model, images, moved.images)
+            shuffled = compute(moved.images)
             found.position.append(pair(given, shuffled, moved.moved_to))
             found.batch_size[size] = pair(given, alone, given.index), pair(shuffled, alone, shuffled.index)
         return found
+
+
+def num_computed(num_images: int, batch_sizes: Sequence[int]) -> int:
+    """How many images a certificate computes in all, one as often as it is computed."""
+    total = 3 * num_images  # alone: twice in eval mode, once in train mode
+    for size in set(batch_sizes) - {1}:
+        in_train_mode = -(-num_images // size) * size
+        total += 4 * consecutive(num_images, size).numel() + in_train_mode
+    return total

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,14 @@ from bncli.batches import Batches, GetTensor, gather, read_with
 from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.evaluation.evaluate import Evaluation, evaluate
-from bncli.evaluation.gap import Gap, measure_gap
-from bncli.evaluation.sweep import SweepPoint, random_order, sweep_batch_sizes
+from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
+from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
 from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmented
+from bncli.sample import random_order, stratified_sample
 
-PhaseProgress = Callable[[str, int], None]
-"""Called as `progress(phase, images done in it)`."""
+CERTIFYING = "test images, each alone and in batches"
+VIEWS = "test images, averaged over views"
+SAMPLE_SIZES = (1, 8, 64)  # batch sizes at which the accuracy of the sample is measured in both modes
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Examination:
     """What was found about one network on one set of labelled images; parts not asked for are empty."""
 
     evaluation: Evaluation
+    sample: tuple[int, ...]  # indices of the images that the certificate compares: see `bncli.sample`
     certificate: Certificate
+    sample_sweep: tuple[SweepPoint, ...]  # accuracy of the same images in small batches
     sweep: tuple[SweepPoint, ...]
     gap: Gap | None
     tta: AugmentedEvaluation | None
@@ -44,6 +49,7 @@ class Examination:
             "batch_invariant": self.certificate.fixed_rows is not None,
             "fixed_rows": self.certificate.fixed_rows,
             "determinism": self.certificate.to_dict(),
+            "sample_sweep": [asdict(point) for point in self.sample_sweep],
             "sweep": [asdict(point) for point in self.sweep],
             "gap": None if self.gap is None else self.gap.to_dict(),
             "tta": None if self.tta is None else asdict(self.tta),
@@ -51,7 +57,7 @@ class Examination:
 
     def __str__(self) -> str:
         """What each part says of itself."""
-        parts = [self.evaluation, self.tta, *self.sweep, self.certificate, self.gap]
+        parts = [self.evaluation, self.tta, *self.sample_sweep, *self.sweep, self.certificate, self.gap]
         return "\n".join(str(part) for part in parts if part is not None)
 
 
@@ -69,17 +75,18 @@ def examine(
     place: Callable[[Tensor], Tensor] = lambda images: images,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Examination:
     """Evaluate a classifier in eval mode and certify it; on request sweep, gap and views. It stays as it was.
 
     `data` are labelled images (see `bncli.batches`), all held in memory unless they are given as a pair of
     tensors, images (N, ...) and labels (N,). They are computed in batches of `batch_size`; `place` brings a
-    batch to where and how the model computes. `num_images` and `batch_sizes` are the certificate's, `sweep`
-    lists the batch sizes whose accuracy is measured in both modes. With `training` images, unaugmented, the
-    gap between the modes is taken apart, on `shuffled`: the same data in an order in which every batch is a
-    sample of all classes (default: one random order). For another precision call this
-    inside `torch.autocast`.
+    batch to where and how the model computes. `num_images` and `batch_sizes` are the certificate's, whose
+    images are a random sample over all classes (`bncli.sample`). The sample's accuracy is also measured in
+    batches of 1, 8 and 64, in both modes. `sweep` lists batch sizes at which that of all images is measured.
+    With `training` images, unaugmented, the gap between the modes is taken apart, on `shuffled`: the same
+    data in an order in which every batch is a sample of all classes (default: one random order). For another
+    precision call this inside `torch.autocast`.
 
     Raises DataError for data that cannot be used, BncliError for a model that is no classifier, or where the
     gap is asked for and no layer has running statistics.
@@ -93,15 +100,20 @@ def examine(
         return lambda: ((place(part), truth) for part, truth in parts)
 
     evaluation = evaluate(
-        model, placed(size), progress=lambda done: progress("test images in eval mode", done)
+        model, placed(size), progress=lambda done: progress("test images in eval mode", done, len(images))
     )
-    certificate = certify(model, place(images[:num_images]), batch_sizes=batch_sizes)
+    chosen = stratified_sample(labels, num_images)
+    sample = place(images[chosen])
+    certificate = certify(model, sample, batch_sizes=batch_sizes, progress=partial(progress, CERTIFYING))
+    sample_sweep = sweep_batch_sizes(
+        model, (sample, labels[chosen]), [size for size in SAMPLE_SIZES if size <= len(chosen)]
+    )
     points = (
         sweep_batch_sizes(
             model,
             (images, labels),
             sweep,
-            progress=lambda done, _: progress("passes over the test images, in both modes", done),
+            progress=partial(progress, "passes over the test images, in both modes"),
         )
         if sweep
         else ()
@@ -113,5 +125,9 @@ def examine(
             order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
             shuffled = lambda: ((place(images[part]), labels[part]) for part in order)  # noqa: E731
         gap = measure_gap(network, shuffled, read_with(training, get_input), progress=progress)
-    tta = None if views is None else evaluate_augmented(model, placed(batch_size), views)
-    return Examination(evaluation, certificate, points, gap, tta)
+    tta = None
+    if views is not None:
+        tta = evaluate_augmented(
+            model, placed(batch_size), views, progress=lambda done: progress(VIEWS, done, len(images))
+        )
+    return Examination(evaluation, tuple(chosen.tolist()), certificate, sample_sweep, points, gap, tta)

@@ -48,8 +48,8 @@ SOURCES = {
     "exact": "population statistics, exact",
 }
 
-PhaseProgress = Callable[[str, int], None]
-"""Called as `progress(phase, images done in it)` after every batch."""
+PhaseProgress = Callable[[str, int, int | None], None]
+"""Called as `progress(phase, images done in it, images in all)` after every batch; None: not known yet."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def measure_gap(
     *,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Gap:
     """Take the gap of any classifier apart; it is left as it was: modes, buffers, hooks.
 
@@ -182,6 +182,8 @@ def measure_gap(
     check_repeatable(test_batches)
     training_batches = read_with(training_batches, get_input)
 
+    num_test: int | None = None  # known after the first pass
+
     def test(phase: str, num_images: int | None = None) -> Outcomes:
         return measure_outcomes(
             model,
@@ -189,23 +191,24 @@ def measure_gap(
             num_images=num_images,
             get_input=get_input,
             get_labels=get_labels,
-            progress=lambda done: progress(phase, done),
+            progress=lambda done: progress(phase, done, num_images or num_test),
         )
 
     with preserved_buffers(model), eval_mode(model):
         layers = select_layers(model).layers
         running = test("test images under running statistics")
+        num_test = len(running.right)
         batch = _under_batch_statistics(model, lambda: test("test images under batch statistics"))
         seen = measure_pass(
             model,
             training_batches,
             layers,
-            progress=lambda done: progress("training images, every layer as it is", done),
+            progress=lambda done: progress("training images, every layer as it is", done, None),
         )
         found = {name: tree.total() for name, tree in seen.trees.items()}
         consistency = [_consistency(name, layers[name], moments) for name, moments in found.items()]
         precise, exact = (
-            _under_population(model, training_batches, method, test, progress)
+            _under_population(model, training_batches, seen.num_images, method, test, progress)
             for method in ("precise", "exact")
         )
         explained = compare_outcomes(running, exact)
@@ -241,6 +244,7 @@ def _under_batch_statistics(model: nn.Module, test: Callable[[], Outcomes]) -> O
 def _under_population(
     model: nn.Module,
     batches: Batches,
+    num_images: int,
     method: Method,
     test: Callable[[str], Outcomes],
     progress: PhaseProgress,
@@ -253,6 +257,7 @@ def _under_population(
         progress=lambda number, of, done: progress(
             f"training images, {method}, pass {number} of {of}" if of > 1 else f"training images, {method}",
             done,
+            num_images,
         ),
     )
     with preserved_buffers(model):

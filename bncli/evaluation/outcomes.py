@@ -76,7 +76,7 @@ class PairedDifference:
         numbers = (
             f"{points:+.2f} points of accuracy (standard error {error:.2f},"
             f" {plural(self.num_gained, 'image')} gained, {self.num_lost:,} lost),"
-            f" {self.loss:+.4f} nats of loss (standard error {self.loss_standard_error:.4f})"
+            f" {self.loss:+.4f} in loss (standard error {self.loss_standard_error:.4f})"
         )
         if self.is_gain:
             return f"A gain: {numbers}."

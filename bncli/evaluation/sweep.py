@@ -13,6 +13,7 @@ from bncli.determinism.difference import predictions
 from bncli.determinism.fixed_shape import without_fixed_shape
 from bncli.errors import DataError
 from bncli.forward import forward, is_too_few_values
+from bncli.sample import random_order
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: two-sided 95 %
 
@@ -89,11 +90,6 @@ def sweep_batch_sizes(
             )
         )
     return tuple(points)
-
-
-def random_order(num_images: int, seed: int = 0) -> Tensor:
-    """All indices (N,) int64 in the random order of a seed."""
-    return torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)

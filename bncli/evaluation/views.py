@@ -5,6 +5,7 @@ reflection padding, as in airbench (https://github.com/KellerJordan/cifar10-airb
 tensors (N, C, H, W) of any kind of number, at least 2 pixels high and wide.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,14 +46,18 @@ def evaluate_augmented(
     *,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> AugmentedEvaluation:
     """Evaluate like `evaluate`, with the weighted mean of the views' logits in place of an image's own.
 
     The unshifted pair weighs 1/2 in all, each image of a pair the same; the model is left as it was.
+    `progress` is given the number of images done after every batch.
 
     Raises DataError if there are no images, or a label is not a class of the model.
     """
-    found = evaluate(_Averaged(model, views), batches, get_input=get_input, get_labels=get_labels)
+    found = evaluate(
+        _Averaged(model, views), batches, get_input=get_input, get_labels=get_labels, progress=progress
+    )
     num_views = len(view_weights(views)) * 2
     return AugmentedEvaluation(views, num_views, found.num_images, found.accuracy, found.loss, found.seconds)
 

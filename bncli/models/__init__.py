@@ -1,4 +1,4 @@
-"""The networks that bncli builds."""
+"""The networks that bncli builds: its own, and those that a user names."""
 
 import lazy_loader
 

@@ -194,7 +194,7 @@ def build_model(
         raise ConfigError(
             "model",
             [
-                f"model.widths: {len(config.widths)} stages halve the image so often, but"
+                f"model.widths: {len(config.widths)} stages halve the image as many times, but"
                 f" {side}x{side} pixels allow {side.bit_length() - 1}"
             ],
         )

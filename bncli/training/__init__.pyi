@@ -5,10 +5,14 @@ from .loop import TrainResult as TrainResult
 from .loop import train as train
 from .recalibrated import Calibration as Calibration
 from .recalibrated import RecalibratedCheckpoint as RecalibratedCheckpoint
+from .recalibrated import RecalibratedNetwork as RecalibratedNetwork
 from .recalibrated import RecalibrationMethod as RecalibrationMethod
 from .recalibrated import Verification as Verification
 from .recalibrated import recalibrate_checkpoint as recalibrate_checkpoint
+from .recalibrated import recalibrate_network as recalibrate_network
+from .recalibrated import running_stats as running_stats
 from .recalibrated import verify_checkpoint as verify_checkpoint
+from .recalibrated import verify_network as verify_network
 from .setup import Setup as Setup
 from .setup import SetupDescription as SetupDescription
 from .setup import describe_setup as describe_setup

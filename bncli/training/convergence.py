@@ -6,6 +6,7 @@ line may be torn, by a crash or because the run is writing it now.
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,21 @@ class Convergence:
         """What was recorded, and the verdict."""
         epochs = f"epoch {self.epochs[0]}" + (f" to {self.epochs[-1]}" if len(self.epochs) > 1 else "")
         return f"{self.run_dir}: {plural(len(self.layers), 'BatchNorm layer')}, {epochs}. {self.verdict}"
+
+
+def eval_lag(layers: Sequence[Mapping[str, Any]]) -> float | None:
+    """How far the running statistics are from those of an epoch's batches, in the layer where it is furthest.
+
+    `layers` is that key of the epoch's metrics. Per layer sqrt(shift**2 + ln(ratio)**2) of the two distances
+    in `EpochPoint`: about 0 where eval mode normalises as the epoch's batches did; with 0.1 it is off by a
+    tenth of their deviations. None where no layer's batches are known.
+    """
+    distances = [
+        math.hypot(layer["mean_shift"], math.log(layer["var_ratio"]))
+        for layer in layers
+        if layer["mean_shift"] is not None and layer["var_ratio"]
+    ]
+    return max(distances, default=None)
 
 
 def read_convergence(run_dir: Path) -> Convergence:

@@ -6,9 +6,9 @@ learning rate. Nothing else is random, so a run that was interrupted continues b
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
 from bncli.training.setup import Setup
 
+if TYPE_CHECKING:
+    from bncli.training.agreement import Agreement
+
 
 @dataclass(frozen=True)
 class Started:
@@ -37,6 +40,7 @@ class Started:
     run_dir: Path
     epoch: int  # epochs finished already: 0, or more in a resumed run
     step: int  # steps finished already
+    former_threads: int | None  # of the run that is resumed; None: of a new one, or not recorded
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,12 @@ class TrainResult:
     images_per_second: float  # of all epochs, evaluation and checkpoints included
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
+    agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        agreement = None if self.agreement is None else self.agreement.to_dict()
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"agreement": agreement}
 
 
 def train(
@@ -101,10 +111,11 @@ def train(
     """
     run_dir = Path(run_dir)
     with open_run(run_dir, config, resume=resume, data_progress=data_progress) as run:
-        report(Started(run.setup, run_dir, run.epoch, run.step))
+        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, report, stop)
+            return _result_of(run, run_dir, stop)
         except (StoppedError, CompileError) as error:
             _save_last_step(run, last_good, run_dir)
             # Ctrl-C on a terminal also ends the C++ compiler that is at work, and that comes first
@@ -121,7 +132,6 @@ def train(
             if not stop():
                 _save_last_step(run, last_good, run_dir)
             raise
-        return _result_of(run, run_dir)
 
 
 def _train_to_the_end(
@@ -246,7 +256,9 @@ def _training_metrics(run: Run) -> dict[str, Any]:
     }
 
 
-def _result_of(run: Run, run_dir: Path) -> TrainResult:
+def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
+    from bncli.training.agreement import measure_agreement  # needed here only
+
     recalibrated = run.setup.config.train.recalibrate != "none"
     path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
     last = load_checkpoint(path)
@@ -265,6 +277,7 @@ def _result_of(run: Run, run_dir: Path) -> TrainResult:
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration if recalibrated else None,
+        agreement=measure_agreement(last, run.setup, stop),
     )
 
 

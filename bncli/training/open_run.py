@@ -1,6 +1,7 @@
 """A run made ready: a new one in a new directory, or one that continues where its last checkpoint is."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from bncli.checkpoints import Checkpoint, load_checkpoint
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import Progress
-from bncli.errors import RunError
+from bncli.errors import CheckpointError, RunError
 from bncli.training.run import Run
 from bncli.training.run_dir import created, keep_metrics_until, reopened, save_config, writing
 from bncli.training.setup import prepare
@@ -44,8 +45,15 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
     with reopened(run_dir):
         last = _load_last(run_dir, config)
         # a run that goes on had its data: if they are gone, nobody asked for a download
-        setup = prepare(config, progress=data_progress, may_download=False)
-        run = Run.restore(setup, last) if last else Run.start(setup)
+        former = _recorded_threads(last)
+        # as before, since sums round as they are split; but a file starts no more threads than there are CPUs
+        threads = former if former is not None and former <= (os.cpu_count() or 1) else None
+        setup = prepare(config, progress=data_progress, may_download=False, default_threads=threads)
+        try:
+            run = Run.restore(setup, last) if last else Run.start(setup)
+        except (CheckpointError, RunError) as error:
+            raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
+        run.former_threads = former
         with writing(run_dir):
             save_config(run_dir, config)  # resumed once more, it goes on as it was told now
             keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)
@@ -75,6 +83,12 @@ def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
             f" {last.epoch} already"
         )
     return last
+
+
+def _recorded_threads(last: Checkpoint | None) -> int | None:
+    """The threads that the run had, whether PyTorch, a quota or its user chose them."""
+    threads = last.runtime.get("threads") if last else None
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def _differences(before: object, after: object, key: str = "") -> dict[str, str]:

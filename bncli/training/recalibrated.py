@@ -6,11 +6,10 @@ computed as `bncli eval` computes it, autocast included, since that is where the
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.batchnorm.distance import nan_as_farthest
@@ -18,8 +17,8 @@ from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_mod
 from bncli.data import Dataset, sequential_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation.gap import PhaseProgress
 from bncli.hardware import describe_machine
-from bncli.models.convnet import ConvNet
 from bncli.recorded_config import MAX_EVAL_BATCH
 from bncli.runtime import Runtime
 from bncli.training.run import Run
@@ -27,7 +26,6 @@ from bncli.training.run_dir import RECALIBRATED, writing
 from bncli.training.setup import training_sample
 
 RecalibrationMethod = Literal["exact", "precise", "debias"]
-PhaseProgress = Callable[[str, int], None]  # (phase, images done in it)
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,9 @@ class Calibration:
 
 
 @dataclass(frozen=True, eq=False)
-class RecalibratedCheckpoint:
-    """The new checkpoint beside what it was made from."""
+class RecalibratedNetwork:
+    """How good a network was before its running statistics were replaced, and after."""
 
-    checkpoint: Checkpoint
     recalibration: Recalibration
     before: Score  # on the test split, in eval mode
     after: Score
@@ -75,6 +72,13 @@ class RecalibratedCheckpoint:
     def __str__(self) -> str:
         """How far the layers moved, and the verdict."""
         return f"{self.recalibration}\n{self.difference.verdict}"
+
+
+@dataclass(frozen=True, eq=False)
+class RecalibratedCheckpoint(RecalibratedNetwork):
+    """The same, and the new checkpoint."""
+
+    checkpoint: Checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,10 +100,13 @@ class Verification:
     def verdict(self) -> str:
         """One sentence: whether they are a fixed point, and where they are furthest off."""
         worst = max(self.layers, key=lambda layer: nan_as_farthest(layer.max_relative_error))
-        error = f"{worst.max_relative_error:.1e} in {worst.name}"
+        error = f"{worst.max_relative_error:.2g} in {worst.name}"
         if self.self_consistent:
-            return f"Self-consistent: no statistic is further off than {error}."
-        return f"Not self-consistent: off by {error}, more than the {self.max_error:g} allowed."
+            return f"Self-consistent: no mean or variance differs from its input's by more than {error}."
+        return (
+            f"Not self-consistent: a mean or variance differs from its input's by {error};"
+            f" {self.max_error:g} is allowed."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -118,7 +125,7 @@ def recalibrate_checkpoint(
     *,
     source: dict[str, str],
     eval_batch_size: int,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedCheckpoint:
     """Measure, replace, and evaluate before and after; `checkpoint` itself is left as it was.
 
@@ -127,45 +134,70 @@ def recalibrate_checkpoint(
 
     Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
-    size = how.batch_size or eval_batch_size
     model = runtime.place_model(load_model(checkpoint))
+    made = recalibrate_network(
+        model, dataset, runtime, how, eval_batch_size=eval_batch_size, progress=progress
+    )
+    return RecalibratedCheckpoint(
+        made.recalibration,
+        made.before,
+        made.after,
+        made.difference,
+        replace(
+            checkpoint.finished(),
+            state_dict=checkpoint.state_dict | running_stats(model),
+            test_accuracy=made.after.accuracy,
+            test_loss=made.after.loss,
+            recalibration={
+                **asdict(how),
+                "num_images": made.recalibration.num_images,
+                "batch_size": how.batch_size or eval_batch_size,
+                "recalibrated_layers": [layer.name for layer in made.recalibration.layers],
+                "source": source,
+                "before": asdict(made.before),
+                "after": asdict(made.after),
+                "runtime": runtime.describe(),
+                "machine": describe_machine(),
+            },
+        ),
+    )
+
+
+def recalibrate_network(
+    model: nn.Module,
+    dataset: Dataset,
+    runtime: Runtime,
+    how: Calibration,
+    *,
+    eval_batch_size: int,
+    progress: PhaseProgress = lambda phase, done, total: None,
+) -> RecalibratedNetwork:
+    """Replace the running statistics of a placed classifier in eval mode; it is evaluated before and after.
+
+    Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
+    """
+    size = how.batch_size or eval_batch_size
+    num_images = min(how.num_images or len(dataset.train), len(dataset.train))
 
     def outcomes(phase: str) -> Outcomes:
         batches = sequential_batches(dataset.test, eval_batch_size)
         placed = ((runtime.place(images), labels) for images, labels in batches)
-        return measure_outcomes(model, placed, progress=partial(progress, phase))
+        return measure_outcomes(model, placed, progress=lambda done: progress(phase, done, len(dataset.test)))
 
     with runtime.autocast():
         before = outcomes("test images before")
         done = recalibrate(
             model,
-            None
-            if how.method == "debias"
-            else training_sample(dataset.train, runtime, size, how.num_images or len(dataset.train)),
+            None if how.method == "debias" else training_sample(dataset.train, runtime, size, num_images),
             method=how.method,
             layers=how.layers,
             tolerance=how.tolerance,
-            progress=lambda number, of, images: progress(f"training images, pass {number} of {of}", images),
+            progress=lambda number, of, images: progress(
+                f"training images, pass {number} of {of}", images, num_images
+            ),
         )
         after = outcomes("test images after")
-    made = replace(
-        checkpoint.finished(),
-        state_dict=checkpoint.state_dict | _running_stats(model),
-        test_accuracy=after.score.accuracy,
-        test_loss=after.score.loss,
-        recalibration={
-            **asdict(how),
-            "num_images": done.num_images,
-            "batch_size": size,
-            "recalibrated_layers": [layer.name for layer in done.layers],
-            "source": source,
-            "before": asdict(before.score),
-            "after": asdict(after.score),
-            "runtime": runtime.describe(),
-            "machine": describe_machine(),
-        },
-    )
-    return RecalibratedCheckpoint(made, done, before.score, after.score, compare_outcomes(before, after))
+    return RecalibratedNetwork(done, before.score, after.score, compare_outcomes(before, after))
 
 
 def save_recalibrated(
@@ -176,7 +208,7 @@ def save_recalibrated(
     Raises StoppedError when `stop`, which is asked after every batch, says so.
     """
 
-    def ask(phase: str, num_images: int) -> None:
+    def ask(phase: str, done: int, total: int | None) -> None:
         if stop():
             raise StoppedError
 
@@ -194,7 +226,7 @@ def save_recalibrated(
         save_checkpoint(made.checkpoint, run_dir / RECALIBRATED)
 
 
-def _running_stats(model: ConvNet) -> dict[str, Tensor]:
+def running_stats(model: nn.Module) -> dict[str, Tensor]:
     """The part of the state dict that recalibration writes; all other tensors stay the file's own."""
     return {
         key: value.to("cpu", copy=True)
@@ -211,7 +243,7 @@ def verify_checkpoint(
     *,
     eval_batch_size: int,
     max_error: float,
-    progress: PhaseProgress = lambda phase, num_images: None,
+    progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Verification:
     """Whether the running statistics are those of the training images in eval mode: a fixed point.
 
@@ -219,16 +251,36 @@ def verify_checkpoint(
 
     Raises BncliError where no layer can be measured.
     """
-    how = how.or_as_recorded(checkpoint)
+    return verify_network(
+        runtime.place_model(load_model(checkpoint)),
+        dataset,
+        runtime,
+        how.or_as_recorded(checkpoint),
+        eval_batch_size=eval_batch_size,
+        max_error=max_error,
+        progress=progress,
+    )
+
+
+def verify_network(
+    model: nn.Module,
+    dataset: Dataset,
+    runtime: Runtime,
+    how: Calibration,
+    *,
+    eval_batch_size: int,
+    max_error: float,
+    progress: PhaseProgress = lambda phase, done, total: None,
+) -> Verification:
+    """The same of a network that is placed already. Raises BncliError where no layer can be measured."""
     size = how.batch_size or eval_batch_size
     num_images = min(how.num_images or len(dataset.train), len(dataset.train))
-    model: ConvNet = runtime.place_model(load_model(checkpoint))
     with runtime.autocast():
         layers = verify_fixed_point(
             model,
             training_sample(dataset.train, runtime, size, num_images),
             layers=how.layers,
-            progress=partial(progress, "training images, verifying"),
+            progress=lambda done: progress("training images, verifying", done, num_images),
         )
     return Verification(dataset.name, num_images, size, max_error, layers)
 

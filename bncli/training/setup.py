@@ -85,16 +85,23 @@ class Setup:
         return self.plan.num_steps * self.config.train.epochs
 
 
-def prepare(config: Config, *, progress: Progress | None = None, may_download: bool = True) -> Setup:
+def prepare(
+    config: Config,
+    *,
+    progress: Progress | None = None,
+    may_download: bool = True,
+    default_threads: int | None = None,
+) -> Setup:
     """Load the data, build the network and decide the size of every batch.
 
-    Without `may_download` data are only fetched from a `data.url` that is configured.
+    Without `may_download` data are only fetched from a `data.url` that is configured. `default_threads` holds
+    where the configuration names no number of threads.
 
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
     _check_statistics(config)
-    runtime = resolve_runtime(config.runtime)
+    runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if runtime.compiles:
         check_compiler(runtime.device)
     dataset = load_dataset(config.data, progress=progress, may_download=may_download)
@@ -112,9 +119,10 @@ def prepare(config: Config, *, progress: Progress | None = None, may_download: b
         seed=config.train.seed,
     )
     if model.whiten is not None:
-        # evenly spaced, because an image folder comes sorted by class
-        stride = max(1, len(dataset.train) // NUM_WHITENING_IMAGES)
-        model.whiten.fit(model.normalize(dataset.train.images[::stride][:NUM_WHITENING_IMAGES]))
+        # evenly spaced to the very end, because an image folder comes sorted by class
+        num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
+        spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
+        model.whiten.fit(model.normalize(dataset.train.images[spaced]))
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1

@@ -275,7 +275,7 @@ def test_a_divergence_prints_on_one_line_with_what_it_is_measured_in() -> None:
     found = diverge(layer([0.0, 0, 0], [1.0, 1, -1], 0.0), layer([3.0, -4, 0], [1.0, 4, 1], 0.0))
     assert str(found) == (
         "3 channels: mean shift 3.5 of the first's deviations (at most 4, in channel 1), variance ratio 2"
-        " (1 to 4), KL 6.7 nats (at most 8.8, in channel 1); channels left out: 1"
+        " (1 to 4), KL divergence 6.7 (at most 8.8, in channel 1); channels left out: 1"
     )
     moved = compare(Contents(state()), changed("3.running_mean")).layers
     assert str(moved[0]).startswith("1: mean shift 0 of the first's deviations")

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bncli as package
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c489")
 
@@ -31,7 +32,6 @@ def test_version_and_help_answer(bncli: Bncli) -> None:
     [
         ("nonsense",),
         ("train", "--nonsense"),
-        ("train",),
         ("eval",),
         ("train", "x.yaml", "--resume", "y"),
         ("train", "--resume", "y", "--run-dir", "z"),
@@ -73,8 +73,8 @@ def test_what_is_no_checkpoint_is_answered_by_one_line_and_exit_2(
     ("text", "expected"),
     [
         ("trian: {}", "trian: unknown key; did you mean 'train'?"),
-        ("train: {epochs: many}", "train.epochs: expected integer, found 'many'"),
-        ("train: {epochs: 0}", "train.epochs: expected greater than or equal to 1, found 0"),
+        ("train: {epochs: many}", "train.epochs: must be a whole number, not 'many'"),
+        ("train: {epochs: 0}", "train.epochs: must be at least 1, not 0"),
         ("", "empty"),
         ("[1, 2]", "found a list"),
         ("runtime: {device: abacus}", "unknown device 'abacus'"),
@@ -197,3 +197,46 @@ def test_help_takes_at_most_a_quarter_of_importing_torch() -> None:
 
     for option in ("--help", "--version"):
         assert seconds("-m", "bncli", option) <= seconds("-c", "import torch") / 4
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "words", [("--help",), ("explain",), ("config", "cifar10"), ("inspect-stats", "CHECKPOINT", "--json")]
+)
+def test_a_full_disk_is_called_so(finished_run: Path, words: tuple[str, ...]) -> None:
+    arguments = [str(finished_run / "last.pt") if word == "CHECKPOINT" else word for word in words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bncli", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    expected = "bncli: error: the disk is full; free some space, or write to another one\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
+def test_what_the_operating_system_refuses_is_not_called_a_bug(
+    bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)
+    outcome = bncli("eval", finished_run / "last.pt")
+    assert (outcome.code, outcome.err) == (2, "bncli: error: /some/file: Permission denied\n")
+
+
+def test_tensors_that_do_not_fit_are_told_with_the_name_of_the_file(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished_run / "last.pt", weights_only=True)
+    name = next(name for name in content["state_dict"] if name.endswith("running_mean"))
+    content["state_dict"][name] = torch.zeros(3)
+    save_as_if_whole(content, tmp_path / "file.pt")
+    for command in ("eval", "predict"):
+        outcome = bncli(command, tmp_path / "file.pt", *(["x.png"] if command == "predict" else []))
+        assert outcome.code == 2
+        expected = f"bncli: error: {tmp_path / 'file.pt'}: its tensors do not fit its configuration: {name}: "
+        assert outcome.err.startswith(expected)

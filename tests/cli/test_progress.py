@@ -3,9 +3,11 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
+from bncli.cli import progress
 from bncli.cli.progress import ProgressReporter
 
 SCRIPT = """
@@ -44,16 +46,55 @@ def on_a_terminal(script: str) -> str:
     return written.decode()
 
 
-def test_off_a_terminal_a_part_is_one_line_when_it_is_done(capfd: pytest.CaptureFixture[str]) -> None:
-    exec(SCRIPT, {})
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let so many seconds go by, for what shows progress."""
+    now = [100.0]
+
+    def pass_by(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return pass_by
+
+
+def test_off_a_terminal_a_part_says_every_few_seconds_how_far_it_is_and_when_it_is_done(
+    capfd: pytest.CaptureFixture[str], wait: Callable[[float], None]
+) -> None:
+    with ProgressReporter() as report:
+        for done in range(0, 1401, 100):  # a second each
+            report("counted", done, 1400)
+            wait(1.0)
+        for done in range(0, 400, 100):
+            report("first\x1b[31m pass", done)
+            wait(1.0)
+        report("in one go", 7)
+        wait(3.0)
     out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "counted: 1,000",
-        "first\\x1b[31m pass: 1,000",
-        "second pass: 7",
-        "bncli: between two",
+        "counted: 200 of 1,400",
+        "counted: 1,200 of 1,400",
+        "counted: 1,400",
+        "first\\x1b[31m pass: 100",
+        "first\\x1b[31m pass: 300",
+        "in one go: 7",
     ]
+
+
+def test_off_a_terminal_nothing_is_said_of_short_parts_nor_of_one_that_broke_off(
+    capfd: pytest.CaptureFixture[str], wait: Callable[[float], None]
+) -> None:
+    with pytest.raises(KeyboardInterrupt), ProgressReporter() as report:
+        for what in ("one", "two", "three"):
+            for done in range(5):
+                report(what, done, 4)
+                wait(0.3)
+        report.note("between two")
+        report("broken off", 5, 10)
+        wait(5.0)
+        raise KeyboardInterrupt
+    assert capfd.readouterr().err.splitlines() == ["bncli: between two"]
 
 
 def test_on_a_terminal_a_bar_shows_how_far_it_is_and_is_gone_at_the_end() -> None:
@@ -65,13 +106,16 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is_and_is_gone_at_the_end() -> Non
     assert written.rstrip().endswith(("\x1b[2K", "\x1b[?25h"))
 
 
-def test_a_part_without_a_total_is_done_when_another_begins(capfd: pytest.CaptureFixture[str]) -> None:
-    def err(call: Callable[[], object]) -> str:
-        call()
-        return capfd.readouterr().err
-
+def test_a_part_without_a_total_is_done_when_another_begins(
+    capfd: pytest.CaptureFixture[str], wait: Callable[[float], None]
+) -> None:
     with ProgressReporter() as report:
-        assert err(lambda: report("one", 3)) == ""
-        assert err(lambda: report("one", 5)) == ""
-        assert err(lambda: report("two", 1)) == "one: 5\n"
+        report("one", 3)
+        wait(1.0)
+        report("one", 5)
+        wait(1.0)
+        assert capfd.readouterr().err == ""
+        report("two", 1)
+        assert capfd.readouterr().err == "one: 5\n"
+        wait(2.0)
     assert capfd.readouterr().err == "two: 1\n"

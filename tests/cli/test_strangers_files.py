@@ -181,7 +181,7 @@ def test_what_a_file_names_is_neither_fetched_nor_read_nor_written(
     assert len(errors) == 1
     assert "data.root" in errors[0]
     assert f"data.root={stranger.trap}" in outcome.err
-    reason = "does not hold CIFAR-10" if kind == "cifar10" else "its classes are others"
+    reason = "does not hold CIFAR-10" if kind == "cifar10" else "it has other classes"
     assert reason in outcome.err
     if kind == "cifar10":
         assert "--set data.url=" in errors[0]
@@ -199,7 +199,7 @@ def test_places_where_a_look_asks_another_machine_are_not_looked_at(
     with watched() as events:
         result = bncli("eval", "stranger.pt")
     assert result.code == 2
-    assert root.startswith("~") or "such a path is not looked at" in result.err
+    assert root.startswith("~") or "bncli does not look into such a folder" in result.err
     listed = [path for event, path in events if event == "os.scandir"]
     assert not [path for path in listed if path.startswith(("/net", "/proc/self/root", "//")) or path == "/"]
 
@@ -224,7 +224,7 @@ def test_threads_batches_and_devices_of_a_file_stay_within_the_machine(
     outcome = bncli("eval", tmp_path / "greedy.pt", "--json", "--num-images", "4", "--batch-sizes", "2")
     assert outcome.code == 0, outcome.err
     assert asked == []
-    assert outcome.err.count("which is not followed") == 3
+    assert outcome.err.count("which is not used") == 3
     verified = bncli(
         "recalibrate", tmp_path / "greedy.pt", "--verify", "--json", "--set", "runtime.device=cpu"
     )
@@ -291,7 +291,7 @@ def test_ones_own_cifar10_is_found_again_and_a_damaged_one_is_not_followed(
     before = tree(tmp_path / "mine")
     outcome = bncli("eval", last, *EVAL)
     assert accuracy(outcome) == load_checkpoint(last).test_accuracy
-    assert "not followed" not in outcome.err
+    assert "not used" not in outcome.err
     assert bncli("train", "--resume", own_cifar10, "--set", "train.epochs=3").code == 0
     assert f"root: {tmp_path / 'mine'}" in (own_cifar10 / "config.yaml").read_text()
     assert tree(tmp_path / "mine") == before
@@ -310,14 +310,14 @@ def test_ones_own_images_are_found_again_by_their_digest(
     last, cached = own_images / "last.pt", tree(tmp_path / "cache")
     first = bncli("eval", last, *EVAL)
     assert accuracy(first) == load_checkpoint(last).test_accuracy
-    assert f"data.cache={tmp_path / 'cache'}: not followed" in first.err
+    assert f"data.cache={tmp_path / 'cache'}: not used" in first.err
     assert tree(tmp_path / "cache") == cached
     resumed = bncli("train", "--resume", own_images, "--set", "train.epochs=3")
     assert resumed.code == 0, resumed.err
     assert tree(tmp_path / "cache") == cached
     named = bncli("eval", own_images / "best.pt", *EVAL, "--set", f"data.cache={tmp_path / 'cache'}")
     assert named.code == 0
-    assert "not followed" not in named.err
+    assert "not used" not in named.err
 
 
 def test_a_digest_is_computed_once_and_an_edited_image_is_noticed(
@@ -335,7 +335,7 @@ def test_a_digest_is_computed_once_and_an_edited_image_is_noticed(
     for command in (("eval", last), ("train", "--resume", own_images, "--set", "train.epochs=3")):
         refused = bncli(*command)
         assert refused.code == 2
-        assert f"data.root={tmp_path / 'mine'} (its images or labels are others" in refused.err
+        assert f"data.root={tmp_path / 'mine'} (it has other images or labels" in refused.err
     assert tree(tmp_path / "xdg") == xdg
     assert accuracy(bncli("eval", last, *EVAL, "--set", f"data.root={tmp_path / 'mine'}")) >= 0
 
@@ -346,7 +346,7 @@ def test_a_run_without_a_checkpoint_has_no_digest_to_know_images_by(
     (own_images / "last.pt").unlink()
     refused = bncli("train", "--resume", own_images)
     assert refused.code == 2
-    assert "no digest is recorded" in refused.err
+    assert "the file holds no digest" in refused.err
     assert bncli("train", "--resume", own_images, "--set", f"data.root={tmp_path / 'mine'}").code == 0
 
 

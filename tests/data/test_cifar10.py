@@ -297,7 +297,7 @@ def test_a_root_that_is_the_archive_is_named(tiny, no_network):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("~nobody-of-this-name/x", "home directory"), ("a\0b", "is no path")]
+    ("text", "reason"), [("~nobody-of-this-name/x", "home directory"), ("a\0b", "is not a path")]
 )
 @pytest.mark.parametrize("key", ["root", "archive"])
 def test_a_path_that_cannot_be_one_is_named(tiny, no_network, key, text, reason):

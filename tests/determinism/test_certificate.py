@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import math
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from bncli.batchnorm.modes import buffers_digest
 from bncli.determinism.certificate import Certificate, certify
 from bncli.errors import DataError
+from bncli.sample import random_order
 
 SIZES = (2, 7, 16)
 
@@ -118,8 +120,93 @@ def test_the_contrast_is_between_the_images_alone_and_the_batches_that_they_make
 
     batch = images(5)
     certify(Records(), batch, batch_sizes=(2, 5))
-    assert [len(inputs) for inputs in seen] == [1, 1, 1, 1, 1, 5]
-    assert torch.equal(seen[-1], batch)
+    assert [len(inputs) for inputs in seen] == [1, 1, 1, 1, 1, 5, 2, 2, 2]
+    assert torch.equal(torch.cat(seen[:5]), batch)
+    # drawn at random, as images may come sorted by class
+    assert torch.equal(seen[5], batch[random_order(5)])
+    assert torch.equal(torch.cat(seen[6:])[:5], seen[5])
+
+
+def test_train_mode_is_compared_in_batches_of_every_size() -> None:
+    net, batch = conv_net(), images() + torch.linspace(-4, 4, 16)[:, None, None, None]
+    found = restored(net, batch).train_mode
+    # the oracle: PyTorch's own train mode on a copy, in random batches of 16, 7 and 2
+    copied, order = copy.deepcopy(net).train(), random_order(16)
+    with torch.no_grad():
+        alone = torch.cat([copied(image[None]) for image in batch])[order]
+        changed, apart = torch.zeros(16, dtype=torch.bool), 0.0
+        for size in SIZES:
+            filled = torch.cat([batch[order], batch[order]])[: -(-16 // size) * size]
+            together = torch.cat([copied(part) for part in filled.split(size)])
+            rows = torch.arange(len(filled)) % 16  # some images are in two batches of 7
+            changed[rows[together.argmax(1) != alone[rows].argmax(1)]] = True
+            apart = max(apart, float((together - alone[rows]).abs().max()))
+    assert found.any_batch_size.max_abs_diff == pytest.approx(apart, rel=1e-5)
+    assert found.any_batch_size.prediction_flips == int(changed.sum()) > 0
+
+
+def test_the_verdict_says_what_a_prediction_depends_on_and_what_to_do() -> None:
+    verdict = restored(conv_net(), images()).verdict
+    assert verdict.startswith("In eval mode a prediction does not depend on its batch")
+    exact = "In eval mode a prediction does not depend on its batch, and neither does any bit of its logits."
+    assert restored(Flat(), images()).verdict == exact
+    untracked = restored(conv_net(track_running_stats=False), images())
+    assert (untracked.num_batch_norm_layers, untracked.layers_without_running_stats) == (1, ("1",))
+    assert "depends on the batch is 1. It has no running statistics" in untracked.verdict
+    assert "depends on the batch is (model). Look for code" in restored(AddsBatchMean(), images()).verdict
+    assert "look for random numbers" in restored(Noise(), images()).verdict
+
+
+def test_a_tie_that_rounding_decides_is_called_so() -> None:
+    """One image whose two largest logits are equal alone, and not in a batch."""
+
+    class Tie(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits = super().forward(inputs)
+            if len(inputs) > 1:
+                logits[:, 1] *= 1 + 1e-6
+            return logits
+
+    batch = images()
+    batch[5, :, 0, 0] = torch.tensor([7.0, 7.0, 0.0])
+    found = restored(Tie(), batch)
+    assert (found.eval_mode.prediction_flips, found.deterministic, found.within_rounding) == (1, False, True)
+    assert found.verdict.startswith("In eval mode 1 of 16 predictions changes with the batch.")
+    assert "The difference is rounding" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "within"),
+    [(1 + 1e-6, torch.float32, True), (1.001, torch.float32, False), (1.01, torch.bfloat16, True)],
+)
+def test_a_difference_is_rounding_up_to_what_the_number_format_accounts_for(
+    factor: float, dtype: torch.dtype, *, within: bool
+) -> None:
+    class Scales(Flat):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros((), dtype=dtype))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            logits = super().forward(inputs)
+            return logits * (factor if len(inputs) > 1 else 1)
+
+    found = restored(Scales(), images().to(dtype))
+    assert (found.deterministic, found.bitwise_equal, found.within_rounding) == (True, False, within)
+    assert ("more than rounding" in found.verdict) == (not within)
+
+
+def test_progress_counts_every_image_that_is_computed_up_to_all_of_them() -> None:
+    counted, told = [], []
+
+    class Counts(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            counted.append(len(inputs))
+            return super().forward(inputs)
+
+    certify(Counts(), images(9), batch_sizes=(1, 2, 4, 64), progress=lambda done, of: told.append((done, of)))
+    assert [of for _, of in told] == [sum(counted)] * len(told)
+    assert [done for done, _ in told] == torch.tensor(counted).cumsum(0).tolist()
 
 
 def test_exact_arithmetic_is_bitwise_equal_in_every_order() -> None:

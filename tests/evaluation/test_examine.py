@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from bncli import FixedShape, certify, evaluate, measure_gap
 from bncli.batchnorm import buffers_digest
 from bncli.evaluation import Evaluation, evaluate_augmented, examine, sweep_batch_sizes
+from bncli.sample import stratified_sample
 from bncli.torchvision_compat import import_torchvision
 
 IMAGES = torch.rand(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -37,7 +38,10 @@ def test_each_part_is_what_its_own_function_gives(network: nn.Module) -> None:
     assert without_time(found.evaluation) == without_time(
         evaluate(network, zip(IMAGES.split(8), LABELS.split(8), strict=True))
     )
-    assert found.certificate == certify(network, IMAGES[:5])
+    sample = stratified_sample(LABELS, 5)
+    assert found.sample == tuple(sample.tolist())
+    assert found.certificate == certify(network, IMAGES[sample])
+    assert found.sample_sweep == sweep_batch_sizes(network, (IMAGES[sample], LABELS[sample]), (1,))
     assert found.sweep == sweep_batch_sizes(network, (IMAGES, LABELS), (4,))
     assert found.gap == measure_gap(network, shuffled, TRAINING)
     assert found.tta is not None

@@ -200,7 +200,7 @@ def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
     digest = buffers_digest(model)
     phases: list[str] = []
 
-    def stop_in_the_trials(phase: str, _: int) -> None:
+    def stop_in_the_trials(phase: str, _: int, __: int | None) -> None:
         phases.append(phase)
         if phase.endswith("repaired"):
             raise KeyboardInterrupt

@@ -69,7 +69,8 @@ def test_eval_reports_the_views_apart_and_the_plain_accuracy_as_before(
     assert found["tta"]["views"] == "shifts"
     assert found["tta"]["loss"] != found["loss"]
     shown = bncli("eval", finished_run / "last.pt", "--num-images", 4, "--tta", "shifts").out
-    assert f"{found['tta']['accuracy']:.2%}, loss {found['tta']['loss']:.4f}: --tta shifts" in shown
+    assert f"accuracy {found['tta']['accuracy']:.2%} averaged over 6 views of each image" in shown
+    assert f"(--tta shifts, loss {found['tta']['loss']:.4f}, " in shown
 
 
 @pytest.mark.parametrize("other", [("--batch-invariant",), ("--sweep", "1,2"), ("--gap",)])
@@ -77,4 +78,4 @@ def test_views_are_refused_beside_other_measurements(bncli: Bncli, other: tuple[
     outcome = bncli("eval", "no-such-file.pt", "--tta", "flip", *other)
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
-    assert "--tta: goes with none of" in outcome.err
+    assert "--tta: cannot be combined with" in outcome.err

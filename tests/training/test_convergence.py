@@ -1,10 +1,11 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from bncli.errors import RunError
-from bncli.training.convergence import read_convergence
+from bncli.training.convergence import eval_lag, read_convergence
 
 
 def line(epoch: int, **layers: float | None) -> str:
@@ -59,3 +60,16 @@ def test_no_metrics_and_no_layers_are_refused(tmp_path: Path) -> None:
     for text in ("", line(1)):
         with pytest.raises(RunError, match="no finished epoch with a BatchNorm layer"):
             read_convergence(write(tmp_path, text))
+
+
+def test_the_lag_of_eval_mode_is_the_distance_of_the_farthest_layer() -> None:
+    def layer(shift: float | None, ratio: float | None) -> dict[str, float | None]:
+        return {"mean_shift": shift, "var_ratio": ratio}
+
+    assert eval_lag([layer(0.0, 1.0)]) == 0
+    assert eval_lag([layer(0.3, math.exp(0.4)), layer(0.2, 1.0)]) == pytest.approx(0.5)
+    assert eval_lag([layer(0.0, math.exp(-0.7)), layer(0.2, 1.0)]) == pytest.approx(
+        0.7
+    )  # too small is far too
+    assert eval_lag([layer(None, None), layer(0.1, 1.0)]) == pytest.approx(0.1)
+    assert eval_lag([layer(None, None)]) is eval_lag([]) is None

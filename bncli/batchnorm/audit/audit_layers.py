@@ -98,5 +98,7 @@ def _finding(rule: Rule, hit: Hit, layer: LayerStats, limits: Mapping[str, float
 def _channels(numbers: tuple[int, ...], num_features: int) -> str:
     if len(numbers) == 1:
         return f"channel {numbers[0]} of {num_features}"
+    if len(numbers) == num_features:
+        return f"all {num_features} channels"
     shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
     return f"{len(numbers)} of {num_features} channels ({shown})"

@@ -154,8 +154,8 @@ PAGES = (
         can_know="The gain, and its cause. A runaway weight or a gain beyond float16 is a warning, little "
         "variance an info.",
         cannot_know="Whether later inputs differ from training's, and eps in a state dict.",
-        advice="Compare outputs in train and eval mode; recompute the statistics, keep the layer in float32, "
-        "or prune.",
+        advice="Compare outputs in train and eval mode. If they differ, recompute the statistics, keep the "
+        "layer in float32, or prune.",
         source="van Laarhoven 2017, arXiv:1706.05350 (free scale)",
         thresholds=(
             Threshold(
@@ -192,8 +192,7 @@ PAGES = (
         cannot_know="Real activations have longer tails than the model, and a checkpoint does not say "
         "whether a ReLU follows. Many healthy networks have such channels. Where eps is unknown, 1e-5 is "
         "assumed.",
-        advice="Harmless where no ReLU follows. Else the channel can be pruned; training at a lower rate "
-        "avoids it.",
+        advice="Harmless where no ReLU follows. Else prune the channel; a lower learning rate avoids it.",
         source="Lu et al. 2019, Dying ReLU and Initialization, arXiv:1903.06733",
         thresholds=(
             Threshold(
@@ -224,8 +223,8 @@ PAGES = (
         "chance where they are not.",
         can_know="The type, which training never changes. Another whole number type is an info.",
         cannot_know="Whether the statistics were recomputed since, and how far they are from the truth.",
-        advice="Recompute the statistics of averaged weights over the training set (bncli recalibrate); "
-        "store the counter as int64.",
+        advice="If the weights were averaged, recompute the statistics over the training set (bncli "
+        "recalibrate). Store the counter as int64.",
         source="Izmailov et al. 2018, Averaging Weights Leads to Wider Optima, arXiv:1803.05407",
     ),
     RulePage(
@@ -244,8 +243,8 @@ PAGES = (
         "layers agree on one count and the last ones on another.",
         cannot_know="Whether it was meant so. Fine-tuning with a frozen backbone looks like an accident that "
         "froze it.",
-        advice="Fine if the layer was frozen, added later or used only now and then; else look why it missed "
-        "batches.",
+        advice="Fine if the layer was frozen, added later or used only now and then. Else find out why it "
+        "missed batches.",
         source="pytorch#86590 and pytorch#66073 (frozen BatchNorm)",
     ),
     RulePage(
@@ -263,8 +262,8 @@ PAGES = (
         "on an older backbone.",
         cannot_know="Which of the causes it is. A layer that was frozen for exactly half of the batches "
         "looks the same.",
-        advice="Shared layer: give each use its own BatchNorm. Activation checkpointing: use momentum 1 - "
-        "sqrt(1 - m).",
+        advice="If the layer is used several times in a step, give each use its own BatchNorm. If activation "
+        "checkpointing runs it twice, use momentum 1 - sqrt(1 - m).",
         source="pytorch#96136 (checkpointing updates twice)",
     ),
     RulePage(
@@ -281,8 +280,7 @@ PAGES = (
         "that of the rounding.",
         can_know="The distance, and what each number format can resolve there.",
         cannot_know="In which format the network runs. In float32 it is harmless.",
-        advice="Keep the layer and its input in float32, or take the offset away before it (centre the "
-        "input).",
+        advice="Keep the layer and its input in float32, or subtract the mean of the input before the layer.",
         source="Higham 2002, Accuracy and Stability of Numerical Algorithms, section 1.7; arXiv:1502.03167",
         thresholds=(
             Threshold(
@@ -307,8 +305,7 @@ PAGES = (
         can_know="Certain where the file knows its network: files of bncli and whole pickled modules.",
         cannot_know="In a state dict such a layer looks like any layer with weight and bias, so it is not "
         "found there.",
-        advice="Set track_running_stats=True and train, or take a normalisation that needs no batch "
-        "(GroupNorm).",
+        advice="Train with track_running_stats=True, or use a normalisation that needs no batch (GroupNorm).",
         source="PyTorch documentation, torch.nn.BatchNorm2d; pytorch#156051",
     ),
     RulePage(
@@ -326,8 +323,8 @@ PAGES = (
         cannot_know="An input whose variance truly is 1 looks the same; so BatchNorm on standardised "
         "features, or right behind BatchNorm, is not judged. That real layers are less even was measured, "
         "not proved. Smaller shares are not found.",
-        advice="Recompute the statistics over the training set (bncli recalibrate); then average weights "
-        "alone, raise momentum, or update more often.",
+        advice="Recompute the statistics over the training set (bncli recalibrate). In later runs average "
+        "the weights alone, raise momentum, or update more often.",
         source="huggingface/pytorch-image-models#245 and #1182 (averaged buffers)",
         thresholds=(
             Threshold(

@@ -32,18 +32,18 @@ from bncli.wording import plural
 
 MAX_MULTIPLE = 8  # updates per step that BN011 knows; beyond, two counters are a multiple by chance
 
-RECOMPUTE = "recompute the statistics over the training set"
+INITIAL = "of the initial statistics (mean 0, variance 1) is left"
 AVERAGED = (
-    "The file holds averaged weights (n_averaged): recompute their statistics over the training set, as "
-    "torch.optim.swa_utils.update_bn does."
+    "The file holds averaged weights (n_averaged). Recompute their statistics over the training set, for "
+    "example with torch.optim.swa_utils.update_bn."
 )
 NO_MOMENTUM = (
-    "Its momentum is 0, so training cannot move the statistics: set one above 0 and train, or recompute them."
+    "Its momentum is 0, so training cannot change the statistics. Set a momentum above 0 and train, or "
+    "recompute them over the training set."
 )
 FROZEN = (
-    "Its class is frozen and never updates them: fine if they were absorbed into weight and "
-    "bias; else load the "
-    "checkpoint that has them."
+    "Its class is frozen: it never updates the statistics. If they were not moved into weight and bias, load "
+    "the checkpoint that has them."
 )
 
 
@@ -78,6 +78,16 @@ def _eps(network: Network, where: Tensor) -> tuple[Values, str]:
     return {"eps": eps, "eps_assumed": assumed}, f"eps {_called(eps, assumed)}"
 
 
+def _up_to(where: Tensor) -> str:
+    """Before the largest number of the channels `where`."""
+    return "" if len(where) == 1 else "up to "
+
+
+def _lowest(variance: float, where: Tensor) -> str:
+    """The smallest running_var of the channels `where`, in words."""
+    return f"running_var is {'' if len(where) == 1 else 'as low as '}{variance:.3g}"
+
+
 @rule("BN001")
 def never_updated(network: Network, _: Limits) -> Iterator[Hit]:
     """Every channel at exactly mean 0 and variance 1, or 1 - eps as detectron2 writes it.
@@ -93,7 +103,7 @@ def never_updated(network: Network, _: Limits) -> Iterator[Hit]:
     for index, layer in enumerate(network.layers):
         if initial[index]:
             severity, reason, advice = _judge_initial(layer, has_initial_affine=affine[index], is_new=is_new)
-            text = f"running_mean is 0 and running_var is 1 in every channel; {reason}"
+            text = f"running_mean is 0 and running_var is 1 in every channel. {reason}"
             count = layer.num_batches_tracked
             yield Hit(
                 index, (), {} if count is None else {"num_batches_tracked": count}, text, severity, advice
@@ -108,34 +118,32 @@ def _judge_initial(
     stuck = momentum == 0 and not assumed
     advice = AVERAGED if layer.weights_were_averaged else NO_MOMENTUM if stuck else None
     if layer.is_frozen:
-        return "info", "right if they were absorbed into weight and bias, unless they were lost", FROZEN
+        return "info", "That is right if they were moved into weight and bias; else they are lost", FROZEN
     batches = plural(count, "batch", "batches")
     if count and layer.averaged_by_training:
-        because = ", because momentum is 0" if stuck else ""
-        return "error", f"{batches} in train mode left no trace{because}", advice
-    own = "weight and bias are initial too" if layer.weight is not None else "it has no weight and bias"
+        because = ", as momentum is 0" if stuck else ""
+        return "error", f"Training on {batches} did not change them{because}", advice
+    own = "The layer has no weight and bias"
+    if layer.weight is not None:
+        own = "Weight and bias have their initial values too"
     if is_new:
-        text = f"{own}, in every layer: no BatchNorm of this network was ever used in train mode"
-        return "warning", f"{text}, unless the layers before absorbed them", advice
+        text = f"{own}, in every layer. No BatchNorm of this network was ever used in train mode, or the"
+        return "warning", f"{text} statistics were moved into the layers before", advice
     if count:
-        cause = "momentum is 0" if stuck else "they were put back"
+        cause = "momentum is 0" if stuck else "they were reset"
         if assumed:
-            cause = "momentum was 0 or they were put back"
+            cause = "momentum was 0, they were reset"
         where = "the layer before" if has_initial_affine else "weight and bias"
-        return "warning", f"after {batches}: {cause}, unless they were absorbed into {where}", advice
+        text = f"num_batches_tracked is {count:,}: {cause}, or they were moved into {where}"
+        return "warning", text, advice
     if has_initial_affine:
-        text = f"{own}: no training reached the layer, unless it is unused or the layer before absorbed them"
-        return "warning", text, advice
+        text = f"{own}. No training reached the layer, it is unused, or its statistics were moved into the"
+        return "warning", f"{text} layer before", advice
     if layer.num_batches_tracked is not None:
-        text = (
-            "weight and bias are not initial: the statistics are lost, unless they were absorbed into these"
-        )
+        text = "Weight and bias were trained. So the statistics are lost, or were moved into weight and bias"
         return "warning", text, advice
-    return (
-        "info",
-        "they were absorbed into weight and bias, which are not initial, unless they were lost",
-        advice,
-    )
+    text = "Weight and bias were trained. Probably the statistics were moved into them; else they are lost"
+    return "info", text, advice
 
 
 @rule("BN002")
@@ -154,19 +162,20 @@ def initial_residue(network: Network, limits: Limits) -> Iterator[Hit]:
     for index, residue in residues.items():
         layer, (momentum, assumed) = network.layers[index], momentum_of(network.layers[index])
         count = layer.num_batches_tracked or 0
-        after = f"after {count} updates with momentum {_called(momentum or 0.0, assumed)}"
+        updates = f"{plural(count, 'update')} with momentum {_called(momentum or 0.0, assumed)}"
+        left = f"{100 * residue:.2g} % {INITIAL} after {updates}"
         advice = AVERAGED if layer.weights_were_averaged else None
         severity: Severity = "warning"
         if layer.averaged_by_training:
-            decided, text = "record", f"{residue:.2g} of (0, 1) is left {after}"
+            decided, text = "record", left
         elif shown[residue]:
-            decided, text = "variances", f"{residue:.2g} of (0, 1) is left {after}, and the variances show it"
+            decided, text = "variances", f"{left}. The variances show it too"
         else:
             decided, severity = "nothing", "info"
-            text = f"{residue:.2g} of (0, 1) is left {after}, unless they were recomputed, e.g. by update_bn"
-            advice = (
-                advice
-                or "Fine after update_bn or momentum None; else train longer, or recompute the statistics."
+            text = f"{left}, unless they were recomputed, for example by update_bn"
+            advice = advice or (
+                "Fine after update_bn, or with momentum None. Else train longer, or recompute the statistics "
+                "over the training set."
             )
         values: Values = {
             "residue": residue,
@@ -224,7 +233,8 @@ def non_finite(network: Network, _: Limits) -> Iterator[Hit]:
 
     def describe(where: Tensor) -> tuple[Values, str]:
         counts: Values = {name: int(mask[where].sum()) for name, mask in broken.items() if mask[where].any()}
-        return counts, ", ".join(f"{count} in {name}" for name, count in counts.items())
+        in_words = (name if len(where) == 1 else f"{name} ({count})" for name, count in counts.items())
+        return counts, f"NaN or infinity in {', '.join(in_words)}"
 
     yield from _by_layer(network, torch.stack(list(broken.values())).any(0), describe)
 
@@ -236,7 +246,7 @@ def negative_variance(network: Network, _: Limits) -> Iterator[Hit]:
 
     def describe(where: Tensor) -> tuple[Values, str]:
         low = float(channels.running_var[where].min())
-        return {"running_var": low}, f"running_var down to {low:.3g}"
+        return {"running_var": low}, _lowest(low, where)
 
     yield from _by_layer(network, channels.running_var < 0, describe)
 
@@ -252,7 +262,7 @@ def eps_decides(network: Network, limits: Limits) -> Iterator[Hit]:
 
     def describe(where: Tensor) -> tuple[Values, str]:
         low, (values, eps) = float(channels.running_var[where].min()), _eps(network, where)
-        return {"running_var": low, **values}, f"running_var down to {low:.3g} with {eps}"
+        return {"running_var": low, **values}, f"{_lowest(low, where)}, with {eps}"
 
     yield from _by_layer(network, found, describe)
 
@@ -273,11 +283,12 @@ def dead_channel(network: Network, limits: Limits) -> Iterator[Hit]:
             float(channels.running_var[where].nan_to_num(torch.inf).min()),
             _eps(network, where),
         )
-        beside = f" with {eps}" if zero < len(where) else ""
-        return (
-            {"num_zero_weights": zero, "running_var": low, **values},
-            f"weight 0 in {zero}, running_var down to {low:.3g}{beside}",
-        )
+        parts = []
+        if zero:
+            parts.append("weight is 0" if zero == len(where) else f"weight is 0 in {zero}")
+        if zero < len(where):
+            parts.append(f"{_lowest(low, where)}, with {eps}")
+        return {"num_zero_weights": zero, "running_var": low, **values}, "; ".join(parts)
 
     for hit in _by_layer(network, is_dead, describe):
         yield Hit(
@@ -316,7 +327,7 @@ def exploding_gain(network: Network, limits: Limits) -> Iterator[Hit]:
         )
         return (
             {"gain": high, "median": median, **values},
-            f"gain up to {high:.3g}, median of the layer {median:.3g}, with {eps}",
+            f"the gain is {_up_to(where)}{high:.3g}; the layer's median is {median:.3g}, with {eps}",
         )
 
     is_harmful = network.any_in_layer(found & is_large)
@@ -340,7 +351,9 @@ def switched_off(network: Network, limits: Limits) -> Iterator[Hit]:
 
     def describe(where: Tensor) -> tuple[Values, str]:
         low, (values, _) = float(share[where].min()), _eps(network, where)
-        return {"active_share": low, **values}, f"the share of outputs above 0 is down to {low:.2g}"
+        return {"active_share": low, **values}, (
+            f"{'only' if len(where) == 1 else 'as few as'} {100 * low:.2g} % of the outputs are above 0"
+        )
 
     yield from _by_layer(network, found, describe)
 
@@ -354,8 +367,10 @@ def counter_type(network: Network, _: Limits) -> Iterator[Hit]:
             advice = AVERAGED if layer.weights_were_averaged else None
             severity: Severity = "warning"
             if not layer.counter_dtype.is_floating_point:  # no average makes another whole number
-                severity, advice = "info", "Store the counter as int64; the statistics are not concerned."
-            yield Hit(index, (), {"dtype": name}, f"num_batches_tracked is {name}", severity, advice)
+                severity, advice = "info", "Store the counter as int64. The statistics are not affected."
+            yield Hit(
+                index, (), {"dtype": name}, f"num_batches_tracked is stored as {name}", severity, advice
+            )
 
 
 @dataclass(frozen=True)
@@ -400,7 +415,7 @@ def counter_unequal(network: Network, _: Limits) -> Iterator[Hit]:
     found, in_two_parts, __ = _deviating_counts(network)
     for one in found:
         if not one.multiple:
-            text = f"num_batches_tracked {one.count}, {one.usual} in most layers"
+            text = f"num_batches_tracked is {one.count:,}, but {one.usual:,} in most layers"
             values: Values = {"num_batches_tracked": one.count, "usual": one.usual}
             yield Hit(one.index, (), values, text, "info" if in_two_parts else "warning")
 
@@ -416,7 +431,7 @@ def counter_multiple(network: Network, _: Limits) -> Iterator[Hit]:
     for one in found:
         if one.multiple:
             times = f"{one.multiple} times" if one.count > one.usual else f"1/{one.multiple} of"
-            text = f"num_batches_tracked {one.count}, {times} the {one.usual} of most layers"
+            text = f"num_batches_tracked is {one.count:,}, {times} the {one.usual:,} of most layers"
             values: Values = {"num_batches_tracked": one.count, "usual": one.usual, "multiple": one.multiple}
             yield Hit(one.index, (), values, text, "info" if back_has_fewer else "warning")
 
@@ -434,7 +449,9 @@ def far_mean(network: Network, limits: Limits) -> Iterator[Hit]:
 
     def describe(where: Tensor) -> tuple[Values, str]:
         high = float(distance[where].max())
-        return {"mean_in_deviations": high}, f"mean up to {high:.3g} deviations from 0"
+        return {"mean_in_deviations": high}, (
+            f"running_mean is {_up_to(where)}{high:.3g} standard deviations away from 0"
+        )
 
     yield from _by_layer(network, found, describe)
 
@@ -444,7 +461,7 @@ def no_running_stats(network: Network, _: Limits) -> Iterator[Hit]:
     """Layers that the file knows to be BatchNorm, and that have no running statistics."""
     for index, layer in enumerate(network.layers):
         if layer.running_mean is None or layer.running_var is None:
-            yield Hit(index, (), {}, "no running_mean and running_var")
+            yield Hit(index, (), {}, "The file has no running_mean and running_var for it")
 
 
 @rule("BN014")
@@ -478,8 +495,8 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
             # few channels may be more even than layers usually are: the bound is rounded down
             low = min(floor(10 * min(share.at_least, at_most)) / 10, 0.9)
             text = (
-                f"between {low:g} and {at_most:.2g} of (0, 1) is left, as the variances close to 1 show,"
-                " unless the layer's inputs truly have variance 1"
+                f"{100 * low:g} to {100 * at_most:.2g} % {INITIAL}, as the variances close to 1 show. Or the"
+                " layer's inputs really have variance 1"
             )
             values: Values = {"share_at_least": low, "share_at_most": at_most}
             advice = AVERAGED if layer.weights_were_averaged else None
@@ -538,18 +555,21 @@ def few_batches(network: Network, limits: Limits) -> Iterator[Hit]:
         momentum, assumed = momentum_of(layer)
         text = None if assumed else describe_large_momentum(momentum, limits["effective_batches"])
         if text is not None and momentum is not None:
-            unless = "" if layer.averaged_by_training else ", unless they were recomputed, e.g. by update_bn"
+            unless = "" if layer.averaged_by_training else ", unless they were recomputed"
             values: Values = {"momentum": momentum, "effective_batches": (2 - momentum) / momentum}
             yield Hit(index, (), values, text + unless)
         elif count_of(layer) == 1 and limits["effective_batches"] > 1 and _holds_one_batch(layer):
             how = "momentum is None"
             if momentum is not None:
-                how = f"less of (0, 1) is left than momentum {_called(momentum, assumed)} leaves"
-            text = f"one batch was counted and {how}: they are that batch's, unless loaded or averaged"
+                how = f"less {INITIAL} than momentum {_called(momentum, assumed)} leaves"
+            text = (
+                f"num_batches_tracked is 1, and {how}. So the statistics are those of one batch, unless they"
+            )
+            text += " were loaded or averaged"
             yield Hit(index, (), {"num_batches_tracked": 1}, text, "info", ONE_BATCH)
 
 
-ONE_BATCH = "Fine if that batch was large; else recompute the statistics over more of the training set."
+ONE_BATCH = "Fine if that batch was large. Else recompute the statistics over more of the training set."
 
 
 def _holds_one_batch(layer: LayerStats) -> bool:

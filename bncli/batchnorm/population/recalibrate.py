@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import hypot, inf, isfinite, isnan, log
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor, float64, nn, tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, GetTensor
@@ -81,6 +81,21 @@ class Recalibration:
             f" {furthest.mean_shift_in_new_deviations:.2g} deviations, running_var by a factor of"
             f" {furthest.var_ratio:.2g}"
         )
+
+    def to_log(self, prefix: str = "batch_norm/") -> dict[str, float]:
+        """How far the old statistics were off, for a log: over layers, the worst of each.
+
+        `mean_shift` is in standard deviations of the new statistics (0: none), `var_ratio_min` and
+        `var_ratio_max` are the old variance to the new one (1: none).
+        """
+        # by torch, whose min and max keep a NaN
+        shifts = tensor([layer.mean_shift_in_new_deviations for layer in self.layers], dtype=float64)
+        ratios = tensor([layer.var_ratio for layer in self.layers], dtype=float64)
+        return {
+            f"{prefix}mean_shift": float(shifts.max()),
+            f"{prefix}var_ratio_min": float(ratios.min()),
+            f"{prefix}var_ratio_max": float(ratios.max()),
+        }
 
 
 def _how_far(layer: LayerChange) -> float:
@@ -181,7 +196,7 @@ def _debias(model: nn.Module, layers: Layers) -> Recalibration:
         changes.append(LayerChange(name, moved.rms_mean_shift, moved.mean_var_ratio, None, None, None))
     if not changes:
         reasons = "; ".join(f"{one.name} {one.reason}" for one in skipped)
-        raise BncliError(f"no layer can be freed of its start: {reasons}")
+        raise BncliError(f"in no layer can the share of the initial values be taken out: {reasons}")
     for write in writes:
         write_statistics(*write)
     return Recalibration("debias", 0, 0, False, 0, 0.0, tuple(changes), tuple(skipped))

@@ -182,14 +182,16 @@ def walk(content: object) -> Iterator[object]:
             continue
         seen.add(id(node))
         yield node
-        below: Iterable[object] = ()
-        if isinstance(node, Inert):
-            below = (node.kind, node.arguments, node.state, node.items)
-        elif isinstance(node, dict):
-            below = node.values()
-        elif isinstance(node, list | tuple) and not isinstance(node, Global):
-            below = node
-        waiting += reversed(list(islice(below, MAX_WALKED)))
+        waiting += reversed(list(islice(parts_of(node), MAX_WALKED)))
+
+
+def parts_of(node: object) -> Iterable[object]:
+    """What a container or an object of a pickle holds; nothing for all else."""
+    if isinstance(node, Inert):
+        return (node.kind, node.arguments, node.state, node.items)
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list | tuple) and not isinstance(node, Global) else ()
 
 
 MAX_PROTOCOL = 5

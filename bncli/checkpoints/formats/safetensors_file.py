@@ -89,7 +89,11 @@ def _tensor(source: ByteSource, start: int, name: str, entry: object) -> StoredT
         raise UnreadableFileError(f"tensor {name[:80]} has a type that bncli does not know: {str(kind)[:20]}")
     if not 0 <= begin <= end <= source.size - start:
         raise UnreadableFileError(f"a damaged or truncated file: tensor {name[:80]} ends beyond it")
-    storage = Storage(end - begin, lambda first, size: source.read_at(start + begin + first, size))
+    storage = Storage(
+        end - begin,
+        lambda first, size: source.read_at(start + begin + first, size),
+        position=lambda: start + begin,
+    )
     tensor = stored_tensor(storage, dtype, 0, tuple(shape), contiguous_stride(tuple(shape[:64])))
     if tensor.num_elements * dtype.itemsize != end - begin:
         raise UnreadableFileError(f"a damaged file: tensor {name[:80]} has another size than its shape tells")

@@ -4,10 +4,12 @@ Five pickles: a magic number, the protocol, the machine's type sizes, the conten
 The storages follow in the order of the keys, each a count of elements (8 bytes) and the numbers.
 """
 
+from collections.abc import Callable
+
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign import recognise_file, recognise_pickle
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, read_pickle
-from bncli.checkpoints.formats.torch_pickle import TorchMeanings
+from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -22,7 +24,9 @@ class _NoTensors:
         return Inert(None)
 
 
-def read_torch_legacy(source: ByteSource) -> object:
+def read_torch_legacy(
+    source: ByteSource, meanings: Callable[[FindStorage], TorchMeanings] = TorchMeanings
+) -> object:
     """What the pickle says, with `StoredTensor` for tensors.
 
     Raises:
@@ -45,7 +49,7 @@ def read_torch_legacy(source: ByteSource) -> object:
             raise UnreadableFileError(
                 "it was written on a big-endian machine; load it there and save it again"
             )
-        content = read_pickle(stream, TorchMeanings(storages.find))
+        content = read_pickle(stream, meanings(storages.find))
         keys = read_pickle(stream, plain)
         storages.locate(keys, stream.tell())
     return content
@@ -74,7 +78,12 @@ class _Storages:
         known = self._sizes.setdefault(key, size)
         if known != size:
             raise UnreadableFileError("a damaged file: a storage with two sizes")
-        return Storage(size, lambda start, count: self._read(key, start, count), key)
+        return Storage(
+            size,
+            lambda start, count: self._read(key, start, count),
+            key,
+            position=lambda: self._positions[key],
+        )
 
     def locate(self, keys: object, position: int) -> None:
         """Note where the storages lie: in the order of the keys, from `position` on."""

@@ -7,7 +7,7 @@ import torch
 
 from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import MAX_OPERATIONS, Global, Inert
-from bncli.checkpoints.stored_tensor import Storage, stored_tensor
+from bncli.checkpoints.stored_tensor import Storage, StoredTensor, stored_tensor
 
 # torch.FloatStorage and its kin: the type that a storage of torch.save has
 STORAGE_DTYPES = {
@@ -55,6 +55,8 @@ _TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 # subclasses of Tensor hold the function that rebuilds the tensor and its arguments
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+# key, number of elements and bytes of each: the storage that holds them
+FindStorage = Callable[[str, int, int], Storage]
 
 
 class StorageView:
@@ -74,7 +76,7 @@ class TorchMeanings:
     `find_storage(key, num_elements, itemsize)` gives the storage of that many elements of so many bytes each.
     """
 
-    def __init__(self, find_storage: Callable[[str, int, int], Storage]) -> None:
+    def __init__(self, find_storage: FindStorage) -> None:
         self._find_storage = find_storage
         self._num_copied = 0
 
@@ -142,6 +144,48 @@ class TorchMeanings:
             if isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str):
                 content[pair[0]] = pair[1]
         return content
+
+
+class UsesOfStorages:
+    """Every use of a storage in a pickle, also where its content does not show it, as in keys of dicts."""
+
+    def __init__(self) -> None:
+        self.tensors: list[StoredTensor] = []
+        self._views: list[StorageView] = []
+        self._understood: set[int] = set()  # identities of views that tensors were made of
+
+    def meanings(self, find_storage: FindStorage) -> TorchMeanings:
+        """Meanings that note the uses here."""
+        return _NotingMeanings(find_storage, self)
+
+    def note(self, view: object, tensor: object) -> None:
+        """A view that was named in a pickle, and what was made of it, if anything yet."""
+        if isinstance(view, StorageView):
+            self._views.append(view)  # kept, so that no other gets its identity
+            if isinstance(tensor, StoredTensor):
+                self.tensors.append(tensor)
+                self._understood.add(id(view))
+
+    @property
+    def opaque(self) -> list[Storage]:
+        """Storages of which something else than a tensor is made, or a tensor of an unknown kind."""
+        return [view.storage for view in self._views if id(view) not in self._understood]
+
+
+class _NotingMeanings(TorchMeanings):
+    def __init__(self, find_storage: FindStorage, uses: UsesOfStorages) -> None:
+        super().__init__(find_storage)
+        self._uses = uses
+
+    def find_persistent(self, key: object) -> object:
+        view = super().find_persistent(key)
+        self._uses.note(view, None)
+        return view
+
+    def _tensor(self, arguments: tuple[object, ...], dtype: object = None) -> object:
+        tensor = super()._tensor(arguments, dtype)
+        self._uses.note(arguments[0], tensor)
+        return tensor
 
 
 class PlainMeanings(TorchMeanings):

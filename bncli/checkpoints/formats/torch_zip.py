@@ -8,12 +8,13 @@ import io
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from functools import partial
 
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign import recognise_zip
 from bncli.checkpoints.formats.inert_pickle import read_pickle
-from bncli.checkpoints.formats.torch_pickle import PlainMeanings, TorchMeanings
+from bncli.checkpoints.formats.torch_pickle import FindStorage, PlainMeanings, TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
 
 SIGNATURE = b"PK\x03\x04"
@@ -24,7 +25,12 @@ _PADDING = 256  # torch.save aligns numbers to 64 bytes; one read gets header, p
 _WHOLE = 2**20  # storages up to this size are read whole, because only then their checksum can be checked
 
 
-def read_torch_zip(source: ByteSource, *, strictly: bool = False) -> tuple[str, object]:
+def read_torch_zip(
+    source: ByteSource,
+    meanings: Callable[[FindStorage], TorchMeanings] = TorchMeanings,
+    *,
+    strictly: bool = False,
+) -> tuple[str, object]:
     """The kind of the file and what its pickle says, with `StoredTensor` for tensors.
 
     `strictly` is for files that bncli wrote itself: every entry's checksum is computed, that of a storage
@@ -34,19 +40,19 @@ def read_torch_zip(source: ByteSource, *, strictly: bool = False) -> tuple[str, 
     Raises:
         UnreadableFileError: when it is damaged, or another kind of zip archive.
     """
-    archive = _Archive(source, strictly=strictly)
+    archive = ZipArchive(source, strictly=strictly)
     pickle = archive.find_pickle()
     if any("/code/" in name for name in archive.entries):  # never bncli's own
-        return "torchscript", archive.read_pickle(pickle, TorchMeanings)
+        return "torchscript", archive.read_pickle(pickle, meanings)
     if not strictly:
-        return "torch zip", archive.read_pickle(pickle, TorchMeanings)
+        return "torch zip", archive.read_pickle(pickle, meanings)
     archive.check_layout()
     content = archive.read_pickle(pickle, PlainMeanings)
     archive.check_rest()
     return "torch zip", content
 
 
-class _Archive:
+class ZipArchive:
     """The entries of a zip archive, read by position and with their checksums checked."""
 
     def __init__(self, source: ByteSource, *, strictly: bool) -> None:
@@ -57,8 +63,9 @@ class _Archive:
         self._last: tuple[str, bytes] = ("", b"")  # of entries read whole: tensors may share a storage
         try:
             with _CarefulFile(source.stream().detach()) as stream, zipfile.ZipFile(stream) as archive:
-                self._infos = archive.infolist()
-                self.entries = {info.filename: info for info in self._infos}
+                self.infos = archive.infolist()
+                self.start_of_directory: int = archive.start_dir
+                self.entries = {info.filename: info for info in self.infos}
         except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError, struct.error):
             raise UnreadableFileError("not a checkpoint: a damaged or truncated zip archive") from None
 
@@ -79,7 +86,9 @@ class _Archive:
             )
         return pickle
 
-    def read_pickle(self, pickle: zipfile.ZipInfo, meanings: type[TorchMeanings]) -> object:
+    def read_pickle(
+        self, pickle: zipfile.ZipInfo, meanings: Callable[[FindStorage], TorchMeanings]
+    ) -> object:
         """What the pickle says, with `StoredTensor` for tensors."""
         find_storage = partial(self.find_storage, pickle.filename.removesuffix("data.pkl"))
         with self.stream(pickle) as stream:
@@ -91,15 +100,15 @@ class _Archive:
         Raises:
             UnreadableFileError: where it is otherwise.
         """
-        if any(info.compress_type != zipfile.ZIP_STORED for info in self._infos):
+        if any(info.compress_type != zipfile.ZIP_STORED for info in self.infos):
             raise UnreadableFileError("its entries are compressed, which torch.save does not do")
-        if any(info.compress_size != info.file_size for info in self._infos):
+        if any(info.compress_size != info.file_size for info in self.infos):
             raise UnreadableFileError("a damaged file: an entry with two sizes")
         # entries that share bytes are small on disk and huge in memory
-        if sum(info.file_size for info in self._infos) > self.source.size:
+        if sum(info.file_size for info in self.infos) > self.source.size:
             raise UnreadableFileError("a damaged file: its entries are said to be larger than the file")
         folders = {name.partition("/")[0] for name in self.entries}
-        if len(folders) != 1 or len(self.entries) != len(self._infos):
+        if len(folders) != 1 or len(self.entries) != len(self.infos):
             raise UnreadableFileError("a damaged file: not one folder of entries with a name each")
 
     def check_rest(self) -> None:
@@ -108,7 +117,7 @@ class _Archive:
         Raises:
             UnreadableFileError: when one does not fit.
         """
-        for info in self._infos:
+        for info in self.infos:
             if info.filename not in self._storages:
                 self._check_stored(info)
 
@@ -126,10 +135,13 @@ class _Archive:
                 f" {info.file_size // itemsize}"
             )
         if not self._strictly:
-            return Storage(info.file_size, partial(self.read, info), info.filename)
+            read = partial(self.read, info)
+            check = partial(self._check, info)
+            position = partial(self.position, info) if info.compress_type == zipfile.ZIP_STORED else None
+            return Storage(info.file_size, read, info.filename, check, position=position)
         found = self._storages.get(info.filename)
         if found is None:
-            start = self._position(info)
+            start = self.position(info)
             read = partial(self._read_stored, start)
             found = Storage(info.file_size, read, info.filename, partial(self._check, info))
             self._storages[info.filename] = found
@@ -141,14 +153,14 @@ class _Archive:
     def read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
         """A range of an entry's content."""
         if info.compress_type != zipfile.ZIP_STORED:
-            with self.stream(info) as stream:  # torch never compresses; archivers do
-                stream.seek(start)
-                return stream.read(size)
+            if self._last[0] != info.filename:  # torch never compresses; archivers do
+                self._last = (info.filename, self.stream(info).read())
+            return self._last[1][start : start + size]
         if info.file_size <= _WHOLE:
             return self._read_whole(info)[start : start + size]
         if (start, size) == (0, info.file_size):
             return self._read_whole(info)
-        return self.source.read_at(self._position(info) + start, size)
+        return self.source.read_at(self.position(info) + start, size)
 
     def _read_whole(self, info: zipfile.ZipInfo) -> bytes:
         """A stored entry in one read of header and content."""
@@ -172,13 +184,13 @@ class _Archive:
                 f"its entry {info.filename} is compressed in a way that bncli does not read"
             )
         if info.compress_type == zipfile.ZIP_DEFLATED:
-            return io.BytesIO(self._inflate(info, self._position(info)))
+            return io.BytesIO(self._inflate(info, self.position(info)))
         start = self._check_stored(info)
         return self.source.stream(start, start + info.file_size)
 
     def _check_stored(self, info: zipfile.ZipInfo) -> int:
         """Compute the checksum of an entry that is not compressed; its position."""
-        start, checksum = self._position(info), 0
+        start, checksum = self.position(info), 0
         for position in range(start, start + info.file_size, 2**20):
             size = min(2**20, start + info.file_size - position)
             checksum = zlib.crc32(self.source.read_at(position, size), checksum)
@@ -200,7 +212,8 @@ class _Archive:
         self._check(info, zlib.crc32(content))
         return content
 
-    def _position(self, info: zipfile.ZipInfo) -> int:
+    def position(self, info: zipfile.ZipInfo) -> int:
+        """Where the content of an entry begins in the file."""
         header = self.source.read_at(info.header_offset, _HEADER.size)
         if self._strictly:
             name = info.orig_filename.encode()

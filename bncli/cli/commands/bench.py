@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bncli.builtin_configs import DEFAULT_NAME
+from bncli.cli.help_page import MEASURED, CommandPage, GroupPage
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
 from bncli.cli.options import (
@@ -18,26 +19,63 @@ from bncli.cli.options import (
 )
 from bncli.cli.overrides import effective_overrides
 
-bench_app = typer.Typer(help="Time training and evaluation on this machine, beside other ways of computing.")
+bench_app = typer.Typer(cls=GroupPage)
 
 
 @bench_app.callback()
 def bench() -> None:
-    """Time training and evaluation on this machine, beside other ways of computing in the same run."""
+    """Time training and evaluation beside plain PyTorch.
+
+    All ways of computing take turns in the same run, so that a busy machine slows down each of them.
+
+    Examples:
+    bncli bench train
+    bncli bench eval runs/first/last.pt
+    """
 
 
-@bench_app.command("train")
+@bench_app.command("train", cls=CommandPage)
 def bench_train(
     config: ConfigArgument = Path(DEFAULT_NAME),
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of each loop, in turns.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Training steps in a round.")] = 4,
-    workers: Annotated[int, typer.Option(min=0, max=64, help="Of the plain loop's DataLoader.")] = 0,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Time each loop this many times, in turns.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 5,
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1, max=1000, metavar="N", help="Training steps in a round.", rich_help_panel=MEASURED
+        ),
+    ] = 4,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=64,
+            metavar="N",
+            help="Worker processes of the plain loop's DataLoader.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> int:
-    """Time the training step against the same network in a plain PyTorch loop."""
+    """Time the training step beside a plain PyTorch loop.
+
+    The plain loop trains the same network on the same images with torch.utils.data.DataLoader.
+
+    Examples:
+    bncli bench train
+    bncli bench train quickstart --rounds 3 --workers 2
+    """
     from bncli.bench import bench_training_step
     from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.bench import show_training_step_bench
@@ -57,19 +95,51 @@ def bench_train(
     return 0
 
 
-@bench_app.command("eval")
+@bench_app.command("eval", cls=CommandPage)
 def bench_eval(
     checkpoint: CheckpointArgument,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all paths, in turns.")] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Images in a batch.")] = 256,
-    batches: Annotated[int, typer.Option(min=1, max=1000, help="Batches in a round.")] = 2,
-    calls: Annotated[int, typer.Option(min=1, max=10_000, help="Single images in a round.")] = 100,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Time each way of computing this many times, in turns.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 5,
+    batch_size: Annotated[
+        int,
+        typer.Option(min=1, max=100_000, metavar="N", help="Images in a batch.", rich_help_panel=MEASURED),
+    ] = 256,
+    batches: Annotated[
+        int,
+        typer.Option(min=1, max=1000, metavar="N", help="Batches in a round.", rich_help_panel=MEASURED),
+    ] = 2,
+    calls: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=10_000,
+            metavar="N",
+            help="Single images in a round, for the time of one call.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 100,
     as_json: JsonOption = False,
 ) -> int:
-    """Compare evaluation with plain PyTorch and ONNX Runtime: throughput, latency, changed predictions."""
+    """Time evaluation beside plain PyTorch and ONNX Runtime.
+
+    Measures images per second in batches, the time of a single image, and how many predictions change.
+    ONNX Runtime is left out if it is not installed.
+
+    Examples:
+    bncli bench eval runs/first/last.pt
+    bncli bench eval runs/first/last.pt --batch-size 32 --rounds 3
+    """
     from bncli.bench import bench_evaluation
     from bncli.cli.tables.bench import show_evaluation_bench
     from bncli.cli.tables.table import print_json

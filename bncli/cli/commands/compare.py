@@ -1,13 +1,22 @@
 """`bncli compare FIRST SECOND`: how far the running statistics moved, and whether weights did."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import SHOWN
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, LayerOption, matching_layers
+from bncli.cli.options import (
+    ANY_CHECKPOINT,
+    ChannelsOption,
+    CsvOption,
+    JsonOption,
+    KeyOption,
+    LayerOption,
+    PlotOption,
+    matching_layers,
+)
 from bncli.errors import CheckpointError, IncomparableError
 
 if TYPE_CHECKING:
@@ -17,25 +26,33 @@ SortBy = Literal["model", "name", "moved"]
 
 
 def compare_checkpoints(
-    first: Annotated[str, typer.Argument(metavar="FIRST", help="A file of any kind, or a URL.")],
-    second: Annotated[str, typer.Argument(metavar="SECOND", help="Another of the same network.")],
+    first: Annotated[str, typer.Argument(metavar="FIRST", help=ANY_CHECKPOINT)],
+    second: Annotated[str, typer.Argument(metavar="SECOND", help="Another checkpoint of the same network.")],
     layer: LayerOption = None,
-    channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
+    channels: ChannelsOption = False,
     sort: Annotated[
-        SortBy, typer.Option("--sort", help="By name, or the farthest moved first (by KL divergence).")
+        SortBy,
+        typer.Option(
+            "--sort",
+            metavar="ORDER",
+            help="model (as in the network), name, or moved (the layer that moved farthest first, by its"
+            " KL divergence).",
+            rich_help_panel=SHOWN,
+        ),
     ] = "model",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Where both state dicts lie, as in 'ema'.")
-    ] = None,
+    plot: PlotOption = None,
+    csv: CsvOption = None,
+    key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show how far running statistics moved between two checkpoints, and whether weights did.
+    """Show how far running statistics and weights moved.
 
-    The files are only read. Exits with 1 if anything differs, in the whole files, whatever --layer shows.
+    The files are only read; they need not be files of bncli. Exit code 1 if anything differs between the
+    two networks, also where --layer leaves it out.
+
+    Examples:
+    bncli compare runs/first/best.pt runs/first/last.pt
+    bncli compare runs/first/best.pt runs/first/last.pt --sort moved --csv -
     """
     from bncli.cli.tables.compare import comparison_rows, show_channels_compared, show_comparison
     from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv

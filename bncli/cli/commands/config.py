@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.builtin_configs import builtin_configs, describe_builtin_config, header_of, nearest
+from bncli.cli.help_page import OUTPUT, SHOWN
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption
+from bncli.cli.options import JsonOption, complete_config
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,33 +20,47 @@ def show_config(
         str | None,
         typer.Argument(
             metavar="NAME",
-            help="A built-in configuration (cifar10), a YAML file, a key (train.momentum) or section.",
+            help="A built-in configuration (cifar10), a YAML file, a key (train.momentum) or a section"
+            " (train).",
+            autocompletion=complete_config,
         ),
     ] = None,
     schema: Annotated[
         bool,
         typer.Option(
             "--schema",
-            help="Print the JSON schema of a configuration file. In editors with a YAML language server"
-            " it completes and checks keys: save it as bncli.schema.json, and begin your file with the line"
+            help="Print the JSON schema of a configuration file, by which an editor completes and checks"
+            " keys. Save it as bncli.schema.json, and begin your file with the line"
             " # yaml-language-server: $schema=bncli.schema.json",
+            rich_help_panel=SHOWN,
         ),
     ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE", help="Write to a new file, not to stdout."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Write to a new file, not to stdout.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """List the built-in configurations, write one with every key's meaning, or explain a key.
+    """List built-in configurations, write one, or explain a key.
 
-    bncli config cifar10 > my.yaml writes a file to change; bncli train my.yaml trains it.
+    A configuration is written with the meaning of every key: change the file, and give it to `bncli train`.
+
+    Examples:
+    bncli config
+    bncli config cifar10 -o my.yaml
+    bncli config train.learning_rate
     """
     from bncli.cli.tables.config import builtin_configs_text, explained_keys_text
 
     if schema:
         if name is not None:
-            raise ConfigError("--schema", ["is of every configuration; leave NAME out"])
+            raise ConfigError("--schema", ["describes all configurations; leave NAME out"])
         _write(_schema(), output)
     elif name is None:
         known = [

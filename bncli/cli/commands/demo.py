@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bncli.cli.help_page import MEASURED, OUTPUT
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption, make_empty_dir
@@ -21,21 +22,39 @@ def demonstrate_repair(
         Path | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="A file of `bncli train`; without it, one is trained first (a minute in all).",
+            help="A file that `bncli train` saved; without it, a small network is trained first (a minute in"
+            " all).",
         ),
     ] = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     num_images: Annotated[
-        int, typer.Option(min=2, help="Training images that population statistics are measured on.")
+        int,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Measure population statistics on this many training images.",
+            rich_help_panel=MEASURED,
+        ),
     ] = 5_000,
     save_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Save the ruined checkpoints in this new directory.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Save the ruined checkpoints in this new folder.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Ruin a trained network's running statistics in four ways; diagnose and repair each."""
+    """Ruin running statistics in four ways, find and repair it.
+
+    Shows for a trained network how accuracy falls when its running statistics are wrong, which rule of
+    inspect-stats finds it, and what recalibrate brings back. The checkpoint itself is only read.
+
+    Examples:
+    bncli demo
+    bncli demo runs/first/last.pt --save-dir ruined
+    """
     from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.demo import describe_demonstration, show_demonstration
     from bncli.cli.tables.table import print_json

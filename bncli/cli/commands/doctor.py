@@ -11,7 +11,6 @@ import importlib
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import typer
 
 import bncli
 from bncli.cli.messages import one_line, wrapped
-from bncli.cli.options import DataRootOption, JsonOption, SetOption
+from bncli.cli.options import DataRootOption, JsonOption, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import (
     BncliError,
@@ -57,14 +56,14 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
         return [Check("file", "problem", str(error), "restore it from a copy, or train again")]
     progress = f"format {found.format_version}, epoch {found.epoch}, step {found.step}"
     checks = [Check("file", "ok", f"{path}: {progress}")]
-    compared = f"of {plural(found.num_tensors, 'tensor')} and of all other values"
+    compared = f"{plural(found.num_tensors, 'tensor')} and all other values"
     if not found.digest_stored:
         checks.append(Check("SHA-256", "warning", "none stored", "made by an old bncli; cannot be verified"))
     elif found.damaged:
         damaged = f"differs from what was saved in {', '.join(found.damaged[:5])}"
         checks.append(Check("SHA-256", "problem", damaged, "restore it from a copy, or train again"))
     else:
-        checks.append(Check("SHA-256", "ok", f"the stored ones {compared} match"))
+        checks.append(Check("SHA-256", "ok", f"{compared} are what was saved"))
     if found.non_finite:
         what = f"NaN or infinity in {', '.join(found.non_finite[:5])}"
         checks.append(Check("numbers", "problem", what, "the run diverged: train with a lower learning rate"))
@@ -96,7 +95,8 @@ def _of_foreign_checkpoint(path: Path) -> Check:
             what = f"{path}: foreign ({found.kind}): {count}; no digest to compare with"
         return Check("file", "warning", what, fix)
     except NoBatchNormError as error:
-        return Check("file", "warning", str(error), "eval and predict need a file of bncli train")
+        fix = "the file can be read, but bncli finds nothing to look at in a network without BatchNorm"
+        return Check("file", "warning", str(error), fix)
     except OtherFormatError as error:  # which says what to do
         return Check("file", "problem", str(error))
     except CheckpointError as error:
@@ -121,15 +121,21 @@ _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optim
 
 def diagnose(
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="Check this file instead of the machine.")
+        Path | None, typer.Argument(metavar="CHECKPOINT", help="Check this file instead of the machine.")
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("data.name=imagefolder")] = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Say what is installed and whether training can start here, or whether a checkpoint is whole.
+    """Check the installation and this machine, or a checkpoint.
 
-    Exit code 1 if something is wrong. The answer names no user: paste it into a bug report.
+    Can training start here? Or, with CHECKPOINT: is the file what was saved? Exit code 1 if something is
+    wrong. The output names no user, so that it can be pasted into a bug report.
+
+    Examples:
+    bncli doctor
+    bncli doctor --data-root data
+    bncli doctor runs/first/last.pt
     """
     if checkpoint is not None and (overrides or data_root is not None):
         problem = "--set and --data-root say where data lie, and no data are read to check a CHECKPOINT"
@@ -171,7 +177,7 @@ def _answered(name: str, ask: Callable[[], Check]) -> Check:
     try:
         return ask()
     except (Exception, SystemExit) as error:  # a broken library may do anything while it is imported
-        return Check(name, "problem", f"cannot be told: {_reason(error)}", "see the problems above")
+        return Check(name, "problem", f"cannot be found out: {_reason(error)}", "see the problems above")
 
 
 def _torch() -> Check:
@@ -184,7 +190,9 @@ def _torch() -> Check:
         return Check("torch", "problem", f"cannot be imported: {_reason(error)}", fix)
     found = f"{version}, built for {'CUDA ' + cuda if cuda else 'the CPU'}"
     if tuple(int(part) for part in version.split(".", 2)[:2]) < (2, 10):
-        return Check("torch", "problem", found, "reading checkpoints was exploitable before 2.10; upgrade it")
+        return Check(
+            "torch", "problem", found, "upgrade it: before 2.10 a checkpoint could run code when it was read"
+        )
     return Check("torch", "ok", found)
 
 
@@ -202,8 +210,8 @@ def _torchvision() -> Check:
         return Check("torchvision", "problem", f"cannot be imported: {_reason(error)}", fix)
     if not declared:
         return Check("torchvision", "ok", version)
-    fix = "nothing for bncli, which uses no operator of it; for others install a CPU build of it"
-    found = f"{version}, its operators built for another torch; bncli declares them"
+    fix = "bncli does not need them; for other programs install the torchvision that belongs to your torch"
+    found = f"{version}, its compiled operators are for another torch"
     return Check("torchvision", "warning", found, fix)
 
 
@@ -265,11 +273,15 @@ def _bfloat16_ratio(torch: Any) -> str:
 
 
 def _threads() -> Check:
-    num_threads = importlib.import_module("torch").get_num_threads()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = f"{num_threads} of PyTorch, {usable} CPUs for this process"
-    if num_threads > usable:
-        return Check("threads", "warning", found, f"set runtime.threads to {usable}")
+    config = importlib.import_module("bncli.config").RuntimeConfig()
+    num_threads = importlib.import_module("bncli.runtime").resolve_runtime(config).threads
+    usable = importlib.import_module("bncli.usable_cpus").usable_cpus()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    why = f"OMP_NUM_THREADS={one_line(asked)}, {usable}" if asked else str(usable)
+    found = f"{plural(num_threads, 'thread')} ({why})"
+    if num_threads > usable.count:
+        fix = f"more threads than can run at once wait for each other: unset it, or set it to {usable.count}"
+        return Check("threads", "warning", found, fix)
     return Check("threads", "ok", found)
 
 
@@ -328,7 +340,7 @@ def _data(overrides: list[str]) -> Check:
         found = _image_folder(root) if config.name == "imagefolder" else _cifar10(root)
     except DataError as error:
         verdict: Literal["warning", "problem"] = "problem" if asked else "warning"
-        return Check("data", verdict, f"not found: {error}", "--set data.root=FOLDER says where data lie")
+        return Check("data", verdict, f"not found: {error}", "--data-root FOLDER says where data lie")
     return Check("data", "ok", f"{found}: all files found (train checks their content)")
 
 
@@ -344,7 +356,7 @@ def _cifar10(root: Path) -> str:
     folder = next(files.batch_folders(root), None)
     if folder is None:
         missing = ", ".join(files.missing_files(root / files.FOLDER))
-        raise DataError(f"CIFAR-10 in {root.absolute()} ({missing}); bncli train cifar10 downloads it")
+        raise DataError(f"CIFAR-10 in {root.absolute()} (no {missing}); bncli train cifar10 downloads it")
     return f"CIFAR-10 in {folder.absolute()}"
 
 
@@ -370,12 +382,17 @@ def _print_json(checks: list[Check], *, is_well: bool) -> None:
 
 
 def _print_lines(checks: list[Check], *, is_well: bool) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 1000
+    width = shutil.get_terminal_size().columns
     names = max(len(check.name) for check in checks)
     for check in checks:
         lines = [check.found] + ([f"-> {check.fix}"] if check.fix else [])
         start = f"{check.verdict:<7}  {check.name:<{names}}  "
         for line in lines:
-            print("\n".join(wrapped(line, width, first=start)))
+            print("\n".join(wrapped(line, width, first=start, break_words=False)))
             start = " " * len(start)
-    print("All well." if is_well else "Something is wrong: see the problems above.")
+    if not is_well:
+        print("Something is wrong: see the problems above.")
+    elif warnings := sum(check.verdict == "warning" for check in checks):
+        print(f"No problem, but {plural(warnings, 'warning')}: see above.")
+    else:
+        print("All well.")

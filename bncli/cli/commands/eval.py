@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
+from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
@@ -13,6 +15,12 @@ from bncli.cli.options import (
     DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    LogitsOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
     check_writable,
     parse_sizes,
@@ -28,59 +36,132 @@ if TYPE_CHECKING:
 
 def evaluate_checkpoint(
     checkpoint: CheckpointArgument,
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Test images for the certificate.")] = 256,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Compare the predictions of this many test images, each alone and in batches.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 256,
     batch_sizes: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Batch sizes of the certificate.")
+        str,
+        typer.Option(
+            metavar="N,N,...", help="The sizes of the batches that are compared.", rich_help_panel=MEASURED
+        ),
     ] = "2,3,7,16,64,256",
     batch_invariant: BatchInvariantOption = False,
     save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the certificate as a JSON file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Save what was compared, with SHA-256 digests of all outputs, as a JSON file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="N,N,...", help="Measure accuracy in batches of these sizes, in both modes."),
+        typer.Option(
+            metavar="N,N,...",
+            help="Measure the accuracy in batches of these sizes, in train mode and in eval mode.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     gap: Annotated[
-        bool, typer.Option("--gap", help="Take the gap between train and eval mode apart: is it BatchNorm?")
+        bool,
+        typer.Option(
+            "--gap",
+            help="Explain the gap between train mode and eval mode: how much of it is due to BatchNorm, and"
+            " to which layer?",
+            rich_help_panel=MEASURED,
+        ),
     ] = False,
     num_calibration_images: Annotated[
-        int, typer.Option(min=2, help="Training images that --gap measures population statistics on.")
+        int,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="--gap measures population statistics on this many training images.",
+            rich_help_panel=MEASURED,
+        ),
     ] = 10_000,
     tta: Annotated[
         Literal["flip", "shifts"] | None,
-        typer.Option("--tta", help="Report apart what averaging over views of each image gives."),
+        typer.Option(
+            "--tta",
+            metavar="VIEWS",
+            help="Test-time augmentation: also report the accuracy when outputs are averaged over views of"
+            " each image; flip: the image and its mirror image; shifts: both, also shifted by one pixel."
+            " Goes without --batch-invariant, --sweep and --gap.",
+            rich_help_panel=MEASURED,
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the sweep or the gap to a .png or .svg file.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the result of --sweep or --gap to a .png or .svg file.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
+    details: Annotated[
+        bool,
+        typer.Option(
+            "--details",
+            help="Also show each class, each batch size, the SHA-256 of the outputs, and the hardware.",
+            rich_help_panel=SHOWN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Evaluate in eval mode, and certify that a prediction depends on its image alone.
+    """Measure accuracy, and what a prediction depends on.
 
-    Exit code 1 if a prediction depends on the batch in eval mode; with --batch-invariant, if one bit does.
+    Test images are computed alone and in batches, in eval mode and in train mode: does a prediction depend
+    on the other images of its batch? Exit code 1 if one does in eval mode; with --batch-invariant, if a
+    single bit does.
+
+    Examples:
+    bncli eval runs/first/last.pt
+    bncli eval runs/first/last.pt --gap
+    bncli eval runs/first/last.pt --sweep 1,2,4,8,16,32,64 --plot sweep.png
+    bncli eval mine.pt --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json
 
     sizes = parse_sizes(batch_sizes, "--batch-sizes")
     if max(sizes) == 1:
-        raise ConfigError("--batch-sizes", ["expected a size above 1: an image alone has no neighbours"])
+        raise ConfigError(
+            "--batch-sizes", ["give at least one size above 1: an image alone depends on no other"]
+        )
     sweep_sizes = None if sweep is None else parse_sizes(sweep, "--sweep")
     if tta is not None and (batch_invariant or sweep is not None or gap):
-        raise ConfigError("--tta", ["goes with none of --batch-invariant, --sweep and --gap; leave them out"])
+        raise ConfigError(
+            "--tta", ["cannot be combined with --batch-invariant, --sweep or --gap; leave them out"]
+        )
     _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
     overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
-    subject = open_subject(checkpoint, overrides, command="eval", batch_invariant=batch_invariant)
+    named = named_network(model, model_args, key, partial, normalization, logits)
+    subject = open_subject(
+        checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
+    )
     calibration = num_calibration_images if gap else None
     report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
         _plot(report, plot)
-    print_json(report.to_dict()) if as_json else show_eval(report)
+    print_json(report.to_dict()) if as_json else show_eval(report, details=details)
     return 0 if report.found.passed else 1
 
 
@@ -142,7 +223,8 @@ def _examine(
         )
     return EvalReport(
         checkpoint=str(path),
-        epoch=subject.checkpoint.epoch,
+        epoch=subject.epoch,
+        network=subject.describe_network(),
         dataset=dataset.name,
         class_names=dataset.class_names,
         found=found,
@@ -166,8 +248,9 @@ def _plot(report: "EvalReport", path: Path) -> None:
     from bncli.cli.plots.gap import plot_gap
     from bncli.cli.plots.sweep import plot_sweep
 
+    epoch = "" if report.epoch is None else f", epoch {report.epoch}"
     source = (
-        f"{report.dataset}, {report.found.evaluation.num_images:,} test images, epoch {report.epoch},"
+        f"{report.dataset}, {report.found.evaluation.num_images:,} test images{epoch},"
         f" {report.runtime['precision']}."
     )
     if report.found.gap is not None:

@@ -7,21 +7,26 @@ from typing import Annotated
 import typer
 
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, LayerOption, matching_layers
+from bncli.cli.options import CsvOption, JsonOption, LayerOption, PlotOption, matching_layers
 
 
 def show_history(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A directory of `bncli train`.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="A folder that `bncli train` saved a run in.")
+    ],
     layer: LayerOption = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
-    ] = None,
+    plot: PlotOption = None,
+    csv: CsvOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show how the running statistics of a run came to match its batches, epoch by epoch.
+    """Show, epoch by epoch, how far running statistics lagged.
 
-    The run recorded it; nothing is computed. A run that is still going can be read.
+    The statistics of training batches change with the weights, and the running statistics follow. The run
+    recorded how far they were behind; nothing is computed. A run that is still going can be read.
+
+    Examples:
+    bncli history runs/first
+    bncli history runs/first --layer 'stages.1.*' --plot history.png
     """
     from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv
     from bncli.cli.tables.history import convergence_rows, show_convergence

@@ -21,7 +21,16 @@ from bncli.cli.audit_options import (
     sort_layers,
 )
 from bncli.cli.messages import print_note
-from bncli.cli.options import JsonOption, LayerOption, matching_layers
+from bncli.cli.options import (
+    ANY_CHECKPOINT,
+    ChannelsOption,
+    CsvOption,
+    JsonOption,
+    KeyOption,
+    LayerOption,
+    PlotOption,
+    matching_layers,
+)
 from bncli.errors import ConfigError
 from bncli.wording import plural
 
@@ -34,17 +43,13 @@ def inspect_stats(
     context: typer.Context,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="CHECKPOINT", help="A file of any kind, or a URL.", show_default=False),
+        typer.Argument(metavar="CHECKPOINT", help=ANY_CHECKPOINT),
     ] = None,
     layer: LayerOption = None,
-    channels: Annotated[bool, typer.Option("--channels", help="Show every channel of them.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it to a .png or .svg file.")] = None,
-    csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write rows of CSV to a file, or to stdout for -.")
-    ] = None,
-    key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Where the state dict lies, as in 'ema'.")
-    ] = None,
+    channels: ChannelsOption = False,
+    plot: PlotOption = None,
+    csv: CsvOption = None,
+    key: KeyOption = None,
     select: SelectOption = None,
     ignore: IgnoreOption = None,
     fail_on: FailOnOption = "error",
@@ -54,10 +59,15 @@ def inspect_stats(
     explain: ExplainOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show the running statistics of every BatchNorm layer, and what is wrong with them.
+    """Show running statistics of every layer, and what is wrong.
 
-    The file is only read. Exits with 1 if something is wrong; --explain all lists what can be. For two
-    checkpoints there is `bncli compare`, for what a run recorded `bncli history`.
+    The file is only read; it need not be one of bncli. Exit code 1 if something is wrong. `bncli compare`
+    shows what differs between two checkpoints, `bncli history` what a run recorded.
+
+    Examples:
+    bncli inspect-stats runs/first/last.pt
+    bncli inspect-stats runs/first/last.pt --layer 'stages.1.*' --channels
+    bncli inspect-stats --explain dead_channel
     """
     if explain is not None:
         return _explain(context, explain, as_json=as_json)
@@ -127,7 +137,9 @@ def _refuse_what_others_read(source: str, more: list[str]) -> None:
 
 def _explain(context: typer.Context, wanted: str, *, as_json: bool) -> int:
     unused = AUDIT_FLAGS | {"--layer", "--channels", "--plot", "--csv", "--key"}
-    refuse_options(context, unused, f"--explain {wanted}", "a rule is explained, no checkpoint looked at")
+    refuse_options(
+        context, unused, f"--explain {wanted}", "no effect here, where no checkpoint is read; leave it out"
+    )
     from bncli.batchnorm.audit.rule_pages import PAGES, find_page
     from bncli.cli.explain.topics import topic_of_rule
     from bncli.cli.tables.explain import show_topics
@@ -150,5 +162,8 @@ def _read_layers(source: str, key: str | None) -> "tuple[list[LayerStats], OpenC
     keys = [candidate.key for candidate in checkpoint.candidates]
     if len(keys) > 1 and key is None:
         listed = ", ".join(name or "the top" for name in keys[:8])
-        print_note(f"BatchNorm layers under {listed}; took {checkpoint.key or 'the top'} (--key chooses)")
+        print_note(
+            f"BatchNorm layers lie under {listed}; these are the ones of {checkpoint.key or 'the top'}"
+            " (--key KEY shows others)"
+        )
     return layers, checkpoint

@@ -2,25 +2,37 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bncli.cli.messages import one_line, print_error
-from bncli.cli.opened_checkpoint import open_subject
+from bncli.cli.help_page import SHOWN
+from bncli.cli.messages import one_line, print_error, wrapped
+from bncli.cli.named_network import named_network
+from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     BatchInvariantOption,
     CheckpointArgument,
+    DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    LogitsOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
 )
 from bncli.cli.overrides import effective_overrides
-from bncli.errors import DataError
+from bncli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
+    from bncli.config import DataConfig
+    from bncli.data.decode import Fit
 
 STDIN = "-"
 
@@ -28,29 +40,54 @@ STDIN = "-"
 def predict_images(
     checkpoint: CheckpointArgument,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, WebP, a folder of them, or - (stdin).")
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...", help="PNG, JPEG or WebP files, folders of them, or - for an image on stdin."
+        ),
     ],
-    top: Annotated[int, typer.Option(min=1, metavar="K", help="Show the K most probable classes.")] = 1,
+    top: Annotated[
+        int,
+        typer.Option(min=1, metavar="K", help="Show the K most probable classes.", rich_help_panel=SHOWN),
+    ] = 1,
     batch_invariant: BatchInvariantOption = False,
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Name the class of each image, and its probability, on one line.
+    """Name the class of each image, and its probability.
 
-    Every image is computed on its own, whatever else is on the command line. Exit code 2 if one is no
-    image; the others are answered all the same.
+    Each image is computed alone, so its answer does not depend on the others. Exit code 2 if one cannot be
+    read as an image; the others are answered all the same.
+
+    Examples:
+    bncli predict runs/first/last.pt photo.png
+    bncli predict runs/first/last.pt images/ --top 3
+    bncli predict mine.pt photo.png --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.table import print_json
 
-    overrides = effective_overrides("predict", overrides, device=device)
-    subject = open_subject(checkpoint, overrides, command="predict", batch_invariant=batch_invariant)
+    named = named_network(model, model_args, key, partial, normalization, logits)
+    if named is None and data_root is not None:
+        raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
+    command = "predict" if named is None else "predict --model"
+    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
+    subject = open_subject(
+        checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
+    )
+    classes = _classes(subject)
     answers: list[dict[str, Any]] = []
     all_answered = True
     for name in images:
         try:
             for source in _sources(name):
-                all_answered &= _answer(subject, source, top, answers, as_json=as_json)
+                all_answered &= _answer(subject, classes, source, top, answers, as_json=as_json)
         except DataError as error:  # a folder that cannot be listed
             print_error(str(error))
             all_answered = False
@@ -58,12 +95,41 @@ def predict_images(
         print_json(
             {
                 "checkpoint": str(checkpoint),
+                **subject.describe_network(),
                 "batch_invariant": batch_invariant,
                 "predictions": answers,
                 "runtime": subject.runtime.describe(),
             }
         )
     return 0 if all_answered else 2
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """What the network tells apart, and in images of which size."""
+
+    names: tuple[str, ...]
+    fit: "Fit"
+
+
+def _classes(subject: "Subject") -> _Classes:
+    """As the checkpoint records them, or those of the data set that the command line names."""
+    if subject.own is not None:
+        data = subject.own.config.data
+        return _Classes(subject.own.class_names, _fit(data, subject.own.image_size))
+    dataset = load_subject_data(subject)
+    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.images.shape[-1]))
+
+
+def _fit(data: "DataConfig", image_size: int) -> "Fit":
+    """How images become squares, as those of the data set did; its size is that of the network."""
+    from bncli.config import ImageFolderConfig
+    from bncli.data.decode import Fit
+    from bncli.data.imagefolder import fit_of
+
+    if not isinstance(data, ImageFolderConfig):
+        return Fit(image_size)
+    return replace(fit_of(data), image_size=image_size)
 
 
 def _sources(name: str) -> Iterator[str]:
@@ -77,23 +143,34 @@ def _sources(name: str) -> Iterator[str]:
 
 
 def _answer(
-    subject: "Subject", source: str, top: int, answers: list[dict[str, Any]], *, as_json: bool
+    subject: "Subject",
+    classes: "_Classes",
+    source: str,
+    top: int,
+    answers: list[dict[str, Any]],
+    *,
+    as_json: bool,
 ) -> bool:
     """Answer for one image, at once on stdout or into `answers`; False, with a message, if it is none."""
+    from bncli.cli.tables.table import MAX_WIDTH
+
     try:
-        best = _best_classes(subject, source, top)
+        best = _best_classes(subject, classes, source, top)
     except DataError as error:
         print_error(f"{source}: {error}")
         return False
     if as_json:
         answers.append({"image": source, **best[0], "top": best})
     else:
-        classes = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
-        print(f"{one_line(source)}: {classes}", flush=True)
+        found = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
+        lines = [f"{one_line(source)}: {found}"]
+        if top > 1 and len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
+            lines = [f"{one_line(source)}:", *wrapped(found, MAX_WIDTH, first="  ")]
+        print("\n".join(lines), flush=True)
     return True
 
 
-def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, Any]]:
+def _best_classes(subject: "Subject", classes: "_Classes", source: str, top: int) -> list[dict[str, Any]]:
     from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file, read_image
     from bncli.evaluation import predict
 
@@ -102,8 +179,7 @@ def _best_classes(subject: "Subject", source: str, top: int) -> list[dict[str, A
         check_size(content)
     else:
         content = read_file(Path(source))
-    image = subject.runtime.place(read_image(content, subject.checkpoint.image_size)[None])
+    image = subject.runtime.place(read_image(content, classes.fit)[None])
     with subject.runtime.autocast():
         (found,) = predict(subject.model, image, top=top)
-    names = subject.checkpoint.class_names
-    return [{"class": names[item.label], "probability": item.probability} for item in found]
+    return [{"class": classes.names[item.label], "probability": item.probability} for item in found]

@@ -1,28 +1,39 @@
 """`bncli recalibrate`: population statistics instead of running statistics, in a new checkpoint."""
 
 from dataclasses import replace
+from functools import partial as bind
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.help_page import CHECKED, COMPUTED, OUTPUT
 from bncli.cli.messages import print_note
-from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.named_network import named_network
+from bncli.cli.opened_checkpoint import load_subject_data, open_again, open_subject
 from bncli.cli.options import (
     CheckpointArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    LogitsOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
     check_writable,
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import BncliError, ConfigError
+from bncli.wording import list_names
 
 if TYPE_CHECKING:
+    from bncli.checkpoints import LoadedWeights
     from bncli.cli.opened_checkpoint import Subject
     from bncli.data import Dataset
-    from bncli.training import Calibration, RecalibratedCheckpoint, Verification
+    from bncli.training import Calibration, RecalibratedNetwork, Verification
 
 MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers, about 1e-7
 
@@ -30,39 +41,98 @@ MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers
 def recalibrate_into_file(
     checkpoint: CheckpointArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="NEW", help="The new checkpoint's file.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="NEW",
+            help="The file of the new checkpoint. Without it, and with --verify, nothing is written.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     method: Annotated[
         Literal["exact", "precise", "debias"],
-        typer.Option(help="Layer by layer; all in one pass; or without data."),
+        typer.Option(
+            metavar="METHOD",
+            help="exact: one layer after the other, each in a pass of its own; precise: all layers in one"
+            " pass, as fvcore's PreciseBN does; debias: no pass, only the share of the initial values is"
+            " taken out of the running statistics.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = "exact",
     num_images: Annotated[
-        int | None, typer.Option(min=2, help="Training images, drawn at random; default: all.")
+        int | None,
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Measure on this many training images, drawn at random.  [default: all]",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Of these images; default: runtime.eval_batch_size.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Images in a batch.  [default: runtime.eval_batch_size]",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only layers of such names, as in 'stages.1.*'.")
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Replace statistics only of layers whose names match, as in 'stages.1.*'.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Stop when every layer's mean is known to this many deviations, as in 0.001."),
+        typer.Option(
+            metavar="X",
+            help="Stop measuring when the standard error of every layer's mean is below X standard"
+            " deviations, as in 0.001.",
+            rich_help_panel=COMPUTED,
+        ),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check that the statistics are a fixed point of eval mode.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check that each layer's statistics are those of its inputs in eval mode.",
+            rich_help_panel=CHECKED,
+        ),
     ] = False,
     max_error: Annotated[
-        float, typer.Option(help="Relative error that --verify allows in each channel.")
+        float,
+        typer.Option(
+            metavar="X",
+            help="The relative error that --verify allows in a channel.",
+            rich_help_panel=CHECKED,
+        ),
     ] = MAX_ERROR,
     as_json: JsonOption = False,
 ) -> int:
-    """Replace running statistics by population statistics of the training images, in a new file.
+    """Measure population statistics and save them in a new file.
 
-    With --verify and without -o a checkpoint is only checked. Exit code 1 if --verify finds it inconsistent.
+    Running statistics are averages over the last training batches. They are replaced by the mean and the
+    variance over all training images; the weights stay as they are. Exit code 1 if --verify finds statistics
+    that do not fit.
+
+    Examples:
+    bncli recalibrate runs/first/last.pt -o recalibrated.pt
+    bncli recalibrate runs/first/last.pt -o quick.pt --num-images 2000
+    bncli recalibrate runs/first/last.pt --verify
+    bncli recalibrate mine.pt -o new.pt --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.recalibrate import (
         RecalibrateReport,
@@ -75,7 +145,10 @@ def recalibrate_into_file(
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     overrides = effective_overrides("recalibrate", overrides, device=device, data_root=data_root)
-    subject = open_subject(checkpoint, overrides, command="recalibrate")
+    named = named_network(model, model_args, key, partial, normalization, logits)
+    subject = open_subject(checkpoint, overrides, command="recalibrate", named=named)
+    if output is not None:
+        _check_container(subject)
     dataset = load_subject_data(subject)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:
@@ -88,10 +161,12 @@ def recalibrate_into_file(
     made = _recalibrate(checkpoint, output, subject, dataset, how)
     verification = None
     if verify:  # the new checkpoint as any other command will see it, on the images that it records
-        verification = _verify(_reopen(output, subject), dataset, Calibration(), max_error)
+        again = Calibration() if named is None else how
+        verification = _verify(_reopen(output, subject, dataset), dataset, again, max_error)
     report = RecalibrateReport(
-        str(checkpoint), str(output), dataset.name, made, subject.runtime.describe(), verification
-    )
+        str(checkpoint), str(output), subject.epoch, dataset.name, made, subject.runtime.describe(),
+        verification, subject.describe_network(),
+    )  # fmt: skip
     print_json(report.to_dict()) if as_json else show_recalibrate(report)
     return 1 if verification is not None and not verification.self_consistent else 0
 
@@ -118,49 +193,95 @@ def _check_options(
     check_writable(output)
 
 
+def _check_container(subject: "Subject") -> None:
+    """Raise before the work begins where the file is of a kind that is not written."""
+    if subject.named is not None and subject.named[1].kind.endswith("index"):
+        raise BncliError(f"{subject.path}: an index of several files, which are not written; save it as one")
+
+
 def _recalibrate(
     path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration"
-) -> "RecalibratedCheckpoint":
+) -> "RecalibratedNetwork":
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.cli.progress import ProgressReporter
-    from bncli.training import recalibrate_checkpoint
+    from bncli.training import recalibrate_checkpoint, recalibrate_network
 
+    size = subject.config.runtime.eval_batch_size
     with ProgressReporter() as progress:
-        made = recalibrate_checkpoint(
-            subject.checkpoint,
-            dataset,
-            subject.runtime,
-            how,
-            source={"file": path.name, "sha256": file_sha256(path)},
-            eval_batch_size=subject.config.runtime.eval_batch_size,
-            progress=progress,
-        )
+        if subject.named is not None:
+            made = recalibrate_network(
+                subject.model, dataset, subject.runtime, how, eval_batch_size=size, progress=progress
+            )
+            write = bind(_rewrite, subject, subject.named[1], made, output)
+        else:
+            source = {"file": path.name, "sha256": file_sha256(path)}
+            made = own = recalibrate_checkpoint(
+                subject.checkpoint,
+                dataset,
+                subject.runtime,
+                how,
+                source=source,
+                eval_batch_size=size,
+                progress=progress,
+            )
+            write = bind(save_checkpoint, own.checkpoint, output)
     try:
-        save_checkpoint(made.checkpoint, output)
+        write()
     except OSError as error:
         raise BncliError(f"{output}: cannot be written: {error.strerror or error}") from error
     print_note(f"wrote {output}")
     return made
 
 
+def _rewrite(subject: "Subject", loaded: "LoadedWeights", made: "RecalibratedNetwork", output: Path) -> None:
+    """Write a file of the same kind, in which only running statistics that were measured differ."""
+    from bncli.checkpoints import rewrite
+    from bncli.training import running_stats
+
+    measured = {layer.name for layer in made.recalibration.layers}
+    new = {
+        name: value
+        for name, value in running_stats(subject.model).items()
+        if name.rpartition(".")[0] in measured
+    }
+    absent = [name for name in new if name not in loaded.names]
+    if absent:
+        print_note(f"not written, as they are not in {subject.path}: {list_names(absent)}")
+    buffers = {loaded.names[name]: value for name, value in new.items() if name in loaded.names}
+    rewrite(subject.path, output, buffers, loaded.key)
+
+
 def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_error: float) -> "Verification":
     from bncli.cli.progress import ProgressReporter
-    from bncli.training import verify_checkpoint
+    from bncli.training import verify_checkpoint, verify_network
 
+    size = subject.config.runtime.eval_batch_size
     with ProgressReporter() as progress:
-        return verify_checkpoint(
-            subject.checkpoint,
+        if subject.named is None:
+            return verify_checkpoint(
+                subject.checkpoint,
+                dataset,
+                subject.runtime,
+                how,
+                eval_batch_size=size,
+                max_error=max_error,
+                progress=progress,
+            )
+        return verify_network(
+            subject.model,
             dataset,
             subject.runtime,
             how,
-            eval_batch_size=subject.config.runtime.eval_batch_size,
+            eval_batch_size=size,
             max_error=max_error,
             progress=progress,
         )
 
 
-def _reopen(path: Path, subject: "Subject") -> "Subject":
+def _reopen(path: Path, subject: "Subject", dataset: "Dataset") -> "Subject":
     """The new checkpoint as any other command will see it."""
+    if subject.named is not None:
+        return open_again(subject, path, dataset)
     from bncli.checkpoints import load_checkpoint
 
-    return replace(subject, path=path, checkpoint=load_checkpoint(path))
+    return replace(subject, path=path, own=load_checkpoint(path))

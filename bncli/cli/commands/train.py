@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.builtin_configs import DEFAULT_NAME
+from bncli.cli.help_page import RUN
 from bncli.cli.messages import print_note
-from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, SetOption
+from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, StoppedError
@@ -24,25 +25,51 @@ def train_config(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="CONFIG", help="A YAML file, or a name that `bncli config` lists; default: quickstart."
+            metavar="CONFIG",
+            help="A YAML file, or the name of a built-in configuration: see `bncli config`.  [default:"
+            f" {DEFAULT_NAME}]",
+            autocompletion=complete_config,
         ),
     ] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[list[str] | None, set_option("train.epochs=3")] = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
     run_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where to write; default: runs/NAME-DATE-TIME."),
+        typer.Option(
+            metavar="FOLDER",
+            help="The new folder that the run is saved in.  [default: runs/CONFIG-DATE-TIME]",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Continue the run in this directory.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Continue the run that is saved in this folder. Goes without CONFIG and --run-dir.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be trained, and train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the network, the data and the number of steps, and train nothing.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Train a Conv-BN-ReLU network and save checkpoints with its running statistics."""
+    """Train a network with BatchNorm and save its checkpoints.
+
+    The folder of the run holds its configuration (config.yaml), the numbers of every epoch (metrics.jsonl),
+    and two checkpoints: last.pt, of the last epoch, and best.pt, of the epoch with the best accuracy.
+
+    Examples:
+    bncli train --run-dir runs/first
+    bncli train --resume runs/first
+    bncli train cifar10 --data-root data --set train.epochs=5
+    """
     if config is not None and resume is not None:
         raise ConfigError(
             "bncli train", ["--resume continues with the run's own configuration; leave CONFIG out"]
@@ -54,7 +81,7 @@ def train_config(
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
     if config is None and resume is None:
-        print_note(f"no CONFIG given: this is the {DEFAULT_NAME}; `bncli config` lists others")
+        print_note(f"no CONFIG given, so this trains the {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
@@ -71,8 +98,8 @@ def train_config(
     effect = describe_large_momentum(loaded.model.batch_norm.momentum)
     if effect is not None:
         print_note(
-            f"warning: model.batch_norm.momentum: {effect}; PyTorch's momentum is the weight of the new"
-            " batch, 0.01 for Keras's 0.99"
+            f"warning: model.batch_norm.momentum: {effect}; in PyTorch momentum is the weight of the new"
+            " batch: 0.01 is what Keras calls 0.99"
         )
     if dry_run:
         with ProgressReporter() as progress:
@@ -106,7 +133,7 @@ def train_config(
             hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if begun else ""
             print_note(f"interrupted{hint}")
             return signals.exit_code
-    print_json(result) if as_json else show_training(result)
+    print_json(result.to_dict()) if as_json else show_training(result)
     return 0
 
 

@@ -48,7 +48,7 @@ def plot_comparison(comparison: Comparison, path: Path, *, first: str, second: s
                     [None if x is None else x.mean_shift_in_first_deviations for x in found], neutral=0.0),
         make_column("variance ratio", "(running_var + eps),\nsecond over first, log scale",
                     [None if x is None else x.var_ratio for x in found], log=True, neutral=1.0),
-        make_column("KL divergence", "nats, of the second from the first,\nlog scale",
+        make_column("KL divergence", "of the second from the first,\nlog scale",
                     [None if x is None else x.kl for x in found], log=True),
     ]  # fmt: skip
     flags = [tuple(SHORT[flag] for flag in layer.flags) for layer in layers]

@@ -1,6 +1,6 @@
 """The output of `bncli compare`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -8,13 +8,15 @@ from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
 from bncli.batchnorm.compare import STATISTICS_ALONE
 from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_rows import Row
+from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, show_lines, table_of
-from bncli.wording import list_names
+from bncli.wording import list_names, plural
 
 MARKS = {
-    "S": "running_mean or running_var moved",
-    "W": "the layer's own weight or bias moved",
-    "F": "the weights that feed it moved, those after the BatchNorm before",
+    "S": "running_mean or running_var changed",
+    "W": "weight or bias of this layer changed",
+    "F": "weights between the BatchNorm before and this one changed",
+    "?": "unknown: no such weights are known",
 }
 
 
@@ -39,7 +41,7 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
         console.print()
         _show_layers(console, layers)
         console.print()
-        _show_legend(console)
+        _show_legend(console, layers)
     _show_mismatches(console, comparison)
     _show_flags(console, comparison)
     console.print()
@@ -47,33 +49,23 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
 
 
 def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
-    table = table_of(
-        None,
-        "layer",
-        "mean shift\nrms  max",
-        "variance ratio\nmin  mean  max",
-        "KL, nats\nmean  max",
-        "moved",
-    )
-    for column in table.columns[1:]:
-        column.no_wrap = True
     summaries = [layer.summary or DivergenceSummary(num_incomparable=0) for layer in layers]
-    cells = [
-        aligned(
+    columns = {
+        "mean shift\nrms  max": aligned(
             [
                 [number(x.mean_shift_in_first_deviations), number(x.max_mean_shift_in_first_deviations)]
                 for x in summaries
             ],
             gap=2,
         ),
-        aligned([[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries], gap=2),
-        aligned([[number(x.kl), number(x.max_kl)] for x in summaries], gap=2),
-    ]
-    for layer, *row in zip(layers, *cells, strict=True):
-        style = "bold red" if layer.flags else None
-        table.add_row(one_line(layer.name), *row, _marks(layer), style=style)
-    table.columns[-1].justify = "left"
-    console.print(table)
+        "variance ratio\nmin  mean  max": aligned(
+            [[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries], gap=2
+        ),
+        "KL divergence\nmean  max": aligned([[number(x.kl), number(x.max_kl)] for x in summaries], gap=2),
+        "changed": [_marks(layer) for layer in layers],
+    }
+    styles = ["bold red" if layer.flags else None for layer in layers]
+    show_layer_table(console, [layer.name for layer in layers], columns, styles)
 
 
 def _marks(layer: LayerComparison) -> str:
@@ -81,27 +73,31 @@ def _marks(layer: LayerComparison) -> str:
     return f"{'S' if layer.statistics_moved else '-'} {'W' if layer.weights_moved else '-'} {fed}"
 
 
-def _show_legend(console: Console) -> None:
+def _show_legend(console: Console, layers: Sequence[LayerComparison]) -> None:
+    used = "SWF" + "".join(map(_marks, layers))
     meanings = {
-        "mean shift": "second minus first, in the first's standard deviations",
-        "variance": "running_var + eps, second over first; the mean is geometric",
-        "KL": "divergence of the second's normal from the first's, per channel",
+        "mean shift": "move of running_mean, in standard deviations of the first file",
+        "variance ratio": "running_var + eps of the second file, divided by the first's",
+        "KL divergence": "distance of the two normal distributions; 0 is equal",
     }
-    show_lines(console, {**meanings, **MARKS})
+    show_lines(console, {**meanings, **{mark: text for mark, text in MARKS.items() if mark in used}})
 
 
 def _show_mismatches(console: Console, comparison: Comparison) -> None:
     if comparison.matched_by == "order":
         console.print()
-        print_wrapped(console, "No layer name agrees: layers were matched by their order and channels.")
+        text = "The files name their layers differently: they were matched by order and number of channels."
+        print_wrapped(console, text)
     if not comparison.order_known:
         console.print()
-        text = "Both files have their names sorted, so that the order of the layers is lost: which weights"
-        print_wrapped(console, f"{text} feed a layer is unknown (?).")
+        text = (
+            "Both files sort their tensors by name. So the order of the layers is unknown, and also whether"
+        )
+        print_wrapped(console, f"{text} the weights before a layer changed (?).")
     groups = {
         "Only in the first": comparison.only_in_first,
         "Only in the second": comparison.only_in_second,
-        "Other number of channels": comparison.different_num_features,
+        "Not compared, as the numbers of channels differ": comparison.different_num_features,
     }
     for title, names in groups.items():
         if names:
@@ -110,7 +106,7 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
     if left_out := [layer for layer in comparison.layers if layer.summary and layer.summary.num_incomparable]:
         console.print()
         channels = sum(layer.summary.num_incomparable for layer in left_out if layer.summary)
-        text = f"Left out, being no usable numbers in one or both: {channels} channels of"
+        text = f"Left out: {plural(channels, 'channel')} with NaN, infinity or a negative variance, in"
         print_wrapped(console, f"{text} {list_names([layer.name for layer in left_out])}", style="bold red")
 
 
@@ -118,7 +114,9 @@ def _show_flags(console: Console, comparison: Comparison) -> None:
     for flag, meaning in comparison.explanations().items():
         names = comparison.flagged(flag)
         console.print()
-        print_wrapped(console, f"{flag}: {len(names)} of the layers ({list_names(names)})", style="bold red")
+        print_wrapped(
+            console, f"{flag}: {plural(len(names), 'layer')} ({list_names(names)})", style="bold red"
+        )
         alone = comparison.moved_alone
         if flag != STATISTICS_ALONE or alone is None:
             print_wrapped(console, meaning)
@@ -136,8 +134,9 @@ def show_channels_compared(comparison: Comparison) -> None:
         if layer.divergence is None:
             continue
         found = layer.divergence
-        headers = "channel", "mean shift, in the\nfirst's deviations", "variance ratio", "KL, nats"
-        table = table_of(one_line(layer.name), *headers, left=0)
+        headers = "channel", "mean shift, in the\nfirst's deviations", "variance ratio", "KL divergence"
+        print_wrapped(console, layer.name, style="bold")
+        table = table_of(None, *headers, left=0)
         columns = (
             found.mean_shift_in_first_deviations.tolist(),
             found.var_ratio.tolist(),
@@ -146,3 +145,4 @@ def show_channels_compared(comparison: Comparison) -> None:
         for channel, values in enumerate(zip(*columns, strict=True)):
             table.add_row(str(channel), *(f"{value:.4g}" for value in values))
         console.print(table)
+        console.print()

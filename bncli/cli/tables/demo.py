@@ -60,7 +60,7 @@ def show_demonstration(result: Demonstration) -> None:
         console,
         {
             "precise, exact": "after recalibration by that method",
-            "loss": "in nats, ruined and after exact recalibration",
+            "loss": "of the ruined network, and after exact recalibration",
         },
     )
     _show_finding("none: the network as it is", result.intact)

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import after_epoch, one_line
 from bncli.cli.tables.table import (
     console_for_results,
     number,
@@ -14,24 +14,24 @@ from bncli.cli.tables.table import (
     show_lines,
     table_of,
 )
-from bncli.determinism import Certificate
+from bncli.determinism import Apart, Certificate
 from bncli.evaluation import Examination, Gap, LayerGap, SweepPoint
 from bncli.evaluation.gap import SOURCES
 from bncli.wording import plural
 
 CLAIMS = {
     "repeat": "the same batch, computed twice",
-    "neighbours": "the same place in a batch of the same size, other companions",
-    "position": "the same companions, another place",
-    "batch_size": "alone, and in batches of every size below",
+    "neighbours": "other images in the batch, each image at the same place",
+    "position": "the same images in the batch, each at another place",
+    "batch_size": "alone, and in batches of the sizes below",
 }
 MEASURES = {
     "absolute": "the largest difference between two logits",
-    "relative": "the largest, over the largest logit of the same image",
-    "ulp": "the largest, in units in the last place",
-    "flips": "images whose prediction changes",
+    "relative": "the same, divided by the largest logit of the image",
+    "ulp": "the same, in units in the last place",
+    "changed": "images whose prediction changes",
+    "first layer": "whose output differs",
 }
-COLUMNS = ("same bits", "absolute", "ulp", "flips")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class EvalReport:
     """What `bncli eval` found, and what it was found on."""
 
     checkpoint: str
-    epoch: int
+    epoch: int | None
+    network: dict[str, object]  # the part `model` of the JSON document; empty for bncli's own
     dataset: str
     class_names: tuple[str, ...]
     found: Examination
@@ -51,6 +52,7 @@ class EvalReport:
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
+            **self.network,
             "dataset": self.dataset,
             **self.found.to_dict(self.class_names),
             "runtime": self.runtime,
@@ -65,55 +67,128 @@ class EvalReport:
             "checkpoint": self.checkpoint,
             "checkpoint_sha256": checkpoint_sha256,
             "epoch": self.epoch,
+            **self.network,
             "dataset": self.dataset,
+            "images": self.found.sample,
             **{name: document[name] for name in parts},
         }
 
 
-def show_eval(report: EvalReport) -> None:
-    """Accuracy, per-class accuracy, the certificate, the sweep, and the verdict."""
+def show_eval(report: EvalReport, *, details: bool) -> None:
+    """The answer in a few lines, then what was asked for beside it."""
     console = console_for_results()
     found = report.found
-    evaluation = found.evaluation
-    lines = {
-        "checkpoint": f"{report.checkpoint}, after epoch {report.epoch}",
-        "test split": f"{report.dataset}, {plural(evaluation.num_images, 'image')} in eval mode",
-        "runtime": runtime_line(report.runtime),
-        "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),
-        "accuracy": f"{evaluation.accuracy:.2%}",
-        "loss": f"{evaluation.loss:.4f} nats",
-        "speed": f"{evaluation.images_per_second:,.0f} images/s",
-    }
-    if found.tta is not None:
-        lines["with views"] = (
-            f"{found.tta.accuracy:.2%}, loss {found.tta.loss:.4f}: --tta {found.tta.views},"
-            f" {found.tta.num_views} views, {found.tta.seconds:.1f} s"
-        )
-    if found.certificate.fixed_rows is not None:
-        lines["fixed shape"] = f"chunks of {found.certificate.fixed_rows} rows, padded where images are fewer"
-    show_lines(console, lines)
-    console.print()
-    table = table_of("Accuracy by class", "class", "accuracy")
-    for name, accuracy in zip(report.class_names, evaluation.per_class_accuracy, strict=True):
-        table.add_row(one_line(name), "-" if accuracy is None else f"{accuracy:.2%}")
-    console.print(table)
-    _show_claims(console, found.certificate)
-    _show_batch_sizes(console, found.certificate)
+    _show_answer(console, report)
+    if details:
+        _show_details(console, report)
     if found.sweep:
         _show_sweep(console, found.sweep)
     if found.gap is not None:
         show_gap(console, found.gap)
-    console.print()
-    print_wrapped(console, found.certificate.verdict, style="bold")
-    if found.gap is not None:
         console.print()
         print_wrapped(console, found.gap.verdict, style="bold")
 
 
+def _show_answer(console: Console, report: EvalReport) -> None:
+    """Accuracy, and what becomes of predictions in other batches: at most 15 lines."""
+    found, certificate = report.found, report.found.certificate
+    evaluation = found.evaluation
+    num_test = plural(evaluation.num_images, "test image")
+    console.print(
+        f"accuracy {evaluation.accuracy:.2%} of {num_test} in eval mode (loss {evaluation.loss:.4f})"
+    )
+    if (tta := found.tta) is not None:
+        console.print(
+            f"accuracy {tta.accuracy:.2%} averaged over {tta.num_views} views of each image"
+            f" (--tta {tta.views}, loss {tta.loss:.4f}, {tta.seconds:.1f} s)"
+        )
+    rows = certificate.fixed_rows
+    chunks = "" if rows is None else f" (in chunks of {plural(rows, 'row')})"
+    sizes = [check.batch_size for check in certificate.batch_sizes if check.batch_size > 1]
+    several = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    images = plural(certificate.num_images, "image")
+    each = "each alone" if certificate.num_images > 1 else "alone"
+    console.print(f"{images}, {each} and in batches of {several}{chunks}:")
+    columns = " / ".join(str(point.batch_size) for point in found.sample_sweep)
+    table = table_of(
+        None, "", "predictions\nchanged", "largest logit\ndifference", f"accuracy in batches\nof {columns}"
+    )
+    rounding = " (rounding)" if certificate.within_rounding else ""
+    table.add_row(
+        "eval mode",
+        *_apart(certificate.eval_mode, certificate, rounding),
+        _accuracies([point.eval_accuracy for point in found.sample_sweep]),
+    )
+    table.add_row(
+        "train mode",
+        *_apart(certificate.train_mode.any_batch_size, certificate),
+        _accuracies([point.batch_statistics_accuracy for point in found.sample_sweep]),
+    )
+    console.print(table)
+    console.print()
+    for note in _notes(certificate):
+        print_wrapped(console, note)
+    print_wrapped(console, certificate.verdict, style="bold")
+    if not certificate.deterministic:
+        command = f"bncli inspect-stats {one_line(report.checkpoint)}"
+        console.print(f"What is wrong with its BatchNorm layers: {command}")
+
+
+def _notes(certificate: Certificate) -> list[str]:
+    """What one must know beside the table, where it is not as usual."""
+    notes = []
+    if certificate.num_batch_norm_layers == 0:
+        notes.append("The network has no BatchNorm layer.")
+    if (size := certificate.train_mode.reference_batch_size) > 1:
+        notes.append(
+            "In train mode BatchNorm refuses an image alone: a single value per channel has no variance."
+            f" There the batches are compared with batches of {size}."
+        )
+    if not certificate.running_stats_unchanged:
+        notes.append("The running statistics CHANGED meanwhile, which they must not in eval mode.")
+    return notes
+
+
+def _apart(found: Apart, certificate: Certificate, rounding: str = "") -> tuple[str, str]:
+    """The cells for changed predictions, and for the largest difference."""
+    changed = f"{found.prediction_flips:,} of {certificate.num_images:,}"
+    return changed, "none" if found.max_abs_diff == 0 else number(found.max_abs_diff) + rounding
+
+
+def _accuracies(accuracies: list[float | None]) -> str:
+    texts = ["-" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in accuracies]
+    return " / ".join(texts) + "%"
+
+
+def _show_details(console: Console, report: EvalReport) -> None:
+    """What it was found on, the classes, the four claims and the batch sizes."""
+    found = report.found
+    console.print()
+    lines = {
+        "checkpoint": report.checkpoint + after_epoch(report.epoch),
+        "data": report.dataset,
+        "runtime": runtime_line(report.runtime),
+        "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),
+        "speed": f"{found.evaluation.images_per_second:,.0f} images/s",
+    }
+    if found.certificate.fixed_rows is not None:
+        lines["fixed shape"] = (
+            f"chunks of {found.certificate.fixed_rows} rows, filled up where images are fewer"
+        )
+    show_lines(console, lines)
+    console.print()
+    table = table_of("Accuracy by class", "class", "accuracy")
+    for name, accuracy in zip(report.class_names, found.evaluation.per_class_accuracy, strict=True):
+        table.add_row(one_line(name), "-" if accuracy is None else f"{accuracy:.2%}")
+    console.print(table)
+    _show_claims(console, found.certificate)
+    _show_batch_sizes(console, found.certificate)
+
+
 def _show_claims(console: Console, found: Certificate) -> None:
     console.print()
-    title = f"Logits of the same {found.num_images} images in eval mode"
-    table = table_of(title, "claim", "same bits", "absolute", "relative", "ulp", "flips", "first in")
+    title = f"Logits of the same {plural(found.num_images, 'image')} in eval mode"
+    table = table_of(title, "", "same bits", *MEASURES)
     for name in CLAIMS:
         claim = getattr(found.claims, name)
         table.add_row(
@@ -134,7 +209,8 @@ def _show_claims(console: Console, found: Certificate) -> None:
 
 def _show_batch_sizes(console: Console, found: Certificate) -> None:
     console.print()
-    table = table_of("Alone against in a batch, in two orders", "mode", "batch size", *COLUMNS)
+    title = "Each image alone, compared with the same image in batches"
+    table = table_of(title, "mode", "batch size", "same bits", "absolute", "ulp", "changed")
     for check in found.batch_sizes:
         table.add_row(
             "eval",
@@ -153,10 +229,13 @@ def _show_batch_sizes(console: Console, found: Certificate) -> None:
         "",
         str(contrast.prediction_flips),
     )
+    if len(found.batch_sizes) > 1:
+        anyway = contrast.any_batch_size
+        table.add_row("train", "any", "", number(anyway.max_abs_diff), "", str(anyway.prediction_flips))
     console.print(table)
     console.print()
     unchanged = "unchanged" if found.running_stats_unchanged else "CHANGED"
-    console.print(f"Running statistics after all of it: {unchanged}. SHA-256 of the logits:")
+    console.print(f"Running statistics afterwards: {unchanged}. SHA-256 of single images' logits:")
     console.print(found.logits_sha256)
 
 
@@ -190,7 +269,7 @@ def show_gap(console: Console, gap: Gap) -> None:
     console.print()
     table = table_of(f"The same {gap.num_images:,} test images", "BatchNorm uses", "accuracy", "loss")
     for name, score in gap.scores().items():
-        table.add_row(SOURCES[name], f"{score.accuracy:.2%}", f"{score.loss:.4f} nats")
+        table.add_row(SOURCES[name], f"{score.accuracy:.2%}", f"{score.loss:.4f}")
     console.print(table)
     console.print()
     title = f"Running statistics against {gap.num_calibration_images:,} training images"

@@ -38,7 +38,8 @@ def show_findings(
         counts = f"No errors or warnings: {plural(num_rules, 'rule')} checked"
     if number["info"]:
         print_wrapped(console, _sum_up_infos(findings, shown=whole))
-    print_wrapped(console, f"{counts}. bncli explain CODE says what it means.")
+    more = f" For what a code means: bncli explain {shown[0].code}" if shown else ""
+    print_wrapped(console, f"{counts}.{more}")
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
@@ -55,15 +56,18 @@ def _show_rule(console: Console, findings: Sequence[Finding], *, everything: boo
     style = {"error": "bold red", "warning": "bold yellow", "info": "bold"}[first.severity]
     where = one_line(first.layer) if len(findings) == 1 else plural(len(findings), "layer")
     print_wrapped(console, f"{first.code} {first.name} ({first.severity}): {where}", style=style)
-    if everything or len(findings) <= MAX_MESSAGES:
-        for finding in findings:
-            name = "" if len(findings) == 1 else f"{one_line(finding.layer)}: "
-            print_wrapped(console, f"{name}{finding.message}", indent=2)
+    layers: dict[str, list[str]] = {}
+    for finding in findings:
+        layers.setdefault(finding.message, []).append(finding.layer)
+    if everything or len(layers) <= MAX_MESSAGES:
+        for message, names in layers.items():
+            where = "" if len(findings) == 1 else f"{', '.join(map(one_line, names))}: "
+            print_wrapped(console, f"{where}{message}.", indent=2)
     else:
-        names = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
+        some = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
         more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
-        print_wrapped(console, names + more, indent=2)
-        print_wrapped(console, f"the first: {first.message}", indent=2)
+        print_wrapped(console, some + more, indent=2)
+        print_wrapped(console, f"In {one_line(first.layer)}: {first.message}.", indent=2)
     for advice in dict.fromkeys(finding.advice for finding in findings):
         print_wrapped(console, advice, indent=2)
     console.print()

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_rows import Row
-from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines, table_of
+from bncli.cli.tables.layer_table import show_layer_table
+from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines
 from bncli.training.convergence import Convergence
 from bncli.wording import plural
 
@@ -26,20 +27,22 @@ def show_convergence(found: Convergence) -> None:
     )
     console.print(f"{one_line(found.run_dir)}: {what}", style="bold")
     ends = ("first", "last") if last > first else ("last",)
-    headers = [f"{name}\n{end}" for name in ("mean shift", "variance ratio") for end in ends]
-    table = table_of(None, "layer", *headers)
-    for layer in found.layers:
-        points = (layer.epochs[0], layer.epochs[-1])[-len(ends) :]
-        shifts = [number(point.mean_shift_in_batch_deviations) for point in points]
-        ratios = [number(point.var_ratio) for point in points]
-        table.add_row(one_line(layer.name), *shifts, *ratios)
-    console.print(table)
+    picked = [(layer.epochs[0], layer.epochs[-1])[-len(ends) :] for layer in found.layers]
+    columns = {}
+    for at, end in enumerate(ends):
+        columns[f"mean shift\n{end} epoch"] = [
+            number(points[at].mean_shift_in_batch_deviations) for points in picked
+        ]
+    for at, end in enumerate(ends):
+        columns[f"variance ratio\n{end} epoch"] = [number(points[at].var_ratio) for points in picked]
+    show_layer_table(console, [layer.name for layer in found.layers], columns)
     console.print()
     meanings = {
-        "mean shift": "of running_mean, in deviations of the epoch's batches",
-        "variance ratio": "running_var over the batches', eps added to both; 1 is a match",
-        "-": "could not be recovered: frozen, run twice in a step, momentum 0",
+        "mean shift": "running_mean minus the mean of the epoch's batches, in standard deviations",
+        "variance ratio": "running_var divided by the batches' variance; 1 is equal",
     }
+    if any("-" in cells for cells in columns.values()):
+        meanings["-"] = "unknown: the layer was frozen, its momentum is 0, or it ran twice in a step"
     show_lines(console, meanings)
     console.print()
     print_wrapped(console, found.verdict, style="bold")

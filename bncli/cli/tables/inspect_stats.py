@@ -1,7 +1,8 @@
 """The output of `bncli inspect-stats`."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -10,10 +11,12 @@ from torch import Tensor
 from bncli.batchnorm import Finding, LayerStats, summarize
 from bncli.cli.messages import one_line
 from bncli.cli.tables.findings import show_findings
-from bncli.cli.tables.table import aligned, console_for_results, number, table_of
+from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_layer_table
+from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
 
+UNKNOWN = "unknown"  # momentum and eps in a state dict
+MAX_EXCEPTIONS = 3  # layers that are named beside the others' value; more of them have a column
 MAX_ROWS = 200  # more are shown only when asked for
-MIN_NAME = 12  # columns that a layer's name keeps in a narrow terminal
 DROPPED_FIRST = (
     "weight\nmin, max",
     "eps",
@@ -99,76 +102,99 @@ def show_layers(
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
     console.print(one_line(headline), style="bold")
-    columns = _columns(console, layers, shown)
-    table = table_of(None, *columns)
-    for column in table.columns[1:]:
-        column.no_wrap = True  # a number over two lines could not be read
-    for layer, row in zip(shown, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(*row, style="bold red" if layer.name in flags else None)
-    console.print(table)
+    shared = _shared(layers)
+    _show_shared(console, shared)
+    styles = ["bold red" if layer.name in flags else None for layer in shown]
+    show_layer_table(console, [layer.name for layer in shown], _columns(console, shown, set(shared)), styles)
     if len(shown) < len(layers):
         console.print(f"{len(shown)} of {len(layers):,} layers, those with findings first; --all shows all.")
     console.print()
     show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)
 
 
-def _columns(
-    console: Console, layers: Sequence[LayerStats], shown: Sequence[LayerStats]
-) -> dict[str, list[str]]:
-    """Header to cells; says above the table what is the same in all layers, and what found no room."""
-    common: dict[str, Callable[[LayerStats], str]] = {
-        "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
-        "momentum": _momentum,
-        "eps": _eps,
-    }
-    uniform = {name: text(layers[0]) for name, text in common.items() if len(set(map(text, layers))) == 1}
-    if uniform:
-        line = ", ".join(f"{name} {value}" for name, value in uniform.items())
-        console.print(f"In every layer: {line}")
+@dataclass(frozen=True)
+class _Shared:
+    """What all layers have in common, or all but a few."""
+
+    value: str
+    others: dict[str, str]  # by layer
+
+
+def _shared(layers: Sequence[LayerStats]) -> dict[str, _Shared]:
+    """By name; what differs in more layers needs a column."""
+    found = {}
+    for name, text in SETTINGS.items():
+        values = {layer.name: text(layer) for layer in layers}
+        value, number = Counter(values.values()).most_common(1)[0]
+        others = {layer: other for layer, other in values.items() if other != value}
+        if number == len(layers) or (len(others) <= MAX_EXCEPTIONS and 2 * len(others) < number):
+            found[name] = _Shared(value, others)
+    return found
+
+
+def _show_shared(console: Console, shared: Mapping[str, _Shared]) -> None:
+    everywhere = [f"{name} {one.value}" for name, one in shared.items() if not one.others]
+    known = [text for text in everywhere if not text.endswith(UNKNOWN)]
+    unknown = [name for name, one in shared.items() if not one.others and one.value == UNKNOWN]
+    if known:
+        print_wrapped(console, f"In every layer: {', '.join(known)}")
+    if unknown:
+        print_wrapped(console, f"Not in the file: {', '.join(unknown)}")
+    for name, one in shared.items():
+        if one.others:
+            others = ", ".join(f"{value} in {layer}" for layer, value in one.others.items())
+            print_wrapped(console, f"In most layers: {name} {one.value} (but {others})")
+
+
+def _columns(console: Console, shown: Sequence[LayerStats], without: Container[str]) -> dict[str, list[str]]:
+    """Header to cells."""
     weights = [summarize(layer.weight) for layer in shown]
     columns = {
-        "layer": [one_line(layer.name) for layer in shown],
         "channels": [str(layer.num_features) for layer in shown],
         **{
             name.replace("_tracked", "\n_tracked"): [text(layer) for layer in shown]
-            for name, text in common.items()
-            if name not in uniform
+            for name, text in SETTINGS.items()
+            if name not in without
         },
         "running_mean\nmin, median, max": _three_columns([layer.running_mean for layer in shown]),
         "running_var\nmin, median, max": _three_columns([layer.running_var for layer in shown]),
-        "weight\nmin, max": ["-" if w is None else f"{number(w.min)} {number(w.max)}" for w in weights],
+        "weight\nmin, max": aligned(
+            [["-", "-"] if w is None else [number(w.min), number(w.max)] for w in weights]
+        ),
     }
     return _fitting(console, columns)
 
 
 def _fitting(console: Console, columns: dict[str, list[str]]) -> dict[str, list[str]]:
-    """As many columns as a narrow terminal has room for, beside names that may fold."""
-    widths = {
-        name: max(map(len, [*name.split("\n"), *(line for cell in cells for line in cell.split("\n"))]))
-        for name, cells in columns.items()
-    }
-    widths["layer"] = min(widths["layer"], MIN_NAME)
+    """As many columns as a narrow terminal has room for; says which found none."""
     kept = dict(columns)
     for name in DROPPED_FIRST:
-        if sum(widths[column] + 2 for column in kept) - 2 > console.width:
+        if MIN_NAME + sum(width + GAP for width in column_widths(kept)) > console.width:
             kept.pop(name, None)
     if lost := [name.split("\nm")[0].replace("\n", "") for name in columns if name not in kept]:
-        console.print(f"Too narrow for: {', '.join(lost)}")
+        print_wrapped(console, f"Left out, as {console.width} columns are too few: {', '.join(lost)}")
     return kept
 
 
 def _count(number: int | None) -> str:
-    return "unknown" if number is None else str(number)
+    return UNKNOWN if number is None else f"{number:,}"
 
 
 def _momentum(layer: LayerStats) -> str:
     if not layer.hyperparameters_known:
-        return "unknown"
+        return UNKNOWN
     return "cumulative" if layer.momentum is None else f"{layer.momentum:g}"
 
 
 def _eps(layer: LayerStats) -> str:
-    return "unknown" if layer.eps is None else f"{layer.eps:g}"
+    return UNKNOWN if layer.eps is None else f"{layer.eps:g}"
+
+
+SETTINGS: dict[str, Callable[[LayerStats], str]] = {
+    "num_batches_tracked": lambda layer: _count(layer.num_batches_tracked),
+    "momentum": _momentum,
+    "eps": _eps,
+}
 
 
 def _three_columns(tensors: Sequence[Tensor | None]) -> list[str]:
@@ -193,8 +219,10 @@ def show_channels(
         for channel in finding.channels:
             codes[finding.layer, channel].append(finding.code)
     for layer in layers:
+        text = f"{layer.name}: momentum {_momentum(layer)}, eps {_eps(layer)}"
+        print_wrapped(console, text, style="bold")
         table = table_of(
-            f"{one_line(layer.name)}: momentum {_momentum(layer)}, eps {_eps(layer)}",
+            None,
             "channel",
             "running_mean",
             "running_var",
@@ -209,5 +237,5 @@ def show_channels(
             numbers = ("-" if value is None else f"{value:.4g}" for value in values)
             table.add_row(str(channel), *numbers, " ".join(codes[layer.name, channel]))
         console.print(table)
-    console.print()
+        console.print()
     show_findings(console, findings, num_rules=num_rules, everything=everything, infos=infos)

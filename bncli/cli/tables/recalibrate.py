@@ -5,7 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bncli.cli.messages import one_line
+from bncli.cli.messages import after_epoch
+from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
     console_for_results,
     number,
@@ -14,7 +15,7 @@ from bncli.cli.tables.table import (
     show_lines,
     table_of,
 )
-from bncli.training import RecalibratedCheckpoint, Verification
+from bncli.training import RecalibratedNetwork, Verification
 from bncli.wording import plural
 
 
@@ -24,16 +25,19 @@ class RecalibrateReport:
 
     input: str
     output: str
+    epoch: int | None
     dataset: str
-    made: RecalibratedCheckpoint
+    made: RecalibratedNetwork
     runtime: dict[str, Any]
     verification: Verification | None  # of the new file, with --verify
+    network: dict[str, object]  # the part `model` of the JSON document; empty for bncli's own
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
         return {
             "input": self.input,
             "output": self.output,
+            **self.network,
             "dataset": self.dataset,
             **self.made.to_dict(),
             "runtime": self.runtime,
@@ -49,14 +53,12 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     made, done = report.made, report.made.recalibration
     measured = f"{done.method}, no images needed"
     if done.num_images:
-        measured = (
-            f"{done.method}, {done.num_images:,} training images of {report.dataset},"
-            f" at the cost of {done.forward_passes:.2f} forward passes"
-        )
+        images = plural(done.num_images, "training image")
+        measured = f"{done.method}, {images} of {report.dataset} ({done.forward_passes:.2f} forward passes)"
     if done.stopped_early:
-        measured += "; the tolerance was reached"
+        measured += "; stopped as the tolerance was reached"
     lines = {
-        "checkpoint": f"{report.input}, after epoch {made.checkpoint.epoch}, unchanged",
+        "checkpoint": f"{report.input}{after_epoch(report.epoch)}, unchanged",
         "new": report.output,
         "method": measured,
         "test split": f"{plural(made.difference.num_images, 'image')} in eval mode",
@@ -65,28 +67,28 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     show_lines(console, lines)
     console.print()
     table = table_of(None, "", "accuracy", "loss", left=1)
-    table.add_row("before", f"{made.before.accuracy:.2%}", f"{made.before.loss:.4f} nats")
-    table.add_row("after", f"{made.after.accuracy:.2%}", f"{made.after.loss:.4f} nats")
+    for when, score in (("before", made.before), ("after", made.after)):
+        table.add_row(when, f"{score.accuracy:.2%}", f"{score.loss:.4f}")
     console.print(table)
     console.print()
-    table = table_of(
-        "How far the old statistics were off", "layer", "mean shift", "var ratio", "standard error"
-    )
-    for layer in done.layers:
-        table.add_row(
-            one_line(layer.name), number(layer.mean_shift_in_new_deviations), number(layer.var_ratio),
-            number(layer.standard_error),
-        )  # fmt: skip
-    console.print(table)
+    console.print("How far the old statistics were off", style="bold")
+    columns = {
+        "mean shift": [number(layer.mean_shift_in_new_deviations) for layer in done.layers],
+        "variance ratio": [number(layer.var_ratio) for layer in done.layers],
+        "standard error": [number(layer.standard_error) for layer in done.layers],
+    }
+    if not any(layer.standard_error for layer in done.layers):  # without data there is none
+        del columns["standard error"]
+    show_layer_table(console, [layer.name for layer in done.layers], columns)
     console.print()
     meanings = {
-        "mean shift": "of running_mean, in the new deviations, RMS over channels",
-        "var ratio": "old running_var over new one, geometric mean over channels",
-        "standard error": "of the new mean, in its deviations, if the images are a sample",
+        "mean shift": "old running_mean minus new one, in standard deviations",
+        "variance ratio": "old running_var divided by new one; 1 is equal",
+        "standard error": "uncertainty of the new mean from these images, in standard deviations",
     }
-    show_lines(console, meanings)
+    show_lines(console, {name: text for name, text in meanings.items() if name in columns})
     for one in done.skipped:
-        console.print(f"left alone: {one_line(f'{one.name} {one.reason}')}")
+        print_wrapped(console, f"left unchanged: {one.name} {one.reason}")
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
@@ -103,8 +105,8 @@ def show_verification(checkpoint: str, found: Verification) -> None:
     console = console_for_results()
     lines = {
         "checkpoint": checkpoint,
-        "images": f"{found.num_images:,} training images of {found.dataset},"
-        f" in eval mode in batches of {found.batch_size:,}",
+        "images": f"{plural(found.num_images, 'training image')} of {found.dataset},"
+        f" in eval mode, in batches of {found.batch_size:,}",
     }
     show_lines(console, lines)
     console.print()
@@ -113,16 +115,20 @@ def show_verification(checkpoint: str, found: Verification) -> None:
 
 
 def _show_consistency(console: Console, found: Verification) -> None:
-    table = table_of(
-        "Against the input in eval mode",
-        "layer", "mean shift", "var ratio", "largest error",
-    )  # fmt: skip
-    for layer in found.layers:
-        table.add_row(
-            one_line(layer.name), number(layer.mean_shift_in_input_deviations), f"{layer.var_ratio:.4g}",
-            f"{layer.max_relative_error:.1e}",
-        )  # fmt: skip
-    console.print(table)
+    console.print("Running statistics against the layer's real input in eval mode", style="bold")
+    columns = {
+        "mean shift": [number(layer.mean_shift_in_input_deviations) for layer in found.layers],
+        "variance ratio": [f"{layer.var_ratio:.4g}" for layer in found.layers],
+        "largest error": [number(layer.max_relative_error) for layer in found.layers],
+    }
+    show_layer_table(console, [layer.name for layer in found.layers], columns)
+    console.print()
+    meanings = {
+        "mean shift": "running_mean minus the input's mean, in standard deviations",
+        "variance ratio": "running_var divided by the input's variance; 1 is equal",
+        "largest error": f"relative, of any mean or variance; at most {found.max_error:g} is allowed",
+    }
+    show_lines(console, meanings)
 
 
 def _show_verdict(console: Console, text: str) -> None:

@@ -3,16 +3,19 @@
 The numbers come from the library; here they are only laid out.
 """
 
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 
 from bncli.cli.messages import one_line, wrapped
 from bncli.serialization import to_json
+from bncli.wording import plural
 
 MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
 
@@ -30,15 +33,36 @@ class _Console(Console):
 
 
 def console_for_results() -> Console:
-    """Stdout, without colours or a width where it is no terminal."""
-    # off a terminal rich would cut everything at 80 columns; a file has no width
-    width = None if sys.stdout.isatty() else 1000
+    """Stdout: as wide as its terminal; elsewhere as COLUMNS says or 80 columns, and without colours."""
+    # rich would take the width of a terminal that stdin or stderr is
+    width = None if sys.stdout.isatty() else _width_of_files()
     return _Console(highlight=False, markup=False, emoji=False, width=width)
+
+
+def _width_of_files() -> int:
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and int(columns) > 0 else MAX_WIDTH
+
+
+class _Table(Table):
+    """A table whose lines end where their text ends: rich fills them up with blanks."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in Segment.split_lines(
+            cast("Iterable[Segment]", super().__rich_console__(console, options))
+        ):
+            while line and not line[-1].text.strip(" "):
+                line.pop()
+            if line:
+                text, style, control = line.pop()
+                line.append(Segment(text.rstrip(" "), style, control))
+            yield from line
+            yield Segment.line()
 
 
 def table_of(title: str | None, *headers: str, left: int = 1) -> Table:
     """A table whose first `left` columns are text and whose other columns are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = _Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     table.pad_edge, table.show_edge = False, False
     for index, header in enumerate(headers):
         is_text = index < left
@@ -73,19 +97,20 @@ def number(value: float | None) -> str:
 def runtime_line(runtime: dict[str, Any]) -> str:
     """`Runtime.describe()` or `Runtime.describe_training()` as text."""
     compiled = ", compiled" if runtime.get("compile") else ""
-    return "{device}, {precision}, {memory_format}, {threads} threads".format(**runtime) + compiled
+    threads = plural(runtime["threads"], "thread")
+    return "{device}, {precision}, {memory_format}, ".format(**runtime) + threads + compiled
 
 
 def machine_line(machine: dict[str, Any]) -> str:
     """`describe_machine()` as text."""
-    return "{cpu}, {num_cpus} CPUs, {gpu}; torch {torch}, Python {python}".format(
-        **{"gpu": "no GPU", **machine}
-    )
+    cpus = plural(machine["num_cpus"], "CPU")
+    gpu = machine.get("gpu", "no GPU")
+    return f"{machine['cpu']}, {cpus}, {gpu}; torch {machine['torch']}, Python {machine['python']}"
 
 
 def show_lines(console: Console, lines: dict[str, str]) -> None:
     """Names and values in two columns."""
-    grid = Table.grid(padding=(0, 2))
+    grid = _Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for key, value in lines.items():

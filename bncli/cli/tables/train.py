@@ -1,12 +1,16 @@
 """The output of `bncli train` and `train --dry-run`."""
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bncli.cli.tables.table import console_for_results, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import console_for_results, print_wrapped, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
+from bncli.training.run_dir import RECALIBRATED
 
 if TYPE_CHECKING:
     from bncli.training import SetupDescription, TrainResult
+    from bncli.training.agreement import Agreement
 
 
 def show_dry_run(setup: "SetupDescription") -> None:
@@ -58,4 +62,18 @@ def show_training(result: "TrainResult") -> None:
     }
     if result.checkpoint != result.last_checkpoint:
         lines["last"] = f"{result.last_checkpoint}, to resume from"
-    show_lines(console_for_results(), lines)
+    console = console_for_results()
+    show_lines(console, lines)
+    if result.agreement is not None:
+        print_wrapped(console, _agreement_line(result.agreement, result.checkpoint))
+
+
+def _agreement_line(agreement: "Agreement", checkpoint: Path) -> str:
+    """Whether running and batch statistics agree, and what to do if eval mode is behind."""
+    if not agreement.eval_mode_is_behind:
+        return agreement.verdict
+    file = shlex.quote(str(checkpoint))
+    if agreement.recalibrated:  # then the training images are not what the test images are like
+        return f"{agreement.verdict} To see why: bncli eval {file} --gap"
+    new = shlex.quote(str(checkpoint.with_name(RECALIBRATED)))
+    return f"{agreement.verdict} To measure them anew: bncli recalibrate {file} -o {new}"

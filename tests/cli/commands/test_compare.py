@@ -42,7 +42,7 @@ def test_recalibrated_statistics_are_told_from_training(
     outcome = bncli("compare", finished_run / "last.pt", recalibrated)
     assert outcome.code == 1
     flat = " ".join(outcome.out.split())
-    assert "statistics_moved_weights_unchanged: 1 of the layers (stages.1.0.norm)" in flat
+    assert "statistics_moved_weights_unchanged: 1 layer (stages.1.0.norm)" in flat
     assert "2 of 14 tensors differ" in flat
     assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines()[3:])
     document = bncli("compare", finished_run / "last.pt", recalibrated, "--json").json
@@ -92,7 +92,7 @@ def test_a_layer_s_name_cannot_command_the_terminal(bncli: Bncli, tmp_path: Path
         torch.save(state, tmp_path / name)
         norm(torch.randn(4, 3, 2, 2))
     outcome = bncli("compare", tmp_path / "a.pt", tmp_path / "b.pt")
-    assert "statistics_moved_weights_unchanged: 1 of the layers (\\x1b[31m)" in outcome.out
+    assert "statistics_moved_weights_unchanged: 1 layer (\\x1b[31m)" in outcome.out
     assert "\x1b" not in outcome.out
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bncli.usable_cpus import UsableCpus
+from bncli.wording import plural
 from tests.conftest import Bncli
 
 
@@ -34,10 +36,44 @@ def test_a_healthy_machine_is_described_in_one_paste(
     outcome = bncli("doctor")
     assert outcome.code == 0, outcome.out
     assert torch.__version__ in outcome.out
-    assert "All well." in outcome.out
+    warnings = sum(line.startswith("warning") for line in outcome.out.splitlines())
+    end = f"No problem, but {plural(warnings, 'warning')}: see above." if warnings else "All well."
+    assert outcome.out.splitlines()[-1] == end
     assert str(tmp_path) not in outcome.out
     assert "~/runs can be written (not there yet, can be made)" in outcome.out
     assert {path.name for path in tmp_path.iterdir()} <= {".config"}  # which importing matplotlib makes
+
+
+@pytest.mark.parametrize(
+    ("omp", "quota", "verdict", "found"),
+    [
+        (None, None, "ok", "2 threads (16 cores)"),
+        (None, 2.0, "ok", "2 threads (CPU quota 2.0 of 16 cores)"),
+        (None, 0.5, "ok", "1 thread (CPU quota 0.5 of 16 cores)"),
+        ("2", 2.0, "ok", "2 threads (OMP_NUM_THREADS=2, CPU quota 2.0 of 16 cores)"),
+        ("2", 1.0, "warning", "2 threads (OMP_NUM_THREADS=2, CPU quota 1.0 of 16 cores)"),
+    ],
+)
+def test_as_many_threads_as_may_run_at_once_and_why(
+    bncli: Bncli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    omp: str | None,
+    quota: float | None,
+    verdict: str,
+    found: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    for module in ("bncli.runtime", "bncli.usable_cpus"):
+        monkeypatch.setattr(f"{module}.usable_cpus", lambda: UsableCpus(16, 16, quota))
+    torch.set_num_threads(2)
+    checks = {check["name"]: check for check in bncli("doctor", "--json").json["checks"]}
+    assert (checks["threads"]["verdict"], checks["threads"]["found"]) == (verdict, found)
+    if verdict == "warning":
+        assert "unset it, or set it to 1" in checks["threads"]["fix"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +148,7 @@ def test_a_foreign_checkpoint_is_described_whatever_its_format(bncli: Bncli, tmp
         ("model.safetensors", "foreign (safetensors): 7 tensors, 1 BatchNorm layer;"),
     ):
         outcome = bncli("doctor", tmp_path / name)
-        assert (outcome.code, described in outcome.out) == (0, True), outcome.out
+        assert (outcome.code, described in " ".join(outcome.out.split())) == (0, True), outcome.out
     torch.save({"weight": torch.ones(3)}, tmp_path / "none.pt")
     without = bncli("doctor", tmp_path / "none.pt")
     assert without.code == 0
@@ -137,3 +173,15 @@ def test_damage_where_only_weights_lie_is_a_problem(bncli: Bncli, finished_run: 
     outcome = bncli("doctor", tmp_path / "flipped.pt")
     assert outcome.code == 1
     assert "damaged" in outcome.out
+
+
+def test_a_network_without_batchnorm_is_no_problem_and_nothing_for_bncli(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "linear.pt")
+    outcome = bncli("doctor", tmp_path / "linear.pt")
+    assert (outcome.code, outcome.err) == (0, "")
+    said = " ".join(outcome.out.split())
+    assert "no BatchNorm layer with running statistics in it, but 2 tensors" in said
+    assert "bncli finds nothing to look at in a network without BatchNorm" in said
+    assert said.endswith("No problem, but 1 warning: see above.")

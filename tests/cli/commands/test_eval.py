@@ -1,4 +1,5 @@
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,57 @@ def test_eval_keeps_its_contract_and_agrees_with_the_run(bncli: Bncli, finished_
     assert determinism["train_mode"]["prediction_flips"] > 0
 
 
-def test_eval_shows_accuracy_classes_and_a_verdict(bncli: Bncli, finished_run: Path) -> None:
-    outcome = bncli("eval", finished_run / "last.pt", "--num-images", 40)
-    assert "checkerboard" in outcome.out
-    assert "In eval mode every image gets the prediction it gets alone" in outcome.out
-    assert "unchanged" in outcome.out
+def test_eval_answers_in_a_few_lines_with_the_numbers_of_its_json(bncli: Bncli, finished_run: Path) -> None:
+    outcome = bncli("eval", finished_run / "last.pt", "--num-images", 100)
+    found = bncli("eval", finished_run / "last.pt", "--num-images", 100, "--json").json
+    lines = outcome.out.splitlines()
+    assert len(lines) <= 15
+    assert lines[0].startswith(f"accuracy {found['accuracy']:.2%} of 120 test images in eval mode")
+    assert lines[1] == "100 images, each alone and in batches of 2 to 100:"
+    in_train = found["determinism"]["train_mode"]["any_batch_size"]
+    for mode, num_changed, key in (
+        ("eval", 0, "eval_accuracy"),
+        ("train", in_train["prediction_flips"], "batch_statistics_accuracy"),
+    ):
+        (row,) = (line for line in lines if line.startswith(f"{mode} mode"))
+        assert f" {num_changed} of 100 " in row
+        assert row.endswith(" / ".join(f"{100 * one[key]:.1f}" for one in found["sample_sweep"]) + "%")
+    assert [one["batch_size"] for one in found["sample_sweep"]] == [1, 8, 64]
+    assert lines[-1] == "In eval mode a prediction does not depend on its batch."
+
+
+def test_details_show_classes_claims_and_the_digest(bncli: Bncli, finished_run: Path) -> None:
+    short = bncli("eval", finished_run / "last.pt", "--num-images", 40).out
+    long = bncli("eval", finished_run / "last.pt", "--num-images", 40, "--details").out
+    found = bncli("eval", finished_run / "last.pt", "--num-images", 40, "--json").json
+    for text in ("checkerboard", "neighbours", "unchanged", found["determinism"]["logits_sha256"]):
+        assert text in long
+        assert text not in short
+
+
+def test_the_images_compared_are_of_all_classes_though_a_folder_is_sorted(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    content = torch.load(finished_run / "last.pt", weights_only=True)
+    classes = content["class_names"] = sorted(content["class_names"])  # the order of folders
+    save_as_if_whole(content, tmp_path / "last.pt")
+    for split, count in (("train", 2), ("test", 6)):
+        for number, name in enumerate(classes):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for image in range(count):
+                Image.new("RGB", (32, 32), (number * 20, image * 9, 30)).save(folder / f"{image}.png")
+    outcome = bncli(
+        *("eval", tmp_path / "last.pt", "--num-images", 20, "--save", tmp_path / "found.json"),
+        *("--set", "data.name=imagefolder", "--set", f"data.root={tmp_path / 'images'}"),
+        *("--set", f"data.cache={tmp_path / 'cache'}"),
+    )
+    assert outcome.code == 0, outcome.err
+    images = json.loads((tmp_path / "found.json").read_text())["images"]
+    assert sorted({image // 6 for image in images}) == list(range(10))
+    assert len(set(images)) == 20
 
 
 def test_eval_never_changes_the_checkpoint(bncli: Bncli, finished_run: Path) -> None:
@@ -103,7 +150,10 @@ def test_a_network_whose_predictions_depend_on_the_batch_exits_with_1(
     )
     outcome = bncli("eval", tmp_path / "run" / "last.pt", "--num-images", 64)
     assert outcome.code == 1
-    assert "depend on the batch" in outcome.out
+    text = " ".join(outcome.out.split())
+    assert "64 predictions change with the batch" in text
+    assert "The first layer whose output depends on the batch is stages.0.0.norm." in text
+    assert "bncli inspect-stats" in text
 
 
 def test_a_checkpoint_with_nan_is_evaluated_honestly(

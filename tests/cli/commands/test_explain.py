@@ -92,7 +92,7 @@ def test_an_unknown_topic_is_answered_with_the_nearest(bncli: Bncli, asked: str,
     assert outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("asked", ["", "zzz", "x" * 500, "\x1b[31m", "../../errors"])
+@pytest.mark.parametrize("asked", [" ", "zzz", "x" * 500, "\x1b[31m", "../../errors"])
 def test_a_topic_like_no_other_leads_to_the_list(bncli: Bncli, asked: str) -> None:
     outcome = bncli("explain", asked)
     assert (outcome.code, outcome.out) == (2, "")

@@ -80,7 +80,7 @@ def test_json_has_the_findings_with_their_numbers(bncli: Bncli, save: Save) -> N
         "channels": [2],
         "values": {"running_var": -3.0},
         "thresholds": {},
-        "message": "channel 2 of 4: running_var down to -3",
+        "message": "channel 2 of 4: running_var is -3",
         "advice": next(rule.advice for rule in RULES if rule.code == "BN004"),
     }
     assert (second["code"], second["thresholds"]) == ("BN006", {"dead_variance": 0.01})
@@ -133,7 +133,7 @@ def test_csv_and_plot_and_json_say_the_same(
 
 def test_the_channels_view_names_the_rules_of_each_channel(bncli: Bncli, save: Save) -> None:
     out = bncli("inspect-stats", save("error"), "--channels").out
-    marked = [line.split() for line in out.splitlines() if re.search(r"BN\d+$", line)]
+    marked = [line.split() for line in out.splitlines() if re.search(r"^ +\d.*BN\d+$", line)]
     assert [(words[0], words[-1]) for words in marked] == [("0", "BN012"), ("1", "BN006"), ("2", "BN004")]
 
 
@@ -166,7 +166,7 @@ def test_infos_are_one_line_until_they_are_asked_for(bncli: Bncli, save: Save) -
     assert "BN006" not in short
     for options in (("--all",), ("--select", "dead_channel")):
         shown = bncli("inspect-stats", source, *options).out
-        assert "BN006 dead_channel (info): 0\n  channel 1 of 4: weight 0 in 1" in shown
+        assert "BN006 dead_channel (info): 0\n  channel 1 of 4: weight is 0." in shown
         assert "1 note in 1 layer: dead_channel 1." in shown
     everything = bncli("inspect-stats", save("error")).out
     assert "1 note in 1 layer: dead_channel 1; --all shows them." in everything

@@ -263,7 +263,10 @@ def test_an_interrupted_recalibration_leaves_nothing_behind(
     assert sha256(stale) == before
 
 
-def test_progress_goes_to_stderr_and_the_layers_to_stdout(bncli: Bncli, stale: Path, tmp_path: Path) -> None:
+def test_progress_goes_to_stderr_and_the_layers_to_stdout(
+    bncli: Bncli, stale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.cli.progress.FIRST_LINE", 0.0)
     outcome = bncli("recalibrate", stale, "-o", tmp_path / "new.pt")
     assert "training images, pass 2 of 2: 500" in outcome.err
     assert "How far the old statistics were off" in outcome.out
@@ -272,6 +275,9 @@ def test_progress_goes_to_stderr_and_the_layers_to_stdout(bncli: Bncli, stale: P
     assert max(map(len, outcome.out.splitlines())) <= 100
 
 
-def test_a_verification_shows_its_progress(bncli: Bncli, stale: Path) -> None:
+def test_a_verification_shows_its_progress(
+    bncli: Bncli, stale: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bncli.cli.progress.FIRST_LINE", 0.0)
     outcome = bncli("recalibrate", stale, "--verify")
     assert "training images, verifying: 500" in outcome.err

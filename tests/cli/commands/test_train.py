@@ -1,9 +1,19 @@
+import itertools
 import json
+import math
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.conftest import Bncli
+from bncli.busy_cpus import CpuTimes, ShortageWatch
+from bncli.checkpoints import load_checkpoint
+from bncli.config import SyntheticConfig
+from bncli.config_file import load_config
+from bncli.usable_cpus import UsableCpus
+from tests.conftest import Bncli, save_as_if_whole
 
 
 def test_train_prints_its_contract_as_json_and_progress_on_stderr(
@@ -55,7 +65,102 @@ def test_bfloat16_that_would_be_emulated_is_named_as_the_reason_of_a_wait(
         assert outcome.code == 0
         warnings = [line for line in outcome.err.splitlines() if "warning" in line]
         assert len(warnings) == (precision == "bfloat16" and not is_fast)
-        assert all("runtime.precision: bfloat16 is emulated" in line for line in warnings)
+        assert all("runtime.precision: bfloat16 may take many times as long" in line for line in warnings)
+
+
+def test_each_epoch_shows_how_far_eval_mode_lags_behind_in_80_columns(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path
+) -> None:
+    few = ("--set", "train.learning_rate=1e-7", "--set", "train.evaluate_every=2")  # long numbers and none
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", *few)
+    meaning, above, head, *rows = outcome.err.splitlines()[-5:]
+    assert meaning.startswith("eval lag: ")
+    assert all(len(line) <= 80 for line in (meaning, above, head, *rows))
+    words = [f"{first} {second}".strip() for first, second in zip(*map(_columns, (above, head)), strict=True)]
+    assert words == [
+        *("epoch", "train loss", "train accuracy", "test loss", "test accuracy"),
+        *("eval lag", "learning rate", "images/s"),
+    ]
+    for row, line in zip(rows, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), strict=True):
+        layers = json.loads(line)["layers"]
+        lag = max(math.hypot(layer["mean_shift"], math.log(layer["var_ratio"])) for layer in layers)
+        assert row.split()[5] == f"{lag:.3f}"
+        assert [match.end() for match in re.finditer(r"\S+", row)] == ENDS
+
+
+# of the columns: numbers stand below the ends of their heads
+ENDS = [5, 15, 25, 36, 46, 56, 66, 76]
+
+
+def _columns(line: str) -> list[str]:
+    return [line[start:end].strip() for start, end in zip([0, *ENDS], ENDS, strict=False)]
+
+
+def test_without_running_statistics_there_is_no_lag(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
+    without = ("--set", "model.batch_norm.track_running_stats=false", "--set", "train.epochs=1")
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", *without)
+    assert outcome.err.splitlines()[-1].split()[5] == "-"
+    assert "Running statistics" not in outcome.out
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_busy_cores_are_named_once_with_what_to_type(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr("bncli.busy_cpus.WINDOW", 0.0)
+    seen = itertools.count()
+    watch = partial(ShortageWatch, read=lambda: _one_cpu_taken(seen))
+    monkeypatch.setattr("bncli.cli.progress.ShortageWatch", watch)
+    few = ("--set", f"runtime.threads={threads}", "--set", "train.epochs=1")
+    outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", *few)
+    notes = [line for line in outcome.err.splitlines() if "other processes" in line]
+    assert len(notes) == (threads == 2)
+    assert all("use 1.1 of 2 cores: --set runtime.threads=1 would be faster" in line for line in notes)
+
+
+def _one_cpu_taken(seen: "itertools.count[int]") -> CpuTimes:
+    second = float(next(seen))
+    return CpuTimes(now=second, busy=2.0 * second, own=0.9 * second, num_cpus=2)
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = tmp_path / "auto.yaml"
+    recorded.write_text(tiny_config.read_text().replace("threads: 1, ", ""))
+    for run in ("whole", "parts"):
+        torch.set_num_threads(2)
+        epochs = () if run == "whole" else ("--set", "train.epochs=1")
+        flat = ("--set", "train.decay=none", "--set", "train.warmup=0")
+        assert bncli("train", recorded, "--run-dir", tmp_path / run, *flat, *epochs).code == 0
+    assert load_checkpoint(tmp_path / "parts" / "last.pt").runtime["threads"] == 2
+    monkeypatch.setattr("bncli.runtime.usable_cpus", lambda: UsableCpus(2, 2, 1.0))
+    torch.set_num_threads(1)
+    resumed = bncli("train", "--resume", tmp_path / "parts", "--set", "train.epochs=2")
+    assert resumed.code == 0
+    assert "before" not in resumed.err
+    whole, parts = (load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "parts"))
+    assert parts.runtime["threads"] == 2
+    assert parts.config.runtime.threads is None  # recorded, not asked for
+    assert all(torch.equal(value, parts.state_dict[key]) for key, value in whole.state_dict.items())
+    asked = ("--set", "train.epochs=3", "--set", "runtime.threads=1")
+    changed = bncli("train", "--resume", tmp_path / "parts", *asked)
+    assert "bncli: 1 thread, 2 before: they round differently" in changed.err
+
+
+def test_threads_that_this_machine_does_not_have_are_not_kept(
+    bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = tmp_path / "auto.yaml"
+    auto.write_text(tiny_config.read_text().replace("threads: 1, ", ""))
+    bncli("train", auto, "--run-dir", tmp_path / "run", "--set", "train.epochs=1")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    for threads in (10_000, -1, "many"):
+        content["runtime"]["threads"] = threads
+        save_as_if_whole(content, tmp_path / "run" / "last.pt")
+        outcome = bncli("train", "--resume", tmp_path / "run")
+        assert outcome.code == 0
+        assert ("1 thread, 10000 before" in outcome.err) == (threads == 10_000)
 
 
 def test_resume_continues_in_the_same_directory(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
@@ -77,6 +182,55 @@ def test_without_a_run_dir_every_run_gets_its_own(
     )
     assert first != second
     assert Path(first).parent == Path(second).parent == Path("runs")
+
+
+FEW = ("data.num_train=100", "data.num_test=20", "model.widths=[4]", "train.epochs=1", "train.batch_size=50")
+FEW_IMAGES = tuple(word for key in FEW for word in ("--set", key))
+
+
+@pytest.mark.parametrize("name", [(), ("quickstart",)])
+def test_no_config_is_the_quickstart_with_the_options_applied(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = bncli("train", *name, *FEW_IMAGES, "--device", "cpu", "--json")
+    assert outcome.code == 0
+    assert ("no CONFIG given, so this trains the quickstart" in outcome.err) == (not name)
+    run_dir = Path(outcome.json["run_dir"])
+    assert re.fullmatch(r"runs/quickstart-\d{8}-\d{6}", str(run_dir))
+    recorded = load_config(run_dir / "config.yaml")
+    assert recorded == load_config(None, [*FEW, "runtime.device=cpu"])
+    assert recorded.data == SyntheticConfig(num_train=100, num_test=20)
+
+
+def test_a_run_of_no_config_goes_on_with_keys_of_its_data(bncli: Bncli, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert bncli("train", *FEW_IMAGES, "--device", "cpu", "--run-dir", run_dir).code == 0
+    again = ("--set", "train.epochs=2", "--set", "data.num_test=20")
+    resumed = bncli("train", "--resume", run_dir, "--device", "cpu", *again, "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["epochs"] == 2
+    assert "no CONFIG given" not in resumed.err
+
+
+def test_a_built_in_name_names_the_run_directory(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    synthetic = ("--set", "data.name=synthetic", *FEW_IMAGES, "--set", "model.whitening=false")
+    outcome = bncli("train", "cifar10", *synthetic, "--json")
+    assert outcome.code == 0, outcome.err
+    assert Path(outcome.json["run_dir"]).name.startswith("cifar10-")
+
+
+def test_a_folder_of_data_without_a_config_is_answered_with_the_data_sets_that_have_one(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = bncli("train", "--data-root", "images")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "the data set synthetic has no such key; cifar10 and imagefolder have it" in outcome.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_there_is_nothing_to_resume_where_there_was_no_run(bncli: Bncli, tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ class _Passes:
             self._num_stages += 1
         names = ", ".join(stage.layers)
         raise BncliError(
-            f"{names}: used again on what came out of it, and no statistics were found that reproduce"
+            f"{names}: applied again to its own output, and no statistics were found that reproduce"
             f" themselves in {MAX_REPEATS} passes; take the method precise, or leave it out"
         )
 

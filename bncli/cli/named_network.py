@@ -1,0 +1,232 @@
+"""What `--model` and its companions ask for: a network by name, and any checkpoint loaded into it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bncli.errors import BncliError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bncli.checkpoints import LoadedWeights
+    from bncli.config import Config
+    from bncli.data import Dataset
+    from bncli.models.preset import Preset
+    from bncli.runtime import Runtime
+
+CONVNET = "convnet"  # bncli's own, which its checkpoints describe
+MEASURED = "measured"
+
+
+@dataclass(frozen=True)
+class NamedNetwork:
+    """A network as the command line names it."""
+
+    name: str
+    arguments: dict[str, Any]
+    key: str | None
+    partial: tuple[str, ...]
+    normalization: str | None  # None: that of the preset, or measured
+    logits: str | None
+
+    def with_preset(self, preset: "Preset | None") -> "NamedNetwork":
+        """The same, with the normalization of its library where the command line gives none."""
+        by_default = MEASURED if preset is None else preset.normalization
+        return replace(self, normalization=self.normalization or by_default)
+
+    def load(self, path: Path) -> "tuple[nn.Module, LoadedWeights]":
+        """The network in eval mode on the CPU with the file's tensors, and which those are.
+
+        Raises ConfigError or CheckpointError.
+        """
+        from bncli.checkpoints import load_weights
+        from bncli.models import build_network
+
+        network = build_network(self.name, self.arguments)
+        loaded = load_weights(network, path, key=self.key, partial=self.partial)
+        if self.logits is not None:
+            _pick_output(network, self.logits)
+        return network.eval(), loaded
+
+    def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
+        """The part of a JSON document."""
+        return {
+            "name": self.name,
+            "arguments": self.arguments,
+            "normalization": self.normalization,
+            "weights": loaded.to_dict(),
+        }
+
+
+def named_network(
+    model: str | None,
+    arguments: Sequence[str] | None,
+    key: str | None,
+    partial: Sequence[str] | None,
+    normalization: str | None,
+    logits: str | None,
+) -> NamedNetwork | None:
+    """What the options ask for; None for a checkpoint of bncli's own.
+
+    Raises ConfigError for options that would change nothing, and for values that cannot be read.
+    """
+    if model is None or model == CONVNET:
+        given = {
+            "--model-arg": arguments,
+            "--key": key,
+            "--partial": partial,
+            "--normalization": normalization,
+            "--logits": logits,
+        }
+        for option, value in given.items():
+            if value:
+                reason = "a checkpoint of `bncli train` describes its network itself"
+                raise ConfigError(option, [f"goes with --model NAME of another network; {reason}"])
+        return None
+    if normalization is not None:
+        _parse_normalization(normalization)
+    return NamedNetwork(
+        model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization, logits
+    )
+
+
+def _pick_output(network: "nn.Module", key: str) -> None:
+    """Let the network return one of its outputs: an item of a dict, tuple or list, or an attribute."""
+
+    def pick(_: object, __: object, outputs: Any) -> Any:
+        try:
+            if isinstance(outputs, Mapping):
+                return outputs[key]
+            if isinstance(outputs, tuple | list) and key.lstrip("-").isdigit():
+                return outputs[int(key)]
+            return getattr(outputs, key)
+        except (KeyError, IndexError, AttributeError):
+            found = (
+                f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
+            )
+            raise BncliError(f"--logits {key}: the network returns {found}") from None
+
+    network.register_forward_hook(pick)
+
+
+def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE read as `--set` reads it: values are YAML, dotted keys are sections."""
+    from bncli.config_file import override_values
+
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError("--model-arg", [f"expected KEY=VALUE such as num_classes=10, found {item!r}"])
+    try:
+        return override_values(list(items))
+    except ConfigError as error:
+        raise ConfigError("--model-arg", error.problems) from None
+
+
+def _parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation; None for those that are to be measured."""
+    from bncli.models.normalized import HALF, IMAGENET
+
+    if text == MEASURED:
+        return None
+    if text in ("imagenet", "half"):
+        return IMAGENET if text == "imagenet" else HALF
+    try:
+        mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
+    except ValueError:
+        mean = std = ()
+    if len(mean) != 3 or len(std) != 3 or not all(0 <= value <= 1 for value in (*mean, *std)) or not min(std):
+        expected = "imagenet, half, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+        raise ConfigError("--normalization", [f"expected {expected}, found {text!r}"])
+    return mean, std
+
+
+def find_data(overrides: list[str], command: str, preset: "Preset | None") -> list[str]:
+    """The overrides, with the kind of data where only their folder is named.
+
+    Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
+    """
+    from bncli.config_file import override_values
+    from bncli.models.preset import IMAGENET
+
+    data = override_values(overrides).get("data")
+    named = data if isinstance(data, dict) else {}
+    # as the owners of most networks evaluate them
+    overrides = ["runtime.precision=float32", *overrides]
+    if named.get("name", "imagefolder") == "imagefolder":
+        keys = ("image_size", "resize", "interpolation")
+        as_trained = [f"data.{key}={getattr(preset or IMAGENET, key)}" for key in keys]
+    if "name" in named:
+        return [*as_trained, *overrides] if named["name"] == "imagefolder" else overrides
+    if "root" not in named:
+        ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
+        raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
+    root = Path(str(named["root"]))
+    is_cifar10 = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
+    if is_cifar10:
+        return ["data.name=cifar10", *overrides]
+    return ["data.name=imagefolder", *as_trained, *overrides]
+
+
+def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> None:
+    """Say what was assumed of the images: a wrong guess costs accuracy, and nothing else shows it."""
+    from bncli.cli.messages import print_note
+    from bncli.config import ImageFolderConfig
+
+    data, shape = config.data, ""
+    if isinstance(data, ImageFolderConfig):
+        size = f"{data.image_size}x{data.image_size}"
+        shape = f"resized to {size}, "
+        if data.resize is not None:
+            shape = f"the middle {size} of a shorter side of {data.resize} ({data.interpolation}), "
+    by = f"as {named.name.partition(':')[0]} evaluates {named.name}" if has_preset else "assumed"
+    print_note(f"images: {shape}normalization {named.normalization} ({by}); --set data.image_size and others")
+
+
+def fit_to_data(
+    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
+) -> None:
+    """Let the network take the raw images, and check that it tells their classes apart.
+
+    Raises BncliError where it cannot compute them, or has another number of classes.
+    """
+    from bncli.cli.messages import print_note
+    from bncli.data import measure_normalization
+    from bncli.models import normalize_input
+
+    known = _parse_normalization(named.normalization or MEASURED)
+    if known is None:
+        measured = measure_normalization(dataset.train.images)
+        known = measured.mean, measured.std
+        rounded = "/".join(",".join(f"{value:.3f}" for value in values) for values in known)
+        print_note(
+            f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
+        )
+    normalize_input(network, *known, runtime.device)
+    _check_logits(network, named, dataset, runtime, path)
+
+
+def _check_logits(
+    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
+) -> None:
+    import torch
+
+    images = dataset.test.images[:2]
+    try:
+        with runtime.autocast(), torch.no_grad():
+            logits = network(runtime.place(images))
+    except Exception as error:  # of the user's network
+        size = "x".join(str(length) for length in images.shape[1:])
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        raise BncliError(f"model {named.name}: cannot compute images of {size} values: {text}") from None
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        found = (
+            f"a tensor {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        )
+        raise BncliError(f"model {named.name}: expected logits of shape (N, classes), found {found}")
+    if logits.shape[1] != len(dataset.class_names):
+        raise BncliError(
+            f"{path}: the network has {logits.shape[1]:,} classes, but {dataset.name} has"
+            f" {len(dataset.class_names):,}"
+        )

@@ -1,0 +1,57 @@
+"""How libraries evaluate their networks, against their own transforms."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from bncli.data.decode import Fit, decode
+from bncli.models import build_network
+from bncli.models.preset import IMAGENET, Preset, preset_of
+from bncli.torchvision_compat import import_torchvision
+
+torchvision = import_torchvision()
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8))
+
+
+def prepared(preset: Preset) -> Tensor:
+    file = io.BytesIO()
+    PHOTO.save(file, "PNG")
+    pixels = decode(file.getvalue(), Fit(preset.image_size, preset.resize, preset.interpolation))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preset.mean, preset.std))
+    return (torch.from_numpy(pixels).float() / 255 - mean) / std
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0", "inception_v3"])
+def test_torchvisions_networks_see_what_torchvision_shows_them(name: str) -> None:
+    preset = preset_of(f"torchvision:{name}", nn.Identity())
+    assert preset is not None
+    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    torch.testing.assert_close(prepared(preset), transforms(PHOTO), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_100", "resnetv2_50x1_bit"])
+def test_timms_networks_see_what_timm_shows_them(name: str) -> None:
+    from timm.data import create_transform, resolve_data_config
+
+    model = build_network(f"timm:{name}")
+    preset = preset_of(f"timm:{name}", model)
+    assert preset is not None
+    transform = create_transform(**resolve_data_config(model.pretrained_cfg, model=model))
+    torch.testing.assert_close(prepared(preset), transform(PHOTO), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["torchvision:fcn_resnet50", "package.module:factory", "convnet"])
+def test_where_a_library_says_nothing_there_is_no_preset(name: str) -> None:
+    assert preset_of(name, nn.Identity()) is None
+
+
+def test_its_normalization_reads_back() -> None:
+    from bncli.cli.named_network import _parse_normalization
+
+    assert IMAGENET.normalization == "imagenet"
+    other = Preset(224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert _parse_normalization(other.normalization) == (other.mean, other.std)
