@@ -11,7 +11,7 @@ from bncli.cli.messages import one_line
 from bncli.cli.tables.table import print_wrapped
 from bncli.wording import plural
 
-MAX_MESSAGES = 5  # layers of one rule that get a line each; more of them are named in one paragraph
+MAX_MESSAGES = 5  # different ones of one rule that are all shown; of more, the first
 MAX_NAMES = 20
 SEVERITIES = ("error", "warning", "info")  # the gravest first
 
@@ -59,15 +59,20 @@ def _show_rule(console: Console, findings: Sequence[Finding], *, everything: boo
     layers: dict[str, list[str]] = {}
     for finding in findings:
         layers.setdefault(finding.message, []).append(finding.layer)
+    most = None if everything else MAX_NAMES
     if everything or len(layers) <= MAX_MESSAGES:
         for message, names in layers.items():
-            where = "" if len(findings) == 1 else f"{', '.join(map(one_line, names))}: "
+            where = "" if len(findings) == 1 else f"{_list(names, most)}: "
             print_wrapped(console, f"{where}{message}.", indent=2)
     else:
-        some = ", ".join(one_line(finding.layer) for finding in findings[:MAX_NAMES])
-        more = f", and {len(findings) - MAX_NAMES:,} more (--all)" if len(findings) > MAX_NAMES else ""
-        print_wrapped(console, some + more, indent=2)
+        print_wrapped(console, f"{_list([finding.layer for finding in findings], most)}.", indent=2)
         print_wrapped(console, f"In {one_line(first.layer)}: {first.message}.", indent=2)
     for advice in dict.fromkeys(finding.advice for finding in findings):
         print_wrapped(console, advice, indent=2)
     console.print()
+
+
+def _list(names: Sequence[str], most: int | None) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(map(one_line, names[:most]))
+    return shown + (f", and {len(names) - most:,} more (--all)" if most and len(names) > most else "")

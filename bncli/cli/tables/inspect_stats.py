@@ -101,7 +101,7 @@ def show_layers(
     shown = list(layers)
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
-    console.print(one_line(headline), style="bold")
+    print_wrapped(console, headline, style="bold")
     shared = _shared(layers)
     _show_shared(console, shared)
     styles = ["bold red" if layer.name in flags else None for layer in shown]

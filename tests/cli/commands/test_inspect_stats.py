@@ -149,7 +149,10 @@ def test_two_checkpoints_and_a_run_have_commands_of_their_own(
     ("options", "reason"),
     [
         (["--explain", "BN002", "--key", "ema"], "--explain BN002: --key: no effect here"),
-        (["--explain", "all", "--sort", "gain", "--layer", "x"], "--explain all: --layer, --sort: no effect here"),
+        (
+            ["--explain", "all", "--sort", "gain", "--layer", "x"],
+            "--explain all: --layer, --sort: no effect here",
+        ),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(
