@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bncli.batchnorm import Finding, LayerStats, summarize
-from bncli.cli.messages import one_line
 from bncli.cli.tables.findings import show_findings
 from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
