@@ -19,16 +19,14 @@ SEVERITIES = ("error", "warning", "info")  # the gravest first
 def show_findings(
     console: Console, findings: Sequence[Finding], *, num_rules: int, everything: bool, infos: bool = False
 ) -> None:
-    """Findings by rule: a heading, the layers with their numbers, and what to do.
+    """The gravest first, by rule: a heading, the layers with their numbers, and what to do.
 
     Infos are summed up in one line, unless `infos` or `everything` asks for them.
     """
     whole = everything or infos
-    shown = [finding for finding in findings if whole or finding.severity != "info"]
-    for _, group in groupby(shown, key=lambda finding: finding.code):
-        by_severity = sorted(group, key=lambda finding: SEVERITIES.index(finding.severity))
-        for _, alike in groupby(by_severity, key=lambda finding: finding.severity):
-            _show_rule(console, list(alike), everything=everything)
+    shown = sorted((finding for finding in findings if whole or finding.severity != "info"), key=_gravity)
+    for _, alike in groupby(shown, key=_gravity):
+        _show_rule(console, list(alike), everything=everything)
     number = Counter(finding.severity for finding in findings)
     if not findings:
         console.print(f"No findings: {plural(num_rules, 'rule')} checked.")
@@ -40,6 +38,10 @@ def show_findings(
         print_wrapped(console, _sum_up_infos(findings, shown=whole))
     more = f" For what a code means: bncli explain {shown[0].code}" if shown else ""
     print_wrapped(console, f"{counts}.{more}")
+
+
+def _gravity(finding: Finding) -> tuple[int, str]:
+    return SEVERITIES.index(finding.severity), finding.code
 
 
 def _sum_up_infos(findings: Sequence[Finding], *, shown: bool) -> str:
