@@ -129,7 +129,7 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     for note in _notes(certificate):
         print_wrapped(console, note)
     print_wrapped(console, certificate.verdict, style="bold")
-    if not certificate.deterministic:
+    if not certificate.deterministic and certificate.num_batch_norm_layers:
         command = f"bncli inspect-stats {one_line(report.checkpoint)}"
         console.print(f"What is wrong with its BatchNorm layers: {command}")
 
