@@ -15,7 +15,16 @@ def answer(network: nn.Module, capsys: pytest.CaptureFixture[str]) -> list[str]:
     for _ in range(3):
         network(IMAGES)
     found = examine(network, (IMAGES, torch.arange(24) % 4), num_images=16)
-    report = EvalReport("last.pt", 1, "synthetic", tuple("abcd"), found, RUNTIME, {})
+    report = EvalReport(
+        checkpoint="last.pt",
+        epoch=1,
+        network={},
+        dataset="synthetic",
+        class_names=tuple("abcd"),
+        found=found,
+        runtime=RUNTIME,
+        machine={},
+    )
     capsys.readouterr()
     show_eval(report, details=False)
     lines = capsys.readouterr().out.splitlines()
