@@ -205,7 +205,7 @@ def test_what_is_missing_left_over_or_different_is_listed_with_the_nearest_name(
     assert load_weights(small(), path, partial=["!loss.*"]).left_over == ("loss.weight",)
     other = build_network("torchvision:resnet18")
     assert refusal(other, saved(state, tmp_path / "d.pt")).startswith(
-        "none of its 14 tensors is one of the network's 122: it has 0.weight, 0.bias, 1.weight, ... (14 in"
+        "none of its 14 tensors is one of the network's 122: it has 0.weight, 0.bias, 1.weight,"
     )
     deeper = build_network("torchvision:resnet34")
     text = refusal(deeper, saved(build_network("torchvision:resnet18").state_dict(), tmp_path / "e.pt"))
