@@ -84,7 +84,10 @@ def dump_config(config: Config) -> str:
 
 def dump_value(value: Any) -> str:
     """A single value as YAML that stands behind `key: `, on one line unless it is text with line breaks."""
-    listed = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    as_it_is = str(value).isprintable()  # PyYAML would write U+0085 as a line break, which is read as a blank
+    listed = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=as_it_is
+    )
     return str(listed).strip()[1:-1]
 
 

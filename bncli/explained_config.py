@@ -114,5 +114,10 @@ def _allowed(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         each = _allowed(schema["items"])
         return f"list of {schema['minItems']} to {schema['maxItems']}, each a {each}"
-    bounds = [f"{word} {schema[key]:,}" for key, word in _BOUNDS.items() if key in schema]
+    # some versions of pydantic write the bound of a number as 0, others as 0.0
+    bounds = [
+        f"{word} {int(schema[key]) if schema[key] == int(schema[key]) else schema[key]:,}"
+        for key, word in _BOUNDS.items()
+        if key in schema
+    ]
     return ", ".join([_NOUNS.get(schema["type"], schema["type"]), *bounds])

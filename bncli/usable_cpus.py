@@ -64,16 +64,17 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """The folders of this process's groups that limit CPU time, of both versions, and of all above them."""
+    """The folders of this process's groups and of all above them, of both versions.
+
+    Of version 1 under every controller: those that do not limit CPU time have no files of that name.
+    """
     paths = _paths_by_version(root)
     for line in _lines(root / "proc/self/mountinfo"):
         # 32 31 0:29 /subtree /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
-        left, _, right = line.partition(" - ")
-        place, kind = left.split(), right.split()
-        if len(place) < 5 or len(kind) < 3:
-            continue
-        version = {"cgroup": 1, "cgroup2": 2}.get(kind[0])
-        if version not in paths or (version == 1 and "cpu" not in kind[2].split(",")):
+        left, _, kind = line.partition(" - ")
+        place = left.split()
+        version = {"cgroup": 1, "cgroup2": 2}.get(kind.partition(" ")[0])
+        if len(place) < 5 or version not in paths:
             continue
         mount = root / place[4].lstrip("/")
         inner = _below(paths[version], place[3])

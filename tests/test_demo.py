@@ -79,7 +79,7 @@ def test_the_table_names_every_accident_and_what_was_found(bncli: Bncli, finishe
     for name in (*NAMES, "the network as it is"):
         assert name in outcome.out
     assert "CPUs" in outcome.out
-    assert "n = 120 test images" in outcome.out
+    assert "synthetic, 120 test images" in outcome.out
 
 
 def test_a_directory_that_holds_something_is_not_written_into(

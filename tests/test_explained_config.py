@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bncli.config import Config
@@ -47,6 +47,9 @@ def test_above_every_key_stands_its_meaning_within_80_columns(name: str) -> None
         assert lines[number - 1].endswith(".")
 
 
+@settings(deadline=None)
+@example(root="a\x85b\u2028c", momentum=0.1)  # line breaks of YAML 1.1
+@example(root="a\nb: c\n\n # d", momentum=0.1)
 @given(root=st.text(st.characters(codec="utf-8"), max_size=60), momentum=st.floats(0, 1))
 def test_any_text_and_number_is_read_back(root: str, momentum: float) -> None:
     values = {
@@ -56,6 +59,14 @@ def test_any_text_and_number_is_read_back(root: str, momentum: float) -> None:
     config = Config.model_validate(values)
     text = explain_config(config, header=[], comments={})
     assert Config.model_validate(yaml.safe_load(text)) == config
+
+
+def test_a_text_of_several_lines_stays_below_its_key() -> None:
+    config = Config.model_validate({"data": {"name": "imagefolder", "root": "a\nb"}})
+    lines = explain_config(config, header=[], comments={}).splitlines()
+    assert {line for line in lines if line and line[0] not in " #"} == {
+        "data:", "augment:", "model:", "train:", "runtime:"
+    }  # fmt: skip
 
 
 def test_comments_behind_values_stay_with_their_keys() -> None:

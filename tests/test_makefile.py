@@ -85,7 +85,7 @@ def venv(python: str) -> str:
         ({"python3": (3, 11)}, "python3"),
         ({"python3": (3, 15)}, "python3"),
         ({"python3": (4, 0)}, "python3"),
-        ({"python3": (3, 12), "python3.13": (3, 13), "python3.11": (3, 11)}, "python3"),
+        ({"python3": (3, 12), "python3.14": (3, 14), "python3.11": (3, 11)}, "python3"),
         ({"python3": (3, 10), "python3.11": (3, 11)}, "python3.11"),
         ({"python3": (3, 9), "python3.11": (3, 11), "python3.13": (3, 13)}, "python3.13"),
         ({"python3.12": (3, 12)}, "python3.12"),

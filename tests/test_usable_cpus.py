@@ -97,7 +97,7 @@ IN_V1 = "9:name=systemd:/\n4:cpu,cpuacct:{path}\n3:memory:/elsewhere\n"
             # the group is told from the host's side, and what is mounted is not above it
             IN_V1.format(path="/../../kubepods/x"),
             V1_MOUNT.format(root="/"),
-            v1("", 200000),
+            v1("", 200000) | v1("../../../kubepods/x", 100000),
             2.0,
             id="v1-outside",
         ),

@@ -201,6 +201,7 @@ def _in_turns(
     batch = images[torch.arange(batch_size) % len(images)]
     singles = [images[[index % len(images)]] for index in range(num_calls)]
     found: dict[str, list[_Round]] = {name: [] for name in paths}
+    report("one round of all paths, untimed, to warm up")
     for number in range(num_rounds + 1):
         order = list(paths) if number % 2 else list(reversed(paths))
         taken = {name: _time(paths[name], batch, num_batches, singles) for name in order}

@@ -85,6 +85,7 @@ def bench_training_step(
     ours = _bncli_rounds(setup, steps_per_round)
     rates: list[tuple[float, float]] = []
     with plain_process(config, steps_per_round, plain_workers) as plain_round:
+        report("one round of both loops, untimed, to warm up")
         next(ours), plain_round()
         for number in range(num_rounds):
             rates.append((next(ours), plain_round()))

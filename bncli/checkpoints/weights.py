@@ -30,6 +30,7 @@ COUNTER = "num_batches_tracked"
 MAX_CHILDREN = 20  # of the network, each maybe the network that the file is of
 MAX_COMPARED = 1000  # names that one name is compared with
 MAX_SHOWN = 4  # names of a kind, in an error
+MAX_NAME = 80  # characters of a name, in an error
 NOT = "!"  # before a glob: all but these
 
 
@@ -59,9 +60,9 @@ class LoadedWeights:
         """In words: "loaded 122 of 122 tensors"."""
         text = f"loaded {self.num_loaded:,} of {plural(self.num_tensors, 'tensor')}"
         if self.kept:
-            text += f"; as they were: {list_names(self.kept, MAX_SHOWN)}"
+            text += f"; as they were: {_listed(self.kept)}"
         if self.left_over:
-            text += f"; left out: {list_names(self.left_over, MAX_SHOWN)}"
+            text += f"; left out: {_listed(self.left_over)}"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _match(
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         raise _MisfitError(
-            f"the network has tensors without a shape yet, {list_names(lazy, MAX_SHOWN)}; compute a"
+            f"the network has tensors without a shape yet, {_listed(lazy)}; compute a"
             " batch with it before it is loaded"
         )
     only = [glob for glob in partial if not glob.startswith(NOT)]
@@ -177,8 +178,7 @@ def _check_globs(globs: Sequence[str], names: Sequence[str]) -> None:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise _MisfitError(
-                f"no tensor of the file or the network matches {glob!r}; there are"
-                f" {list_names(names, MAX_SHOWN)}"
+                f"no tensor of the file or the network matches {glob!r}; there are {_listed(names)}"
             )
 
 
@@ -241,32 +241,41 @@ def _describe(
     if not names:
         return (
             f"none of its {plural(len(stored), 'tensor')} is one of the network's {len(tensors):,}: it has"
-            f" {list_names(list(stored), 3)}; the network has {list_names(list(tensors), 3)}"
+            f" {_listed(list(stored))}; the network has {_listed(list(tensors))}"
         )
     remedy = _remedy(problems, names)
     head = _head(problems, names, tensors, stored)
     if head is not None:
         layers, found, expected = head
         return (
-            f"{list_names(layers, MAX_SHOWN)} has {found:,} classes in the file and {expected:,} in"
+            f"{_listed(layers)} has {found:,} classes in the file and {expected:,} in"
             f" the network; give --model-arg num_classes={found} if it takes that; {remedy}"
         )
     parts = [f"{len(names) - len(problems.wrong):,} of the network's {plural(len(tensors), 'tensor')} fit"]
     if problems.missing:
         shapes = {name: stored[origins[name]].shape for name in problems.left_over[:MAX_COMPARED]}
         shown = [_with_nearest(name, tensors[name], shapes) for name in problems.missing[:MAX_SHOWN]]
-        parts.append(f"missing: {_cut(shown, problems.missing)}")
+        parts.append(f"missing: {_first(shown, problems.missing)}")
     if problems.left_over:
-        parts.append(f"left over: {list_names(problems.left_over, MAX_SHOWN)}")
+        parts.append(f"left over: {_listed(problems.left_over)}")
     if problems.wrong:
         shown = [
             _both_shapes(name, stored[names[name]], tensors[name]) for name in problems.wrong[:MAX_SHOWN]
         ]
-        parts.append(f"different: {_cut(shown, problems.wrong)}")
+        parts.append(f"different: {_first(shown, problems.wrong)}")
     return f"does not fit the network: {'; '.join(parts)}; {remedy}"
 
 
-def _cut(shown: list[str], everything: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
+    return list_names([_cut(name) for name in names], MAX_SHOWN)
+
+
+def _cut(name: str) -> str:
+    """A name that may come from a stranger."""
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 3] + "..."
+
+
+def _first(shown: list[str], everything: Sequence[str]) -> str:
     more = f", ... ({len(everything):,} in all)" if len(everything) > len(shown) else ""
     return ", ".join(shown) + more
 
@@ -274,14 +283,14 @@ def _cut(shown: list[str], everything: Sequence[str]) -> str:
 def _with_nearest(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> str:
     alike = [other for other, shape in shapes.items() if shape == tuple(tensor.shape)]
     near = difflib.get_close_matches(name, alike, n=1, cutoff=0.4)
-    return f"{name} (the file has {near[0]})" if near else name
+    return f"{_cut(name)} (the file has {_cut(near[0])})" if near else _cut(name)
 
 
 def _both_shapes(name: str, stored: StoredTensor, tensor: Tensor) -> str:
     found, expected = (
         f"{str(one.dtype).removeprefix('torch.')} {tuple(one.shape)}" for one in (stored, tensor)
     )
-    return f"{name} is {found} in the file and {expected} in the network"
+    return f"{_cut(name)} is {found} in the file and {expected} in the network"
 
 
 def _head(
@@ -309,7 +318,8 @@ def _remedy(problems: _Problems, names: Mapping[str, str]) -> str:
     troubled = [*problems.missing, *problems.left_over, *problems.wrong]
     sound = set(names).difference(problems.wrong)
     globs = list(dict.fromkeys(_narrow_glob(name, sound) for name in troubled))
-    if len(globs) > MAX_SHOWN:
+    can_be_typed = all(len(glob) <= MAX_NAME and glob.isprintable() and "'" not in glob for glob in globs)
+    if len(globs) > MAX_SHOWN or not can_be_typed:
         return "--partial GLOB loads a part"
     options = " ".join(f"--partial '{NOT}{glob}'" for glob in globs)
     return f"{options} loads the rest"

@@ -175,7 +175,7 @@ def check_digest(
     except OSError as error:
         raise DataError(f"cannot be listed: {error}") from error
     if found != [classes, classes]:
-        raise DataError("its classes are others")
+        raise DataError("it has other classes")
     root, train, test = _list_splits(config)
     key = (root, [*train.files, *test.files], fit_of(config), _cache_folder(config))
     known = known_images(*key)
@@ -184,7 +184,9 @@ def check_digest(
     else:
         found_digest = known.digest or digest_dataset(_dataset_of(known.images, train, test))
     if found_digest != digest:
-        raise DataError("its images or labels are others than the network was trained on (by their SHA-256)")
+        raise DataError(
+            "it has other images or labels than those that the network was trained on (by their SHA-256)"
+        )
     images = cached_images(*key, progress) if known is None else known.images
     _checked[config] = _dataset_of(images, train, test)
     known = known or known_images(*key)

@@ -221,8 +221,8 @@ class Certificate:
         return "Look for code in that layer that mixes the images of a batch."
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document: all fields."""
-        return asdict(self)
+        """The JSON document: all fields, and what follows from them."""
+        return {**asdict(self), "within_rounding": self.within_rounding, "verdict": self.verdict}
 
     def __str__(self) -> str:
         """A line for each claim, and the verdict."""

@@ -106,7 +106,10 @@ def examine(
     sample = place(images[chosen])
     certificate = certify(model, sample, batch_sizes=batch_sizes, progress=partial(progress, CERTIFYING))
     sample_sweep = sweep_batch_sizes(
-        model, (sample, labels[chosen]), [size for size in SAMPLE_SIZES if size <= len(chosen)]
+        model,
+        (sample, labels[chosen]),
+        [size for size in SAMPLE_SIZES if size <= len(chosen)],
+        progress=partial(progress, "passes over the compared images, in both modes"),
     )
     points = (
         sweep_batch_sizes(

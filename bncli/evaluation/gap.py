@@ -96,15 +96,22 @@ class Gap:
 
     @property
     def verdict(self) -> str:
-        """One sentence: what BatchNorm explains, and what to do."""
+        """What BatchNorm explains, and what to do."""
         change = (
             f"{100 * self.explained.accuracy:+.2f} points of accuracy"
             f" (standard error {100 * self.explained.accuracy_standard_error:.2f})"
         )
         if self.batch_norm_is_to_blame:
+            more = ""
+            if self.beyond.is_gain:
+                more = (
+                    f" Their own batch statistics gain the test images {100 * self.beyond.accuracy:.1f} more:"
+                    " they look different from training images."
+                )
             return (
-                f"BatchNorm explains {100 * self.explained.accuracy:.1f} of {100 * self.points:.1f} points;"
-                f" {self._culprit()}; run bncli recalibrate."
+                "The running statistics are stale: exact population statistics gain"
+                f" {100 * self.explained.accuracy:.1f} points of accuracy. {self._culprit()}"
+                f" Run bncli recalibrate.{more}"
             )
         if self.beyond.is_gain:
             return (
@@ -151,13 +158,13 @@ class Gap:
     def _culprit(self) -> str:
         worst = next((layer for layer in self.layers if layer.name == self.worst_layer), None)
         if worst is None or worst.recovered is None:
-            return "no repair of a single layer recovers any of it"
-        recovered = f"{100 * worst.recovered:.1f}"
+            return "To repair a single layer gains nothing."
+        gain = f"gains {100 * worst.recovered:.1f}"
         if self.num_trial_images < self.num_images:
-            recovered += f" on {self.num_trial_images:,} of the images"
+            gain += f" (on {self.num_trial_images:,} of the images)"
         if worst.recovered >= 0.9 * self.explained.accuracy:
-            return f"layer {worst.name} is stale: its repair alone recovers {recovered}"
-        return f"several layers are stale, {worst.name} most of all: its repair alone recovers {recovered}"
+            return f"Layer {worst.name} is to blame: to repair it alone {gain}."
+        return f"Several layers are to blame, {worst.name} most of all: to repair it alone {gain}."
 
 
 def measure_gap(

@@ -28,6 +28,9 @@ PREFIXES = {
 }
 
 
+LONG_NAME = f"{'a-file-name-' * 6}.pt"
+
+
 def ruined_state() -> dict[str, torch.Tensor]:
     """A ResNet-18 with statistics as after training, and in one layer each what a rule finds."""
     state = import_torchvision().models.resnet18(weights=None).state_dict()
@@ -70,6 +73,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch, finished_run: Path, files: Path) -
     with tempfile.TemporaryDirectory() as name:  # a short path: paths are not broken
         folder = Path(name)
         (folder / "run").symlink_to(finished_run)
+        (folder / LONG_NAME).symlink_to(files / "resnet18.pt")
         for file in files.iterdir():
             (folder / file.name).symlink_to(file)
         monkeypatch.chdir(folder)
@@ -78,6 +82,8 @@ def anywhere(monkeypatch: pytest.MonkeyPatch, finished_run: Path, files: Path) -
 
 
 COMMANDS = [
+    f"inspect-stats {LONG_NAME}",
+    f"compare {LONG_NAME} {LONG_NAME}",
     "inspect-stats run/last.pt --all",
     "inspect-stats run/last.pt --channels",
     *(f"inspect-stats {kind}.pt{all_}" for kind in PREFIXES for all_ in ("", " --all")),

@@ -157,6 +157,21 @@ def test_the_verdict_says_what_a_prediction_depends_on_and_what_to_do() -> None:
     assert "look for random numbers" in restored(Noise(), images()).verdict
 
 
+def test_the_layer_named_is_one_that_changes_predictions() -> None:
+    class LooksAtBatchSize(Flat):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs) * (-1 if len(inputs) > 1 else 1)
+
+    class LooksAtPlace(nn.Module):
+        def forward(self, logits: Tensor) -> Tensor:
+            return logits * (1 + 1e-6 * torch.arange(len(logits)))[:, None]
+
+    found = restored(nn.Sequential(LooksAtBatchSize(), LooksAtPlace()), images())
+    assert found.claims.position.first_differing_layer == "1"
+    assert found.claims.position.prediction_flips == 0
+    assert "The first layer whose output depends on the batch is 0. Look for code" in found.verdict
+
+
 def test_a_tie_that_rounding_decides_is_called_so() -> None:
     """One image whose two largest logits are equal alone, and not in a batch."""
 
@@ -177,7 +192,7 @@ def test_a_tie_that_rounding_decides_is_called_so() -> None:
 
 @pytest.mark.parametrize(
     ("factor", "dtype", "within"),
-    [(1 + 1e-6, torch.float32, True), (1.001, torch.float32, False), (1.01, torch.bfloat16, True)],
+    [(1 + 1e-6, torch.float32, True), (1.0001, torch.float32, False), (1.01, torch.bfloat16, True)],
 )
 def test_a_difference_is_rounding_up_to_what_the_number_format_accounts_for(
     factor: float, dtype: torch.dtype, *, within: bool

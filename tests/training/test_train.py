@@ -244,6 +244,19 @@ def test_the_whitening_filters_are_fitted_before_training_and_never_trained(
     assert fitted.abs().max() > 0.5  # fitted: PyTorch's initial weights are below 0.3
 
 
+def test_the_whitening_filters_are_fitted_to_images_from_the_first_class_to_the_last(
+    tiny_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is sorted by class: of 300 images the first 200 would leave out the last classes."""
+    monkeypatch.setattr("bncli.training.setup.NUM_WHITENING_IMAGES", 200)
+    setup = prepare(load_config(tiny_config, ["model.whitening=true", "data.num_train=300"]))
+    whiten = setup.model.whiten
+    fitted = whiten.conv.weight.clone()
+    two_of_three = torch.arange(300) % 3 != 2
+    whiten.fit(setup.model.normalize(setup.dataset.train.images[two_of_three]))
+    assert torch.equal(fitted, whiten.conv.weight)
+
+
 def test_a_run_interrupted_in_its_first_epoch_starts_again(tiny_config: Path, tmp_path: Path) -> None:
     config = load_config(tiny_config)
 

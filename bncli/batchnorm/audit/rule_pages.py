@@ -82,7 +82,7 @@ PAGES = (
         "E[x^2] - E[x]^2 in float32 where the mean is large, and a loader that subtracts eps.",
         cost="Below -eps the square root of eval mode is NaN. Between -eps and 0 the channel merely has the "
         "wrong scale.",
-        can_know="No average of variances is negative: the number is wrong, whoever made it.",
+        can_know="No average of variances is negative, so the number is wrong.",
         cannot_know="Which other channels were changed as well, and stayed above 0.",
         advice="Recompute the statistics over the training set (bncli recalibrate); do not extrapolate or "
         "subtract running statistics.",

@@ -81,7 +81,7 @@ def train_config(
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
     if config is None and resume is None:
-        print_note(f"no CONFIG given, so this trains the {DEFAULT_NAME}; `bncli config` lists others")
+        print_note(f"no CONFIG given: training {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
     _read_ahead(loaded.data, None if followed is None else followed.recorded_root)

@@ -6,7 +6,6 @@ from rich.console import Console
 
 from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
 from bncli.batchnorm.compare import STATISTICS_ALONE
-from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_rows import Row
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, show_lines, table_of
@@ -35,7 +34,8 @@ def comparison_rows(comparison: Comparison, *, channels: bool) -> Iterator[Row]:
 def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     """One row per layer in the order of the network, then what does not match, the flags and the sum."""
     console = console_for_results()
-    console.print(f"first   {one_line(first)}\nsecond  {one_line(second)}", style="bold")
+    print_wrapped(console, first, mark="first   ", style="bold")
+    print_wrapped(console, second, mark="second  ", style="bold")
     layers = list(comparison.layers)
     if layers:
         console.print()

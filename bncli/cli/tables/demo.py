@@ -45,7 +45,7 @@ def show_demonstration(result: Demonstration) -> None:
         "machine": machine_line(result.machine),
         "runtime": runtime_line(result.runtime),
         "checkpoint": result.checkpoint or "trained for this, and not kept (--save-dir keeps it)",
-        "data": f"{result.dataset}, n = {result.num_test_images:,} test images;"
+        "data": f"{result.dataset}, {result.num_test_images:,} test images;"
         f" repaired with {result.num_calibration_images:,} training images",
     }
     show_lines(console, lines)

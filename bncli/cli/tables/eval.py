@@ -100,7 +100,7 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     if (tta := found.tta) is not None:
         console.print(
             f"accuracy {tta.accuracy:.2%} averaged over {tta.num_views} views of each image"
-            f" (--tta {tta.views}, loss {tta.loss:.4f}, {tta.seconds:.1f} s)"
+            f" (--tta {tta.views}, loss {tta.loss:.4f})"
         )
     rows = certificate.fixed_rows
     chunks = "" if rows is None else f" (in chunks of {plural(rows, 'row')})"
@@ -129,7 +129,7 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     for note in _notes(certificate):
         print_wrapped(console, note)
     print_wrapped(console, certificate.verdict, style="bold")
-    if not certificate.deterministic:
+    if not certificate.deterministic and certificate.num_batch_norm_layers:
         command = f"bncli inspect-stats {one_line(report.checkpoint)}"
         console.print(f"What is wrong with its BatchNorm layers: {command}")
 
@@ -273,7 +273,7 @@ def show_gap(console: Console, gap: Gap) -> None:
     console.print(table)
     console.print()
     title = f"Running statistics against {gap.num_calibration_images:,} training images"
-    table = table_of(title, "layer", "self-consistency", "mean shift", "var ratio", "repair recovers")
+    table = table_of(title, "layer", "self-consistency", "mean shift", "var ratio", "gain if repaired")
     for layer in gap.layers:
         table.add_row(
             one_line(layer.name), number(layer.self_consistency),
@@ -282,10 +282,10 @@ def show_gap(console: Console, gap: Gap) -> None:
     console.print(table)
     console.print()
     meanings = {
-        "self-consistency": "distance of both from the input in eval mode; 0 is best",
+        "self-consistency": "how far running statistics are from the layer's input; 0 is best",
         "mean shift": "of running_mean, in deviations of the input",
         "var ratio": "running_var over the input's variance",
-        "repair recovers": f"if only this layer is repaired, on {gap.num_trial_images:,} test images"
+        "gain if repaired": f"of this layer alone, on {gap.num_trial_images:,} test images"
         if gap.num_trial_images
         else "not tried: there is nothing to recover",
     }

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator
 
-from bncli.cli.messages import one_line
 from bncli.cli.tables.csv_rows import Row
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines
@@ -25,7 +24,7 @@ def show_convergence(found: Convergence) -> None:
     what = f"{plural(len(found.layers), 'BatchNorm layer')}, epoch {first}" + (
         f" to {last}" if last > first else ""
     )
-    console.print(f"{one_line(found.run_dir)}: {what}", style="bold")
+    print_wrapped(console, f"{found.run_dir}: {what}", style="bold")
     ends = ("first", "last") if last > first else ("last",)
     picked = [(layer.epochs[0], layer.epochs[-1])[-len(ends) :] for layer in found.layers]
     columns = {}

@@ -9,7 +9,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bncli.batchnorm import Finding, LayerStats, summarize
-from bncli.cli.messages import one_line
 from bncli.cli.tables.findings import show_findings
 from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
@@ -101,7 +100,7 @@ def show_layers(
     shown = list(layers)
     if len(layers) > MAX_ROWS and not everything:
         shown = sorted(layers, key=lambda layer: layer.name not in flags)[:MAX_ROWS]
-    console.print(one_line(headline), style="bold")
+    print_wrapped(console, headline, style="bold")
     shared = _shared(layers)
     _show_shared(console, shared)
     styles = ["bold red" if layer.name in flags else None for layer in shown]

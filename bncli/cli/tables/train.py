@@ -4,6 +4,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from bncli.cli.messages import one_line
 from bncli.cli.tables.table import console_for_results, print_wrapped, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
 from bncli.training.run_dir import RECALIBRATED
@@ -53,27 +56,38 @@ def show_training(result: "TrainResult") -> None:
     if result.recalibration is not None:
         before = result.recalibration["before"]["accuracy"]
         accuracy += f", recalibrated ({before:.2%} before)"
-    lines = {
+    console = console_for_results()
+    numbers = {
         "test accuracy": f"{accuracy} (best epoch {result.best_accuracy:.2%})",
         "time": f"{result.seconds:.1f} s, {result.images_per_second:,.0f} training images/s"
         " with evaluation and checkpoints",
-        "checkpoint": str(result.checkpoint),
-        "best": str(result.best_checkpoint),
     }
+    show_lines(console, numbers)
+    files = {"checkpoint": str(result.checkpoint), "best": str(result.best_checkpoint)}
     if result.checkpoint != result.last_checkpoint:
-        lines["last"] = f"{result.last_checkpoint}, to resume from"
-    console = console_for_results()
-    show_lines(console, lines)
+        files["last"] = f"{result.last_checkpoint}, to resume from"
+    width = max(map(len, numbers))
+    for key, value in files.items():
+        _print_whole(console, f"{key:<{width}}  ", value)
     if result.agreement is not None:
-        print_wrapped(console, _agreement_line(result.agreement, result.checkpoint))
+        _show_agreement(console, result.agreement, result.checkpoint)
 
 
-def _agreement_line(agreement: "Agreement", checkpoint: Path) -> str:
+def _show_agreement(console: Console, agreement: "Agreement", checkpoint: Path) -> None:
     """Whether running and batch statistics agree, and what to do if eval mode is behind."""
     if not agreement.eval_mode_is_behind:
-        return agreement.verdict
+        print_wrapped(console, agreement.verdict)
+        return
     file = shlex.quote(str(checkpoint))
     if agreement.recalibrated:  # then the training images are not what the test images are like
-        return f"{agreement.verdict} To see why: bncli eval {file} --gap"
-    new = shlex.quote(str(checkpoint.with_name(RECALIBRATED)))
-    return f"{agreement.verdict} To measure them anew: bncli recalibrate {file} -o {new}"
+        print_wrapped(console, f"{agreement.verdict} To see why:")
+        _print_whole(console, "  ", f"bncli eval {file} --gap")
+    else:
+        print_wrapped(console, f"{agreement.verdict} To measure them anew:")
+        new = shlex.quote(str(checkpoint.with_name(RECALIBRATED)))
+        _print_whole(console, "  ", f"bncli recalibrate {file} -o {new}")
+
+
+def _print_whole(console: Console, start: str, text: str) -> None:
+    """One line however long: with a path or a command that is to be copied."""
+    console.print(f"{start}{one_line(text)}", soft_wrap=True)

@@ -170,7 +170,7 @@ def test_a_sweep_is_shown_written_and_drawn(
     [
         (("--batch-sizes", "2,x"), "--batch-sizes: expected batch sizes such as 1,2,4,8, found '2,x'"),
         (("--batch-sizes", "0"), "--batch-sizes"),
-        (("--batch-sizes", ""), "an empty argument"),
+        (("--batch-sizes", ""), "an empty value of --batch-sizes"),
         (("--batch-sizes", "1"), "above 1"),
         (("--sweep", "1,,2"), "--sweep"),
         (("--sweep", "1,121"), "batches of 121 asked for, but there are 120 images"),

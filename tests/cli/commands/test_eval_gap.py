@@ -124,16 +124,17 @@ def gap_with(explained: PairedDifference, beyond: PairedDifference, recovered: f
     return Gap(1000, 500, 1000, score, best, best, best, explained, beyond, layers, worst)
 
 
-def test_the_verdict_is_one_honest_sentence() -> None:
+def test_the_verdict_says_what_is_gained_by_what() -> None:
     gain, none, loss = difference(312, 0), difference(3, 3), difference(0, 50)
     assert gap_with(gain, none, 0.31).verdict == (
-        "BatchNorm explains 31.2 of 31.2 points; layer second is stale: its repair alone recovers 31.0;"
-        " run bncli recalibrate."
+        "The running statistics are stale: exact population statistics gain 31.2 points of accuracy."
+        " Layer second is to blame: to repair it alone gains 31.0. Run bncli recalibrate."
     )
     fewer = replace(gap_with(gain, none, 0.31), num_trial_images=100)
-    assert "alone recovers 31.0 on 100 of the images; run" in fewer.verdict
-    assert "several layers are stale, second most of all" in gap_with(gain, none, 0.1).verdict
-    assert "no repair of a single layer" in gap_with(gain, none).verdict
+    assert "alone gains 31.0 (on 100 of the images). Run" in fewer.verdict
+    assert "Several layers are to blame, second most of all" in gap_with(gain, none, 0.1).verdict
+    assert "To repair a single layer gains nothing." in gap_with(gain, none).verdict
+    assert gap_with(gain, gain, 0.31).verdict.endswith("31.2 more: they look different from training images.")
     assert gap_with(none, none).verdict.startswith("No gain beyond chance")
     assert "look different from training images" in gap_with(none, gain).verdict
     assert "would lose accuracy, -5.00 points" in gap_with(loss, none).verdict
