@@ -41,7 +41,7 @@ def test_without_onnx_runtime_its_row_says_so(
     outcome = bncli("bench", "eval", finished_run / "last.pt", *FEW)
     assert outcome.code == 0
     assert "not installed: pip install onnxruntime" in outcome.out
-    assert "n = 2 rounds" in outcome.out
+    assert "medians of 2 rounds" in outcome.out
 
 
 def test_a_package_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,7 +259,7 @@ def show_accuracy_bench(result: AccuracyBench) -> None:
         accuracy, cost = result.tta.accuracy, result.tta.seconds
         lines[f"--tta {result.tta.views}"] = (
             f"{_plus_minus(accuracy.mean, accuracy.std, '{:.2%}')} in"
-            f" {_plus_minus(cost.mean, cost.std, '{:.1f}')} s more, in no number above"
+            f" {_plus_minus(cost.mean, cost.std, '{:.1f}')} s more; the numbers above are without it"
         )
     show_lines(console, lines)
 

@@ -37,6 +37,7 @@ from bncli.cli.tables.table import (
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
 from bncli.torchvision_compat import import_torchvision
+from bncli.wording import plural
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -274,7 +275,7 @@ def show_population_bench(result: PopulationBench) -> None:
         {
             "network": f"{result.network}, {result.num_layers} BatchNorm layers",
             "images": f"{result.num_images:,} of {result.image_size}x{result.image_size},"
-            f" in batches of {result.batch_size}; {result.threads} threads",
+            f" in batches of {result.batch_size}; {plural(result.threads, 'thread')}",
             "ratio": f"to the plain forward pass, in eval mode; median of n = {result.num_rounds} rounds",
             "exact": f"{result.exact_forward_passes:.2f} forward passes in FLOPs, {share:.2f} a layer",
         },
