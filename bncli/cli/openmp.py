@@ -1,13 +1,18 @@
 """How PyTorch's threads wait for each other: a moment awake, then asleep. Said before torch is imported.
 
-In GNU's OpenMP, which PyTorch carries on Linux, a thread that has to wait asks 300,000 times in a row whether
-it may go on: milliseconds in which it keeps its core from whom it waits for, where another process wants that
-core or a CPU quota runs out. 1,000 times is what GNU takes itself where it knows of more threads than cores;
-of other processes it does not know. What is computed does not change by a bit.
+In GNU's OpenMP, which PyTorch carries on Linux, a thread that has to wait asks 300,000 times in a row if it
+may go on: milliseconds in which it keeps its core from whom it waits for, where another process wants that
+core or a CPU quota runs out. (Where it knows of more threads than cores it asks 1,000 times; of other
+processes it does not know.) What is computed does not change by a bit.
 
-Measured with quickstart.yaml on 2 cores (AMD EPYC, torch 2.13), training images/s with two threads, the best
-of at least 6 epochs: beside one busy process about 700 with GNU's own number, 2,600 with 1,000, 2,800 with
-none at all; on free cores 5,500, 5,300 and 5,000.
+Measured on 2 cores (AMD EPYC, torch 2.13), two threads, quickstart.yaml with 2,500 images: the best of 8 to 20
+epochs in training images/s, and seconds of a whole `bncli eval`, the mean of 3. The machine was not idle: for
+the first two lines these runs had real-time priority over all others.
+
+    how often it asks      300,000    5,000    2,000    1,000    never
+    training, free cores     5,440    5,300    5,320    5,290    5,030
+    eval, free cores           5.7        -      5.6      6.3        -
+    beside a busy process      700    2,100    2,490    2,630    2,810
 """
 
 from collections.abc import MutableMapping
@@ -18,4 +23,4 @@ _CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 def shorten_waiting(environment: MutableMapping[str, str]) -> None:
     """Ask GNU's OpenMP for it, unless the user has chosen. Without effect once torch is imported."""
     if not any(name in environment for name in _CHOICES):
-        environment["GOMP_SPINCOUNT"] = "1000"
+        environment["GOMP_SPINCOUNT"] = "2000"

@@ -33,4 +33,4 @@ sys.meta_path.insert(0, Watch())
 bncli.cli.app.main(["train"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["None", "1000"]
+    assert done.stdout.split() == ["None", "2000"]
