@@ -29,6 +29,7 @@ from bncli.checkpoints import (
     rewrite,
     statistics_in_file,
 )
+from bncli.checkpoints.formats import torch_pickle
 from bncli.errors import BncliError, CheckpointError
 from tests.conftest import Bncli
 
@@ -696,6 +697,25 @@ def test_nothing_in_the_file_is_executed_and_it_is_copied_as_it_is(tmp_path: Pat
     assert not (tmp_path / "canary").exists()
     torch.load(tmp_path / "new.pt", weights_only=False)
     assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"h\0Q0" * 101,  # storages that are named and dropped
+        # and tensors that are made of one
+        b"h\0Qq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02" + b"h\x02(h\x01K\0K\1\x85K\1\x85tR0" * 101,
+    ],
+)
+def test_a_pickle_does_not_fill_the_memory_with_what_it_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: bytes
+) -> None:
+    monkeypatch.setattr(torch_pickle, "MAX_NOTED", 100)
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tq\x000"
+    with zipfile.ZipFile(tmp_path / "old.pt", "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\2" + storage + program + b"}.")
+        archive.writestr("a/data/0", bytes(16))
+    assert refusal(tmp_path, "old.pt", {}) == "a pickle of more than 100 tensors"
 
 
 def test_damaged_files_are_refused_or_rewritten_but_never_crash(tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ _TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 # subclasses of Tensor hold the function that rebuilds the tensor and its arguments
 _FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
+# A pickle may name storages and drop them again, which costs it three operations, and us 700 bytes each where
+# they are noted. Tensors take about 30, so a sound one never comes near this.
+MAX_NOTED = 250_000
 # key, number of elements and bytes of each: the storage that holds them
 FindStorage = Callable[[str, int, int], Storage]
 
@@ -158,13 +161,20 @@ class UsesOfStorages:
         """Meanings that note the uses here."""
         return _NotingMeanings(find_storage, self)
 
-    def note(self, view: object, tensor: object) -> None:
-        """A view that was named in a pickle, and what was made of it, if anything yet."""
-        if isinstance(view, StorageView):
-            self._views.append(view)  # kept, so that no other gets its identity
-            if isinstance(tensor, StoredTensor):
-                self.tensors.append(tensor)
-                self._understood.add(id(view))
+    def note_view(self, view: StorageView) -> None:
+        """A view that a pickle names; it is kept, so that no other gets its identity."""
+        self._views.append(view)
+        self._check_number(len(self._views))
+
+    def note_tensor(self, view: object, tensor: StoredTensor) -> None:
+        """A tensor that is made of such a view."""
+        self.tensors.append(tensor)
+        self._understood.add(id(view))
+        self._check_number(len(self.tensors))
+
+    def _check_number(self, number: int) -> None:
+        if number > MAX_NOTED:
+            raise UnreadableFileError(f"a pickle of more than {MAX_NOTED:,} tensors")
 
     @property
     def opaque(self) -> list[Storage]:
@@ -179,12 +189,14 @@ class _NotingMeanings(TorchMeanings):
 
     def find_persistent(self, key: object) -> object:
         view = super().find_persistent(key)
-        self._uses.note(view, None)
+        if isinstance(view, StorageView):
+            self._uses.note_view(view)
         return view
 
     def _tensor(self, arguments: tuple[object, ...], dtype: object = None) -> object:
         tensor = super()._tensor(arguments, dtype)
-        self._uses.note(arguments[0], tensor)
+        if isinstance(tensor, StoredTensor):
+            self._uses.note_tensor(arguments[0], tensor)
         return tensor
 
 
