@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bncli.config import Config, ImageFolderConfig, ModelConfig, SyntheticConfig, TrainConfig
@@ -176,6 +176,7 @@ def test_another_data_set_by_override_drops_the_keys_of_the_former(tmp_path: Pat
 NUMBERS = st.floats(min_value=1e-12, max_value=1.0, exclude_min=True)
 
 
+@settings(deadline=None)
 @given(
     eps=NUMBERS, momentum=st.none() | NUMBERS, widths=st.lists(st.integers(1, 512), min_size=1, max_size=5)
 )
