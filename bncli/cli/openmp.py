@@ -5,7 +5,7 @@ may go on: milliseconds in which it keeps its core from whom it waits for, where
 core or a CPU quota runs out. (Where it knows of more threads than cores it asks 1,000 times; of other
 processes it does not know.) What is computed does not change by a bit.
 
-Measured on 2 cores (AMD EPYC, torch 2.13), two threads, quickstart.yaml with 2,500 images: the best of 8 to 20
+Measured on 2 cores (AMD EPYC, torch 2.13), two threads, quickstart.yaml with 2,500 images: best of 8 to 20
 epochs in training images/s, and seconds of a whole `bncli eval`, the mean of 3. The machine was not idle: for
 the first two lines these runs had real-time priority over all others.
 
