@@ -235,19 +235,13 @@ def _recalibrate(
 
 def _rewrite(subject: "Subject", loaded: "LoadedWeights", made: "RecalibratedNetwork", output: Path) -> None:
     """Write a file of the same kind, in which only running statistics that were measured differ."""
-    from bncli.checkpoints import rewrite
-    from bncli.training import running_stats
+    from bncli.checkpoints import rewrite, statistics_in_file
 
-    measured = {layer.name for layer in made.recalibration.layers}
-    new = {
-        name: value
-        for name, value in running_stats(subject.model).items()
-        if name.rpartition(".")[0] in measured
-    }
-    absent = [name for name in new if name not in loaded.names]
+    layers = [layer.name for layer in made.recalibration.layers]
+    absent = [layer for layer in layers if not statistics_in_file(subject.model, loaded, [layer])]
     if absent:
         print_note(f"not written, as they are not in {subject.path}: {list_names(absent)}")
-    buffers = {loaded.names[name]: value for name, value in new.items() if name in loaded.names}
+    buffers = statistics_in_file(subject.model, loaded, layers)
     rewrite(subject.path, output, buffers, loaded.key)
 
 
