@@ -195,7 +195,7 @@ def test_no_config_is_the_quickstart_with_the_options_applied(
     monkeypatch.chdir(tmp_path)
     outcome = bncli("train", *name, *FEW_IMAGES, "--device", "cpu", "--json")
     assert outcome.code == 0
-    assert ("no CONFIG given, training quickstart" in outcome.err) == (not name)
+    assert ("no CONFIG given: training quickstart" in outcome.err) == (not name)
     run_dir = Path(outcome.json["run_dir"])
     assert re.fullmatch(r"runs/quickstart-\d{8}-\d{6}", str(run_dir))
     recorded = load_config(run_dir / "config.yaml")
