@@ -238,7 +238,8 @@ def _rewrite(subject: "Subject", loaded: "LoadedWeights", made: "RecalibratedNet
     from bncli.checkpoints import rewrite, statistics_in_file
 
     layers = [layer.name for layer in made.recalibration.layers]
-    absent = [layer for layer in layers if not statistics_in_file(subject.model, loaded, [layer])]
+    names = [f"{layer}.{leaf}".lstrip(".") for layer in layers for leaf in ("running_mean", "running_var")]
+    absent = [name for name in names if name not in loaded.names]
     if absent:
         print_note(f"not written, as they are not in {subject.path}: {list_names(absent)}")
     buffers = statistics_in_file(subject.model, loaded, layers)
