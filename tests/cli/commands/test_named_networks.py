@@ -41,6 +41,11 @@ class Answers(nn.Module):
         return {"logits": self.net(images)}
 
 
+def twice():
+    norm = nn.BatchNorm2d(3)
+    return nn.Sequential(norm, nn.Conv2d(3, 3, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+
+
 class Wide(nn.Linear):
     def __init__(self):
         super().__init__(12, 10)
@@ -356,6 +361,20 @@ def test_a_part_that_is_not_in_the_file_is_measured_and_not_written(bncli: Bncli
     new = torch.load("new.pt", weights_only=True)
     assert list(new) == list(state)
     assert not torch.equal(new["1.running_mean"], state["1.running_mean"])
+
+
+def test_both_names_of_a_layer_that_is_used_twice_are_written(bncli: Bncli, network: nn.Module) -> None:
+    state = {name: value.clone() for name, value in build_network("net.py:twice").state_dict().items()}
+    torch.save(state, "a.pt")
+    outcome = bncli(
+        *("recalibrate", "a.pt", "-o", "new.pt", "--method", "precise"),
+        *("--model", "net.py:twice", *DATA, *COMPUTED),
+    )
+    assert outcome.code == 0, outcome.err
+    new = torch.load("new.pt", weights_only=True)
+    for leaf in ("running_mean", "running_var"):
+        assert torch.equal(new[f"0.{leaf}"], new[f"2.{leaf}"])
+        assert not torch.equal(new[f"0.{leaf}"], state[f"0.{leaf}"])
 
 
 def test_a_network_of_timm_is_evaluated(bncli: Bncli, network: nn.Module) -> None:
