@@ -1,6 +1,7 @@
 """Networks of torchvision, timm and one's own: named, loaded, recalibrated, and written back.
 
     python -m tests.models.everybodys_networks      prints one row for each, in about ten minutes on one core
+    python -m tests.models.everybodys_networks timm:dla34 ...     for these alone
 
 Each is built by its name, sees some batches, and has its running statistics ruined. Its file (in Lightning's
 form, and as safetensors) is loaded into a fresh one, recalibrated and rewritten. What is compared: the loaded
@@ -13,6 +14,7 @@ layer that sees few values amplifies the rounding of those before it (measured: 
 """
 
 import copy
+import sys
 import tempfile
 import time
 import warnings
@@ -45,7 +47,6 @@ TORCHVISION = {  # the smallest of each family that has BatchNorm, and the side 
     "vgg11_bn": 64,
     "maxvit_t": 224,
     "lraspp_mobilenet_v3_large": 64,  # segmentation: a dict of maps
-    "ssdlite320_mobilenet_v3_large": 96,  # detection: a list of boxes
 }
 TIMM = {
     "resnet10t": 64,
@@ -62,7 +63,7 @@ TIMM = {
     "xcit_nano_12_p16_224": 224,
     "skresnet18": 64,
 }
-OWN = {f"{__file__}:{name}": 32 for name in ("Answers", "frozen", "applied_twice")}
+OWN = {f"{__file__}:{name}": 32 for name in ("Answers", "frozen", "applied_twice", "detector")}
 WITHOUT = (
     "torchvision:squeezenet1_1",
     "torchvision:swin_t",
@@ -111,6 +112,14 @@ def applied_twice() -> nn.Module:
     """One layer at two places."""
     norm = nn.BatchNorm2d(8)
     return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 8, 3), norm)
+
+
+def detector() -> nn.Module:
+    """SSDlite up to its maps: the boxes need operators that torchvision has not beside a CPU-only torch."""
+    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+    network: nn.Module = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).backbone
+    return network
 
 
 @dataclass(frozen=True)
@@ -257,9 +266,10 @@ def error_of(layer: nn.Module, expected: tuple[Tensor, Tensor]) -> float:
     return float(torch.maximum(of_mean, of_var).max())
 
 
-def rows() -> Iterator[Row | str]:
+def rows(names: Sequence[str]) -> Iterator[Row | str]:
     """One for each network; for those without BatchNorm the refusal."""
-    for name, size in NETWORKS.items():
+    for name in names:
+        size = NETWORKS[name]
         yield examine_network(name, size)
     for name in WITHOUT:
         yield f"{name}: {refusal(name)}"
@@ -283,7 +293,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     print("| network | loaded | layers | not reached | audit | exact | precise | other bits | seconds |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows():
+    for row in rows(sys.argv[1:] or list(NETWORKS)):
         if isinstance(row, str):
             print(f"| {row} |", flush=True)
             continue
