@@ -1,0 +1,146 @@
+"""`load_weights` against `torch.load` and `load_state_dict`: seconds side by side, and peak of memory.
+
+Both load the same file into the same network, by turns, so that the file is in the system's cache for both
+and other processes disturb both alike. The peak is that of a process of its own for each, less what it had
+with the network in memory; Linux tells it.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch import nn
+
+from bncli.checkpoints import load_weights
+from bncli.cli.app import main
+from bncli.cli.options import JsonOption
+from bncli.cli.tables.table import console_for_results, print_json, table_of
+from bncli.errors import BncliError
+from bncli.hardware import describe_machine
+from tests.benchmarks.child_process import run_child
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+WIDTH = 1024
+LAYER_BYTES = WIDTH * WIDTH * 9 * 4
+Loader = Literal["bncli", "PyTorch"]
+
+
+@dataclass(frozen=True)
+class LoadingBench:
+    """Seconds of each round, and how much more memory than the network itself each loader takes."""
+
+    gib: float
+    seconds: dict[Loader, list[float]]
+    peak_mib: dict[Loader, float]
+    machine: dict[str, Any]
+
+    @property
+    def ratio(self) -> float:
+        """Of the medians: below 1 bncli is faster."""
+        return statistics.median(self.seconds["bncli"]) / statistics.median(self.seconds["PyTorch"])
+
+
+def bench_loading(gib: float, rounds: int, directory: Path | None) -> LoadingBench:
+    """Write a checkpoint as DistributedDataParallel names it, load it by turns, and remove it.
+
+    Raises BncliError when it cannot be written or loaded.
+    """
+    num_layers = max(1, round(gib * 2**30 / LAYER_BYTES))
+    seconds: dict[Loader, list[float]] = {"PyTorch": [], "bncli": []}
+    try:
+        with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as folder:
+            path = Path(folder) / "model.pt"
+            network = empty_network(num_layers)
+            torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
+            for _ in range(rounds):
+                for loader, times in seconds.items():
+                    start = time.perf_counter()
+                    load(loader, network, path)
+                    times.append(time.perf_counter() - start)
+            del network
+            peaks = {loader: _peak(loader, num_layers, path) for loader in seconds}
+            size = path.stat().st_size / 2**30
+    except OSError as error:
+        raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
+    return LoadingBench(size, seconds, peaks, describe_machine())
+
+
+def empty_network(num_layers: int) -> nn.Module:
+    """Convolutions with BatchNorm, all zeros."""
+    with torch.device("meta"):
+        network = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, bias=False), nn.BatchNorm2d(WIDTH))
+                for _ in range(num_layers)
+            )
+        )
+    network = network.to_empty(device="cpu")
+    for tensor in network.state_dict().values():
+        tensor.zero_()
+    return network
+
+
+def load(loader: Loader, network: nn.Module, path: Path) -> None:
+    """By one of the two."""
+    if loader == "bncli":
+        load_weights(network, path)
+        return
+    state = torch.load(path, weights_only=True)["state_dict"]
+    network.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+
+
+def _peak(loader: Loader, num_layers: int, path: Path) -> float:
+    """MiB that loading adds to the peak of a process that has the network: as the process itself tells.
+
+    What its parent is told begins with the parent's own memory.
+    """
+    program = f"""
+from tests.benchmarks.loading import *
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+network = empty_network({num_layers})
+before = peak()
+load({loader!r}, network, Path({str(path)!r}))
+print(peak() - before)
+"""
+    done = run_child([sys.executable, "-c", program])
+    if done.code:
+        raise BncliError(f"loading ended with {done.code}: {done.message[-500:]}")
+    return float(done.output)
+
+
+@app.command()
+def run(
+    gib: Annotated[float, typer.Option(min=0.01, max=100, help="Size of the checkpoint, in GiB.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often each loads it.")] = 5,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the file is written, and removed again.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Load a large checkpoint into a network, by bncli and by PyTorch in turns."""
+    result = bench_loading(gib, rounds, directory)
+    if as_json:
+        print_json(result)
+        return 0
+    console = console_for_results()
+    table = table_of(None, f"{result.gib:.2f} GiB", "median s", "fastest s", "slowest s", "peak MiB")
+    for loader, times in result.seconds.items():
+        spread = (statistics.median(times), min(times), max(times))
+        table.add_row(loader, *(f"{value:.2f}" for value in spread), f"{result.peak_mib[loader]:.0f}")
+    console.print(table)
+    cpu, version = result.machine["cpu"], result.machine["torch"]
+    console.print(f"bncli takes {result.ratio:.2f} times the time (n={rounds}; {cpu}, torch {version})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(program=app, name="python -m tests.benchmarks.loading"))
