@@ -9,21 +9,24 @@ from typing import IO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, follows: bool = False) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
 
     File and directory are flushed to the disk first. When the block raises, whatever it is, `path` is what
-    it was before and the temporary file is gone. A symbolic link stays, and what it leads to is written. A
-    pipe or a device, such as /dev/null, is written as it is: nothing may take its place.
+    it was before and the temporary file is gone. Whatever lies at `path` is replaced: in a folder that may
+    come from anybody a link could lead anywhere, and a pipe would be waited for. With `follows`, for a path
+    that the user names, a symbolic link stays and what it leads to is written, and a pipe or a device such as
+    /dev/null is written as it is.
 
     Raises:
         OSError: when the file cannot be written.
     """
-    if path.exists() and not path.is_file():
-        with path.open("wb") as file:
-            yield file
-        return
-    path = Path(os.path.realpath(path))
+    if follows:
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+            return
+        path = Path(os.path.realpath(path))
     # the leading dot and the suffix keep it out of `*.pt`; the same directory makes the rename atomic
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)

@@ -42,12 +42,24 @@ def test_a_written_file_has_the_mode_that_open_gives(tmp_path: Path) -> None:
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_where_nobody_named_it_a_pipe_or_link_is_replaced(tmp_path: Path, kind: str) -> None:
+    path, other = tmp_path / "file", tmp_path / "other"
+    other.write_bytes(b"untouched")
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to(other)
+    write(path, b"new")
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert path.read_bytes() == b"new"
+    assert other.read_bytes() == b"untouched"
+
+
 def test_a_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        with atomic_file(pipe) as file:
+        with atomic_file(pipe, follows=True) as file:
             file.write(b"new")
         assert os.read(reader, 10) == b"new"
     finally:
@@ -62,7 +74,7 @@ def test_a_symbolic_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -
     (folder / "file").write_bytes(b"old")
     link = tmp_path / "link"
     link.symlink_to(folder / "file")
-    with atomic_file(link) as file:
+    with atomic_file(link, follows=True) as file:
         file.write(b"new")
     assert link.is_symlink()
     assert (folder / "file").read_bytes() == b"new"

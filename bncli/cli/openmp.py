@@ -12,7 +12,7 @@ the first two lines these runs had real-time priority over all others.
     how often it asks      300,000    5,000    2,000    1,000    never
     training, free cores     5,440    5,300    5,320    5,290    5,030
     eval, free cores           5.7        -      5.6      6.3        -
-    beside a busy process      700    2,100    2,490    2,630    2,810
+    beside a busy process        -    2,100    2,490    2,630    2,810
 """
 
 from collections.abc import MutableMapping

@@ -16,7 +16,7 @@ def result_file(path: Path, what: str) -> Iterator[IO[bytes]]:
     Raises BncliError for a file that cannot be written.
     """
     try:
-        with atomic_file(path) as file:
+        with atomic_file(path, follows=True) as file:
             yield file
     except OSError as error:
         raise BncliError(f"{path}: cannot write {what}: {error.strerror or error}") from error
