@@ -33,8 +33,8 @@ def test_a_program_ends_with_its_exit_code_and_one_line(name: str) -> None:
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--nonsense"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("bncli: error: No such option: --nonsense")
-    assert done.stderr.endswith(f"(see python -m tests.benchmarks.{name} --help)\n")
+    assert done.stderr.startswith("bncli: error: no such option: --nonsense")
+    assert done.stderr.endswith(f"Try 'python -m tests.benchmarks.{name} --help'\n")
     assert len(done.stderr.splitlines()) == 1
 
 

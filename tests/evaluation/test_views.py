@@ -70,7 +70,7 @@ def test_eval_reports_the_views_apart_and_the_plain_accuracy_as_before(
     assert found["tta"]["loss"] != found["loss"]
     shown = bncli("eval", finished_run / "last.pt", "--num-images", 4, "--tta", "shifts").out
     assert f"accuracy {found['tta']['accuracy']:.2%} averaged over 6 views of each image" in shown
-    assert f"(--tta shifts, loss {found['tta']['loss']:.4f}, " in shown
+    assert f"(--tta shifts, loss {found['tta']['loss']:.4f})" in shown
 
 
 @pytest.mark.parametrize("other", [("--batch-invariant",), ("--sweep", "1,2"), ("--gap",)])

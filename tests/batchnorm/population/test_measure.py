@@ -342,7 +342,7 @@ class Unsettled(nn.Module):
 def test_statistics_that_do_not_settle_are_refused_and_nothing_stays() -> None:
     model = Unsettled()
     before = state_of(model)
-    with pytest.raises(BncliError, match="bn: used again on what came out of it"):
+    with pytest.raises(BncliError, match="bn: applied again to its own output"):
         measure_population(model, [images()])
     assert state_of(model) == before
 
