@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-inspection bench-population bench-scale
+.PHONY: help install run test test-all lint format bench-accuracy bench-inspection bench-loading bench-population bench-scale
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ bench-accuracy: $(DEVELOPING)  ## time bncli train to an accuracy; ARGS="CONFIG 
 
 bench-inspection: $(DEVELOPING)  ## time bncli inspect-stats on large files
 	@$(BIN)/python -m tests.benchmarks.inspection $(ARGS)
+
+bench-loading: $(DEVELOPING)  ## time bncli's loading of a checkpoint beside PyTorch's
+	@$(BIN)/python -m tests.benchmarks.loading $(ARGS)
 
 bench-population: $(DEVELOPING)  ## compare population statistics with fvcore's and update_bn's
 	@$(BIN)/python -m tests.benchmarks.population $(ARGS)

@@ -91,6 +91,7 @@ def test_a_directory_that_holds_something_is_not_written_into(
     assert "not empty" in outcome.err
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_a_network_is_trained_first_and_kept_only_where_asked(
     bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_without_a_checkpoint_a_network_is_trained_first_and_kept_only_where_ask
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 def test_what_was_trained_for_the_demonstration_is_said_not_to_be_kept(
     bncli: Bncli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

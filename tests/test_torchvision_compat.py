@@ -2,6 +2,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -21,6 +23,7 @@ def write_fake_torchvision(folder: Path, init: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_datasets_transforms_and_models_work_after_the_import():
     result = run("""
 import torch

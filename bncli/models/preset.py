@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from bncli.models import normalized
 from bncli.torchvision_compat import import_torchvision
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -29,7 +30,7 @@ class Preset:
 
 
 # what is usual for 224x224 pixels since ResNet: torchvision's first weights
-IMAGENET = Preset(224, 256, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = Preset(224, 256, "bilinear", *normalized.IMAGENET)
 
 
 def preset_of(name: str, model: nn.Module) -> Preset | None:

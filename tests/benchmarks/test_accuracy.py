@@ -97,6 +97,7 @@ def test_each_seed_is_trained_and_timed_from_the_start_of_its_process(
     assert 1 < outcome.json["peak_gflops_per_second"] < 1e6
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_shows_its_last_line(benchmark: Benchmark, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = (app, tmp_path / "tiny.yaml", "--target", "0.5", "--set")

@@ -11,11 +11,17 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, inspection, population, scale
+from tests.benchmarks import accuracy, inspection, loading, population, scale
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = {"accuracy": accuracy, "inspection": inspection, "population": population, "scale": scale}
+PROGRAMS = {
+    "accuracy": accuracy,
+    "inspection": inspection,
+    "loading": loading,
+    "population": population,
+    "scale": scale,
+}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -28,7 +34,9 @@ def test_make_starts_the_program_with_its_options(name: str) -> None:
     assert plan.stdout.splitlines()[-1].endswith(f"-m tests.benchmarks.{name} --rounds 2")
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name", ["scale", *(pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS if name != "scale")]
+)
 def test_a_program_ends_with_its_exit_code_and_one_line(name: str) -> None:
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--nonsense"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

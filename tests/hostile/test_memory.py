@@ -51,6 +51,7 @@ def test_available_memory_is_the_least_of_system_container_and_limit(
     assert memory.available_memory() == 5000 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v and /proc are Linux's")
 def test_under_ulimit_a_larger_data_set_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(SMALLEST)

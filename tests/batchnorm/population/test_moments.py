@@ -176,7 +176,7 @@ def clustered(generator: torch.Generator, num_batches: int) -> list[torch.Tensor
     return batches
 
 
-@pytest.mark.parametrize("num_batches", [48, 200])
+@pytest.mark.parametrize("num_batches", [48, pytest.param(200, marks=pytest.mark.slow)])
 def test_standard_errors_are_the_spread_over_repeated_samples(num_batches: int) -> None:
     generator = torch.Generator().manual_seed(1)
     found, errors = [], []

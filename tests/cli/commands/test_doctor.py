@@ -81,9 +81,11 @@ def test_as_many_threads_as_may_run_at_once_and_why(
     [
         ("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')"),
         ("torchvision", "raise RuntimeError('ABI mismatch')"),
-        ("yaml", "raise ImportError('broken')"),
         ("numpy", "raise ImportError('broken')"),
-        ("matplotlib", "raise ImportError('broken')"),
+        *(
+            pytest.param(module, "raise ImportError('broken')", marks=pytest.mark.slow)
+            for module in ("yaml", "matplotlib")
+        ),
     ],
 )
 def test_a_library_that_cannot_be_imported_is_named_with_the_fix(

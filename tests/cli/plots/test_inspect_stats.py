@@ -36,6 +36,7 @@ def texts(path: Path) -> list[str]:
     return [text.strip() for text in re.findall(r"<!-- (.*?) -->", path.read_text(), re.DOTALL)]
 
 
+@pytest.mark.slow
 def test_a_png_has_pixels_in_proportion_to_the_layers(tmp_path: Path) -> None:
     heights = []
     for count in (1, 7, 53):
