@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.population.selection import Layers
 from bncli.before_validation import NUM_IMAGES, recalibrate_before_validation
+from bncli.errors import BncliError
 
 if TYPE_CHECKING or "lightning" in sys.modules or "pytorch_lightning" not in sys.modules:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,10 +23,11 @@ else:  # a class of one package is none of the other's
 class RecalibrateBeforeValidation(Callback):
     """Before each validation, write population statistics of training images into the module.
 
-    `batches` are training images as validation sees images, without random augmentation: a DataLoader, or a
-    function that returns one. Under several processes each must get the same images: give a loader of your
-    own, not one that Lightning has divided. With persistent workers it must not be the one that training
-    reads. The other arguments are those of `recalibrate_before_validation`.
+    The module needs a `forward` that takes images. `batches` are training images as validation sees images,
+    without random augmentation: a DataLoader, or a function that returns one. Under several processes each
+    must get the same images: give a loader of your own, not one that Lightning has divided. With persistent
+    workers it must not be the one that training reads. The other arguments are those of
+    `recalibrate_before_validation`.
 
     Logs `batch_norm/mean_shift`, `batch_norm/var_ratio_min` and `batch_norm/var_ratio_max`: how far the
     running statistics were off. Training computes the same as without the callback. The validation and the
@@ -51,6 +53,11 @@ class RecalibrateBeforeValidation(Callback):
         """Measure, write and log; only within `fit`, since `validate` must not change a module."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        if type(pl_module).forward is LightningModule.forward:
+            raise BncliError(
+                f"RecalibrateBeforeValidation computes images with {type(pl_module).__name__}.forward, which"
+                " it lacks; write it: def forward(self, images): return self.model(images)"
+            )
         with trainer.precision_plugin.forward_context():
             found = recalibrate_before_validation(
                 pl_module,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bncli.errors import BncliError
 from bncli.torchvision_compat import import_torchvision
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # its warnings are not ours
@@ -132,3 +133,22 @@ def test_the_older_package_gets_its_own_callback(monkeypatch: pytest.MonkeyPatch
         import pytorch_lightning
     module = importlib.import_module("bncli.lightning")
     assert issubclass(module.RecalibrateBeforeValidation, pytorch_lightning.Callback)
+
+
+def test_a_module_without_forward_is_told_what_it_lacks(tmp_path: Path) -> None:
+    class Headless(Classifier):
+        forward = LightningModule.forward
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.net(batch[0])
+
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+        callbacks=[RecalibrateBeforeValidation(DataLoader(DATA, batch_size=32))],
+    )  # fmt: skip
+    with pytest.raises(BncliError, match="write it: def forward"):
+        trainer.fit(Headless(), DataLoader(DATA, batch_size=20), DataLoader(DATA, batch_size=40))

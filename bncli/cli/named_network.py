@@ -106,7 +106,7 @@ def _pick_output(network: "nn.Module", key: str) -> None:
             found = (
                 f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
             )
-            raise BncliError(f"--logits {key}: the network returns {found}") from None
+            raise BncliError(f"--logits {key}: it is not in what the network returns: {found}") from None
 
     network.register_forward_hook(pick)
 
@@ -148,17 +148,13 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
     """
     from bncli.config_file import override_values
-    from bncli.models.preset import IMAGENET
 
     data = override_values(overrides).get("data")
     named = data if isinstance(data, dict) else {}
     # as the owners of most networks evaluate them
     overrides = ["runtime.precision=float32", *overrides]
-    if named.get("name", "imagefolder") == "imagefolder":
-        keys = ("image_size", "resize", "interpolation")
-        as_trained = [f"data.{key}={getattr(preset or IMAGENET, key)}" for key in keys]
     if "name" in named:
-        return [*as_trained, *overrides] if named["name"] == "imagefolder" else overrides
+        return [*_sizes(preset, named), *overrides] if named["name"] == "imagefolder" else overrides
     if "root" not in named:
         ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
         raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
@@ -166,7 +162,27 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     is_cifar10 = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
     if is_cifar10:
         return ["data.name=cifar10", *overrides]
-    return ["data.name=imagefolder", *as_trained, *overrides]
+    return ["data.name=imagefolder", *_sizes(preset, named), *overrides]
+
+
+def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
+    """How the images of folders become squares, as of --set: as the network's library does it.
+
+    Where the command line gives a size, the whole image is resized to it. Raises ConfigError where nobody
+    says one: a wrong size costs accuracy, and nothing else shows it.
+    """
+    if "image_size" in named:
+        return []
+    if preset is None:
+        raise ConfigError(
+            "data.image_size",
+            [
+                "images of which size does the network take? Its name does not say; --set data.image_size=N"
+                " resizes them to NxN pixels, data.resize=M beside it cuts the middle out of a shorter side"
+                " of M"
+            ],
+        )
+    return [f"data.{key}={getattr(preset, key)}" for key in ("image_size", "resize", "interpolation")]
 
 
 def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> None:
@@ -179,9 +195,10 @@ def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> N
         size = f"{data.image_size}x{data.image_size}"
         shape = f"resized to {size}, "
         if data.resize is not None:
-            shape = f"the middle {size} of a shorter side of {data.resize} ({data.interpolation}), "
-    by = f"as {named.name.partition(':')[0]} evaluates {named.name}" if has_preset else "assumed"
-    print_note(f"images: {shape}normalization {named.normalization} ({by}); --set data.image_size and others")
+            shape = f"middle {size} of a shorter side of {data.resize}, {data.interpolation}, "
+    print_note(f"images: {shape}--normalization {named.normalization}")
+    if has_preset and isinstance(data, ImageFolderConfig):
+        print_note("change that with --set data.image_size=N (and data.resize=M)")
 
 
 def fit_to_data(
@@ -216,6 +233,8 @@ def _check_logits(
     try:
         with runtime.autocast(), torch.no_grad():
             logits = network(runtime.place(images))
+    except BncliError as error:  # of --logits
+        raise BncliError(f"model {named.name}: {error}") from None
     except Exception as error:  # of the user's network
         size = "x".join(str(length) for length in images.shape[1:])
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

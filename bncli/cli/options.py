@@ -1,6 +1,7 @@
 """Options that several commands share, and how their values are read; which layers `--layer` asks for."""
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -170,8 +171,21 @@ def parse_sizes(text: str, option: str, *, example: str = "batch sizes such as 1
     return tuple(sorted({int(part) for part in parts}))
 
 
-def check_writable(path: Path) -> None:
-    """Raise BncliError where a file clearly cannot be written, before the work whose result it is to hold."""
+# of files that somebody would miss: no result of a command is called so
+_NEVER_REPLACED = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".py", ".yaml", ".yml", ".jsonl")
+
+
+def check_writable(path: Path, *inputs: Path | str) -> None:
+    """Refuse a file for the result before the work begins.
+
+    Raises BncliError where it clearly cannot be written, is one of the `inputs`, or exists and is called as
+    a checkpoint, a program or a configuration.
+    """
+    if path.is_file():
+        if any(os.path.exists(one) and os.path.samefile(path, one) for one in inputs):  # noqa: PTH110, PTH121
+            raise BncliError(f"{path}: is an input, which is never changed; give another name")
+        if path.suffix.lower() in _NEVER_REPLACED:
+            raise BncliError(f"{path}: exists, and is no result of this command; give another name")
     if path.is_dir():
         raise BncliError(f"{path}: cannot be written: it is a directory")
     if not path.parent.is_dir():

@@ -36,10 +36,13 @@ from bncli.batchnorm.population.verify import distance_from
 from bncli.errors import BncliError
 from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.forward import is_too_few_values
+from bncli.wording import list_names
 
 NUM_TRIAL_IMAGES = 1_000
 MAX_TRIALS = 16  # layers repaired alone, each at the price of NUM_TRIAL_IMAGES
 INCONSISTENT = 0.1  # the score from which a layer counts as stale, in deviations
+STALE = 0.5  # the score from which a layer is named though no gain was seen: sound networks have less
+MAX_STANDARD_ERROR = 0.02  # of a gain in accuracy, above which none can be ruled out
 
 SOURCES = {
     "running": "running statistics, as in eval mode",
@@ -123,6 +126,13 @@ class Gap:
             return (
                 f"No gain: exact population statistics would lose accuracy, {change}; the running statistics"
                 " suit the test images better, and BatchNorm is not to blame."
+            )
+        stale = [layer.name for layer in self.layers if nan_as_farthest(layer.self_consistency) > STALE]
+        if stale and self.explained.accuracy_standard_error > MAX_STANDARD_ERROR:
+            return (
+                f"{self.num_images:,} test images are too few to tell: exact population statistics give"
+                f" {change}. But running statistics do not fit their layers' inputs in"
+                f" {list_names(stale, 3)}: try bncli recalibrate, or give more test images."
             )
         return (
             f"No gain beyond chance: exact population statistics give {change}; nothing here says that"

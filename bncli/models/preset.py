@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bncli.models import normalized
+from bncli.models.normalized import IMAGENET
 from bncli.torchvision_compat import import_torchvision
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -24,13 +24,9 @@ class Preset:
     @property
     def normalization(self) -> str:
         """As `--normalization` writes it."""
-        if (self.mean, self.std) == (IMAGENET.mean, IMAGENET.std):
+        if (self.mean, self.std) == IMAGENET:
             return "imagenet"
         return "/".join(",".join(f"{number:g}" for number in part) for part in (self.mean, self.std))
-
-
-# what is usual for 224x224 pixels since ResNet: torchvision's first weights
-IMAGENET = Preset(224, 256, "bilinear", *normalized.IMAGENET)
 
 
 def preset_of(name: str, model: nn.Module) -> Preset | None:

@@ -20,6 +20,7 @@ from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes
 from bncli.training.setup import Setup
 
 NUM_IMAGES = 2_000
+MAX_STANDARD_ERROR = 0.02  # of the difference in accuracy, above which agreement cannot be told
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Agreement:
             relation = "are behind batch statistics"
         elif self.difference.is_loss:
             relation = "do better than batch statistics"
+        elif self.difference.accuracy_standard_error > MAX_STANDARD_ERROR:
+            images = f"{self.num_images:,} test images"
+            return (
+                f"{images} are too few to tell whether running statistics ({origin}) agree with batch"
+                f" statistics: accuracy {self.running.accuracy:.2%} in eval mode and"
+                f" {self.batch.accuracy:.2%} in batches of {self.batch_size:,}."
+            )
         else:
             relation = "agree with batch statistics within chance"
         return (

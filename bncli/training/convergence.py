@@ -126,7 +126,9 @@ def read_convergence(run_dir: Path) -> Convergence:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise RunError(f"{run_dir}: no {METRICS}: no epoch of this run has ended yet") from None
+        raise RunError(
+            f"{run_dir}: no {METRICS}: either no run of bncli, or none of its epochs has ended yet"
+        ) from None
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
     points: dict[str, dict[int, EpochPoint]] = {}

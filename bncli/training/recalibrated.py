@@ -105,7 +105,8 @@ class Verification:
             return f"Self-consistent: no mean or variance differs from its input's by more than {error}."
         return (
             f"Not self-consistent: a mean or variance differs from its input's by {error};"
-            f" {self.max_error:g} is allowed."
+            f" {self.max_error:g} is allowed. Averages taken in training never fit that well; what"
+            " bncli recalibrate -o NEW writes does."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -151,14 +151,14 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Image.new("RGB", (32, 32)).save(tmp_path / name)
     for split in ("train", "test"):
         for number, name in enumerate(("cat", "dog")):
-            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            (tmp_path / "pics" / split / name).mkdir(parents=True)
             for index in range(3):
                 color = (80 * number, 60 * index, 90)
-                Image.new("RGB", (40, 30), color).save(tmp_path / "photos" / split / name / f"{index}.png")
+                Image.new("RGB", (40, 30), color).save(tmp_path / "pics" / split / name / f"{index}.png")
     (tmp_path / "net.py").write_text(NET)
     namespace: dict[str, Any] = {}
     exec(NET, namespace)
-    torch.save(namespace["Net"]().state_dict(), tmp_path / "mine.pt")
+    torch.save(namespace["Net"]().state_dict(), tmp_path / "a.pt")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from bncli.batchnorm import buffers_digest, recalibrate
 from bncli.errors import BncliError, DataError
 from bncli.evaluation import Gap, LayerGap, measure_gap
 from bncli.evaluation import gap as gap_module
+from bncli.evaluation.outcomes import PairedDifference, Score
 
 Batch = tuple[Tensor, Tensor]
 LAYERS = ("0.1", "1.1", "2.1")
@@ -294,3 +296,16 @@ def test_earlier_means_run_earlier_not_registered_earlier(trained: nn.Module) ->
     gap = gap_of(model)
     assert [layer.name for layer in gap.layers] == ["stem.1", "body.1", "apex.1"]
     assert gap.worst_layer == "body.1"
+
+
+def test_few_images_acquit_no_layer_whose_statistics_do_not_fit() -> None:
+    score = Score(0.5, 1.0)
+    few = PairedDifference(32, 3, 2, 1 / 32, 0.07, 0.0, 0.1)
+    layers = (LayerGap("swapped", 1.1, 0.8, 1.5, None), LayerGap("sound", 0.05, 0.04, 1.0, None))
+    found = Gap(32, 200, 0, score, score, score, score, few, few, layers, None)
+    assert found.verdict.startswith(
+        "32 test images are too few to tell: exact population statistics give +3.12"
+    )
+    assert "do not fit their layers' inputs in swapped: try bncli recalibrate" in found.verdict
+    many = replace(few, num_images=5000, accuracy_standard_error=0.003)
+    assert replace(found, explained=many).verdict.startswith("No gain beyond chance")

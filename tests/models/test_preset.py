@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bncli.data.decode import Fit, decode
 from bncli.models import build_network
-from bncli.models.preset import IMAGENET, Preset, preset_of
+from bncli.models.normalized import IMAGENET
+from bncli.models.preset import Preset, preset_of
 from bncli.torchvision_compat import import_torchvision
 
 torchvision = import_torchvision()
@@ -52,6 +53,6 @@ def test_where_a_library_says_nothing_there_is_no_preset(name: str) -> None:
 def test_its_normalization_reads_back() -> None:
     from bncli.cli.named_network import _parse_normalization
 
-    assert IMAGENET.normalization == "imagenet"
+    assert Preset(224, 256, "bilinear", *IMAGENET).normalization == "imagenet"
     other = Preset(224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert _parse_normalization(other.normalization) == (other.mean, other.std)

@@ -83,8 +83,8 @@ def test_json_has_the_numbers_and_the_verdict(stale_run: TrainResult) -> None:
 def test_statistics_that_keep_up_agree(bncli: Bncli, tiny_config: Path, tmp_path: Path) -> None:
     outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run")
     text = " ".join(outcome.out.split())
-    assert "Running statistics (momentum 0.1, 20 updates) agree with batch statistics within chance" in text
-    assert "bncli" not in text.partition("Running statistics")[2]
+    assert "100 test images are too few to tell whether running statistics (momentum 0.1, 20 updates)" in text
+    assert "bncli" not in text.partition("test images are")[2]
     assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines() if str(tmp_path) not in line)
 
 
@@ -92,6 +92,14 @@ def verdict(gained: int, lost: int, momentum: float | None = 0.1, *, recalibrate
     difference = PairedDifference(2000, gained, lost, (gained - lost) / 2000, 0.01, 0.0, 0.01)
     scores = Score(0.5, 1.0), Score(0.5 + difference.accuracy, 1.0)
     return Agreement(2000, 250, momentum, 1200, recalibrated, *scores, difference).verdict
+
+
+def test_of_few_images_nothing_is_said_to_agree() -> None:
+    scores = Score(0.4688, 1.0), Score(0.5938, 1.0)
+    difference = PairedDifference(32, 8, 4, 0.125, 0.108, 0.0, 0.1)
+    found = Agreement(32, 16, 0.1, 10, False, *scores, difference)
+    assert not found.eval_mode_is_behind
+    assert found.verdict.startswith("32 test images are too few to tell whether running statistics")
 
 
 def test_only_what_exceeds_chance_is_a_difference() -> None:

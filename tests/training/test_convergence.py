@@ -55,7 +55,7 @@ def test_a_bad_line_before_the_last_is_named(tmp_path: Path, bad: str) -> None:
 
 
 def test_no_metrics_and_no_layers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no epoch of this run has ended"):
+    with pytest.raises(RunError, match="none of its epochs has ended yet"):
         read_convergence(tmp_path)
     for text in ("", line(1)):
         with pytest.raises(RunError, match="no finished epoch with a BatchNorm layer"):

@@ -67,8 +67,8 @@ PAGES = (
         "heal, because NaN times (1 - momentum) is NaN.",
         can_know="The channels, exactly. No network can compute with such numbers.",
         cannot_know="When it happened, and whether earlier checkpoints of the run are sound.",
-        advice="Go back to a checkpoint without it. Under mixed precision keep the activations inside the "
-        "range of the short format.",
+        advice="Go back to a checkpoint without it, or measure the statistics again if weight and bias are "
+        "sound (bncli recalibrate). Under mixed precision keep activations inside the range of the type.",
         source="pytorch#88474 and pytorch#115500 (mixed precision)",
     ),
     RulePage(

@@ -55,10 +55,10 @@ def compare_checkpoints(
     bncli compare runs/first/best.pt runs/first/last.pt --sort moved --csv -
     """
     from bncli.cli.tables.compare import comparison_rows, show_channels_compared, show_comparison
-    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.csv_rows import STDOUT, check_results, write_csv
     from bncli.cli.tables.table import print_json
 
-    check_csv_option(csv, as_json=as_json)
+    check_results(csv, plot, first, second, as_json=as_json)
     comparison = _compare(first, second, key)
     shown = _sort(replace(comparison, layers=matching_layers(comparison.layers, layer)), sort)
     if plot is not None:

@@ -134,7 +134,7 @@ def evaluate_checkpoint(
     bncli eval runs/first/last.pt
     bncli eval runs/first/last.pt --gap
     bncli eval runs/first/last.pt --sweep 1,2,4,8,16,32,64 --plot sweep.png
-    bncli eval mine.pt --model net.py:Net --data-root photos
+    bncli eval a.pt --model net.py:Net --data-root pics --set data.image_size=32
     """
     from bncli.cli.tables.eval import show_eval
     from bncli.cli.tables.table import print_json
@@ -149,7 +149,7 @@ def evaluate_checkpoint(
         raise ConfigError(
             "--tta", ["cannot be combined with --batch-invariant, --sweep or --gap; leave them out"]
         )
-    _check_outputs(save, plot, sweep=sweep is not None, gap=gap)
+    _check_outputs(save, plot, checkpoint, sweep=sweep is not None, gap=gap)
     overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
     named = named_network(model, model_args, key, partial, normalization, logits)
     subject = open_subject(
@@ -165,10 +165,10 @@ def evaluate_checkpoint(
     return 0 if report.found.passed else 1
 
 
-def _check_outputs(save: Path | None, plot: Path | None, *, sweep: bool, gap: bool) -> None:
+def _check_outputs(save: Path | None, plot: Path | None, *inputs: Path, sweep: bool, gap: bool) -> None:
     """Refuse before the work begins what could not be written after it."""
     if save is not None:
-        check_writable(save)
+        check_writable(save, *inputs)
     if plot is not None:
         from bncli.cli.plots.figure import check_suffix
 
@@ -180,7 +180,7 @@ def _check_outputs(save: Path | None, plot: Path | None, *, sweep: bool, gap: bo
             )
             raise ConfigError("--plot", [wanted])
         check_suffix(plot)
-        check_writable(plot)
+        check_writable(plot, *inputs)
 
 
 def _examine(

@@ -28,12 +28,12 @@ def show_history(
     bncli history runs/first
     bncli history runs/first --layer 'stages.1.*' --plot history.png
     """
-    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, write_csv
+    from bncli.cli.tables.csv_rows import STDOUT, check_results, write_csv
     from bncli.cli.tables.history import convergence_rows, show_convergence
     from bncli.cli.tables.table import print_json
     from bncli.training.convergence import read_convergence
 
-    check_csv_option(csv, as_json=as_json)
+    check_results(csv, plot, run_dir, as_json=as_json)
     found = read_convergence(run_dir)
     found = replace(found, layers=matching_layers(found.layers, layer))
     if plot is not None:

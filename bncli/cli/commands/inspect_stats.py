@@ -75,11 +75,11 @@ def inspect_stats(
         raise ConfigError("inspect-stats", ["give a CHECKPOINT, or --explain RULE"])
     _refuse_what_others_read(source, context.args)
     from bncli.batchnorm.audit.audit_layers import audit_layers, check_thresholds, selected_rules
-    from bncli.cli.tables.csv_rows import STDOUT, check_csv_option, layer_rows, write_csv
+    from bncli.cli.tables.csv_rows import STDOUT, check_results, layer_rows, write_csv
     from bncli.cli.tables.inspect_stats import describe_layers, show_channels, show_layers
     from bncli.cli.tables.table import print_json
 
-    check_csv_option(csv, as_json=as_json)
+    check_results(csv, plot, source, as_json=as_json)
     rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
     layers, checkpoint = _read_layers(source, key)

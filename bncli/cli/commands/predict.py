@@ -69,7 +69,6 @@ def predict_images(
     Examples:
     bncli predict runs/first/last.pt photo.png
     bncli predict runs/first/last.pt images/ --top 3
-    bncli predict mine.pt photo.png --model net.py:Net --data-root photos
     """
     from bncli.cli.tables.table import print_json
 

@@ -131,8 +131,7 @@ def recalibrate_into_file(
     Examples:
     bncli recalibrate runs/first/last.pt -o recalibrated.pt
     bncli recalibrate runs/first/last.pt -o quick.pt --num-images 2000
-    bncli recalibrate runs/first/last.pt --verify
-    bncli recalibrate mine.pt -o new.pt --model net.py:Net --data-root photos
+    bncli recalibrate runs/first/last.pt -o new.pt --num-images 2000 --verify
     """
     from bncli.cli.tables.recalibrate import (
         RecalibrateReport,

@@ -25,12 +25,16 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 Row = Mapping[str, Any]
 
 
-def check_csv_option(path: Path | None, *, as_json: bool) -> None:
-    """Refuse before the work begins what could not be written after it: ConfigError or BncliError."""
-    if path == STDOUT and as_json:
+def check_results(csv: Path | None, plot: Path | None, *inputs: Path | str, as_json: bool) -> None:
+    """Refuse before the work begins what could not be written after it, or is an input.
+
+    Raises ConfigError or BncliError.
+    """
+    if csv == STDOUT and as_json:
         raise ConfigError("--csv", ["- and --json would both write to stdout; give --csv a file"])
-    if path is not None and path != STDOUT:
-        check_writable(path)
+    for path in (csv, plot):
+        if path is not None and path != STDOUT:
+            check_writable(path, *inputs)
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from bncli.cli.messages import after_epoch, one_line
+from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
     console_for_results,
     number,
@@ -273,13 +274,14 @@ def show_gap(console: Console, gap: Gap) -> None:
     console.print(table)
     console.print()
     title = f"Running statistics against {gap.num_calibration_images:,} training images"
-    table = table_of(title, "layer", "self-consistency", "mean shift", "var ratio", "gain if repaired")
-    for layer in gap.layers:
-        table.add_row(
-            one_line(layer.name), number(layer.self_consistency),
-            number(layer.mean_shift_in_input_deviations), number(layer.var_ratio), _points(layer),
-        )  # fmt: skip
-    console.print(table)
+    console.print(title, style="bold")
+    columns = {
+        "self-consistency": [number(layer.self_consistency) for layer in gap.layers],
+        "mean shift": [number(layer.mean_shift_in_input_deviations) for layer in gap.layers],
+        "var ratio": [number(layer.var_ratio) for layer in gap.layers],
+        "gain if repaired": [_points(layer) for layer in gap.layers],
+    }
+    show_layer_table(console, [layer.name for layer in gap.layers], columns)
     console.print()
     meanings = {
         "self-consistency": "how far running statistics are from the layer's input; 0 is best",

@@ -1,4 +1,5 @@
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -173,3 +174,37 @@ def test_dead_channels_are_a_fact_even_when_the_rule_is_ignored(bncli: Bncli, tm
     ignored = bncli("inspect-stats", tmp_path / "dead.pt", "--json", "--ignore", "dead_channel").json
     assert asked["layers"][0]["dead_channels"] == ignored["layers"][0]["dead_channels"] == [1]
     assert "dead_channel" not in ignored["layers"][0]["flags"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--csv", "last.pt"), ("--csv", "net.py"), ("--plot", "last.png"), ("--csv", "link.csv")],
+)
+def test_neither_an_input_nor_a_program_is_ever_overwritten(
+    bncli: Bncli, finished_run: Path, tmp_path: Path, option: str, name: str
+) -> None:
+    checkpoint = tmp_path / ("last.png" if name == "last.png" else "last.pt")
+    checkpoint.write_bytes((finished_run / "last.pt").read_bytes())
+    (tmp_path / "net.py").write_text("a program")
+    (tmp_path / "link.csv").symlink_to(checkpoint)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    outcome = bncli("inspect-stats", checkpoint, option, tmp_path / name)
+    assert outcome.code == 2
+    assert outcome.err.endswith("; give another name\n")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["compare", "history", "eval"])
+def test_other_commands_keep_their_inputs_too(
+    bncli: Bncli, finished_run: Path, tmp_path: Path, command: str
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    run = tmp_path / "run"
+    words = {
+        "compare": [run / "best.pt", run / "last.pt", "--csv", run / "last.pt"],
+        "history": [run, "--csv", run / "metrics.jsonl"],
+        "eval": [run / "last.pt", "--save", run / "last.pt"],
+    }[command]
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    assert bncli(command, *words).code == 2
+    assert {path: path.read_bytes() for path in run.iterdir()} == before

@@ -328,7 +328,12 @@ def test_which_images_are_meant_is_told_by_their_folder_or_asked_for(
     cache = ("--set", f"data.cache={tmp_path / 'cache'}")
     command = ("--model", "net.py:make", "--data-root", "images", *cache, *COMPUTED, "--json")
     outcome = bncli("eval", "a.pt", *command, *FEW)
+    assert outcome.code == 2
+    assert "data.image_size: images of which size does the network take?" in outcome.err
+    command = (*command, "--set", "data.image_size=32")
+    outcome = bncli("eval", "a.pt", *command, *FEW)
     assert outcome.code == 0, outcome.err
+    assert "images: resized to 32x32, --normalization measured" in outcome.err
     assert list(outcome.json["per_class_accuracy"]) == [f"class {number}" for number in range(10)]
     outcome = bncli("predict", "a.pt", "images/test/class 1/25 1.png", *command)
     assert outcome.json["predictions"][0]["class"].startswith("class ")
