@@ -95,20 +95,8 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
     """
     shorten_waiting(os.environ)  # before a command imports torch
     try:
-        # not app(...), which turns Ctrl-C into an exit code without a word
-        command = typer.main.get_command(program)
-        if (
-            f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ
-        ):  # the shell asks what the words could go on with
-            os.environ["COLUMNS"] = "1000"  # each answer on one line, which Typer wraps otherwise
-            command.main([], prog_name=name)
-        with command.make_context(name, sys.argv[1:] if arguments is None else arguments) as context:
-            code = command.invoke(context)
-        sys.stdout.flush()
-    except typer.Exit as done:
-        return done.exit_code
-    except SystemExit as done:  # so ends what Typer does for completion
-        return done.code if isinstance(done.code, int) else 0
+        code = _invoke(program, name, sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # here, where what fails is told; at its end Python would only complain
     except BncliError as error:
         print_error(str(error))
         return error.exit_code
@@ -119,15 +107,42 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
         print_error("interrupted")
         return 130
     except BrokenPipeError:
-        # the reader, `head` say, has what it wanted; keep Python from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader, `head` say, has what it wanted
         return 0
     except Exception as error:
         if os.environ.get("BNCLI_TRACEBACK"):
             raise
+        if isinstance(error, OSError):
+            _drop_output()
         print_error(_unforeseen(error))
         return 2
+    return code
+
+
+def _invoke(program: typer.Typer, name: str, arguments: list[str]) -> int:
+    """Run the command that the words name; its exit code."""
+    # not app(...), which turns Ctrl-C into an exit code without a word
+    command = typer.main.get_command(program)
+    try:
+        # the shell asks what the words could go on with
+        if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:
+            os.environ["COLUMNS"] = "1000"  # each answer on one line, which Typer wraps otherwise
+            command.main([], prog_name=name)
+        with command.make_context(name, arguments) as context:
+            code = command.invoke(context)
+    except typer.Exit as done:
+        return done.exit_code
+    except SystemExit as done:  # so ends what Typer does for completion
+        return done.code if isinstance(done.code, int) else 0
     return code if isinstance(code, int) else 0
+
+
+def _drop_output() -> None:
+    """Keep Python from writing at its end what could not be written, and from complaining about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unforeseen(error: Exception) -> str:

@@ -212,6 +212,7 @@ def test_a_full_disk_is_called_so(finished_run: Path, words: tuple[str, ...]) ->
             stderr=subprocess.PIPE,
             text=True,
             check=False,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
         )
     expected = "bncli: error: the disk is full; free some space, or write to another one\n"
     assert (done.returncode, done.stderr) == (2, expected)

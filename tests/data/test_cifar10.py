@@ -419,7 +419,7 @@ def test_a_truncated_archive_leaves_nothing_half_extracted(tiny, tmp_path):
 def test_an_archive_cannot_write_outside_its_folder(tiny, tmp_path):
     tiny.publish(tar_of({"../../escaped": b"x"}))
     message = error_of(Cifar10Config(root=str(tmp_path / "a" / "data"), archive=str(tiny.archive)))
-    assert "outside" in message
+    assert f"holds no {FOLDER}/data_batch_1" in message
     assert not list(tmp_path.rglob("escaped"))
 
 
@@ -441,7 +441,7 @@ def test_a_link_in_an_archive_leads_nowhere_outside(tiny, tmp_path):
             tiny.publish(buffer.getvalue())
             root = tmp_path / "a" / "data"
             message = error_of(Cifar10Config(root=str(root), archive=str(tiny.archive)))
-            assert "cannot be unpacked" in message
+            assert f"holds no {FOLDER}/data_batch_" in message
             assert victim.read_bytes() == b"mine"
             assert leftovers(root) == []
 

@@ -36,7 +36,7 @@ def test_a_run_directory_shows_first_and_last_epoch(bncli: Bncli, finished_run: 
     ]
     assert bncli("history", finished_run, "--layer", "x").code == 2
     assert bncli("history", tmp_path).code == 2
-    assert "no epoch of this run has ended" in bncli("history", tmp_path).err
+    assert "none of its epochs has ended yet" in bncli("history", tmp_path).err
     assert "no such directory" in bncli("history", tmp_path / "nothing").err
     assert "is a file" in bncli("history", finished_run / "metrics.jsonl").err
 
