@@ -233,13 +233,13 @@ def _unpack(archive: Path, folder: Path, root: Path) -> None:
                         shutil.copyfileobj(content, file)
     except _BROKEN_ARCHIVE as error:
         raise DataError(f"{archive}: cannot be unpacked: {_reason(error)}") from error
+    for name in needed:
+        if not (folder / name).is_file():
+            raise DataError(f"{archive}: holds no {files.FOLDER}/{name}")
     target = root / files.FOLDER
     target.mkdir(exist_ok=True)
     for name in needed:
-        unpacked = folder / name
-        if not unpacked.is_file():
-            raise DataError(f"{archive}: holds no {files.FOLDER}/{name}")
-        unpacked.replace(target / name)
+        (folder / name).replace(target / name)
 
 
 def _reason(error: Exception) -> str:
