@@ -330,7 +330,7 @@ PAGES = (
             Threshold(
                 "initial_share",
                 0.3,
-                "smallest share that is reported",
+                "smallest lower bound of the share that is reported",
                 "healthy networks show less than 0.1",
             ),
         ),
