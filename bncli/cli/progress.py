@@ -82,6 +82,8 @@ class ProgressReporter:
 
     def __init__(self) -> None:
         self._display = _Display()
+        # now: while a bar is shown, what rich before version 15 puts in place of stderr denies it
+        self._is_terminal = sys.stderr.isatty()
         self._what: str | None = None
         self._done = 0
         self._start = time.monotonic()  # of the part, whose first call comes when some of it is done
@@ -108,7 +110,7 @@ class ProgressReporter:
         self._what, self._done = what, done
         if total is not None and done >= total:
             self._finish(is_whole=True)
-        elif sys.stderr.isatty():
+        elif self._is_terminal:
             self._display.show(what, done, total)
         elif time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + PAUSE_OF_LINES
@@ -126,7 +128,7 @@ class ProgressReporter:
             return
         # a line for each of many short passes would push the results out of sight
         took_long = time.monotonic() - self._start >= FIRST_LINE
-        if is_whole and took_long and not sys.stderr.isatty():
+        if is_whole and took_long and not self._is_terminal:
             self._display.line(f"{one_line(self._what)}: {self._done:,}")
         self._what = None
         self._start = time.monotonic()
