@@ -55,7 +55,8 @@ def build(source: Path, folder: Path) -> Path:
         archive.extractall(folder / "site")
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        # Python has filters from 3.11.4 on, and warns from 3.12 on where none is given
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
 
 
