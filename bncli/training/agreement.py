@@ -17,10 +17,10 @@ from bncli.checkpoints import Checkpoint, load_model
 from bncli.data import sample_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation.gap import MAX_STANDARD_ERROR
 from bncli.training.setup import Setup
 
 NUM_IMAGES = 2_000
-MAX_STANDARD_ERROR = 0.02  # of the difference in accuracy, above which agreement cannot be told
 
 
 @dataclass(frozen=True)
