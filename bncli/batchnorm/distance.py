@@ -25,7 +25,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.layers import PYTORCH_EPS, LayerStats
+from bncli.batchnorm.layers import LayerStats
 from bncli.wording import plural
 
 MeanAndVar = tuple[Tensor, Tensor]  # (C,) each, of any floating-point type
@@ -204,6 +204,8 @@ def _excess(one: Tensor, two: Tensor) -> Tensor:
 
 
 def _eps(first: LayerStats, second: LayerStats) -> tuple[float, float]:
-    one, two = first.eps, second.eps
-    known = next((eps for eps in (one, two) if eps is not None), PYTORCH_EPS)
-    return (known if one is None else one, known if two is None else two)
+    one, two = first.eps_or_default, second.eps_or_default
+    if first.convention == second.convention:  # then what one file tells holds for the other
+        known = next((eps for eps in (first.eps, second.eps) if eps is not None), one)
+        one, two = (known if layer.eps is None else layer.eps for layer in (first, second))
+    return one, two

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from bncli.batchnorm.conventions import PYTORCH, Convention
 from bncli.batchnorm.state_dict import batch_norm_keys, batch_norm_names
-
-PYTORCH_EPS = 1e-5  # the default of torch.nn.BatchNorm2d; assumed where a state dict leaves eps unknown
-PYTORCH_MOMENTUM = 0.1  # likewise
 
 AVERAGED_KEY = "n_averaged"  # how many weights torch.optim.swa_utils.AveragedModel has averaged
 
@@ -33,6 +31,8 @@ class Hyperparameters:
     was_measured: bool = False  # whether its statistics were replaced by what was measured, as in LayerStats
     averaged_by_training: bool = False  # as in LayerStats
     is_frozen: bool = False  # as in LayerStats; then there is no momentum to know
+    momentum_known: bool = True  # False of a file that has the layer's framework, and not its momentum
+    convention: Convention = PYTORCH
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +40,9 @@ class LayerStats:
     """One BatchNorm layer: its running statistics, affine parameters and hyperparameters.
 
     Tensors are CPU copies of shape (C,) in the layer's own dtype; None where the layer has none
-    (`track_running_stats=False`, `affine=False`). `running_var` is PyTorch's: an average of unbiased
-    batch variances.
+    (`track_running_stats=False`, `affine=False`). `running_var` is what eval mode computes with; whether it
+    averages unbiased batch variances, as PyTorch's does, is in `convention`. So is what the framework calls
+    its momentum: here it is PyTorch's, the weight of the new batch.
     """
 
     name: str
@@ -66,6 +67,12 @@ class LayerStats:
     weights_were_averaged: bool = (
         False  # True beside `n_averaged`, as torch.optim.swa_utils.AveragedModel keeps
     )
+    convention: Convention = PYTORCH  # of the framework that the file is from
+
+    @property
+    def eps_or_default(self) -> float:
+        """Its eps; where the file has none, the default of its framework."""
+        return self.convention.default_eps if self.eps is None else self.eps
 
     def __repr__(self) -> str:
         """One line: which layer, how many updates, and between what its statistics lie."""
@@ -172,11 +179,12 @@ def _read_entries(state: Mapping[str, object], name: str, known: Hyperparameters
         counter_dtype=_dtype(counter),
         momentum=known.momentum if known else None,
         eps=known.eps if known else None,
-        hyperparameters_known=known is not None and not known.is_frozen,
+        hyperparameters_known=known is not None and not known.is_frozen and known.momentum_known,
         was_measured=known is not None and known.was_measured,
         averaged_by_training=known is not None and known.averaged_by_training,
         is_frozen=known is not None and known.is_frozen,
         weights_were_averaged=AVERAGED_KEY in state,
+        convention=known.convention if known else PYTORCH,
         running_mean=mean,
         running_var=_copy(entries.get("running_var")),
         weight=_copy(entries.get("weight")),

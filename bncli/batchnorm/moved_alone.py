@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from bncli.batchnorm.bits import bitwise_equal
 from bncli.batchnorm.distance import Divergence
-from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
+from bncli.batchnorm.layers import LayerStats
 from bncli.wording import plural
 
 NUM_IMAGES = 32  # in a batch; of larger ones averaging explains less
@@ -228,7 +228,7 @@ def _reach(layer: Measured) -> Reach | None:
 def _averaging_noise(one: LayerStats, two: LayerStats) -> float:
     """Mean square of what averaging leaves between two of the same data, in deviations."""
     known = next((layer for layer in (two, one) if layer.hyperparameters_known), None)
-    momentum = PYTORCH_MOMENTUM if known is None else known.momentum
+    momentum = one.convention.new_batch_weight if known is None else known.momentum
     if momentum is None:  # a cumulative average over all batches
         counts = (layer.num_batches_tracked for layer in (one, two))
         return sum(1 / max(count or 1, 1) for count in counts) / NUM_IMAGES

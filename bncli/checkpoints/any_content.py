@@ -5,8 +5,9 @@ and nothing is written to it.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from bncli.checkpoints.byte_source import (
     ByteSource,
@@ -15,11 +16,41 @@ from bncli.checkpoints.byte_source import (
     UnreadableFileError,
     open_source,
 )
-from bncli.checkpoints.formats import torch_legacy, torch_zip
+from bncli.checkpoints.folder import Folder
+from bncli.checkpoints.formats import keras_file, torch_legacy, torch_zip
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
 from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
+
+# Each gives the kind of what is its own and a ForeignNetwork (or what a state dict's file would hold), and
+# None for all else, which it must not raise for.
+ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
+    keras_file.read_if_keras_zip,
+)
+FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
+    keras_file.read_if_hdf5,
+)
+FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (keras_file.read_if_keras_folder,)
+
+
+def read_source(
+    source: str,
+    stack: ExitStack,
+    meanings: Callable[[FindStorage], TorchMeanings] = TorchMeanings,
+) -> tuple[str, object]:
+    """The kind and the content of a file, of a URL, or of a directory that is a checkpoint.
+
+    Raises:
+        UnreadableFileError: when it is damaged, or of a format that bncli does not read.
+        CheckpointError: naming it, when it cannot be read.
+    """
+    if "://" not in source and Path(source).is_dir():
+        folder = Folder(Path(source), stack)
+        found = _first(read(folder) for read in FOLDER_READERS)
+        if found is not None:
+            return found
+    return read_content(open_file(source, stack), stack, meanings)
 
 
 def open_file(source: str, stack: ExitStack) -> ByteSource:
@@ -51,7 +82,12 @@ def read_content(
     if not start:
         raise UnreadableFileError("an empty file, not a checkpoint")
     if start.startswith(torch_zip.SIGNATURE):
-        return torch_zip.read_torch_zip(file, meanings)
+        archive = torch_zip.ZipArchive(file, strictly=False)
+        found = _first(read(archive) for read in ZIP_READERS)
+        return found or torch_zip.read_torch_archive(archive, meanings)
+    found = _first(read(file, start) for read in FILE_READERS)
+    if found is not None:
+        return found
     if is_safetensors(start):
         return "safetensors", _read_safetensors(file)
     if start.lstrip()[:1] == b"{":
@@ -65,6 +101,10 @@ def read_content(
         tensors = read_index(file, read_shard)
         return "safetensors index" if set(kinds) <= {"safetensors"} else "torch index", tensors
     return "torch legacy", torch_legacy.read_torch_legacy(file, meanings)
+
+
+def _first(found: Iterable[tuple[str, object] | None]) -> tuple[str, object] | None:
+    return next((one for one in found if one is not None), None)
 
 
 def _read_safetensors(file: ByteSource) -> Mapping[str, object]:

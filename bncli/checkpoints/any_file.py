@@ -12,9 +12,10 @@ from pathlib import Path
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
 from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
-from bncli.checkpoints.any_content import named, open_file, read_content, without_collector
+from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign import recognise_shard
+from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.locate import (
     Candidate,
     NothingToReadError,
@@ -38,7 +39,8 @@ class OpenCheckpoint:
     """A checkpoint whose tensors can be read as long as it is open."""
 
     source: str  # path or URL as given
-    kind: str  # 'torch zip', 'torch legacy', 'torchscript', 'safetensors', 'safetensors index', 'torch index'
+    # 'torch zip', 'torch legacy', 'torchscript', 'safetensors', 'safetensors index', 'torch index', 'keras'
+    kind: str  # and those of other frameworks
     key: str  # where the chosen state dict lies, dotted; '' for the top
     candidates: tuple[Candidate, ...]  # with BatchNorm layers, outermost first
     tensors: Mapping[str, StoredTensor]  # of the chosen state dict, in file order, common prefixes stripped
@@ -46,6 +48,7 @@ class OpenCheckpoint:
     layer_names: tuple[str, ...] = field(repr=False)
     prefix: str = ""  # the common prefixes: with it before them, names are those of the file
     is_whole_module: bool = False  # a pickled module, not a state dict
+    notes: tuple[str, ...] = ()  # what its format leaves open, a sentence each
 
     def __repr__(self) -> str:
         """Which file, of what kind, and what it holds: one line."""
@@ -95,9 +98,10 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
     source = str(source)
     with ExitStack() as stack:
         with named(source), without_collector():
-            kind, content = read_content(open_file(source, stack), stack)
+            kind, content = read_source(source, stack)
             found = state_dicts_of(kind, content, source)
             chosen = strip_prefixes(choose(found, key))
+            notes = content.notes if isinstance(content, ForeignNetwork) else ()
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
         yield OpenCheckpoint(
@@ -110,6 +114,7 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             layer_names=tuple(chosen.layer_names),
             prefix=chosen.prefix,
             is_whole_module=chosen.is_whole_module,
+            notes=notes,
         )
 
 

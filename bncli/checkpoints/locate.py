@@ -14,6 +14,7 @@ from itertools import islice
 from bncli.batchnorm import Hyperparameters
 from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import UnreadableFileError
+from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, read_module
 from bncli.checkpoints.stored_tensor import StoredTensor
@@ -70,6 +71,9 @@ def find_state_dicts(content: object) -> list[StateDict]:
     Raises:
         UnreadableFileError: where a pickled module grows without bounds.
     """
+    if isinstance(content, ForeignNetwork):
+        layers = dict(content.layers)
+        return [StateDict("", dict(content.tensors), list(layers), layers, is_whole_module=True)]
     found = []
     seen: set[int] = set()
     level = [("", content)]

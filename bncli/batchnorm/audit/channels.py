@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bncli.batchnorm.layers import PYTORCH_EPS, LayerStats
+from bncli.batchnorm.layers import LayerStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Channels:
     running_var: Tensor
     weight: Tensor
     bias: Tensor
-    eps: Tensor  # PyTorch's default where unknown
+    eps: Tensor  # the default of its framework where unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +65,7 @@ def channels_of(layers: Sequence[LayerStats]) -> Channels:
         # where types differ, cat takes the wider one
         return torch.cat(filled).double() if filled else torch.zeros(0, dtype=torch.float64)
 
-    eps = torch.tensor(
-        [PYTORCH_EPS if layer.eps is None else layer.eps for layer in layers], dtype=torch.float64
-    )
+    eps = torch.tensor([layer.eps_or_default for layer in layers], dtype=torch.float64)
     return Channels(
         layer=torch.arange(len(layers)).repeat_interleave(counts),
         first=first,

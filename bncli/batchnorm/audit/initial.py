@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from bncli.batchnorm.audit.channels import Network
-from bncli.batchnorm.layers import PYTORCH_MOMENTUM, LayerStats
+from bncli.batchnorm.layers import LayerStats
 
 # Chosen on the networks of the corpus, which also judged the rules: up to 0.80 (median over the layers) in
 # those of torchvision and timm after 50 steps, 0.88 in small untrained ones and in wide ones on white noise.
@@ -54,7 +54,9 @@ def count_of(layer: LayerStats) -> int | None:
 
 def momentum_of(layer: LayerStats) -> tuple[float | None, bool]:
     """Weight of the new batch (None: cumulative), and whether that is assumed."""
-    return (layer.momentum, False) if layer.hyperparameters_known else (PYTORCH_MOMENTUM, True)
+    if layer.hyperparameters_known:
+        return layer.momentum, False
+    return layer.convention.new_batch_weight, True
 
 
 def are_initial(network: Network) -> list[bool]:

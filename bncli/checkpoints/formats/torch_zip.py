@@ -41,15 +41,22 @@ def read_torch_zip(
         UnreadableFileError: when it is damaged, or another kind of zip archive.
     """
     archive = ZipArchive(source, strictly=strictly)
-    pickle = archive.find_pickle()
-    if any("/code/" in name for name in archive.entries):  # never bncli's own
-        return "torchscript", archive.read_pickle(pickle, meanings)
     if not strictly:
-        return "torch zip", archive.read_pickle(pickle, meanings)
+        return read_torch_archive(archive, meanings)
+    pickle = archive.find_pickle()
     archive.check_layout()
     content = archive.read_pickle(pickle, PlainMeanings)
     archive.check_rest()
     return "torch zip", content
+
+
+def read_torch_archive(
+    archive: "ZipArchive", meanings: Callable[[FindStorage], TorchMeanings] = TorchMeanings
+) -> tuple[str, object]:
+    """The same of an archive of anyone's that is open already."""
+    pickle = archive.find_pickle()
+    is_script = any("/code/" in name for name in archive.entries)
+    return "torchscript" if is_script else "torch zip", archive.read_pickle(pickle, meanings)
 
 
 class ZipArchive:

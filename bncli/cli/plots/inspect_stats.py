@@ -134,11 +134,10 @@ def _heat_maps(layers: Sequence[LayerStats]) -> list[HeatMap]:
 
 def _scale(layer: LayerStats) -> Tensor | None:
     """What eval mode divides each channel by (C,)."""
-    from bncli.batchnorm.layers import PYTORCH_EPS
 
     if layer.running_var is None:
         return None
-    return (layer.running_var.double() + (PYTORCH_EPS if layer.eps is None else layer.eps)).sqrt()
+    return (layer.running_var.double() + layer.eps_or_default).sqrt()
 
 
 def _gain(layer: LayerStats) -> Tensor | None:

@@ -1,0 +1,97 @@
+"""What the numbers of a BatchNorm layer mean in each framework: one place, from which all else is told.
+
+bncli keeps every layer in PyTorch's terms: `momentum` is the weight of the new batch, and `running_mean` and
+`running_var` are what eval mode computes with. A convention says what was translated, and what a default is
+where the file is silent. Every row was measured with the version that it names, on a CPU.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Weighs = Literal["new batch", "old average"]
+Variance = Literal["unbiased", "biased", "unbiased for images", "biased or unbiased"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one framework's BatchNorm writes and updates its statistics."""
+
+    framework: str
+    version: str  # that was measured
+    weight: str  # what it calls each of the four
+    bias: str
+    running_mean: str
+    running_var: str
+    momentum_name: str
+    momentum_weighs: Weighs
+    default_momentum: float  # as the framework writes it
+    default_eps: float
+    variance: Variance  # that is averaged: `unbiased for images` is biased after layers without pixels
+    counter: str | None  # what a counter in its files counts; None: it has none
+
+    @property
+    def new_batch_weight(self) -> float:
+        """The default momentum in PyTorch's meaning."""
+        return self.as_new_batch_weight(self.default_momentum)
+
+    def as_new_batch_weight(self, momentum: float) -> float:
+        """A momentum as the framework writes it, in PyTorch's meaning; 0.99 becomes 0.01 without rounding."""
+        return momentum if self.momentum_weighs == "new batch" else complement(momentum)
+
+    def as_written(self, momentum: float) -> float:
+        """A momentum in PyTorch's meaning, as the framework writes it."""
+        return momentum if self.momentum_weighs == "new batch" else complement(momentum)
+
+
+def complement(momentum: float) -> float:
+    """1 - momentum, as a person would write it: binary rounding behind the 12th digit is left out."""
+    return round(1 - momentum, 12)
+
+
+PYTORCH = Convention(
+    framework="PyTorch",
+    version="2.13.0",
+    weight="weight",
+    bias="bias",
+    running_mean="running_mean",
+    running_var="running_var",
+    momentum_name="momentum",
+    momentum_weighs="new batch",
+    default_momentum=0.1,
+    default_eps=1e-5,
+    variance="unbiased",
+    counter="batches",
+)
+KERAS_3 = Convention(
+    framework="Keras 3",
+    version="3.15.1",
+    weight="gamma",
+    bias="beta",
+    running_mean="moving_mean",
+    running_var="moving_variance",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.99,
+    default_eps=1e-3,
+    variance="biased",
+    counter=None,
+)
+KERAS_2 = Convention(
+    framework="tf.keras 2",
+    version="2.21.0",
+    weight="gamma",
+    bias="beta",
+    running_mean="moving_mean",
+    running_var="moving_variance",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.99,
+    default_eps=1e-3,
+    variance="unbiased for images",
+    counter=None,
+)
+# a file that does not say which of both wrote it
+KERAS_2_OR_3 = replace(
+    KERAS_3, framework="Keras 2 or 3", version="2.21.0 and 3.15.1", variance="biased or unbiased"
+)
+CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2)

@@ -1,0 +1,66 @@
+"""The containers of Keras: a zip archive, a folder with the same files, HDF5 by itself."""
+
+import zipfile
+
+from bncli.checkpoints.byte_source import ByteSource
+from bncli.checkpoints.folder import Folder
+from bncli.checkpoints.formats.foreign_network import ForeignNetwork
+from bncli.checkpoints.formats.hdf5 import Hdf5File
+from bncli.checkpoints.formats.keras_layers import read_keras, read_legacy, read_weights
+from bncli.checkpoints.formats.safetensors_file import parse_json
+from bncli.checkpoints.formats.torch_zip import ZipArchive
+
+WEIGHTS, CONFIG, METADATA = "model.weights.h5", "config.json", "metadata.json"
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+def read_if_keras_zip(archive: ZipArchive) -> tuple[str, ForeignNetwork] | None:
+    """A `.keras` file; None for another zip archive.
+
+    Raises:
+        UnreadableFileError: on damage.
+    """
+    info = archive.entries.get(WEIGHTS)
+    return None if info is None else ("keras", _read_zip(archive, info))
+
+
+def read_if_hdf5(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] | None:
+    """A `.h5` or `.weights.h5` file; None for a file that does not start as HDF5.
+
+    Raises:
+        UnreadableFileError: on damage, and when Keras did not write it.
+    """
+    if not start.startswith(_SIGNATURE):
+        return None
+    content = Hdf5File(file)
+    legacy = read_legacy(content)
+    return "keras h5", read_weights([content]) if legacy is None else legacy
+
+
+def read_if_keras_folder(folder: Folder) -> tuple[str, ForeignNetwork] | None:
+    """What `model.save(zipped=False)` leaves, the three files side by side; None for another directory.
+
+    Raises:
+        UnreadableFileError: on damage.
+    """
+    if not {WEIGHTS, CONFIG} <= folder.names:
+        return None
+    said = [parse_json(folder.read(name)) if name in folder.names else None for name in (CONFIG, METADATA)]
+    return "keras folder", read_keras(Hdf5File(folder.open(WEIGHTS)), *said)
+
+
+def _read_zip(archive: ZipArchive, info: zipfile.ZipInfo) -> ForeignNetwork:
+    said = {}
+    for name in (CONFIG, METADATA):
+        entry = archive.entries.get(name)
+        if entry is not None:
+            with archive.stream(entry) as stream:
+                said[name] = parse_json(stream.read())
+    if info.compress_type == zipfile.ZIP_STORED:  # as Keras writes it: read where it lies
+        weights = Hdf5File(archive.source, archive.position(info), info.file_size)
+    else:
+        with archive.stream(info) as stream:
+            content = stream.read()
+        source = ByteSource(WEIGHTS, len(content), lambda start, size: content[start : start + size])
+        weights = Hdf5File(source)
+    return read_keras(weights, said.get(CONFIG), said.get(METADATA))
