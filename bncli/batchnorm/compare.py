@@ -11,6 +11,7 @@ the convolution, usually. Wrong where branches meet: the shortcut of a residual 
 A file whose names are sorted, as safetensors writes them, has lost that order.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -19,6 +20,13 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm.bits import bitwise_equal
+from bncli.batchnorm.conversion import (
+    Relation,
+    eps_matters,
+    momentum_is_inverted,
+    pair_by_values,
+    relate,
+)
 from bncli.batchnorm.distance import Divergence, DivergenceSummary, diverge, summarize_divergence
 from bncli.batchnorm.layers import LayerStats
 from bncli.batchnorm.moved_alone import MovedAlone, explain_moved_alone
@@ -47,6 +55,7 @@ class LayerComparison:
     hyperparameters_changed: bool  # momentum or eps, where both know them
     num_batches_tracked: tuple[int | None, int | None]
     flags: tuple[str, ...]
+    relation: Relation  # whether the second's numbers follow from the first's
 
     def to_dict(self, *, channels: bool = False) -> dict[str, Any]:
         """Its entry in the JSON document: plain values, and with `channels` tensors (C,)."""
@@ -65,6 +74,8 @@ class LayerComparison:
             "feeding_weights_moved": self.feeding_weights_moved,
             "hyperparameters_changed": self.hyperparameters_changed,
             "flags": self.flags,
+            "relation": self.relation.kind,
+            "values_per_channel": self.relation.values,
             **({"channels": self.divergence} if channels else {}),
         }
 
@@ -79,7 +90,9 @@ class Comparison:
     """The second checkpoint against the first, in the first's order."""
 
     identical: bool  # every tensor in every bit, and every hyperparameter that both know
-    matched_by: Literal["name", "order"]
+    matched_by: Literal["name", "order", "values"]
+    frameworks: tuple[str, str]  # whose conventions the files follow
+    conversion: tuple[str, ...]  # what was done on the way from the first to the second, a sentence each
     order_known: bool  # whether a file keeps the order of registration
     layers: tuple[LayerComparison, ...]
     only_in_first: tuple[str, ...]  # BatchNorm layers
@@ -94,6 +107,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What differs, in a sentence or two."""
+        if self.frameworks[0] != self.frameworks[1]:
+            return self._verdict_across()
         if self.identical:
             return f"Identical: all {self.num_tensors:,} tensors agree in every bit."
         parts = [f"{self.num_tensors_changed:,} of {self.num_tensors:,} tensors differ"]
@@ -110,6 +125,22 @@ class Comparison:
             f" The statistics that moved farthest are in {most}." if most else ""
         )
 
+    def _verdict_across(self) -> str:
+        """In words; other tensors than those of BatchNorm cannot be compared between frameworks."""
+        kinds = Counter(layer.relation.kind for layer in self.layers)
+        num_same = kinds.pop("equal", 0) + kinds.pop("rounded", 0)
+        layers = plural(len(self.layers), "BatchNorm layer")
+        differences = (layer.relation.largest for layer in self.layers if layer.relation.kind == "rounded")
+        largest = max(differences, default=0.0)
+        within = f"within rounding (at most {largest:.2g})" if largest else "in every bit"
+        if self.identical:
+            return f"The same in {' and '.join(self.frameworks)}: {layers}, {within}."
+        parts = [f"{num_same:,} the same {within}"] if num_same else []
+        parts += [f"{count:,} {_IN_WORDS[kind]}" for kind, count in kinds.items()]
+        lone = len(self.only_in_first) + len(self.only_in_second)
+        parts += [f"{lone:,} without a counterpart"] if lone else []
+        return f"{self.frameworks[0]} against {self.frameworks[1]}, {layers}: {', '.join(parts)}."
+
     def flagged(self, flag: str) -> list[str]:
         """The names of the layers with that flag."""
         return [layer.name for layer in self.layers if flag in layer.flags]
@@ -121,6 +152,8 @@ class Comparison:
             "identical": self.identical,
             "verdict": self.verdict,
             "matched_by": self.matched_by,
+            "frameworks": self.frameworks,
+            "conversion": self.conversion,
             "order_known": self.order_known,
             "num_layers": len(self.layers),
             "layers": [layer.to_dict(channels=channels) for layer in self.layers],
@@ -139,6 +172,7 @@ class Comparison:
         lines = [
             f"{plural(len(self.layers), 'BatchNorm layer')} compared, matched by {self.matched_by}.",
             self.verdict,
+            *self.conversion,
         ]
         for flag, text in self.explanations().items():
             lines.append(f"{flag} ({list_names(self.flagged(flag))}): {text}")
@@ -232,7 +266,8 @@ def compare(first: Contents, second: Contents) -> Comparison:
     """Compare layer by layer and tensor by tensor; a chunk of each is in memory at a time.
 
     Layers are matched by name. Where no name agrees but the numbers of channels do, one after the other,
-    they are matched by order, and `matched_by` says so. The flags of a layer:
+    they are matched by order; where that does not fit either, by their values: a layer of the second that was
+    made from one of the first is its counterpart. `matched_by` says which. The flags of a layer:
 
     - 'statistics_moved_weights_unchanged': its statistics moved, though neither its own weights nor any
       before it did; where the order is unknown, nor any weight of the network. `moved_alone` tells what is
@@ -242,6 +277,7 @@ def compare(first: Contents, second: Contents) -> Comparison:
     Raises IncomparableError when no layer has a counterpart.
     """
     layers = first.layers(), second.layers()
+    frameworks = _framework(layers[0]), _framework(layers[1])
     matched_by, pairs = _match(*layers)
     names = _counterparts(first.tensors, second.tensors) if matched_by == "order" else {}
     changed, num_lone = _changed_tensors(first.tensors, second.tensors, names)
@@ -251,11 +287,19 @@ def compare(first: Contents, second: Contents) -> Comparison:
     moves = _WeightMoves(changed, known, feeding)
     lone = _lone(layers[0], pairs, side=0), _lone(layers[1], pairs, side=1)
     fitting = [(one, two) for one, two in pairs if one.num_features == two.num_features]
-    compared = tuple(_compare_layer(one, two, moves) for one, two in fitting)
-    differing = any(changed.values()) or any(layer.hyperparameters_changed for layer in compared)
+    across = frameworks[0] != frameworks[1]
+    compared = tuple(_compare_layer(one, two, None if across else moves) for one, two in fitting)
+    conversion = _describe_conversion(fitting, compared, always=across or matched_by == "values")
+    if across:  # tensors of other layers have other names and shapes there
+        differing = not all(layer.relation.kind in ("equal", "rounded") for layer in compared)
+    else:
+        differing = any(changed.values())
+    differing |= any(layer.hyperparameters_changed for layer in compared)
     return Comparison(
         identical=not differing and lone == ((), ()),
         matched_by=matched_by,
+        frameworks=frameworks,
+        conversion=conversion,
         order_known=order is not None,
         layers=compared,
         only_in_first=lone[0],
@@ -265,8 +309,91 @@ def compare(first: Contents, second: Contents) -> Comparison:
         num_tensors_changed=sum(changed.values()) - sum(num_lone),
         num_tensors_only_in_first=num_lone[0],
         num_tensors_only_in_second=num_lone[1],
-        moved_alone=_explain(fitting, compared, feeding),
+        moved_alone=None if across else _explain(fitting, compared, feeding),
     )
+
+
+def _framework(layers: Sequence[LayerStats]) -> str:
+    return layers[0].convention.framework if layers else "PyTorch"
+
+
+def _describe_conversion(
+    pairs: Sequence[tuple[LayerStats, LayerStats]], compared: Sequence[LayerComparison], *, always: bool
+) -> tuple[str, ...]:
+    """Sentences; none where nothing looks like a conversion, unless `always`."""
+    by_kind: dict[str, list[LayerComparison]] = {}
+    for layer in compared:
+        by_kind.setdefault(layer.relation.kind, []).append(layer)
+    marks = [text for kind, tell in _TELL.items() if kind in by_kind and (text := tell(by_kind[kind]))]
+    inverted = [(one, two) for one, two in pairs if momentum_is_inverted(one, two)]
+    if inverted:
+        one, two = inverted[0]
+        names = list_names([pair[0].name for pair in inverted])
+        marks.append(
+            f"momentum is {two.momentum:g} in the second, 1 minus the first's {one.momentum:g} ({names}): one"
+            " of them weighs the old average; PyTorch's weighs the new batch."
+        )
+    if not marks and not always:
+        return ()
+    return (*marks, *_describe_eps(pairs, compared))
+
+
+def _tell_bessel(layers: Sequence[LayerComparison]) -> str:
+    counts = [layer.relation.values for layer in layers if layer.relation.values is not None]
+    low, high = min(counts), max(counts)
+    count = f"n = {low:,.0f}" if high <= 1.01 * low else f"n from {low:,.0f} to {high:,.0f}"
+    which = "second" if layers[0].relation.second_is_unbiased else "first"
+    return (
+        f"Bessel's correction ({list_names([layer.name for layer in layers])}): the {which} file's variances"
+        f" are n / (n - 1) times the other's, in every channel, with {count} values per channel; means,"
+        " weights and biases are the same."
+    )
+
+
+def _tell_swapped(layers: Sequence[LayerComparison]) -> str:
+    names = list_names([layer.name for layer in layers])
+    return f"Mean and variance stand in each other's place ({names}); weights and biases are the same."
+
+
+def _tell_permuted(layers: Sequence[LayerComparison]) -> str:
+    texts = []
+    for layer in layers:
+        axes = layer.relation.axes
+        how = "" if axes is None else f" (as of an array {axes} whose axes were exchanged)"
+        texts.append(f"{layer.name}{how}")
+    return f"The same channels in another order: {list_names(texts)}."
+
+
+_IN_WORDS = {
+    "bessel": "the same but for Bessel's correction",
+    "swapped": "with mean and variance exchanged",
+    "permuted": "with channels in another order",
+    "different": "with other numbers",
+    "unknown": "without statistics in one file",
+}
+_TELL = {"bessel": _tell_bessel, "swapped": _tell_swapped, "permuted": _tell_permuted}
+
+
+def _describe_eps(
+    pairs: Sequence[tuple[LayerStats, LayerStats]], compared: Sequence[LayerComparison]
+) -> list[str]:
+    """What another eps alone does to the outputs of the copies; an unknown one is the framework's default."""
+    found = [
+        (off, one, two)
+        for (one, two), layer in zip(pairs, compared, strict=True)
+        if layer.relation.is_copy and (off := eps_matters(one, two)) is not None
+    ]
+    if not found:
+        return []
+    off, one, two = max(found, key=lambda item: item[0])
+    words = [
+        f"{layer.eps_or_default:g}{' (assumed)' if layer.eps is None else ''} in the {which}"
+        for which, layer in (("first", one), ("second", two))
+    ]
+    return [
+        f"eps is {' and '.join(words)}: with equal statistics, outputs differ by up to {100 * off:.2g} %"
+        f" (in {one.name})."
+    ]
 
 
 def _explain(
@@ -298,16 +425,24 @@ def _lone(
 
 def _match(
     first: Sequence[LayerStats], second: Sequence[LayerStats]
-) -> tuple[Literal["name", "order"], list[tuple[LayerStats, LayerStats]]]:
+) -> tuple[Literal["name", "order", "values"], list[tuple[LayerStats, LayerStats]]]:
     by_name = {layer.name: layer for layer in second}
     pairs = [(layer, by_name[layer.name]) for layer in first if layer.name in by_name]
     if pairs:
         return "name", pairs
-    if first and [layer.num_features for layer in first] == [layer.num_features for layer in second]:
-        return "order", list(zip(first, second, strict=True))
+    in_order = list(zip(first, second, strict=False))
+    if len(first) == len(second) and all(one.num_features == two.num_features for one, two in in_order):
+        num_copies = sum(relate(one, two).is_copy for one, two in in_order)
+        by_values = [] if num_copies == len(in_order) else pair_by_values(first, second)
+        if first and len(by_values) <= num_copies:
+            return "order", in_order
+    else:
+        by_values = pair_by_values(first, second)
+    if by_values:
+        return "values", by_values
     raise IncomparableError(
         f"no BatchNorm layer of the first ({_examples(first)}) has a counterpart in the second"
-        f" ({_examples(second)}), neither by name nor by the order of their channels"
+        f" ({_examples(second)}), neither by name nor by the order of their channels, nor by its values"
     )
 
 
@@ -380,16 +515,19 @@ def _is_statistic(name: str, layers: set[str]) -> bool:
     return owner(name, layers) is not None and name.rpartition(".")[2] in STATISTICS
 
 
-def _compare_layer(first: LayerStats, second: LayerStats, moves: _WeightMoves) -> LayerComparison:
+def _compare_layer(first: LayerStats, second: LayerStats, moves: _WeightMoves | None) -> LayerComparison:
+    """Without `moves`, as between frameworks, nothing is said of the weights before a layer."""
     statistics_moved = _moved(first.running_mean, second.running_mean) or _moved(
         first.running_var, second.running_var
     )
     weights_moved = _moved(first.weight, second.weight) or _moved(first.bias, second.bias)
-    feeding_moved = moves.feeding(first.name)
+    feeding_moved = None if moves is None else moves.feeding(first.name)
     has_statistics = first.running_mean is not None and second.running_mean is not None
     flags = {
-        STATISTICS_ALONE: statistics_moved and not (weights_moved or moves.before(first.name)),
-        WEIGHTS_ALONE: (weights_moved or bool(feeding_moved)) and not statistics_moved,
+        STATISTICS_ALONE: statistics_moved
+        and moves is not None
+        and not (weights_moved or moves.before(first.name)),
+        WEIGHTS_ALONE: (weights_moved or bool(feeding_moved)) and not statistics_moved and moves is not None,
     }
     divergence = diverge(first, second)
     both_known = first.hyperparameters_known and second.hyperparameters_known
@@ -404,6 +542,7 @@ def _compare_layer(first: LayerStats, second: LayerStats, moves: _WeightMoves) -
         hyperparameters_changed=both_known and (first.momentum, first.eps) != (second.momentum, second.eps),
         num_batches_tracked=(first.num_batches_tracked, second.num_batches_tracked),
         flags=tuple(flag for flag, found in flags.items() if found and has_statistics),
+        relation=relate(first, second),
     )
 
 

@@ -28,6 +28,7 @@ class Convention:
     default_eps: float
     variance: Variance  # that is averaged: `unbiased for images` is biased after layers without pixels
     counter: str | None  # what a counter in its files counts; None: it has none
+    starts_at_0_1: bool = True  # whether its averages begin at mean 0 and variance 1, and keep a share of it
 
     @property
     def new_batch_weight(self) -> float:

@@ -15,6 +15,7 @@ import bncli
 from bncli.cli.commands.bench import bench_app
 from bncli.cli.commands.compare import compare_checkpoints
 from bncli.cli.commands.config import show_config
+from bncli.cli.commands.convert import convert_checkpoint
 from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
@@ -80,6 +81,7 @@ app.command(
     context_settings={"allow_extra_args": True},
 )(inspect_stats)
 app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_checkpoints)
+app.command("convert", cls=CommandPage, rich_help_panel=STATISTICS)(convert_checkpoint)
 app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
 app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
 app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)

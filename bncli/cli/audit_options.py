@@ -1,8 +1,8 @@
 """The options of the audit, and how their values are read."""
 
 import math
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -82,11 +82,22 @@ SortOption = Annotated[
         rich_help_panel=SHOWN,
     ),
 ]
+AssumeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--assume",
+        metavar="NAME=VALUE",
+        help="What the file does not say, as in eps=1e-3,momentum=0.01: eps, and momentum as the weight of"
+        " the new batch (0.01 is the 0.99 of Keras). Layers that have their own keep it.  [default: what the"
+        " framework has by default]",
+        rich_help_panel=CHECKED,
+    ),
+]
 AllOption = Annotated[
     bool,
     typer.Option("--all", help="Show every layer and every finding, also mere infos.", rich_help_panel=SHOWN),
 ]
-AUDIT_FLAGS = frozenset({"--select", "--ignore", "--fail-on", "--threshold", "--sort", "--all"})
+AUDIT_FLAGS = frozenset({"--select", "--ignore", "--fail-on", "--threshold", "--assume", "--sort", "--all"})
 
 
 def refuse_options(context: typer.Context, flags: Collection[str], what: str, reason: str) -> None:
@@ -123,6 +134,45 @@ def parse_thresholds(items: Sequence[str] | None) -> dict[str, float]:
                 "--threshold", [f"expected NAME=NUMBER such as gain=50, found {item!r}"]
             ) from None
     return found
+
+
+def parse_assumed(text: str | None) -> dict[str, float]:
+    """`eps` and `momentum`, as far as they are given.
+
+    Raises ConfigError for other names, and for values that none can have.
+    """
+    found: dict[str, float] = {}
+    for item in (text or "").split(",") if text is not None else ():
+        name, _, value = (part.strip() for part in item.partition("="))
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if name not in ("eps", "momentum") or not 0 <= number <= 1 or (name == "eps" and number == 0):
+            raise ConfigError(
+                "--assume",
+                [
+                    f"expected eps=NUMBER or momentum=NUMBER between 0 and 1, such as eps=1e-3,momentum=0.01,"
+                    f" found {item.strip()!r}"
+                ],
+            )
+        found[name] = number
+    return found
+
+
+def assume(layers: "Sequence[LayerStats]", assumed: Mapping[str, float]) -> "list[LayerStats]":
+    """The layers, with what is assumed where their file says nothing."""
+    from dataclasses import replace
+
+    changed = []
+    for layer in layers:
+        new: dict[str, Any] = {}
+        if "eps" in assumed and layer.eps is None:
+            new["eps"] = assumed["eps"]
+        if "momentum" in assumed and not layer.hyperparameters_known and not layer.is_frozen:
+            new |= {"momentum": assumed["momentum"], "hyperparameters_known": True}
+        changed.append(replace(layer, **new) if new else layer)
+    return changed
 
 
 def fails(findings: "Sequence[Finding]", fail_on: FailOn) -> bool:

@@ -196,6 +196,8 @@ def _residues(network: Network, limits: Limits) -> dict[int, float]:
             continue
         if is_initial or layer.was_measured or layer.running_var is None:
             continue
+        if not layer.convention.starts_at_0_1:
+            continue
         residue = (1 - momentum) ** count
         # float32 averages may round a variance of 0 to slightly below the residue
         if residue > limits["residue"] and not bool((layer.running_var.double() < 0.999 * residue).any()):
@@ -514,6 +516,7 @@ def _shares(network: Network, limits: Limits) -> dict[int, Share]:
         index
         for index, layer in enumerate(network.layers)
         if layer.num_features >= MIN_CHANNELS
+        and layer.convention.starts_at_0_1
         and not (initial[index] or index in counted or layer.was_measured or layer.averaged_by_training)
     ]
     # most networks end here, before each layer is looked at

@@ -45,10 +45,10 @@ def compare_checkpoints(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show how far running statistics and weights moved.
+    """Show how far running statistics and weights moved, or what a conversion did to them.
 
-    The files are only read; they need not be files of bncli. Exit code 1 if anything differs between the
-    two networks, also where --layer leaves it out.
+    The files are only read; they need not be files of bncli, nor both of one framework. Exit code 1 if
+    anything differs between the two networks, also where --layer leaves it out.
 
     Examples:
     bncli compare runs/first/best.pt runs/first/last.pt

@@ -8,13 +8,16 @@ import typer
 from bncli.cli.audit_options import (
     AUDIT_FLAGS,
     AllOption,
+    AssumeOption,
     ExplainOption,
     FailOnOption,
     IgnoreOption,
     SelectOption,
     SortOption,
     ThresholdOption,
+    assume,
     fails,
+    parse_assumed,
     parse_rules,
     parse_thresholds,
     refuse_options,
@@ -54,6 +57,7 @@ def inspect_stats(
     ignore: IgnoreOption = None,
     fail_on: FailOnOption = "error",
     threshold: ThresholdOption = None,
+    assumed: AssumeOption = None,
     sort: SortOption = "model",
     show_all: AllOption = False,
     explain: ExplainOption = None,
@@ -82,7 +86,9 @@ def inspect_stats(
     check_results(csv, plot, source, as_json=as_json)
     rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
+    assumptions = parse_assumed(assumed)
     layers, checkpoint = _read_layers(source, key)
+    layers = assume(layers, assumptions)
     # all layers, before --layer: their counters are compared with each other
     everything = audit_layers(layers, thresholds=limits)
     codes = {rule.code for rule in rules}
@@ -105,7 +111,7 @@ def inspect_stats(
         # a fact about the layer, whether or not the rule is asked for
         dead = [finding for finding in everything if finding.name == "dead_channel"]
         described = describe_layers(source, layers, findings, dead, channels=channels)
-        described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates")}
+        described |= {name: getattr(checkpoint, name) for name in ("kind", "key", "candidates", "notes")}
         print_json({**described, "num_tensors": len(checkpoint.tensors)})
     elif csv == STDOUT:
         pass
@@ -166,4 +172,6 @@ def _read_layers(source: str, key: str | None) -> "tuple[list[LayerStats], OpenC
             f"BatchNorm layers lie under {listed}; these are the ones of {checkpoint.key or 'the top'}"
             " (--key KEY shows others)"
         )
+    for note in checkpoint.notes:
+        print_note(note)
     return layers, checkpoint

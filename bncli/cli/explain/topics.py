@@ -12,6 +12,7 @@ from importlib.resources import files
 
 from bncli.batchnorm.audit.rule_definition import RulePage
 from bncli.batchnorm.audit.rule_pages import PAGES
+from bncli.batchnorm.conventions import CONVENTIONS
 from bncli.errors import BncliError
 
 GROUPS = {
@@ -111,8 +112,21 @@ def topic_of_rule(page: RulePage) -> Topic:
 
 def _read(name: str, group: str) -> Topic:
     text = (files("bncli.cli.explain") / f"{name}.md").read_text(encoding="utf-8")
+    text = text.replace("TABLE OF CONVENTIONS\n", _table_of_conventions())
     summary = text.splitlines()[0].removeprefix(f"# {name}: ")
     return Topic(name, None, group, summary, text)
+
+
+def _table_of_conventions() -> str:
+    """A row for each framework, from the code that reads its files."""
+    lines = ["| framework | momentum | eps | variance | version |", "|---|---|---|---|---|"]
+    for one in CONVENTIONS:
+        of_old = ", of the old" if one.momentum_weighs == "old average" else ""
+        lines.append(
+            f"| {one.framework} | {one.default_momentum:g}{of_old} | {one.default_eps:g} | {one.variance} |"
+            f" {one.version} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _plain(name: str) -> str:

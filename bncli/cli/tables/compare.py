@@ -39,16 +39,20 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     layers = list(comparison.layers)
     if layers:
         console.print()
-        _show_layers(console, layers)
+        across = comparison.frameworks[0] != comparison.frameworks[1]
+        _show_layers(console, layers, across=across)
         console.print()
-        _show_legend(console, layers)
+        _show_legend(console, layers, across=across)
     _show_mismatches(console, comparison)
     _show_flags(console, comparison)
+    for sentence in comparison.conversion:
+        console.print()
+        print_wrapped(console, sentence)
     console.print()
     print_wrapped(console, comparison.verdict, style="bold")
 
 
-def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
+def _show_layers(console: Console, layers: list[LayerComparison], *, across: bool) -> None:
     summaries = [layer.summary or DivergenceSummary(num_incomparable=0) for layer in layers]
     columns = {
         "mean shift\nrms  max": aligned(
@@ -62,8 +66,9 @@ def _show_layers(console: Console, layers: list[LayerComparison]) -> None:
             [[*map(number, (x.var_ratio_min, x.var_ratio, x.var_ratio_max))] for x in summaries], gap=2
         ),
         "KL divergence\nmean  max": aligned([[number(x.kl), number(x.max_kl)] for x in summaries], gap=2),
-        "changed": [_marks(layer) for layer in layers],
     }
+    if not across:
+        columns["changed"] = [_marks(layer) for layer in layers]
     styles = ["bold red" if layer.flags else None for layer in layers]
     show_layer_table(console, [layer.name for layer in layers], columns, styles)
 
@@ -73,8 +78,8 @@ def _marks(layer: LayerComparison) -> str:
     return f"{'S' if layer.statistics_moved else '-'} {'W' if layer.weights_moved else '-'} {fed}"
 
 
-def _show_legend(console: Console, layers: Sequence[LayerComparison]) -> None:
-    used = "SWF" + "".join(map(_marks, layers))
+def _show_legend(console: Console, layers: Sequence[LayerComparison], *, across: bool) -> None:
+    used = "" if across else "SWF" + "".join(map(_marks, layers))
     meanings = {
         "mean shift": "move of running_mean, in standard deviations of the first file",
         "variance ratio": "running_var + eps of the second file, divided by the first's",
@@ -88,12 +93,23 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
         console.print()
         text = "The files name their layers differently: they were matched by order and number of channels."
         print_wrapped(console, text)
+    if comparison.matched_by == "values":
+        console.print()
+        text = "The files name their layers differently: they were matched by their values."
+        print_wrapped(console, text)
+    if comparison.frameworks[0] != comparison.frameworks[1]:
+        _show_groups(console, comparison)
+        return
     if not comparison.order_known:
         console.print()
         text = (
             "Both files sort their tensors by name. So the order of the layers is unknown, and also whether"
         )
         print_wrapped(console, f"{text} the weights before a layer changed (?).")
+    _show_groups(console, comparison)
+
+
+def _show_groups(console: Console, comparison: Comparison) -> None:
     groups = {
         "Only in the first": comparison.only_in_first,
         "Only in the second": comparison.only_in_second,

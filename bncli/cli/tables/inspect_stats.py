@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from bncli.batchnorm import Finding, LayerStats, summarize
+from bncli.batchnorm.conventions import PYTORCH
 from bncli.cli.tables.findings import show_findings
 from bncli.cli.tables.layer_table import GAP, MIN_NAME, column_widths, show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, table_of
@@ -78,6 +79,8 @@ def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
         "momentum": layer.momentum,
         "eps": layer.eps,
         "hyperparameters_known": layer.hyperparameters_known,
+        "framework": layer.convention.framework,
+        "variance": layer.convention.variance,
         **{name: summarize(tensor) for name, tensor in tensors.items()},
     }
     if channels:
@@ -103,6 +106,8 @@ def show_layers(
     print_wrapped(console, headline, style="bold")
     shared = _shared(layers)
     _show_shared(console, shared)
+    for line in _describe_conventions(layers):
+        print_wrapped(console, line)
     styles = ["bold red" if layer.name in flags else None for layer in shown]
     show_layer_table(console, [layer.name for layer in shown], _columns(console, shown, set(shared)), styles)
     if len(shown) < len(layers):
@@ -143,6 +148,25 @@ def _show_shared(console: Console, shared: Mapping[str, _Shared]) -> None:
         if one.others:
             others = ", ".join(f"{value} in {layer}" for layer, value in one.others.items())
             print_wrapped(console, f"In most layers: {name} {one.value} (but {others})")
+
+
+def _describe_conventions(layers: Sequence[LayerStats]) -> list[str]:
+    """What the numbers of other frameworks mean beside PyTorch's, a line for each framework."""
+    lines = []
+    for convention in dict.fromkeys(layer.convention for layer in layers):
+        if convention is PYTORCH:
+            continue
+        parts = []
+        if convention.momentum_weighs == "old average":
+            known = {layer.momentum for layer in layers if layer.convention is convention} - {None}
+            example = next(iter(known)) if len(known) == 1 else convention.new_batch_weight
+            assert example is not None
+            written = f"{convention.momentum_name} {convention.as_written(example):g}"
+            parts.append(f"its {written} is momentum {example:g} here")
+        if convention.variance != "unbiased":
+            parts.append(f"running_var averages {convention.variance} variances")
+        lines.append(f"From {convention.framework}" + (f": {'; '.join(parts)}" if parts else ""))
+    return lines
 
 
 def _columns(console: Console, shown: Sequence[LayerStats], without: Container[str]) -> dict[str, list[str]]:
