@@ -2,7 +2,7 @@
 
 Flax: `batch_stats/LAYER/mean|var` beside `params/LAYER/scale|bias` (linen), or all four under LAYER (nnx). A
 layer without scale and bias is not in `params` at all, and not all in `batch_stats` is BatchNorm.
-Haiku: `LAYER/~/mean_ema` and `LAYER/~/var_ema` with `hidden`, `average` and `counter` in the state, `LAYER` with
+Haiku: `LAYER/~/mean_ema` and `LAYER/~/var_ema` with `hidden`, `average` and `counter` in the state, LAYER with
 `scale` and `offset` in the parameters. `average` is what it evaluates with; `hidden` is too small by
 1 - decay^counter.
 
@@ -208,7 +208,7 @@ def _are_statistics(mean: StoredTensor, var: StoredTensor) -> bool:
 
 
 def _in_order(layers: list[_Layer], leaves: Mapping[Path, StoredTensor], notes: list[str]) -> list[_Layer]:
-    """By the file, where it has the order of calls; where it is sorted as text, by the numbers in the names."""
+    """By the file, where it has the order of calls; where it is sorted as text, by the numbers in names."""
     if len(layers) < 2 or not _is_sorted(layer.statistics for layer in layers):
         return layers
     positions = {path[:-1]: index for index, path in reversed(list(enumerate(leaves)))}
