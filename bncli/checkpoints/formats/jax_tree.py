@@ -2,7 +2,7 @@
 
 Flax: `batch_stats/LAYER/mean|var` beside `params/LAYER/scale|bias` (linen), or all four under LAYER (nnx). A
 layer without scale and bias is not in `params` at all, and not all in `batch_stats` is BatchNorm.
-Haiku: `LAYER/~/mean_ema` and `LAYER/~/var_ema` with `hidden`, `average` and `counter` in the state, LAYER with
+Haiku: `LAYER/~/mean_ema` and `LAYER/~/var_ema` with `hidden`, `average`, `counter` in the state, LAYER with
 `scale` and `offset` in the parameters. `average` is what it evaluates with; `hidden` is too small by
 1 - decay^counter.
 
