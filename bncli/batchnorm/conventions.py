@@ -122,6 +122,7 @@ HAIKU = Convention(
     default_eps=1e-5,
     variance="biased",
     counter="calls in training",
+    starts_at_0_1=False,
 )
 EQUINOX = Convention(
     framework="Equinox",
@@ -136,5 +137,6 @@ EQUINOX = Convention(
     default_eps=1e-5,
     variance="biased",
     counter="calls in training",
+    starts_at_0_1=False,
 )
 CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, FLAX, HAIKU, EQUINOX)

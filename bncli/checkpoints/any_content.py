@@ -17,7 +17,14 @@ from bncli.checkpoints.byte_source import (
     open_source,
 )
 from bncli.checkpoints.folder import Folder
-from bncli.checkpoints.formats import flax_file, keras_file, orbax_folder, torch_legacy, torch_zip
+from bncli.checkpoints.formats import (
+    equinox_file,
+    flax_file,
+    keras_file,
+    orbax_folder,
+    torch_legacy,
+    torch_zip,
+)
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
@@ -31,6 +38,7 @@ ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], 
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
     flax_file.read_if_flax,
+    equinox_file.read_if_equinox,
 )
 FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_folder,

@@ -1,8 +1,9 @@
 """What a framework itself says of the layers in the files that a script beside this makes.
 
-`answers.json` lists, by file, the layers in the order in which the network calls them; `answers.npz` has their
-arrays: running_mean, running_var, weight and bias as the framework evaluates with them, and an input (N, C) and
-the layer's output for it in eval mode.
+`answers.json` lists, by file, the layers in the order in which the network calls them. `answers.f32` has their
+arrays, float32 one after another, each where `arrays` says (first number, shape): running_mean, running_var,
+weight and bias as the framework evaluates with them, and an input (N, C) and the layer's output for it in eval
+mode.
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 ARRAYS = ("running_mean", "running_var", "weight", "bias", "input", "output")
+MAX_ROWS = 6  # of an input
 
 
 class Answers:
@@ -20,24 +22,42 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.layers: dict[str, list[dict[str, Any]]] = {}
-        self.arrays: dict[str, np.ndarray] = {}
+        self.numbers: list[np.ndarray] = []
 
     def add(self, file: str, name: str, *, eps: float, momentum: float, **arrays: Any) -> None:
         """One layer of a file; momentum as the framework writes it; arrays of it as in `ARRAYS`."""
-        layers = self.layers.setdefault(file, [])
-        entry: dict[str, Any] = {"name": name, "eps": eps, "momentum": momentum}
+        entry: dict[str, Any] = {"name": name, "eps": eps, "momentum": momentum, "arrays": {}}
         if "count" in arrays:
             entry["count"] = int(arrays.pop("count"))
-        layers.append(entry)
+        self.layers.setdefault(file, []).append(entry)
+        channels = np.asarray(arrays["running_mean"]).size
         for what, values in arrays.items():
             assert what in ARRAYS
             if values is not None:
-                flat = np.asarray(values, dtype=np.float32)
-                channels = np.asarray(arrays["running_mean"]).size
                 shape = (-1, channels) if what in ("input", "output") else (channels,)
-                self.arrays[f"{file}|{len(layers) - 1}|{what}"] = flat.reshape(shape)
+                array = np.asarray(values, dtype=np.float32).reshape(shape)
+                array = array[:MAX_ROWS] if what in ("input", "output") else array
+                entry["arrays"][what] = [sum(part.size for part in self.numbers), *array.shape]
+                self.numbers.append(array)
 
     def write(self) -> None:
         """Both files."""
-        (self.folder / "answers.json").write_text(json.dumps(self.layers, indent=1) + "\n")
-        np.savez_compressed(self.folder / "answers.npz", **self.arrays)
+        text = ",\n".join(
+            f"{json.dumps(file)}: [\n" + ",\n".join(json.dumps(layer) for layer in layers) + "\n]"
+            for file, layers in self.layers.items()
+        )
+        (self.folder / "answers.json").write_text(f"{{\n{text}\n}}\n")
+        np.concatenate([part.ravel() for part in self.numbers]).astype("<f4").tofile(
+            self.folder / "answers.f32"
+        )
+
+
+def read_answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """By file the layers, with their arrays by name."""
+    numbers = np.fromfile(folder / "answers.f32", dtype="<f4")
+    files: dict[str, list[dict[str, Any]]] = json.loads((folder / "answers.json").read_text())
+    for layers in files.values():
+        for layer in layers:
+            for what, (start, *shape) in layer["arrays"].items():
+                layer["arrays"][what] = numbers[start : start + int(np.prod(shape))].reshape(shape)
+    return files

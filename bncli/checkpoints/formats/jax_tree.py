@@ -35,6 +35,7 @@ DTYPES = {
         "uint8", "uint16", "uint32", "uint64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2",
     )
 }  # fmt: skip
+_EVERY_ARRAY = "every array"
 _STATISTICS, _PARAMETERS = "batch_stats", "params"
 _AFFINE = {"scale": "weight", "bias": "bias", "offset": "bias"}
 _VALUE = ("value", "raw_value")  # what nnx.state puts below an attribute
@@ -96,7 +97,7 @@ def read_tree(tree: Mapping[Path, StoredTensor]) -> ForeignNetwork:
         _add(found, name, layer, shapes, stacks)
         if len(found.layers) > MAX_LAYERS:
             raise UnreadableFileError(f"more than {MAX_LAYERS:,} BatchNorm layers")
-    if stacks:
+    if stacks and not any(note.startswith(_EVERY_ARRAY) for note in found.notes):
         found.notes.append(
             f"{_listed(stacks)}: one array for several layers, as scan and vmap make; they are listed as"
             " NAME[0], NAME[1], ..."
@@ -255,11 +256,11 @@ def _one_of_each_device(
         )
         if not are_equal:
             notes.append(
-                f"every array is there {count} times, as for {count} devices or networks, and the layers"
-                " differ: each is listed, as NAME[0], NAME[1], ..."
+                f"{_EVERY_ARRAY} is there {count} times, as for {count} devices or networks, and the layers"
+                " differ: they are listed as NAME[0], NAME[1], ..."
             )
             return layers
-        notes.append(f"every array is there {count} times, as for {count} devices; the copies are equal")
+        notes.append(f"{_EVERY_ARRAY} is there {count} times, as for {count} devices; the copies are equal")
     return [
         replace(
             layer,
