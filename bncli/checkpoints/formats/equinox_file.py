@@ -1,7 +1,7 @@
 """Files of Equinox: `eqx.tree_serialise_leaves`, arrays of NumPy one after another, without names.
 
 Their order is that of the fields of the classes. A BatchNorm has weight and bias (or none) and `inference` in
-the model. Its statistics lie in the state, which follows the model: a counter, mean and variance (mode "batch"),
+the model. Its statistics lie in the state, which follows the model: a counter, mean, variance (mode "batch"),
 or whether it is the first time, mean and variance (mode "ema"). In mode "batch" Equinox evaluates with both
 divided by 1 - momentum^counter, though only the mean starts at 0; the momentum is not in the file.
 A line of JSON may stand before the arrays, as Equinox's documentation has it.
