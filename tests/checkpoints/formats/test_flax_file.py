@@ -73,14 +73,14 @@ def test_copies_for_devices_are_one_layer_only_if_they_are_equal() -> None:
 def test_the_command_reads_them(bncli: Bncli) -> None:
     outcome = bncli("inspect-stats", FOLDER / "sorted.msgpack")
     assert outcome.code == 0
-    assert "found 16 BatchNorm layers" in outcome.out
+    assert "found 16 BatchNorm layers" in " ".join(outcome.out.split())
 
 
 # ---- a writer of our own, for what Flax does not write
 
 
 def text(name: str) -> bytes:
-    return bytes([0xD9, len(name)]) + name.encode()
+    return bytes([0xA0 + len(name)] if len(name) < 32 else [0xD9, len(name)]) + name.encode()
 
 
 def array(values: np.ndarray, dtype: str = "", shape: tuple[int, ...] | None = None) -> bytes:
@@ -142,7 +142,7 @@ def test_parameters_are_found_beside_the_statistics_and_around_them(tmp_path: Pa
 
 def test_two_networks_in_a_file_keep_their_names_apart(tmp_path: Path) -> None:
     one = {"batch_stats": {"bn": STATISTICS}, "params": {"bn": {"scale": array(ONES)}}}
-    assert names(tmp_path / "a.msgpack", tree(model=one, ema=one)) == ["ema.bn", "model.bn"]
+    assert names(tmp_path / "a.msgpack", tree(model=one, ema=one)) == ["model.bn", "ema.bn"]
 
 
 def test_names_with_dots_do_not_become_one(tmp_path: Path) -> None:
