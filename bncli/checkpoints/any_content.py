@@ -34,11 +34,14 @@ from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 # None for all else, which it must not raise for.
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
+    haiku_file.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
     flax_file.read_if_flax,
+    haiku_file.read_if_npy,
     equinox_file.read_if_equinox,
+    haiku_file.read_if_pickle,
 )
 FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_folder,
