@@ -20,6 +20,7 @@ from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats import (
     equinox_file,
     flax_file,
+    haiku_file,
     keras_file,
     orbax_folder,
     torch_legacy,

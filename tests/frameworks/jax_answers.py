@@ -40,10 +40,19 @@ class Answers:
                 entry["arrays"][what] = [sum(part.size for part in self.numbers), *array.shape]
                 self.numbers.append(array)
 
+    def same(self, file: str, other: str) -> None:
+        """A file that holds what another one does."""
+        self.layers[file] = other  # type: ignore[assignment]
+
     def write(self) -> None:
         """Both files."""
         text = ",\n".join(
-            f"{json.dumps(file)}: [\n" + ",\n".join(json.dumps(layer) for layer in layers) + "\n]"
+            f"{json.dumps(file)}: "
+            + (
+                json.dumps(layers)
+                if isinstance(layers, str)
+                else "[\n" + ",\n".join(json.dumps(layer) for layer in layers) + "\n]"
+            )
             for file, layers in self.layers.items()
         )
         (self.folder / "answers.json").write_text(f"{{\n{text}\n}}\n")
@@ -55,9 +64,10 @@ class Answers:
 def read_answers(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """By file the layers, with their arrays by name."""
     numbers = np.fromfile(folder / "answers.f32", dtype="<f4")
-    files: dict[str, list[dict[str, Any]]] = json.loads((folder / "answers.json").read_text())
-    for layers in files.values():
+    said: dict[str, Any] = json.loads((folder / "answers.json").read_text())
+    own = {file: layers for file, layers in said.items() if not isinstance(layers, str)}
+    for layers in own.values():
         for layer in layers:
             for what, (start, *shape) in layer["arrays"].items():
                 layer["arrays"][what] = numbers[start : start + int(np.prod(shape))].reshape(shape)
-    return files
+    return {file: own[layers if isinstance(layers, str) else file] for file, layers in said.items()}

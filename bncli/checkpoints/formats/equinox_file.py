@@ -17,7 +17,7 @@ from bncli.batchnorm.layers import Hyperparameters
 from bncli.batchnorm.state_dict import FLOATS
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
-from bncli.checkpoints.formats.npy import SIGNATURE, array_tensor, read_header
+from bncli.checkpoints.formats.npy import OBJECTS, OTHERS, SIGNATURE, Header, array_tensor, read_header
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride, stored_tensor
 
 MAX_LINE = 2**16  # bytes of the JSON
@@ -33,7 +33,7 @@ def read_if_equinox(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork
         UnreadableFileError: on damage.
     """
     position = _start(file, start)
-    if position is None:
+    if position is None or _header(file, position).kind in (OBJECTS, OTHERS):
         return None
     leaves: list[_Leaf] = []
     while position < file.size:
@@ -58,12 +58,16 @@ def _start(file: ByteSource, start: bytes) -> int | None:
 
 def _read_leaf(file: ByteSource, position: int) -> tuple[_Leaf, int]:
     """An array, and where the next one begins."""
-    header = read_header(lambda start, size: file.read_at(position + start, size), file.size - position)
+    header = _header(file, position)
     begin = position + header.length
     storage = Storage(
         header.size, lambda start, size: file.read_at(begin + start, size), position=lambda: begin
     )
     return array_tensor(header, storage), begin + header.size
+
+
+def _header(file: ByteSource, position: int) -> Header:
+    return read_header(lambda start, size: file.read_at(position + start, size), file.size - position)
 
 
 def _read_network(leaves: list[_Leaf]) -> ForeignNetwork:

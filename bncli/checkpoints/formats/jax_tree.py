@@ -36,7 +36,7 @@ DTYPES = {
     )
 }  # fmt: skip
 _EVERY_ARRAY = "every array"
-_STATISTICS, _PARAMETERS = "batch_stats", "params"
+STATISTICS, _PARAMETERS = "batch_stats", "params"  # collections of Flax
 _AFFINE = {"scale": "weight", "bias": "bias", "offset": "bias"}
 _VALUE = ("value", "raw_value")  # what nnx.state puts below an attribute
 _HAIKU = re.compile(r"(?P<layer>.*)/~/mean_ema")
@@ -124,10 +124,10 @@ def _flax_layers(nodes: Mapping[Path, Mapping[str, StoredTensor]]) -> Iterator[_
         mean, var = arrays.get("mean"), arrays.get("var")
         if mean is None or var is None or not _are_statistics(mean, var) or "opt_state" in place:
             continue
-        if _STATISTICS in place:
+        if STATISTICS in place:
             if len(arrays) != 2:
                 continue
-            index = place.index(_STATISTICS)
+            index = place.index(STATISTICS)
             prefix, path = place[:index], place[index + 1 :]
             owners = _owners(prefix, path)
         elif set(arrays) <= {"mean", "var", "scale", "bias"}:
@@ -138,7 +138,7 @@ def _flax_layers(nodes: Mapping[Path, Mapping[str, StoredTensor]]) -> Iterator[_
         used = {(*place, "mean"), (*place, "var")}
         known = {"running_mean": mean, "running_var": var}
         owner = _add_affine(known, used, nodes, owners)
-        if owner is None and _STATISTICS not in place:
+        if owner is None and STATISTICS not in place:
             owner = place
         yield _Layer(prefix, path, (*place, "mean"), known, None, FLAX, frozenset(used), owner)
 
@@ -272,7 +272,7 @@ def _one_of_each_device(
 
 
 def _is_parameter(path: Path) -> bool:
-    return "opt_state" not in path and (_PARAMETERS in path or _STATISTICS not in path) and len(path) > 1
+    return "opt_state" not in path and (_PARAMETERS in path or STATISTICS not in path) and len(path) > 1
 
 
 def _are_rows_equal(tensor: StoredTensor) -> bool:

@@ -14,6 +14,7 @@ from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride, stored_tensor
 
 SIGNATURE = b"\x93NUMPY"
+OBJECTS, OTHERS = "|O0", "?0"  # the kinds of pickled objects, and of what no network has
 MAX_HEADER = 10_000  # bytes, as NumPy allows
 _TYPICAL = 256  # bytes in which most headers end
 TYPES = {
@@ -40,7 +41,7 @@ TYPES = {
 class Header:
     """What is said of the numbers that follow."""
 
-    kind: str  # as NumPy writes a type: `<f4`; `|O` for pickled objects
+    kind: str  # as NumPy writes a type, `<f4`; or OBJECTS, or OTHERS
     shape: tuple[int, ...]
     by_column: bool
     length: int  # bytes of the header, after which the numbers begin
@@ -77,7 +78,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     ):
         raise UnreadableFileError("a damaged array of NumPy: it has no proper shape")
     if not isinstance(kind, str) or not kind[2:].isdecimal() or len(kind) > 12:
-        kind = "|O0" if kind == "|O" else "?0"  # objects, or a record of fields, which no network has
+        kind = OBJECTS if kind == "|O" else OTHERS
     found = Header(kind, shape, by_column is True, length)
     if found.size > size - length:
         raise UnreadableFileError("a damaged or truncated array of NumPy: numbers are missing")
