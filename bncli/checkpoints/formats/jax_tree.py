@@ -321,7 +321,7 @@ def _stacked_axes(layer: _Layer, shapes: Mapping[Path, set[tuple[int, ...]]]) ->
     """
     if layer.convention is HAIKU:
         long = _long(layer.shape)
-        return long[-1] if len(long) > 1 else 0
+        return long[-2] + 1 if len(long) > 1 else 0
     beside = shapes.get(layer.around, set()) if layer.path else set()
     count = 0
     while count < len(layer.shape) - 1:

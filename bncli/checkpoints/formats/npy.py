@@ -14,7 +14,7 @@ from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride, stored_tensor
 
 SIGNATURE = b"\x93NUMPY"
-OBJECTS, OTHERS = "|O0", "?0"  # the kinds of pickled objects, and of what no network has
+OBJECTS, OTHERS = "|O0", "|?0"  # the kinds of pickled objects, and of what no network has
 MAX_HEADER = 10_000  # bytes, as NumPy allows
 _TYPICAL = 256  # bytes in which most headers end
 TYPES = {
