@@ -95,4 +95,6 @@ KERAS_2 = Convention(
 KERAS_2_OR_3 = replace(
     KERAS_3, framework="Keras 2 or 3", version="2.21.0 and 3.15.1", variance="biased or unbiased"
 )
-CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2)
+# tf.layers and tf.compat.v1.layers: the same code as tf.keras 2, and names without a layer's configuration
+TENSORFLOW_1 = replace(KERAS_2, framework="TensorFlow 1")
+CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, TENSORFLOW_1)
