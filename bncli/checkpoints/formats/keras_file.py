@@ -67,7 +67,7 @@ def read_if_keras_shards(
     weight_map = parse_json(content).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(files, list) for files in weight_map.values()):
         return None
-    names = list(dict.fromkeys(str(name) for files in weight_map.values() for name in files))
+    names = {str(name): group for group, files in weight_map.items() for name in files}
     check_beside(names)
     return "keras shards", read_weights([Hdf5File(open_beside(name)) for name in names])
 

@@ -97,7 +97,9 @@ def _read_vars(
     return found.network()
 
 
-def _roles(path: str, arrays: list[StoredTensor], layer: LayerConfig | None) -> dict[str, StoredTensor] | None:
+def _roles(
+    path: str, arrays: list[StoredTensor], layer: LayerConfig | None
+) -> dict[str, StoredTensor] | None:
     """The arrays of a BatchNorm layer by what they are; None for those of another layer."""
     count = arrays[0].num_elements
     alike = all(tensor.num_elements == count and tensor.dtype in FLOATS for tensor in arrays)

@@ -1,6 +1,7 @@
 """The wire format of protocol buffers, as far as a reader of checkpoints needs it: fields by number.
 
-Reference: protobuf.dev, "Encoding". Fields of a known message are taken by their numbers; others are passed over.
+Reference: protobuf.dev, "Encoding". Of a known message the fields are taken by their
+numbers; others are passed over.
 """
 
 from collections.abc import Iterator

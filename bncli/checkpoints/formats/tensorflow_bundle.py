@@ -1,8 +1,8 @@
 """The tensors of a TensorFlow checkpoint: a sorted table of LevelDB (`.index`), and their bytes (`.data-*`).
 
 The table's last 48 bytes say where the index of its blocks lies. Each entry is a tensor's key with a
-BundleEntryProto: type, shape, which `.data` file, offset and size. Reference: tensorflow/core/util/tensor_bundle
-and tensorflow/core/lib/io/table_format.txt.
+BundleEntryProto: type, shape, which `.data` file, offset and size. Reference: TensorFlow's
+core/util/tensor_bundle and core/lib/io/table_format.txt.
 """
 
 from collections.abc import Callable, Iterator
@@ -151,7 +151,7 @@ def _block(table: ByteSource, start: int, size: int) -> Iterator[tuple[bytes, by
     content = table.read_at(start, size + 1)  # a byte behind it tells how it is compressed
     if content[-1] != 0:
         raise ForeignFileError(
-            "the index of a TensorFlow checkpoint that is compressed, which TensorFlow never writes; save it again"
+            "the index of a TensorFlow checkpoint, compressed, as TensorFlow never writes it; save it again"
         )
     num_restarts = int.from_bytes(content[size - 4 : size], "little")
     end = size - 4 - 4 * num_restarts

@@ -1,7 +1,7 @@
 """The files of TensorFlow: a SavedModel's directory, a directory of checkpoints, or one file of either.
 
-    saved_model.pb  keras_metadata.pb  variables/variables.index  variables/variables.data-00000-of-00001
-    checkpoint  ck-1.index  ck-1.data-00000-of-00001  ck-1.meta (TensorFlow 1)
+saved_model.pb  keras_metadata.pb  variables/variables.index  variables/variables.data-00000-of-00001
+checkpoint  ck-1.index  ck-1.data-00000-of-00001  ck-1.meta (TensorFlow 1)
 """
 
 import re
@@ -21,7 +21,9 @@ _VARIABLE_OPS = {"VarHandleOp", "VariableV2", "Variable"}
 Open = Callable[[str], ByteSource]
 
 
-def read_if_tensorflow_file(file: ByteSource, start: bytes, open_beside: Open) -> tuple[str, ForeignNetwork] | None:
+def read_if_tensorflow_file(
+    file: ByteSource, start: bytes, open_beside: Open
+) -> tuple[str, ForeignNetwork] | None:
     """An `.index` file, or a saved_model.pb with its variables beside it; None for another file.
 
     Raises:
@@ -58,7 +60,9 @@ def read_if_tensorflow_folder(folder: Folder) -> tuple[str, ForeignNetwork] | No
         prefix = newest.group(1).replace("\\", "/").rpartition("/")[2] if newest else ""
         if prefix not in prefixes:
             listed = ", ".join(f"{name}.index" for name in prefixes[:3])
-            raise ForeignFileError(f"a directory of {len(prefixes)} TensorFlow checkpoints; give one: {listed}")
+            raise ForeignFileError(
+                f"a directory of {len(prefixes)} TensorFlow checkpoints; give one: {listed}"
+            )
     return "tensorflow checkpoint", _read(folder.open(f"{prefix}.index"), prefix, folder.open)
 
 
@@ -86,13 +90,16 @@ def _open_if_there(open_beside: Open, name: str) -> ByteSource | None:
 
 
 def _order(graph: ByteSource | None, *, is_saved_model: bool) -> dict[str, int]:
-    """The place of each variable in a graph of TensorFlow 1, whose operations are in the order of creation."""
+    """The place of each variable in a graph of TensorFlow 1: its operations are in the order of creation."""
     if graph is None or graph.size > MAX_READ:
         return {}
     content: list[bytes | memoryview] = [graph.read_at(0, graph.size)]
     for number in (2, 2, 1) if is_saved_model else (2, 1):  # meta graph, graph, operation
         content = [
-            part for outer in content for own, part in fields(outer) if own == number and not isinstance(part, int)
+            part
+            for outer in content
+            for own, part in fields(outer)
+            if own == number and not isinstance(part, int)
         ]
     order: dict[str, int] = {}
     for operation in content:

@@ -1,10 +1,10 @@
 """The BatchNorm layers of a TensorFlow checkpoint.
 
-Since TensorFlow 2 a checkpoint holds the graph of the objects that own its variables. The keys of variables do
-not tell what a variable is: after `fit`, gamma and beta may lie under the optimizer's keys, and an exported
-network has every variable twice, in different orders. So a layer is an object with the children moving_mean and
-moving_variance, wherever their numbers lie; where there are only variables (exported networks, TensorFlow 1)
-their names tell.
+Since TensorFlow 2 a checkpoint holds the graph of the objects that own its variables. The keys of variables
+do not tell what a variable is: after `fit`, gamma and beta may lie under the optimizer's keys, and an
+exported network has every variable twice, in different orders. So a layer is an object with the children
+moving_mean and moving_variance, wherever their numbers lie; where there are only variables (exported
+networks, TensorFlow 1) their names tell.
 """
 
 import re
@@ -125,7 +125,6 @@ class _Reader:
         self._bundle, self._nodes, self._configs = bundle, nodes, configs
         self._found = Found(_convention_of(nodes))
         self._taken: set[int] = set()
-        self._lost: list[str] = []
 
     def network(self) -> ForeignNetwork:
         """The layers, then all other variables by their names."""
@@ -133,10 +132,7 @@ class _Reader:
         for number in walked:
             self._take_layer(number)
         self._take_named([number for number in walked if number not in self._taken])
-        notes = ()
-        if self._lost:
-            notes = (f"{self._lost[0]}: a variable in parts, which bncli does not read",)
-        return self._found.network(notes)
+        return self._found.network()
 
     def _variable(self, number: int | None) -> StoredTensor | None:
         key = "" if number is None else self._nodes[number].key
@@ -167,8 +163,9 @@ class _Reader:
             owner, _, leaf = _without_number(node.full_name or node.key).rpartition("/")
             if not owner or leaf not in (*LEAVES, *RENORM):
                 name = _without_number(node.full_name)
-                known = name and name not in self._found.tensors
-                self._found.tensors[name if known else node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")] = tensor
+                if not name or name in self._found.tensors:
+                    name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
+                self._found.tensors[name] = tensor
                 continue
             name, count = owner, 1
             while leaf in groups.get(name, {}):  # another layer of the same name
@@ -217,7 +214,9 @@ def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
         owner, _, leaf = key.rpartition("/")
         if leaf in (*LEAVES, *RENORM):
             groups.setdefault(owner, []).append(leaf)
-    placed = all(f"{owner}/moving_mean" in order for owner, leaves in groups.items() if "moving_mean" in leaves)
+    placed = all(
+        f"{owner}/moving_mean" in order for owner, leaves in groups.items() if "moving_mean" in leaves
+    )
 
     def place(owner: str) -> tuple[int, list[tuple[str, int]]]:
         return (order.get(f"{owner}/moving_mean", 0) if placed else 0, natural_order(owner))
