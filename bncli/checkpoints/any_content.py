@@ -7,6 +7,7 @@ and nothing is written to it.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from bncli.checkpoints.byte_source import (
@@ -103,9 +104,9 @@ def read_content(
         return open_file(place_beside(file.name, name), stack)
 
     found = _first(
-        (
-            *(read(file, start) for read in FILE_READERS),
-            *(read(file, start, open_beside) for read in COMPANION_READERS),
+        chain(
+            (read(file, start) for read in FILE_READERS),
+            (read(file, start, open_beside) for read in COMPANION_READERS),
         )
     )
     if found is not None:
