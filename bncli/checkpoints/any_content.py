@@ -18,7 +18,14 @@ from bncli.checkpoints.byte_source import (
     open_source,
 )
 from bncli.checkpoints.folder import Folder
-from bncli.checkpoints.formats import keras_file, tensorflow_file, torch_legacy, torch_zip
+from bncli.checkpoints.formats import (
+    flax_file,
+    keras_file,
+    orbax_folder,
+    tensorflow_file,
+    torch_legacy,
+    torch_zip,
+)
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
@@ -31,6 +38,7 @@ ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], 
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
+    flax_file.read_if_flax,
 )
 # of formats of several files: what is called opens one beside the file, by its plain name
 COMPANION_READERS: tuple[
@@ -42,6 +50,7 @@ COMPANION_READERS: tuple[
 FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_folder,
     tensorflow_file.read_if_tensorflow_folder,
+    orbax_folder.read_if_orbax,
 )
 _INDEX = ".index"  # of a TensorFlow checkpoint, which is named without it
 
