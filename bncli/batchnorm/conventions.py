@@ -95,6 +95,8 @@ KERAS_2 = Convention(
 KERAS_2_OR_3 = replace(
     KERAS_3, framework="Keras 2 or 3", version="2.21.0 and 3.15.1", variance="biased or unbiased"
 )
+# tf.layers and tf.compat.v1.layers: the same code as tf.keras 2, and names without a layer's configuration
+TENSORFLOW_1 = replace(KERAS_2, framework="TensorFlow 1")
 FLAX = Convention(
     framework="Flax",
     version="0.12.8",
@@ -139,4 +141,4 @@ EQUINOX = Convention(
     counter="calls in training",
     starts_at_0_1=False,
 )
-CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, FLAX, HAIKU, EQUINOX)
+CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, TENSORFLOW_1, FLAX, HAIKU, EQUINOX)

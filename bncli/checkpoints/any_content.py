@@ -7,6 +7,7 @@ and nothing is written to it.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from bncli.checkpoints.byte_source import (
@@ -23,6 +24,7 @@ from bncli.checkpoints.formats import (
     haiku_file,
     keras_file,
     orbax_folder,
+    tensorflow_file,
     torch_legacy,
     torch_zip,
 )
@@ -44,10 +46,19 @@ FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ..
     equinox_file.read_if_equinox,
     haiku_file.read_if_pickle,
 )
+# of formats of several files: what is called opens one beside the file, by its plain name
+COMPANION_READERS: tuple[
+    Callable[[ByteSource, bytes, Callable[[str], ByteSource]], tuple[str, object] | None], ...
+] = (
+    keras_file.read_if_keras_shards,
+    tensorflow_file.read_if_tensorflow_file,
+)
 FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_folder,
+    tensorflow_file.read_if_tensorflow_folder,
     orbax_folder.read_if_orbax,
 )
+_INDEX = ".index"  # of a TensorFlow checkpoint, which is named without it
 
 
 def read_source(
@@ -66,6 +77,8 @@ def read_source(
         found = _first(read(folder) for read in FOLDER_READERS)
         if found is not None:
             return found
+    elif "://" not in source and not Path(source).exists() and Path(f"{source}{_INDEX}").is_file():
+        source += _INDEX
     return read_content(open_file(source, stack), stack, meanings)
 
 
@@ -101,7 +114,16 @@ def read_content(
         archive = torch_zip.ZipArchive(file, strictly=False)
         found = _first(read(archive) for read in ZIP_READERS)
         return found or torch_zip.read_torch_archive(archive, meanings)
-    found = _first(read(file, start) for read in FILE_READERS)
+
+    def open_beside(name: str) -> ByteSource:
+        return open_file(place_beside(file.name, name), stack)
+
+    found = _first(
+        chain(
+            (read(file, start) for read in FILE_READERS),
+            (read(file, start, open_beside) for read in COMPANION_READERS),
+        )
+    )
     if found is not None:
         return found
     if is_safetensors(start):
