@@ -227,8 +227,8 @@ OF_BYTES = {
     "MindSpore": (message((1, mindspore), (1, mindspore)), "a checkpoint of MindSpore (.ckpt); "),
     "Paddle program": (message((1, message((1, 0), (2, 2**64 - 1)))), "a program of Paddle (.pdmodel)"),
     "Paddle parameters": (paddle, "a parameter file of Paddle (.pdiparams); "),
-    "Flax": (flax, "a MessagePack file of Flax (.msgpack); "),
-    "Flax, one letter": (b"\x81\xa1a" + flax[7:], "a MessagePack file of Flax (.msgpack); "),
+    "Flax": (flax, "no BatchNorm layer with running statistics in it, but 1 tensor, batch.mean"),
+    "Flax, one letter": (b"\x81\xa1a" + flax[7:], "no BatchNorm layer with running statistics in it"),
     "other MessagePack": (b"\x81\xa1a\x01", "not a checkpoint: no file of torch.save or safetensors"),
     "MXNet": (struct.pack("<QQQ", 0x112, 0, 1) + b"\xc9\xfa\x93\xf9", "a parameter file of MXNet (.params)"),
     "MXNet symbol": (b'{"nodes": [], "arg_nodes": [], "heads": []}', "a network of MXNet (-symbol.json)"),
@@ -296,11 +296,9 @@ OF_DIRECTORIES: dict[str, tuple[tuple[str, ...], str]] = {
         ("checkpoint", "ck-1.index"),
         "a directory of TensorFlow checkpoints; give the .index file",
     ),
-    "Orbax": (("_METADATA", "manifest.ocdbt", "d/0"), "a checkpoint of Orbax (JAX, Flax); "),
-    "Orbax manager": (
-        ("0/_CHECKPOINT_METADATA", "0/default/_METADATA"),
-        "a checkpoint of Orbax (JAX, Flax); ",
-    ),
+    # without _METADATA, as before 2023, the paths of arrays are not known
+    "Orbax": (("manifest.ocdbt", "d/0"), "a checkpoint of Orbax (JAX, Flax); "),
+    "Orbax manager": (("0/_CHECKPOINT_METADATA",), "a checkpoint of Orbax (JAX, Flax); "),
     "Core ML": (("Manifest.json", "Data/com.apple.CoreML/model.mlmodel"), "a Core ML package (.mlpackage); "),
     "DeepSpeed": (("zero_to_fp32.py", "latest"), "a checkpoint of DeepSpeed; "),
     "Hugging Face": (

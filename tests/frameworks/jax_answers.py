@@ -1,9 +1,8 @@
 """What a framework itself says of the layers in the files that a script beside this makes.
 
-`answers.json` lists, by file, the layers in the order in which the network calls them. `answers.f32` has their
+`answers.json` lists, by file, the layers in the order of their calls. `answers.f32` has their
 arrays, float32 one after another, each where `arrays` says (first number, shape): running_mean, running_var,
-weight and bias as the framework evaluates with them, and an input (N, C) and the layer's output for it in eval
-mode.
+weight and bias as the framework evaluates with them, an input (N, C) and its output in eval mode.
 """
 
 import json

@@ -60,12 +60,16 @@ def trained(steps: int, **options: Any) -> tuple[Network, eqx.nn.State]:
         run = jax.vmap(network, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None))
         x = data(step, 8, 4).astype(options.get("dtype", jnp.float32))
         _, state = run(x, state, keys)
-    affine = [layer for layer in layers_of(network) if layer.weight is not None]
-    network = eqx.tree_at(
-        lambda tree: [part for layer in layers_of(tree) if layer.weight is not None for part in (layer.weight, layer.bias)],
-        network,
-        [part + 0.1 * data(9 + i, *part.shape).astype(part.dtype) for layer in affine for i, part in enumerate((layer.weight, layer.bias))],
-    )  # fmt: skip
+
+    def parts(tree: Network) -> list[jax.Array]:
+        affine = [layer for layer in layers_of(tree) if layer.weight is not None]
+        return [part for layer in affine for part in (layer.weight, layer.bias)]
+
+    moved = [
+        part + 0.1 * data(9 + index % 2, *part.shape).astype(part.dtype)
+        for index, part in enumerate(parts(network))
+    ]
+    network = eqx.tree_at(parts, network, moved)
     return network, state
 
 

@@ -76,7 +76,6 @@ def trained(dtype: Any = jnp.float32, steps: int = 4) -> tuple[Any, Any]:
 
 def answer(answers: Answers, file: str, params: Any, state: Any, dtype: Any = jnp.float32) -> None:
     """In the order of calls, what went into each layer and came out."""
-    model = hk.transform_with_state(network)
     seen: dict[str, tuple[hk.BatchNorm, Any, Any]] = {}
 
     def spy(function, arguments, keywords, context):
@@ -90,15 +89,14 @@ def answer(answers: Answers, file: str, params: Any, state: Any, dtype: Any = jn
             return network(x, False)
 
     hk.transform_with_state(run).apply(params, state, None, data(9, 4, 2, 2, 3).astype(dtype))
-    for name, (layer, given, out) in seen.items():
-        if name == "channels_first":
-            given, out = (jnp.moveaxis(array, 1, -1) for array in (given, out))
+    for name, (layer, *arrays) in seen.items():
+        last = [jnp.moveaxis(array, 1, -1) if name == "channels_first" else array for array in arrays]
         mean, var = (state[f"{name}/~/{which}_ema"] for which in ("mean", "var"))
         own = params.get(name, {})
         answers.add(
             file, name, eps=layer.eps, momentum=DECAY, running_mean=mean["average"],
-            running_var=var["average"], weight=own.get("scale"), bias=own.get("offset"), input=given,
-            output=out, count=mean["counter"],
+            running_var=var["average"], weight=own.get("scale"), bias=own.get("offset"), input=last[0],
+            output=last[1], count=mean["counter"],
         )  # fmt: skip
 
 

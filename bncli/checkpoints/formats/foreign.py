@@ -36,7 +36,6 @@ UNPACK = "unpack it and give the file inside"
 OTHER = f"not a checkpoint; {READ}"
 
 MAX_TEXT = 2**20  # bytes of a text that are looked at
-MAX_SEARCHED = 2**20  # bytes that are searched for the words of a library
 MAX_FIELDS = 16  # of a protocol buffer
 
 
@@ -78,11 +77,6 @@ _SIGNATURES = (
     (0, b"\x7fELF", Format("a compiled library or program (ELF)", ORIGIN)),
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-# of the array types that Flax writes, as MessagePack spells them: a length and the name
-_FLAX_TYPES = tuple(
-    bytes([0xA0 + len(name)]) + name.encode()
-    for name in ("float32", "bfloat16", "float16", "float64", "int32", "uint32", "int64", "uint8")
-)
 _Field = tuple[int, int, tuple[int, int]]  # of a protocol buffer: number, wire type, start and end
 _MINDSPORE_TYPES = (b"Float32", b"Float16", b"BFloat16", b"Float64", b"Int32", b"Int64", b"UInt8", b"Bool")
 
@@ -97,7 +91,6 @@ def recognise_file(source: ByteSource) -> Format | None:
         _hdf5(source)
         or _text(source)
         or _protocol_buffer(source)
-        or _message_pack(source)
         or _tensorflow_table(source)
         or _paddle_parameters(start)
         or recognise_name(source.name)
@@ -377,19 +370,6 @@ def _is_name(source: ByteSource, start: int, end: int) -> bool:
         return False
     data = source.read_at(start, end - start)
     return data.isascii() and data.decode("ascii").isprintable()
-
-
-def _message_pack(source: ByteSource) -> Format | None:
-    """Flax: a map whose first key is text, and in which the names of array types stand."""
-    start = source.read_at(0, min(source.size, MAX_SEARCHED))
-    sizes = {0xDE: 3, 0xDF: 5}  # of the head of a map
-    size = 1 if 0x81 <= start[0] <= 0x8F else sizes.get(start[0])
-    if size is None or len(start) <= size + 2:
-        return None
-    first = size + 1 if 0xA1 <= start[size] <= 0xBF else size + 2  # character of the key
-    is_key = (first == size + 1 or start[size] == 0xD9) and 0x20 <= start[first] < 0x7F
-    is_flax = is_key and any(name in start for name in _FLAX_TYPES)
-    return Format("a MessagePack file of Flax (.msgpack)", ARRAYS) if is_flax else None
 
 
 def _tensorflow_table(source: ByteSource) -> Format | None:

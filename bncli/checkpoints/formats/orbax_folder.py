@@ -102,7 +102,10 @@ def _last_step(places: list[list[str]]) -> tuple[list[list[str]], int, tuple[str
 
 
 def _arrays(folder: Folder, directory: str) -> Iterator[tuple[Path, StoredTensor]]:
-    metadata = parse_json(folder.read(directory + METADATA, MAX_HEADER))
+    try:
+        metadata = parse_json(folder.read(directory + METADATA, MAX_HEADER))
+    except UnreadableFileError as error:
+        raise UnreadableFileError(f"a damaged checkpoint: {directory}{METADATA}: {error}") from None
     tree = metadata.get("tree_metadata")
     if not isinstance(tree, dict):
         raise UnreadableFileError(f"a damaged checkpoint: there is no tree in {directory}{METADATA}")

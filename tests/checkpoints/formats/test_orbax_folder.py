@@ -1,4 +1,4 @@
-"""Directories of Orbax: against what Flax says of the arrays (tests/frameworks/make_flax.py), and broken ones."""
+"""Directories of Orbax: against what Flax says of them (tests/frameworks/make_flax.py), and broken ones."""
 
 import importlib.util
 import json
@@ -167,7 +167,7 @@ def test_chunks_are_put_together_and_missing_ones_are_the_fill_value() -> None:
     ],
 )
 def test_an_array_of_impossible_or_foreign_form_is_refused(changed: dict[str, object]) -> None:
-    with pytest.raises(UnreadableFileError):  # noqa: PT012 - some are found when the numbers are wanted
+    with pytest.raises(UnreadableFileError):  # some when the numbers are wanted
         tensor = zarr_tensor("a", zarr_2(**changed), lambda key, _: bytes(8) if key == "0" else None)
         assert tensor is not None
         tensor.read()
