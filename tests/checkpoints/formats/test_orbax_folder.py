@@ -233,7 +233,7 @@ def test_a_changed_file_is_refused_or_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("name", ["ocdbt-zarr3", "folders", "wide"])
 def test_many_changed_files_are_refused_or_read(tmp_path: Path, name: str) -> None:
     assert mutations(tmp_path, FOLDER / name, 500) > 20
 
