@@ -6,6 +6,7 @@ Imports neither: each script hands over its own.
 import json
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,40 @@ def answer(layer: Any) -> dict[str, Any]:
         "name": layer.name, "momentum": layer.momentum, "epsilon": layer.epsilon, "axis": axis,
         "stored_shape": features, "shape": shape, "output": numbers(output), **arrays,
     }  # fmt: skip
+
+
+class Corpus:
+    """Collects the layers of the network that is being made, and what was written."""
+
+    def __init__(self, folder: Path, kind: Any) -> None:
+        self.folder, self.kind = folder, kind
+        self.layers: list[Any] = []
+        self.answers: dict[str, dict[str, Any]] = {"nets": {}, "files": {}}
+
+    def bn(self, name: str, kind: Any = None, **config: Any) -> Any:
+        """A layer of the network."""
+        self.layers.append((kind or self.kind)(name=name, **config))
+        return self.layers[-1]
+
+    def finish(self, net: str) -> None:
+        """Give all layers their numbers, and ask Keras for its answers."""
+        generator = np.random.default_rng(len(self.answers["nets"]))
+        for layer in self.layers:
+            set_statistics(layer, generator)
+        self.answers["nets"][net] = [answer(layer) for layer in self.layers]
+        self.layers = []
+
+    def write(self, net: str, name: str, save: Callable[[Path], Any], **told: Any) -> None:
+        """One file or directory; told: whether it tells the order, names and hyperparameters."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+        self.answers["files"][name] = {"net": net, **told}
+
+
+ALL = {"ordered": True, "named": True, "configured": True}
+NAMED = {"ordered": True, "named": True, "configured": False}
+BARE = {"ordered": False, "named": False, "configured": False}
 
 
 def pack(folder: Path, target: Path, answers: dict[str, Any]) -> None:

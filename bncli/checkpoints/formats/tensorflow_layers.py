@@ -8,6 +8,7 @@ networks, TensorFlow 1) their names tell.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,6 @@ from bncli.checkpoints.formats.keras_batch_norm import (
     RENORM,
     Found,
     LayerConfig,
-    free_name,
     is_batch_norm,
     natural_order,
 )
@@ -33,6 +33,8 @@ MAX_OBJECTS = 300_000
 MAX_CHILDREN = 3_000_000
 _AVERAGED = "/ExponentialMovingAverage"
 _VALUE = "VARIABLE_VALUE"
+# a place in a list of layers, which says less than a name
+_NUMBERED = re.compile(r"(^|/)(_operations|_layers|layer_with_weights-\d+|layer-\d+|variables)(/|$)")
 
 
 @dataclass
@@ -42,10 +44,6 @@ class Node:
     children: list[tuple[str, int]] = field(default_factory=list)
     full_name: str = ""
     key: str = ""  # of the variable's numbers
-
-    def child(self, name: str) -> int | None:
-        """The number of the object that it holds under a name."""
-        return next((number for own, number in self.children if own == name), None)
 
 
 def read_layers(bundle: Bundle, configs: Mapping[int, object], order: Mapping[str, int]) -> ForeignNetwork:
@@ -124,60 +122,95 @@ class _Reader:
     def __init__(self, bundle: Bundle, nodes: list[Node], configs: Mapping[int, object]) -> None:
         self._bundle, self._nodes, self._configs = bundle, nodes, configs
         self._found = Found(_convention_of(nodes))
-        self._taken: set[int] = set()
+        self._notes: list[str] = []
 
     def network(self) -> ForeignNetwork:
         """The layers, then all other variables by their names."""
         walked = list(_walk(self._nodes))
-        for number in walked:
-            self._take_layer(number)
-        self._take_named([number for number in walked if number not in self._taken])
-        return self._found.network()
+        layers = {number: owned for number in walked if (owned := self._owned(number))}
+        owners = Counter(self._owner(owned) for owned in layers.values())
+        for number, owned in layers.items():
+            name = self._owner(owned)
+            if owners[name] > 1:  # of a class of somebody's, whose name stands before all its variables
+                path = self._nodes[owned["moving_mean"]].key.partition("/moving_mean")[0]
+                name = name if _NUMBERED.search(path) else path
+            self._add(number, owned, name)
+        taken = {at for owned in layers.values() for at in owned.values()}
+        self._take_named([number for number in walked if number not in taken])
+        return self._found.network(tuple(self._notes))
 
     def _variable(self, number: int | None) -> StoredTensor | None:
         key = "" if number is None else self._nodes[number].key
         return self._bundle.tensor(key) if key in self._bundle.entries else None
 
-    def _take_layer(self, number: int) -> None:
-        node = self._nodes[number]
-        owned = {leaf: node.child(leaf) for leaf in (*LEAVES, *RENORM)}
+    def _owned(self, number: int) -> dict[str, int]:
+        """The variables of an object that is a layer, by what they are; empty for all else."""
+        children = dict(reversed(self._nodes[number].children))
+        owned = {leaf: children[leaf] for leaf in (*LEAVES, *RENORM) if leaf in children}
         roles = {leaf: tensor for leaf, at in owned.items() if (tensor := self._variable(at)) is not None}
-        if not is_batch_norm(roles):
-            return
-        self._taken |= {at for leaf, at in owned.items() if leaf in roles and at is not None}
-        mean = self._nodes[owned["moving_mean"] or 0]
-        owner = mean.full_name.rpartition("/")[0] or mean.key.partition("/moving_mean")[0]
+        return {leaf: owned[leaf] for leaf in roles} if is_batch_norm(roles) else {}
+
+    def _owner(self, owned: Mapping[str, int]) -> str:
+        mean = self._nodes[owned["moving_mean"]]
+        return mean.full_name.rpartition("/")[0] or mean.key.partition("/moving_mean")[0]
+
+    def _add(self, number: int, owned: Mapping[str, int], name: str) -> None:
+        roles = {leaf: tensor for leaf, at in owned.items() if (tensor := self._variable(at)) is not None}
         config = self._configs.get(number)
         known = LayerConfig.of(config) if isinstance(config, dict) else None
-        convention = KERAS_2 if node.child("axis") is not None else None
-        self._found.add(free_name(_dotted(owner), self._found.layers), roles, known, convention)
+        # only tf.keras 2 keeps the axis as a list, which is an object
+        is_keras_2 = any(own == "axis" for own, _ in self._nodes[number].children)
+        self._found.add(_dotted(name), roles, known, KERAS_2 if is_keras_2 else None)
 
     def _take_named(self, numbers: list[int]) -> None:
-        """Variables that no object owns as a layer does: those of one layer follow one another."""
-        groups: dict[str, dict[str, tuple[int, StoredTensor]]] = {}
+        """Variables that no object owns as a layer does."""
+        variables = []
         for number in numbers:
-            node = self._nodes[number]
-            tensor = self._variable(number)
+            tensor, node = self._variable(number), self._nodes[number]
             if tensor is None:
                 continue
             owner, _, leaf = _without_number(node.full_name or node.key).rpartition("/")
-            if not owner or leaf not in (*LEAVES, *RENORM):
-                name = _without_number(node.full_name)
-                if not name or name in self._found.tensors:
-                    name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
-                self._found.tensors[name] = tensor
+            if owner and leaf in (*LEAVES, *RENORM):
+                variables.append((owner, leaf, tensor))
                 continue
-            name, count = owner, 1
-            while leaf in groups.get(name, {}):  # another layer of the same name
-                count += 1
-                name = f"{owner}#{count}"
-            groups.setdefault(name, {})[leaf] = (number, tensor)
-        for name, parts in groups.items():
-            roles = {leaf: tensor for leaf, (_, tensor) in parts.items()}
+            name = _without_number(node.full_name)
+            if not name or name in self._found.tensors:
+                name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
+            self._found.tensors[name] = tensor
+        orphans = set()
+        for owner, roles in _by_owner(variables):
             if is_batch_norm(roles):
-                self._found.add(free_name(_dotted(name), self._found.layers), roles, None)
+                self._found.add(_dotted(owner), roles, None)
             else:
-                self._found.tensors |= {f"{name}/{leaf}": tensor for leaf, tensor in roles.items()}
+                orphans.add(owner)
+                self._found.tensors |= {f"{owner}/{leaf}": tensor for leaf, tensor in roles.items()}
+        lost = [name for name in self._found.layers if name.partition("#")[0].replace(".", "/") in orphans]
+        if lost:
+            self._notes.append(
+                f"{lost[0]}: several layers have this name, and the file does not say whose weight and bias"
+                " are whose"
+            )
+
+
+def _by_owner(
+    variables: list[tuple[str, str, StoredTensor]],
+) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Variables with the layer's name and what they are, by layer.
+
+    Where several layers have one name, those that follow one another belong together: gamma, beta, mean.
+    """
+    ranks = {leaf: rank for rank, leaf in enumerate((*LEAVES, *RENORM))}
+    counts = Counter((owner, leaf) for owner, leaf, _ in variables)
+    repeated = {owner for (owner, _), count in counts.items() if count > 1}
+    groups: dict[tuple[str, int], dict[str, StoredTensor]] = {}
+    place, before, rank = 0, "", 0
+    for owner, leaf, tensor in variables:
+        if owner != before or ranks[leaf] <= rank:
+            place += 1
+        before, rank = owner, ranks[leaf]
+        groups.setdefault((owner, place if owner in repeated else 0), {})[leaf] = tensor
+    for (owner, _), roles in groups.items():
+        yield owner, roles
 
 
 def _convention_of(nodes: list[Node]) -> Convention:
@@ -187,8 +220,8 @@ def _convention_of(nodes: list[Node]) -> Convention:
         return KERAS_2
     if {"_operations", "_losses_override", "call_signature_parameters", "_kernel"} & names:
         return KERAS_3
-    root = nodes[0] if nodes else Node()
-    listed, all_of_them = (root.child(name) for name in ("variables", "_all_variables"))
+    root = dict(nodes[0].children) if nodes else {}
+    listed, all_of_them = root.get("variables"), root.get("_all_variables")
     if listed is not None and all_of_them is not None:
         same = {at for _, at in nodes[listed].children} & {at for _, at in nodes[all_of_them].children}
         return KERAS_2 if same else KERAS_3

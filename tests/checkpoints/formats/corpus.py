@@ -26,7 +26,9 @@ class Corpus:
 
     def answers(self, name: str) -> list[dict[str, Any]]:
         """What the framework says of each layer in a file."""
-        return self.nets[self.files[name]["net"]]
+        told = self.files[name]
+        layers = self.nets[told["net"]]
+        return [layer for layer in layers if layer["name"] in told.get("only", [layer["name"]])]
 
     def open(self, name: str) -> tuple[OpenCheckpoint, tuple[LayerStats, ...]]:
         with open_checkpoint(self.folder / name) as checkpoint:
