@@ -37,7 +37,8 @@ def set_statistics(layer: Any, generator: np.random.Generator) -> None:
 def answer(layer: Any) -> dict[str, Any]:
     """What the framework has in a layer, and what it computes with it in eval mode."""
     axis = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    axis = [int(one) for one in axis]
+    # with virtual batches tf.keras counts the axis that it inserts for them
+    axis = [int(one) - (getattr(layer, "virtual_batch_size", None) is not None) for one in axis]
     features = list(getattr(layer.moving_mean, "shape", ()))
     rank = layer.input_spec.ndim or max(layer.input_spec.axes) + 1
     sizes = dict(layer.input_spec.axes)
@@ -50,7 +51,7 @@ def answer(layer: Any) -> dict[str, Any]:
     }
     return {
         "name": layer.name, "momentum": layer.momentum, "epsilon": layer.epsilon, "axis": axis,
-        "stored_shape": features, "shape": shape, "output": numbers(output), **arrays,
+        "stored_shape": features, "computes_in": layer.compute_dtype, "shape": shape, "output": numbers(output), **arrays,
     }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1, Convention
 from bncli.checkpoints.byte_source import UnreadableFileError
@@ -24,7 +23,7 @@ from bncli.checkpoints.formats.keras_batch_norm import (
     is_batch_norm,
     natural_order,
 )
-from bncli.checkpoints.formats.protobuf import fields, text
+from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle
 from bncli.checkpoints.stored_tensor import StoredTensor
@@ -278,20 +277,35 @@ def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
     return found.network(tuple(notes))
 
 
-def parse_metadata(content: bytes) -> dict[int, Any]:
-    """What keras_metadata.pb says of each object, by its number.
+def parse_metadata(content: bytes) -> dict[int, object]:
+    """What keras_metadata.pb says of each BatchNorm layer, by the number of its object.
 
     Raises:
         UnreadableFileError: when it is damaged.
     """
-    known: dict[int, Any] = {}
-    for number, part in fields(content):
-        if number != 1 or isinstance(part, int):
-            continue
+    known: dict[int, object] = {}
+    for part in inside([content], 1):
         values = dict(fields(part))
-        metadata = values.get(5)
-        if metadata is not None and not isinstance(metadata, int) and len(known) < MAX_OBJECTS:
-            data = bytes(metadata)
-            if b"moving_mean_initializer" in data:  # all others are not asked for
-                known[_integer(values.get(2, 0))] = parse_json(data)
+        _note_config(known, _integer(values.get(2, 0)), values.get(5))
     return known
+
+
+def parse_old_metadata(saved_model: bytes) -> dict[int, object]:
+    """The same of a saved_model.pb itself, where TensorFlow 2.0 to 2.4 put it.
+
+    Raises:
+        UnreadableFileError: when it is damaged.
+    """
+    known: dict[int, object] = {}
+    for number, node in enumerate(inside([saved_model], 2, 7, 1)):  # meta graph, object graph, object
+        for user_object in inside([node], 4):
+            _note_config(known, number, dict(fields(user_object)).get(3))
+    return known
+
+
+def _note_config(known: dict[int, object], number: int, words: int | memoryview | None) -> None:
+    if words is None or isinstance(words, int) or len(known) >= MAX_OBJECTS:
+        return
+    data = bytes(words)
+    if b"moving_mean_initializer" in data:  # no other layer is asked for
+        known[number] = parse_json(data)

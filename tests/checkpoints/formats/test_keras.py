@@ -1,6 +1,5 @@
 """Files of Keras 3 and tf.keras 2, compared with what Keras says of them (tests/frameworks/make_*.py)."""
 
-
 import pytest
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
