@@ -51,7 +51,8 @@ def answer(layer: Any) -> dict[str, Any]:
     }
     return {
         "name": layer.name, "momentum": layer.momentum, "epsilon": layer.epsilon, "axis": axis,
-        "stored_shape": features, "computes_in": layer.compute_dtype, "shape": shape, "output": numbers(output), **arrays,
+        "stored_shape": features, "computes_in": layer.compute_dtype, "shape": shape,
+        "output": numbers(output), **arrays,
     }  # fmt: skip
 
 

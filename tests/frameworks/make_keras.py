@@ -109,7 +109,13 @@ def nested(corpus: Corpus) -> None:
     corpus.write("nested", "nested.weights.h5", model.save_weights, **BARE)
     corpus.write("nested", "nested.h5", model.save, **ALL)
     corpus.write("nested", "nested_export", lambda path: model.export(path, verbose=False), **NAMED)
-    corpus.write("nested", "nested_saved", lambda path: tf.saved_model.save(model, path), **NAMED)
+    corpus.write(
+        "nested",
+        "nested_saved/variables/variables.index",
+        lambda path: tf.saved_model.save(model, path.parent.parent),
+        **NAMED,
+    )
+    (corpus.folder / "nested_saved" / "saved_model.pb").unlink()  # only large
     corpus.write(
         "nested", "checkpoints/ck-1.index",
         lambda path: tf.train.Checkpoint(model=model).save(path.parent / "ck"), **NAMED,
@@ -194,6 +200,39 @@ def long_names(corpus: Corpus) -> None:
     corpus.write("long", "long.h5", model.save, **ALL)
 
 
+def hostile(folder: Path) -> None:
+    """What Keras never writes: arrays that claim more than the file has, groups in circles, other files."""
+    folder.mkdir()
+    names = [f"layers/batch_normalization/vars/{index}" for index in range(4)]
+    with h5py.File(folder / "giant.weights.h5", "w") as file:
+        for name in names:
+            file.create_dataset(name, (2**45,), "f4", chunks=(1024,))
+    with h5py.File(folder / "bomb.weights.h5", "w") as file:
+        for layer in range(2):
+            for index in range(4):
+                name = f"layers/batch_normalization_{layer}/vars/{index}"
+                file.create_dataset(
+                    name, data=np.zeros(5_000_000, "f4"), compression="gzip", compression_opts=9
+                )
+    with h5py.File(folder / "circle.weights.h5", "w") as file:
+        for name in names:
+            file[name] = np.ones(2, "f4")
+        file["layers/again"] = file["layers"]
+        file["layers/batch_normalization/top"] = file["/"]
+    with h5py.File(folder / "laughs.weights.h5", "w") as file:  # 2^40 paths to one group
+        below = file.create_group("end")
+        for level in range(40):
+            group = file.create_group(f"level{level}")
+            group["left"] = group["right"] = below
+            below = group
+    with h5py.File(folder / "external.weights.h5", "w") as file:
+        file.create_group("layers")
+        file["layers/batch_normalization"] = h5py.ExternalLink(
+            "beside.weights.h5", "/layers/batch_normalization"
+        )
+    shutil.copy(folder.parent / "bfloat16.weights.h5", folder / "beside.weights.h5")
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     corpus = Corpus(folder, L.BatchNormalization)
@@ -204,6 +243,7 @@ def main() -> None:
     low_precision(corpus, "float16")
     with h5py.File(folder / "other.h5", "w") as file:  # not of Keras
         file["scans/one"] = np.arange(6.0)
+    hostile(folder / "hostile")
     pack(folder, TARGET, corpus.answers)
     shutil.rmtree(folder)
 

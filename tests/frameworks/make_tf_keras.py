@@ -164,9 +164,8 @@ def tensorflow_1(corpus: Corpus) -> None:
         )
         one = v1.train.Saver(write_version=v1.train.SaverDef.V1)
         corpus.write("v1", "v1_single/model.ckpt", lambda path: one.save(session, str(path)), **named)
-        corpus.write(
-            "v1", "v1_saved", lambda path: v1.saved_model.simple_save(session, str(path), {"x": image}, {"y": x}), **named
-        )  # fmt: skip
+        save = v1.saved_model.simple_save
+        corpus.write("v1", "v1_saved", lambda path: save(session, str(path), {"x": image}, {"y": x}), **named)
     with tf.Graph().as_default(), v1.Session(config=v1.ConfigProto(device_count={"CPU": 2})) as session:
         for number, layer in enumerate(corpus.answers["nets"]["v1"]):
             for leaf in ("gamma", "beta", "moving_mean", "moving_variance"):

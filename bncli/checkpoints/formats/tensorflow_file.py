@@ -12,6 +12,7 @@ from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle, is_index
+from bncli.checkpoints.formats.tensorflow_first import FirstFormat, is_first_format
 from bncli.checkpoints.formats.tensorflow_layers import parse_metadata, parse_old_metadata, read_layers
 from bncli.errors import CheckpointError
 
@@ -68,7 +69,11 @@ def read_if_tensorflow_folder(folder: Folder) -> tuple[str, ForeignNetwork] | No
 
 def _read(index: ByteSource, prefix: str, open_beside: Open) -> ForeignNetwork:
     """The checkpoint of an open index; `prefix` is its name without `.index`, as `open_beside` knows it."""
-    bundle = Bundle(index, lambda ending: open_beside(f"{prefix}{ending}"))
+    bundle: Bundle | FirstFormat
+    if is_first_format(index):
+        bundle = FirstFormat(index)
+    else:
+        bundle = Bundle(index, lambda ending: open_beside(f"{prefix}{ending}"))
     has_objects = bundle.object_graph() is not None
     configs, order = {}, {}
     if prefix == VARIABLES:

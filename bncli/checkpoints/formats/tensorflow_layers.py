@@ -26,6 +26,7 @@ from bncli.checkpoints.formats.keras_batch_norm import (
 from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle
+from bncli.checkpoints.formats.tensorflow_first import FirstFormat
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 MAX_OBJECTS = 300_000
@@ -45,7 +46,9 @@ class Node:
     key: str = ""  # of the variable's numbers
 
 
-def read_layers(bundle: Bundle, configs: Mapping[int, object], order: Mapping[str, int]) -> ForeignNetwork:
+def read_layers(
+    bundle: Bundle | FirstFormat, configs: Mapping[int, object], order: Mapping[str, int]
+) -> ForeignNetwork:
     """The network of a checkpoint.
 
     Args:
@@ -118,7 +121,9 @@ def _walk(nodes: list[Node]) -> Iterator[int]:
 class _Reader:
     """Goes through the objects of a checkpoint."""
 
-    def __init__(self, bundle: Bundle, nodes: list[Node], configs: Mapping[int, object]) -> None:
+    def __init__(
+        self, bundle: Bundle | FirstFormat, nodes: list[Node], configs: Mapping[int, object]
+    ) -> None:
         self._bundle, self._nodes, self._configs = bundle, nodes, configs
         self._found = Found(_convention_of(nodes))
         self._notes: list[str] = []
@@ -239,7 +244,7 @@ def _dotted(name: str) -> str:
 # ---- TensorFlow 1: names and nothing else
 
 
-def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
+def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> ForeignNetwork:
     found = Found(TENSORFLOW_1)
     groups: dict[str, list[str]] = {}
     for key in bundle.entries:
