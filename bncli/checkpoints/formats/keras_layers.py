@@ -68,7 +68,7 @@ def _read_vars(
             parent, _, leaf = path.rpartition("/")
             owner, _, last = parent.rpartition("/")
             if path == "vars" or path.endswith("/vars"):
-                own_name = file.attributes(path).get("name")
+                own_name = file.attributes(node).get("name")
                 if isinstance(own_name, str):
                     names[parent] = own_name
             elif (parent == "vars" or last == "vars") and leaf.isdecimal() and len(leaf) < 10:
@@ -187,12 +187,12 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
     Raises:
         UnreadableFileError: on damage.
     """
-    top = file.attributes("")
+    top = file.attributes()
     root = "" if "layer_names" in top or "layer_names0" in top else "model_weights"
     nodes = dict(file.paths())
     if root and root not in nodes:
         return None
-    described = file.attributes(root)
+    described = file.attributes(nodes[root]) if root else top
     version = str(top.get("keras_version") or described.get("keras_version") or "")
     found = Found(_convention(version))
     configured = _configured(top.get("model_config"))
@@ -201,7 +201,7 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
         if place not in nodes:
             continue
         arrays: dict[str, dict[str, StoredTensor]] = {}
-        for name in _texts(file.attributes(place), "weight_names"):
+        for name in _texts(file.attributes(nodes[place]), "weight_names"):
             node = nodes.get(f"{place}/{name}")
             tensor = None if node is None else file.tensor(node)
             if tensor is not None:
