@@ -400,6 +400,7 @@ _NAMES = (
     (".pdopt", Format("the optimizer's state of Paddle", ARRAYS)),
     (".pdiparams", Format("a parameter file of Paddle", ARRAYS)),
     (".caffemodel", Format("a network of Caffe", ARRAYS)),
+    (".ckpt.meta", Format("the graph of a TensorFlow checkpoint", GIVE_INDEX)),
     (".tflite", Format("a TensorFlow Lite model", ORIGIN)),
     (".onnx", Format("an ONNX model", ORIGIN)),
     (".mnn", Format("a network of MNN", ORIGIN)),
