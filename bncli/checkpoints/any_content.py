@@ -17,7 +17,7 @@ from bncli.checkpoints.byte_source import (
     open_source,
 )
 from bncli.checkpoints.folder import Folder
-from bncli.checkpoints.formats import keras_file, torch_legacy, torch_zip
+from bncli.checkpoints.formats import keras_file, onnx_file, torch_legacy, torch_zip
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
@@ -30,6 +30,7 @@ ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], 
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
+    onnx_file.read_if_onnx,
 )
 FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (keras_file.read_if_keras_folder,)
 
