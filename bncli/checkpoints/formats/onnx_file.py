@@ -116,6 +116,7 @@ class _Model:
         self._training: list[str] = []
         self._computed: list[str] = []
         self._called: Counter[str] = Counter()
+        self._inputs: dict[str, list[str]] = {}  # names of the arrays of a layer
         self._used: set[int] = set()  # identities of the initialisers that BatchNorm takes in
         self._initialisers: dict[str, StoredTensor] = {}
 
@@ -277,8 +278,9 @@ class _Model:
             return
         features = parts.get("running_mean", next(iter(parts.values()))).num_elements
         parts = {leaf: tensor for leaf, tensor in parts.items() if tensor.num_elements == features}
-        if name in self._network.layers and self._is_same(name, parts):
-            self._called[name] += 1
+        again = self._earlier_call(name, node, parts)
+        if again is not None:
+            self._called[again] += 1
             return
         name = free_name(name, self._network.layers)
         if "running_mean" not in parts:
@@ -291,6 +293,7 @@ class _Model:
         if self._is_of_pytorch and momentum == 1:
             momentum = None  # what PyTorch writes for a cumulative average in eval mode
         self._used |= {id(tensor) for tensor in parts.values()}
+        self._inputs[name] = node.inputs[1:5]
         self._network.add(
             name,
             parts,
@@ -300,13 +303,20 @@ class _Model:
             momentum=momentum,
         )
 
-    def _is_same(self, name: str, parts: Mapping[str, StoredTensor]) -> bool:
-        """Whether a layer of that name has these arrays: then it is called once more."""
-        return all(
-            (known := self._network.tensors.get(f"{name}.{leaf}")) is not None
-            and known.storage == tensor.storage
+    def _earlier_call(self, name: str, node: _Node, parts: Mapping[str, StoredTensor]) -> str | None:
+        """The layer that a node is one more call of: of that name with these arrays.
+
+        TorchScript's exporter puts a number behind the name of the second call: `bn_1`.
+        """
+        if _SCOPES not in node.metadata:
+            first = re.sub(r"_\d{1,9}$", "", name)
+            return next((one for one in (name, first) if self._inputs.get(one) == node.inputs[1:5]), None)
+        known = self._network.tensors
+        same = name in self._network.layers and all(
+            (one := known.get(f"{name}.{leaf}")) is not None and one.storage is tensor.storage
             for leaf, tensor in parts.items()
         )
+        return name if same else None
 
     def _layer_name(self, node: _Node) -> str:
         scopes = [one or other for one, other in _QUOTED.findall(node.metadata.get(_SCOPES, ""))]
