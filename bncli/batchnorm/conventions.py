@@ -95,6 +95,52 @@ KERAS_2 = Convention(
 KERAS_2_OR_3 = replace(
     KERAS_3, framework="Keras 2 or 3", version="2.21.0 and 3.15.1", variance="biased or unbiased"
 )
+# tf.layers and tf.compat.v1.layers: the same code as tf.keras 2, and names without a layer's configuration
+TENSORFLOW_1 = replace(KERAS_2, framework="TensorFlow 1")
+FLAX = Convention(
+    framework="Flax",
+    version="0.12.8",
+    weight="scale",
+    bias="bias",
+    running_mean="mean",
+    running_var="var",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.99,
+    default_eps=1e-5,
+    variance="biased",
+    counter=None,
+)
+HAIKU = Convention(
+    framework="Haiku",
+    version="0.0.17",
+    weight="scale",
+    bias="offset",
+    running_mean="mean_ema/average",
+    running_var="var_ema/average",
+    momentum_name="decay_rate",
+    momentum_weighs="old average",
+    default_momentum=0.9,  # of its ResNet: BatchNorm itself has none, it must be given
+    default_eps=1e-5,
+    variance="biased",
+    counter="calls in training",
+    starts_at_0_1=False,
+)
+EQUINOX = Convention(
+    framework="Equinox",
+    version="0.13.8",
+    weight="weight",
+    bias="bias",
+    running_mean="running_mean",
+    running_var="running_var",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.99,
+    default_eps=1e-5,
+    variance="biased",
+    counter="calls in training",
+    starts_at_0_1=False,
+)
 # the operator; the statistics in a file are those of whoever trained the network
 ONNX = Convention(
     framework="ONNX",
@@ -170,4 +216,19 @@ CHAINER = Convention(
 )
 MLX = replace(PYTORCH, framework="MLX", version="0.32.4", counter=None)
 TINYGRAD = replace(PYTORCH, framework="tinygrad", version="0.14.0")
-CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, ONNX, PADDLE, MXNET, MINDSPORE, CHAINER, MLX, TINYGRAD)
+CONVENTIONS = (
+    PYTORCH,
+    KERAS_3,
+    KERAS_2,
+    TENSORFLOW_1,
+    FLAX,
+    HAIKU,
+    EQUINOX,
+    ONNX,
+    PADDLE,
+    MXNET,
+    MINDSPORE,
+    CHAINER,
+    MLX,
+    TINYGRAD,
+)

@@ -7,6 +7,7 @@ and nothing is written to it.
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from bncli.checkpoints.byte_source import (
@@ -17,7 +18,17 @@ from bncli.checkpoints.byte_source import (
     open_source,
 )
 from bncli.checkpoints.folder import Folder
-from bncli.checkpoints.formats import keras_file, onnx_file, torch_legacy, torch_zip
+from bncli.checkpoints.formats import (
+    equinox_file,
+    flax_file,
+    haiku_file,
+    keras_file,
+    onnx_file,
+    orbax_folder,
+    tensorflow_file,
+    torch_legacy,
+    torch_zip,
+)
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
@@ -27,12 +38,29 @@ from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 # None for all else, which it must not raise for.
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
+    haiku_file.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
+    flax_file.read_if_flax,
+    haiku_file.read_if_npy,
+    equinox_file.read_if_equinox,
     onnx_file.read_if_onnx,
+    haiku_file.read_if_pickle,
 )
-FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (keras_file.read_if_keras_folder,)
+# of formats of several files: what is called opens one beside the file, by its plain name
+COMPANION_READERS: tuple[
+    Callable[[ByteSource, bytes, Callable[[str], ByteSource]], tuple[str, object] | None], ...
+] = (
+    keras_file.read_if_keras_shards,
+    tensorflow_file.read_if_tensorflow_file,
+)
+FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
+    keras_file.read_if_keras_folder,
+    tensorflow_file.read_if_tensorflow_folder,
+    orbax_folder.read_if_orbax,
+)
+_INDEX = ".index"  # of a TensorFlow checkpoint, which is named without it
 
 
 def read_source(
@@ -51,6 +79,8 @@ def read_source(
         found = _first(read(folder) for read in FOLDER_READERS)
         if found is not None:
             return found
+    elif "://" not in source and not Path(source).exists() and Path(f"{source}{_INDEX}").is_file():
+        source += _INDEX
     return read_content(open_file(source, stack), stack, meanings)
 
 
@@ -86,7 +116,16 @@ def read_content(
         archive = torch_zip.ZipArchive(file, strictly=False)
         found = _first(read(archive) for read in ZIP_READERS)
         return found or torch_zip.read_torch_archive(archive, meanings)
-    found = _first(read(file, start) for read in FILE_READERS)
+
+    def open_beside(name: str) -> ByteSource:
+        return open_file(place_beside(file.name, name), stack)
+
+    found = _first(
+        chain(
+            (read(file, start) for read in FILE_READERS),
+            (read(file, start, open_beside) for read in COMPANION_READERS),
+        )
+    )
     if found is not None:
         return found
     if is_safetensors(start):

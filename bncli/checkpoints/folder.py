@@ -68,6 +68,16 @@ class Folder:
                 raise UnreadableFileError(f"its {name[:100]} has {file.size:,} bytes; bncli reads {limit:,}")
             return file.read_at(0, file.size)
 
+    def read_at(self, name: str, start: int, size: int) -> bytes:
+        """Some bytes of one of `names`, which is open only so long.
+
+        Raises:
+            UnreadableFileError: when it is none of them, or ends before that.
+        """
+        self._check(name)
+        with open_source(str(self.path / name)) as file:
+            return file.read_at(start, size)
+
     def _check(self, name: str) -> None:
         if name not in self.names:
             raise UnreadableFileError(f"there is no file {name[:100]} in the directory")

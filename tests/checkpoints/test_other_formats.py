@@ -205,18 +205,18 @@ mindspore = message((1, b"bn.moving_mean"), (2, message((1, 4), (2, b"Float32"),
 paddle = bytes(16) + struct.pack("<i", 6) + message((1, 5), (2, 8), (2, 3)) + bytes(96)
 table = b"\0\0\x04\x08\x01\x1a\x00" + bytes(60) + bytes.fromhex("57fb808b247547db")
 flax = b"\x81\xa5batch\x81\xa4mean\xc7\x1d\x01\x93\x91\x04\xa7float32\xc4\x10" + bytes(16)
-keras_h5 = b"\x89HDF\r\n\x1a\n" + bytes(500) + b"layer_names\0" + b"keras_version\0"
-keras_weights = b"\x89HDF\r\n\x1a\n" + bytes(500) + b"HEAPvars\0\0\0\0layers\0\0"
 OF_BYTES = {
-    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(500), "an HDF5 file; "),
-    "HDF5 behind a user block": (bytes(512) + b"\x89HDF\r\n\x1a\n" + bytes(500), "an HDF5 file; "),
-    "Keras .h5": (keras_h5, "a weight file of Keras (HDF5); "),
-    "Keras .weights.h5": (keras_weights, "a weight file of Keras (HDF5); "),
-    "Keras .keras": (zipped("metadata.json", "config.json", "model.weights.h5"), "a Keras file (.keras); "),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(500), "an HDF5 file that is written in a way that bncli does not"),
+    "HDF5 behind a user block": (
+        bytes(512) + b"\x89HDF\r\n\x1a\n" + bytes(500),
+        "an HDF5 file, but not one that Keras wrote; ",
+    ),
+    "Keras .keras": (zipped("config.json", "model.weights.h5"), "a damaged or truncated HDF5 file: "),
     "TensorFlow Lite": (b"\x20\0\0\0TFL3" + bytes(60), "a TensorFlow Lite model (.tflite); "),
     "TensorFlow graph": (message((1, node), (1, node)), "a graph of TensorFlow (.pb); "),
     "SavedModel": (message((1, 1), (2, message((1, b"")))), "a saved_model.pb of TensorFlow"),
-    "TensorFlow index": (table, "the index of a TensorFlow checkpoint (.index); "),
+    "TensorFlow index": (table, "a damaged"),
+    "LevelDB": (b"\0\3" + table[2:], "a table of LevelDB; not a checkpoint"),
     "TensorFlow list": (b'model_checkpoint_path: "ck-1"\n', "the list of a directory of TensorFlow"),
     "Core ML": (message((1, 4), (2, b"\x0a\x00"), (500, bytes(300))), "a Core ML model (.mlmodel); "),
     "Core ML, packed": (
@@ -227,13 +227,12 @@ OF_BYTES = {
     "MindSpore": (message((1, mindspore), (1, mindspore)), "a checkpoint of MindSpore (.ckpt); "),
     "Paddle program": (message((1, message((1, 0), (2, 2**64 - 1)))), "a program of Paddle (.pdmodel)"),
     "Paddle parameters": (paddle, "a parameter file of Paddle (.pdiparams); "),
-    "Flax": (flax, "a MessagePack file of Flax (.msgpack); "),
-    "Flax, one letter": (b"\x81\xa1a" + flax[7:], "a MessagePack file of Flax (.msgpack); "),
+    "Flax": (flax, "no BatchNorm layer with running statistics in it, but 1 tensor, batch.mean"),
+    "Flax, one letter": (b"\x81\xa1a" + flax[7:], "no BatchNorm layer with running statistics in it"),
     "other MessagePack": (b"\x81\xa1a\x01", "not a checkpoint: no file of torch.save or safetensors"),
     "MXNet": (struct.pack("<QQQ", 0x112, 0, 1) + b"\xc9\xfa\x93\xf9", "a parameter file of MXNet (.params)"),
     "MXNet symbol": (b'{"nodes": [], "arg_nodes": [], "heads": []}', "a network of MXNet (-symbol.json)"),
     "Paddle JSON": (b'{"base_code": {"magic": "pir"}}', "a program of Paddle (.json)"),
-    "Keras shards": (b'{"weight_map": {"/a/vars": ["x.weights.h5"]}}', "an index of shards of Keras"),
     "TensorFlow.js": (b'{"modelTopology": {}, "weightsManifest": []}', "a model of TensorFlow.js; "),
     "Hugging Face": (b'{"model_type": "resnet"}', "the configuration of a Hugging Face model; "),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file (llama.cpp); "),
@@ -292,15 +291,15 @@ def test_where_bytes_do_not_tell_the_name_does_and_the_answer_says_so(
 
 
 OF_DIRECTORIES: dict[str, tuple[tuple[str, ...], str]] = {
-    "SavedModel": (("saved_model.pb", "variables/variables.index"), "a SavedModel of TensorFlow; "),
-    "TensorFlow": (("checkpoint", "ck-1.index"), "a directory of TensorFlow checkpoints; "),
-    "Orbax": (("_METADATA", "manifest.ocdbt", "d/0"), "a checkpoint of Orbax (JAX, Flax); "),
-    "Orbax manager": (
-        ("0/_CHECKPOINT_METADATA", "0/default/_METADATA"),
-        "a checkpoint of Orbax (JAX, Flax); ",
+    "SavedModel": (("saved_model.pb", "assets/words"), "a SavedModel of TensorFlow without variables; "),
+    "TensorFlow": (
+        ("checkpoint", "ck-1.index"),
+        "a directory of TensorFlow checkpoints; give the .index file",
     ),
+    # without _METADATA, as before 2023, the paths of arrays are not known
+    "Orbax": (("manifest.ocdbt", "d/0"), "a checkpoint of Orbax (JAX, Flax); "),
+    "Orbax manager": (("0/_CHECKPOINT_METADATA",), "a checkpoint of Orbax (JAX, Flax); "),
     "Core ML": (("Manifest.json", "Data/com.apple.CoreML/model.mlmodel"), "a Core ML package (.mlpackage); "),
-    "Keras": (("config.json", "metadata.json", "model.weights.h5"), "an unpacked Keras file; "),
     "DeepSpeed": (("zero_to_fp32.py", "latest"), "a checkpoint of DeepSpeed; "),
     "Hugging Face": (
         ("config.json", "tf_model.h5", "model.safetensors"),
@@ -358,11 +357,12 @@ def test_what_stands_in_place_of_batch_norm_is_counted_in_grammar(tmp_path: Path
 
 
 def test_doctor_gives_no_advice_for_damage_where_the_format_is_another(bncli: Bncli, tmp_path: Path) -> None:
-    (tmp_path / "model.h5").write_bytes(keras_h5)
+    content, _ = OF_BYTES["HDF5"]
+    (tmp_path / "model.h5").write_bytes(content)
     outcome = bncli("doctor", tmp_path / "model.h5")
     text = " ".join(outcome.out.split())
     assert outcome.code == 1
-    assert "a weight file of Keras" in text
+    assert "an HDF5 file that is written in a way" in text
     assert "restore it from a copy" not in text
     with pytest.warns(DeprecationWarning):
         torch.jit.script(network()).save(tmp_path / "script.pt")  # whose code is compressed, as torch does it

@@ -52,7 +52,9 @@ def _place(model: ByteSource, name: str) -> str:
         own = Path(model.name)
         folders = (os.path.realpath(own.parent), os.path.dirname(os.path.realpath(own)))  # noqa: PTH120
         if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders):
-            raise UnreadableFileError(f"{name[:80]} beside it is a link that leads elsewhere; bncli follows none")
+            raise UnreadableFileError(
+                f"{name[:80]} beside it is a link that leads elsewhere; bncli follows none"
+            )
     return path
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import Global, walk
+from bncli.checkpoints.formats.tensorflow_bundle import is_table
 
 READ = "bncli reads files of PyTorch and safetensors so far"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported
@@ -27,14 +28,14 @@ JOIN = (
     'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into a file'
     " that bncli reads"
 )
-_OF_SAVED_MODEL = f"{READ}; its numbers lie in variables/ beside it"
+_OF_SAVED_MODEL = "its numbers lie in variables/ beside it, which is missing"
+GIVE_INDEX = "give the .index file, with the .data files beside it"
 _OF_PADDLE_PROGRAM = f"{READ}; its numbers lie in the .pdiparams file beside it"
 _OF_MXNET_SYMBOL = f"{READ}; its numbers lie in the .params file beside it"
 UNPACK = "unpack it and give the file inside"
 OTHER = f"not a checkpoint; {READ}"
 
 MAX_TEXT = 2**20  # bytes of a text that are looked at
-MAX_SEARCHED = 2**20  # bytes that are searched for the words of a library
 MAX_FIELDS = 16  # of a protocol buffer
 
 
@@ -76,13 +77,6 @@ _SIGNATURES = (
     (0, b"\x7fELF", Format("a compiled library or program (ELF)", ORIGIN)),
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_KERAS_GROUPS = ((b"layer_names\0", b"keras_version\0"), (b"layers\0", b"vars\0"))
-_TENSORFLOW_TABLE = bytes.fromhex("57fb808b247547db")  # the end of a table of LevelDB
-# of the array types that Flax writes, as MessagePack spells them: a length and the name
-_FLAX_TYPES = tuple(
-    bytes([0xA0 + len(name)]) + name.encode()
-    for name in ("float32", "bfloat16", "float16", "float64", "int32", "uint32", "int64", "uint8")
-)
 _Field = tuple[int, int, tuple[int, int]]  # of a protocol buffer: number, wire type, start and end
 _MINDSPORE_TYPES = (b"Float32", b"Float16", b"BFloat16", b"Float64", b"Int32", b"Int64", b"UInt8", b"Bool")
 
@@ -97,7 +91,6 @@ def recognise_file(source: ByteSource) -> Format | None:
         _hdf5(source)
         or _text(source)
         or _protocol_buffer(source)
-        or _message_pack(source)
         or _tensorflow_table(source)
         or _paddle_parameters(start)
         or recognise_name(source.name)
@@ -133,7 +126,7 @@ def recognise_directory(names: Collection[str]) -> Format | None:
     if ".metadata" in names and "distcp" in suffixes:
         return Format("a directory of torch.distributed.checkpoint", JOIN)
     if {"saved_model.pb", "saved_model.pbtxt"} & set(names):
-        return Format("a SavedModel of TensorFlow", ARRAYS)
+        return Format("a SavedModel of TensorFlow without variables", ORIGIN)
     if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & leaves:
         return Format("a checkpoint of Orbax (JAX, Flax)", ARRAYS)
     if "Manifest.json" in names and any(name.startswith("Data") for name in names):
@@ -146,10 +139,8 @@ def recognise_directory(names: Collection[str]) -> Format | None:
         return Format(
             "an unpacked file of torch.save", "pack it again, uncompressed: zip -0 -r FILE.pt DIRECTORY"
         )
-    if {"config.json", "model.weights.h5"} <= set(names):
-        return Format("an unpacked Keras file", ARRAYS)
     if "checkpoint" in names and "index" in suffixes:
-        return Format("a directory of TensorFlow checkpoints", ARRAYS)
+        return Format("a directory of TensorFlow checkpoints", GIVE_INDEX)
     return None
 
 
@@ -157,8 +148,6 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
     """What a zip archive without a pickle of torch is, by the names of its entries."""
     tops = {name.partition("/")[0] for name in names}
     below = {name.partition("/")[2] for name in names}
-    if "model.weights.h5" in names:
-        return Format("a Keras file (.keras)", ARRAYS)
     if names and all(name.endswith(".npy") for name in names):
         return Format("NumPy arrays (.npz)", ARRAYS)
     if {"archive_format", "models/model.json"} & below or "serialized_exported_program.json" in names:
@@ -195,9 +184,6 @@ _OF_EXPORTED_PROGRAM = 'save its numbers with torch.save(torch.export.load("FILE
 def recognise_json(content: dict[str, object]) -> Format | None:
     """What a JSON object is that is no index of shards."""
     keys = set(content)
-    weight_map = content.get("weight_map")
-    if isinstance(weight_map, dict) and any(isinstance(files, list) for files in weight_map.values()):
-        return Format("an index of shards of Keras (.weights.json)", ARRAYS)
     if {"nodes", "arg_nodes"} <= keys:
         return Format("a network of MXNet (-symbol.json), without numbers", _OF_MXNET_SYMBOL)
     if "base_code" in keys:
@@ -246,13 +232,10 @@ def recognise_shard(content: object, file_name: str) -> Format | None:
 
 
 def _hdf5(source: ByteSource) -> Format | None:
-    # a block of the user's may stand before the signature
-    starts = (offset for offset in (0, 512, 1024, 2048) if offset + 8 <= source.size)
-    if not any(source.read_at(offset, 8) == _HDF5 for offset in starts):
-        return None
-    start = source.read_at(0, min(source.size, MAX_SEARCHED))
-    is_keras = any(all(word in start for word in words) for words in _KERAS_GROUPS)
-    return Format("a weight file of Keras (HDF5)" if is_keras else "an HDF5 file", ARRAYS)
+    # Keras leaves no block of the user's before the signature
+    starts = (offset for offset in (512, 1024, 2048) if offset + 8 <= source.size)
+    is_hdf5 = any(source.read_at(offset, 8) == _HDF5 for offset in starts)
+    return Format("an HDF5 file, but not one that Keras wrote", ARRAYS) if is_hdf5 else None
 
 
 def _text(source: ByteSource) -> Format | None:
@@ -275,7 +258,7 @@ def _text(source: ByteSource) -> Format | None:
             return Format("a network of OpenVINO (.xml), without numbers", ORIGIN)
         return Format("XML, such as a server's error message", "download the file again")
     if head.startswith("model_checkpoint_path:"):
-        return Format("the list of a directory of TensorFlow checkpoints", ARRAYS)
+        return Format("the list of a directory of TensorFlow checkpoints", GIVE_INDEX)
     if text.startswith("7767517"):
         return Format("a network of ncnn (.param), without numbers", ORIGIN)
     if head.startswith("node {") and "\n  op:" in head:
@@ -389,26 +372,9 @@ def _is_name(source: ByteSource, start: int, end: int) -> bool:
     return data.isascii() and data.decode("ascii").isprintable()
 
 
-def _message_pack(source: ByteSource) -> Format | None:
-    """Flax: a map whose first key is text, and in which the names of array types stand."""
-    start = source.read_at(0, min(source.size, MAX_SEARCHED))
-    sizes = {0xDE: 3, 0xDF: 5}  # of the head of a map
-    size = 1 if 0x81 <= start[0] <= 0x8F else sizes.get(start[0])
-    if size is None or len(start) <= size + 2:
-        return None
-    first = size + 1 if 0xA1 <= start[size] <= 0xBF else size + 2  # character of the key
-    is_key = (first == size + 1 or start[size] == 0xD9) and 0x20 <= start[first] < 0x7F
-    is_flax = is_key and any(name in start for name in _FLAX_TYPES)
-    return Format("a MessagePack file of Flax (.msgpack)", ARRAYS) if is_flax else None
-
-
 def _tensorflow_table(source: ByteSource) -> Format | None:
-    # the first key of a checkpoint's index is empty: nothing shared with the one before, no characters
-    if source.size < 48 or source.read_at(source.size - 8, 8) != _TENSORFLOW_TABLE:
-        return None
-    if source.read_at(0, 2) != b"\0\0":
-        return Format("a table of LevelDB", OTHER)
-    return Format("the index of a TensorFlow checkpoint (.index)", ARRAYS)
+    # the first key of a checkpoint's index is empty; this one's is not
+    return Format("a table of LevelDB", OTHER) if is_table(source) else None
 
 
 def _paddle_parameters(start: bytes) -> Format | None:
@@ -448,5 +414,5 @@ def recognise_name(file_name: str) -> Format | None:
         if name.endswith(suffix):
             return Format(f"by its name {found.name}", found.advice)
     if ".data-" in name and "-of-" in name:  # model.ckpt.data-00000-of-00001
-        return Format("by its name the numbers of a TensorFlow checkpoint", ARRAYS)
+        return Format("by its name the numbers of a TensorFlow checkpoint", GIVE_INDEX)
     return None

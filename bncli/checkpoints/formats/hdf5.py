@@ -44,7 +44,7 @@ def errors_of_hdf5() -> Iterator[None]:
     except UnreadableFileError:
         raise
     except NotImplementedError as error:
-        raise UnreadableFileError(
+        raise ForeignFileError(
             f"an HDF5 file that is written in a way that bncli does not read: {_text(error)}"
         ) from None
     except (Exception, RecursionError) as error:

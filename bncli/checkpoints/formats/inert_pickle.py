@@ -41,6 +41,9 @@ class Global(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
+BYTES = Global("builtins", "bytes")  # the kind of bytes; their arguments are size and place in the stream
+
+
 class Inert:
     """An object that was not made: its class, the arguments, what it would have been filled with."""
 
@@ -288,10 +291,11 @@ def _bytes(machine: Machine, code: bytes) -> None:
     size = machine.take_length(_BYTES[code])
     if size >= 2**62:
         raise UnreadableFileError("a damaged pickle: bytes without bounds")
+    start = machine.stream.tell()
     if size:  # the last byte is read, so that the end of the file is noticed
         machine.stream.seek(size - 1, io.SEEK_CUR)
         machine.take(1)
-    machine.stack.append(Inert(Global("builtins", "bytes"), (size,)))
+    machine.stack.append(Inert(BYTES, (size, start)))
 
 
 @_operation(*_LONGS)

@@ -1,6 +1,7 @@
 """The containers of Keras: a zip archive, a folder with the same files, HDF5 by itself."""
 
 import zipfile
+from collections.abc import Callable
 
 from bncli.checkpoints.byte_source import ByteSource
 from bncli.checkpoints.folder import Folder
@@ -8,6 +9,7 @@ from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.hdf5 import Hdf5File
 from bncli.checkpoints.formats.keras_layers import read_keras, read_legacy, read_weights
 from bncli.checkpoints.formats.safetensors_file import parse_json
+from bncli.checkpoints.formats.shard_index import MAX_INDEX, check_beside
 from bncli.checkpoints.formats.torch_zip import ZipArchive
 
 WEIGHTS, CONFIG, METADATA = "model.weights.h5", "config.json", "metadata.json"
@@ -47,6 +49,27 @@ def read_if_keras_folder(folder: Folder) -> tuple[str, ForeignNetwork] | None:
         return None
     said = [parse_json(folder.read(name)) if name in folder.names else None for name in (CONFIG, METADATA)]
     return "keras folder", read_keras(Hdf5File(folder.open(WEIGHTS)), *said)
+
+
+def read_if_keras_shards(
+    file: ByteSource, start: bytes, open_beside: Callable[[str], ByteSource]
+) -> tuple[str, ForeignNetwork] | None:
+    """A `.weights.json` with the `.weights.h5` files that it names beside it; None for another file.
+
+    Raises:
+        UnreadableFileError: on damage, and when it names a file elsewhere.
+    """
+    if start.lstrip()[:1] != b"{" or not file.size <= MAX_INDEX:
+        return None
+    content = file.read_at(0, file.size)
+    if b".weights.h5" not in content:
+        return None
+    weight_map = parse_json(content).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(files, list) for files in weight_map.values()):
+        return None
+    names = {str(name): group for group, files in weight_map.items() for name in files}
+    check_beside(names)
+    return "keras shards", read_weights([Hdf5File(open_beside(name)) for name in names])
 
 
 def _read_zip(archive: ZipArchive, info: zipfile.ZipInfo) -> ForeignNetwork:

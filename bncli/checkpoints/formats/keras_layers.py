@@ -9,101 +9,28 @@ order of layers comes from the configuration, or from the numbers.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, Convention
-from bncli.batchnorm.layers import Hyperparameters
 from bncli.batchnorm.state_dict import FLOATS
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.hdf5 import Hdf5File
+from bncli.checkpoints.formats.keras_batch_norm import (
+    RENORM,
+    STATISTICS,
+    Found,
+    LayerConfig,
+    free_name,
+    is_batch_norm,
+    natural_order,
+)
 from bncli.checkpoints.formats.safetensors_file import parse_json
-from bncli.checkpoints.stored_tensor import StoredTensor, contiguous_stride, stored_tensor
+from bncli.checkpoints.stored_tensor import StoredTensor
 
 MAX_LAYERS = 200_000  # of a configuration
 MAX_DEPTH = 40
-LEAVES = {
-    "gamma": "weight",
-    "beta": "bias",
-    "moving_mean": "running_mean",
-    "moving_variance": "running_var",
-}
-_STATISTICS = ("moving_mean", "moving_variance")
-_RENORM = ("moving_stddev", "renorm_mean", "renorm_stddev")
 _GROUP = re.compile(r"(?:sync_)?batch_normalization(?:_\d+)?")
-_NUMBER = re.compile(r"(.*?)(?:_(\d+))?")
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """A layer as the configuration describes it."""
-
-    class_name: str
-    name: str  # with those of the networks around it, dotted
-    config: Mapping[str, Any]
-
-    @property
-    def is_batch_norm(self) -> bool:
-        return self.class_name in ("BatchNormalization", "SyncBatchNormalization") or (
-            "moving_mean_initializer" in self.config and "epsilon" in self.config
-        )
-
-    def number(self, key: str) -> float | None:
-        value = self.config.get(key)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """What its arrays are, in their order."""
-        affine = [
-            role for key, role in (("scale", "gamma"), ("center", "beta")) if self.config.get(key, True)
-        ]
-        return (*affine, *_STATISTICS, *(_RENORM if self.config.get("renorm") else ()))
-
-
-@dataclass
-class _Found:
-    """What is collected while a file is read."""
-
-    convention: Convention
-    tensors: dict[str, StoredTensor] = field(default_factory=dict)
-    layers: dict[str, Hyperparameters] = field(default_factory=dict)
-    ambiguous: list[str] = field(default_factory=list)
-    renormalised: list[str] = field(default_factory=list)
-
-    def add(self, name: str, roles: Mapping[str, StoredTensor], layer: _Layer | None) -> None:
-        """Note a BatchNorm layer whose arrays are known by what they are."""
-        for role, tensor in roles.items():
-            self.tensors[f"{name}.{LEAVES.get(role, role)}"] = _flat(tensor)
-        momentum = layer.number("momentum") if layer else None
-        self.layers[name] = Hyperparameters(
-            num_features=roles["moving_mean"].num_elements,
-            eps=layer.number("epsilon") if layer else None,
-            momentum=None if momentum is None else self.convention.as_new_batch_weight(momentum),
-            momentum_known=momentum is not None,
-            convention=self.convention,
-        )
-        if "renorm_mean" in roles:
-            self.renormalised.append(name)
-
-    def network(self, notes: tuple[str, ...] = ()) -> ForeignNetwork:
-        """All of it, with what is to be said."""
-        if self.ambiguous:
-            notes += (
-                f"{_listed(self.ambiguous)}: one of weight and bias is there, and the file does not say"
-                " which; the .keras file does",
-            )
-        if self.renormalised:
-            notes += (
-                f"{_listed(self.renormalised)}: batch renormalization, whose moving_variance is no average"
-                " of variances",
-            )
-        return ForeignNetwork(self.tensors, self.layers, notes)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # ---- .keras and .weights.h5
@@ -132,7 +59,7 @@ def _convention(version: str) -> Convention:
 
 
 def _read_vars(
-    files: list[Hdf5File], layers: Mapping[str, _Layer], convention: Convention | None
+    files: list[Hdf5File], layers: Mapping[str, LayerConfig], convention: Convention | None
 ) -> ForeignNetwork:
     """Arrays that lie in groups called `vars`; those of one layer may be divided among the files."""
     groups: dict[str, dict[int, StoredTensor]] = {}
@@ -151,9 +78,9 @@ def _read_vars(
                     groups.setdefault(owner, {})[int(leaf)] = tensor
     if not groups:
         raise ForeignFileError("an HDF5 file, but not one that Keras wrote: it has no layers")
-    found = _Found(convention or (KERAS_3 if names else KERAS_2_OR_3))
+    found = Found(convention or (KERAS_3 if names else KERAS_2_OR_3))
     order = [path for path in layers if path in groups]
-    order += sorted((path for path in groups if path not in layers), key=_natural)
+    order += sorted((path for path in groups if path not in layers), key=natural_order)
     for path in order:
         if path == "optimizer" or path.startswith("optimizer/"):
             continue
@@ -170,7 +97,9 @@ def _read_vars(
     return found.network()
 
 
-def _roles(path: str, arrays: list[StoredTensor], layer: _Layer | None) -> dict[str, StoredTensor] | None:
+def _roles(
+    path: str, arrays: list[StoredTensor], layer: LayerConfig | None
+) -> dict[str, StoredTensor] | None:
     """The arrays of a BatchNorm layer by what they are; None for those of another layer."""
     count = arrays[0].num_elements
     alike = all(tensor.num_elements == count and tensor.dtype in FLOATS for tensor in arrays)
@@ -181,28 +110,18 @@ def _roles(path: str, arrays: list[StoredTensor], layer: _Layer | None) -> dict[
         return dict(zip(layer.roles, arrays, strict=True)) if known else None
     in_group = _GROUP.fullmatch(path.rpartition("/")[2]) is not None
     by_number: dict[int, tuple[str, ...]] = {
-        2: _STATISTICS,
-        3: ("weight_or_bias", *_STATISTICS),
-        4: ("gamma", "beta", *_STATISTICS),
-        5: (*_STATISTICS, *_RENORM),
-        6: ("weight_or_bias", *_STATISTICS, *_RENORM),
-        7: ("gamma", "beta", *_STATISTICS, *_RENORM),
+        2: STATISTICS,
+        3: ("weight_or_bias", *STATISTICS),
+        4: ("gamma", "beta", *STATISTICS),
+        5: (*STATISTICS, *RENORM),
+        6: ("weight_or_bias", *STATISTICS, *RENORM),
+        7: ("gamma", "beta", *STATISTICS, *RENORM),
     }
     roles = by_number.get(len(arrays))
     # outside of such groups (an attribute of somebody's class) only four arrays of one length are certain
     if roles is None or not (in_group or (len(arrays) == 4 and len(arrays[0].shape) == 1)):
         return None
     return dict(zip(roles, arrays, strict=True))
-
-
-def _natural(path: str) -> list[tuple[str, int]]:
-    """A sort key that puts `layer_10` behind `layer_2`, and `layer` before `layer_1`."""
-    key = []
-    for part in path.split("/"):
-        match = _NUMBER.fullmatch(part)
-        name, number = match.groups() if match else (part, None)
-        key.append((name, int(number[:9]) if number else 0))
-    return key
 
 
 def _name_of(path: str, names: Mapping[str, str]) -> str:
@@ -218,7 +137,7 @@ def _name_of(path: str, names: Mapping[str, str]) -> str:
 
 def _by_group(
     model: Mapping[str, Any], path: str = "", names: tuple[str, ...] = (), depth: int = 0
-) -> Iterator[tuple[str, _Layer]]:
+) -> Iterator[tuple[str, LayerConfig]]:
     """Every layer of a configuration with its group: classes are numbered in each network by itself."""
     inner = _inner(model)
     if depth > MAX_DEPTH:
@@ -236,10 +155,10 @@ def _by_group(
 
 def _one(
     entry: Mapping[str, Any], place: str, names: tuple[str, ...], depth: int
-) -> Iterator[tuple[str, _Layer]]:
+) -> Iterator[tuple[str, LayerConfig]]:
     config = _inner(entry)
     own = (*names, str(config.get("name") or entry.get("name") or place.rpartition("/")[2]))
-    yield place, _Layer(str(entry.get("class_name", "")), ".".join(own), config)
+    yield place, LayerConfig(str(entry.get("class_name", "")), ".".join(own), config)
     if isinstance(config.get("layers"), list):
         yield from _by_group(entry, f"{place}/", own, depth + 1)
     elif isinstance(config.get("layer"), dict) and depth < MAX_DEPTH:
@@ -272,7 +191,7 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
         return None
     described = file.attributes(root)
     version = str(top.get("keras_version") or described.get("keras_version") or "")
-    found = _Found(_convention(version))
+    found = Found(_convention(version))
     configured = _configured(top.get("model_config"))
     for group in _texts(described, "layer_names"):
         place = f"{root}/{group}" if root else group
@@ -288,28 +207,11 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
         for owner, roles in arrays.items():
             own = owner.rpartition("/")[2]
             name = group if own in (group, "") else f"{group}.{own}"
-            if _is_batch_norm(roles):
-                found.add(_free(name, found.layers), roles, configured(group, own))
+            if is_batch_norm(roles):
+                found.add(free_name(name, found.layers), roles, configured(group, own))
             else:
                 found.tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in roles.items()}
     return found.network()
-
-
-def _free(name: str, taken: Mapping[str, object]) -> str:
-    """A name that no other layer has."""
-    number = 1
-    while name in taken:
-        number += 1
-        name = f"{name}#{number}"
-    return name
-
-
-def _is_batch_norm(roles: Mapping[str, StoredTensor]) -> bool:
-    if not set(_STATISTICS) <= set(roles):
-        return False
-    parts = [tensor for leaf, tensor in roles.items() if leaf in LEAVES]
-    sizes = {tensor.num_elements for tensor in parts}
-    return len(sizes) == 1 and 0 not in sizes and all(tensor.dtype in FLOATS for tensor in parts)
 
 
 def _texts(attributes: Mapping[str, Any], name: str) -> list[str]:
@@ -325,25 +227,17 @@ def _texts(attributes: Mapping[str, Any], name: str) -> list[str]:
     return [text for part in parts if isinstance(part, list) for text in part if isinstance(text, str)]
 
 
-def _configured(text: object) -> Callable[[str, str], _Layer | None]:
+def _configured(text: object) -> Callable[[str, str], LayerConfig | None]:
     """Tells what the configuration says of the layer `own` within the network's layer `group`."""
     content = parse_json(text.encode()) if isinstance(text, str) and text else {}
-    layers: dict[str, list[_Layer]] = {}
+    layers: dict[str, list[LayerConfig]] = {}
     for _, layer in _by_group(content):
         if layer.is_batch_norm:
             layers.setdefault(layer.name.partition(".")[0], []).append(layer)
 
-    def find(group: str, own: str) -> _Layer | None:
+    def find(group: str, own: str) -> LayerConfig | None:
         inside = layers.get(group, [])
         same = [layer for layer in inside if layer.name.rpartition(".")[2] == own] or inside
         return same[0] if len(same) == 1 else None
 
     return find
-
-
-def _flat(tensor: StoredTensor) -> StoredTensor:
-    """The same numbers as (C,): virtual batches have (1, 1, C), and two axes (1, C, 1, D)."""
-    shape = (tensor.num_elements,)
-    if tensor.shape == shape:
-        return tensor
-    return stored_tensor(tensor.storage, tensor.dtype, tensor.offset, shape, contiguous_stride(shape))

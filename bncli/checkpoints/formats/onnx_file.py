@@ -135,9 +135,7 @@ class _Model:
                 self._graph(one, {}, 0)
         if not self._network.layers:
             raise NothingToReadError(self._what_is_left())
-        unused = {
-            name: tensor for name, tensor in self._initialisers.items() if id(tensor) not in self._used
-        }
+        unused = {name: tensor for name, tensor in self._initialisers.items() if id(tensor) not in self._used}
         self._network.add_others(unused)
         self._network.notes += self._notes()
         return self._network.network()
@@ -285,9 +283,7 @@ class _Model:
         name = free_name(name, self._network.layers)
         if "running_mean" not in parts:
             self._computed.append(name)
-        if self._number(node, "training_mode", 0) or (
-            self._opset < 14 and sum(map(bool, node.outputs)) > 1
-        ):
+        if self._number(node, "training_mode", 0) or (self._opset < 14 and sum(map(bool, node.outputs)) > 1):
             self._training.append(name)
         momentum: float | None = self._number(node, "momentum", ONNX.default_momentum)
         if self._is_of_pytorch and momentum == 1:

@@ -43,16 +43,7 @@ def read_index(
     if not isinstance(weight_map, dict):
         raise ForeignFileError("not a checkpoint: JSON, but no index of shards (it has no weight_map)")
     names = dict.fromkeys(name for name in weight_map.values() if isinstance(name, str))
-    if len(names) > MAX_FILES:
-        raise UnreadableFileError(f"an index of {len(names):,} files; bncli reads up to {MAX_FILES:,}")
-    for name in names:
-        # a stranger's index must not make us read any file or call any server it likes
-        if not PLAIN_NAME.fullmatch(name) or not name.strip("."):
-            tensor = next(key for key, file in weight_map.items() if file == name)
-            raise UnreadableFileError(
-                f"its index names {name[:80]!r} for tensor {tensor[:80]!r}, which is no plain name of a file"
-                " beside it; bncli opens no other"
-            )
+    check_beside({file: name for name, file in reversed(weight_map.items()) if file in names})
     shards = {name: read_shard(name) for name in names}
     tensors = {}
     for name, file in weight_map.items():
@@ -63,6 +54,24 @@ def read_index(
             )
         tensors[name] = tensor
     return tensors
+
+
+def check_beside(names: Mapping[str, str]) -> None:
+    """Whether all are plain names of files, given with a tensor that each is named for.
+
+    A stranger's index must not make us read any file or call any server it likes.
+
+    Raises:
+        UnreadableFileError: when one is not, or there are far too many.
+    """
+    if len(names) > MAX_FILES:
+        raise UnreadableFileError(f"an index of {len(names):,} files; bncli reads up to {MAX_FILES:,}")
+    for name, tensor in names.items():
+        if not PLAIN_NAME.fullmatch(name) or not name.strip("."):
+            raise UnreadableFileError(
+                f"its index names {name[:80]!r} for tensor {tensor[:80]!r}, which is no plain name of a file"
+                " beside it; bncli opens no other"
+            )
 
 
 def place_beside(index: str, name: str) -> str:

@@ -41,7 +41,7 @@ def read_torch_zip(
         UnreadableFileError: when it is damaged, or another kind of zip archive.
     """
     archive = ZipArchive(source, strictly=strictly)
-    if not strictly:
+    if not strictly or archive.is_script:  # which is never bncli's own
         return read_torch_archive(archive, meanings)
     pickle = archive.find_pickle()
     archive.check_layout()
@@ -55,8 +55,7 @@ def read_torch_archive(
 ) -> tuple[str, object]:
     """The same of an archive of anyone's that is open already."""
     pickle = archive.find_pickle()
-    is_script = any("/code/" in name for name in archive.entries)
-    return "torchscript" if is_script else "torch zip", archive.read_pickle(pickle, meanings)
+    return "torchscript" if archive.is_script else "torch zip", archive.read_pickle(pickle, meanings)
 
 
 class ZipArchive:
@@ -75,6 +74,11 @@ class ZipArchive:
                 self.entries = {info.filename: info for info in self.infos}
         except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError, struct.error):
             raise UnreadableFileError("not a checkpoint: a damaged or truncated zip archive") from None
+
+    @property
+    def is_script(self) -> bool:
+        """Whether it holds code, as torch.jit writes it."""
+        return any("/code/" in name for name in self.entries)
 
     def find_pickle(self) -> zipfile.ZipInfo:
         """The entry with the pickle; all of torch's lie in one folder with it."""

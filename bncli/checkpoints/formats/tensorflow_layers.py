@@ -1,0 +1,264 @@
+"""The BatchNorm layers of a TensorFlow checkpoint.
+
+Since TensorFlow 2 a checkpoint holds the graph of the objects that own its variables. The keys of variables
+do not tell what a variable is: after `fit`, gamma and beta may lie under the optimizer's keys, and an
+exported network has every variable twice, in different orders. So a layer is an object with the children
+moving_mean and moving_variance, wherever their numbers lie; where there are only variables (exported
+networks, TensorFlow 1) their names tell.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1, Convention
+from bncli.checkpoints.byte_source import UnreadableFileError
+from bncli.checkpoints.formats.foreign_network import ForeignNetwork
+from bncli.checkpoints.formats.keras_batch_norm import (
+    LEAVES,
+    RENORM,
+    Found,
+    LayerConfig,
+    free_name,
+    is_batch_norm,
+    natural_order,
+)
+from bncli.checkpoints.formats.protobuf import fields, text
+from bncli.checkpoints.formats.safetensors_file import parse_json
+from bncli.checkpoints.formats.tensorflow_bundle import Bundle
+from bncli.checkpoints.stored_tensor import StoredTensor
+
+MAX_OBJECTS = 300_000
+MAX_CHILDREN = 3_000_000
+_AVERAGED = "/ExponentialMovingAverage"
+_VALUE = "VARIABLE_VALUE"
+
+
+@dataclass
+class Node:
+    """An object: those that it holds by name, and its variable where it is one."""
+
+    children: list[tuple[str, int]] = field(default_factory=list)
+    full_name: str = ""
+    key: str = ""  # of the variable's numbers
+
+    def child(self, name: str) -> int | None:
+        """The number of the object that it holds under a name."""
+        return next((number for own, number in self.children if own == name), None)
+
+
+def read_layers(bundle: Bundle, configs: Mapping[int, object], order: Mapping[str, int]) -> ForeignNetwork:
+    """The network of a checkpoint.
+
+    Args:
+        bundle: its tensors.
+        configs: what keras_metadata.pb says of an object, by the object's number.
+        order: the place of a variable in the graph of TensorFlow 1, by its name, where that is known.
+
+    Raises:
+        UnreadableFileError: on damage.
+    """
+    graph = bundle.object_graph()
+    if graph is None:
+        return _by_names(bundle, order)
+    nodes = parse_graph(graph)
+    return _Reader(bundle, nodes, configs).network()
+
+
+def parse_graph(graph: bytes) -> list[Node]:
+    """The objects of a TrackableObjectGraph; children are sound numbers.
+
+    Raises:
+        UnreadableFileError: when it is damaged, or has far too many objects.
+    """
+    nodes = []
+    left = MAX_CHILDREN
+    for number, part in fields(graph):
+        if number != 1 or isinstance(part, int):
+            continue
+        node = Node()
+        for kind, inner in fields(part):
+            if isinstance(inner, int) or kind not in (1, 2):
+                continue
+            values = dict(fields(inner))
+            if kind == 1:
+                node.children.append((text(values.get(2, 0)), _integer(values.get(1, 0))))
+                left -= 1
+            elif text(values.get(1, 0)) == _VALUE:
+                node.full_name, node.key = text(values.get(2, 0)), text(values.get(3, 0))
+        nodes.append(node)
+        if len(nodes) > MAX_OBJECTS or left < 0:
+            raise UnreadableFileError("a graph of far too many objects")
+    if any(child >= len(nodes) for node in nodes for _, child in node.children):
+        raise UnreadableFileError("a damaged file: its graph of objects points beyond its end")
+    return nodes
+
+
+def _integer(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise UnreadableFileError("a damaged file: its graph of objects is none")
+    return value
+
+
+def _walk(nodes: list[Node]) -> Iterator[int]:
+    """The objects in the order in which the network holds them, each once."""
+    seen: set[int] = set()
+    stack = [0] if nodes else []
+    while stack:
+        number = stack.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        yield number
+        children = nodes[number].children
+        if any(name == "variables" for name, _ in children):
+            # Keras' export lists all of them once more, as other objects, in another order in every run
+            children = [(name, child) for name, child in children if name != "_all_variables"]
+        stack += [child for _, child in reversed(children)]
+
+
+class _Reader:
+    """Goes through the objects of a checkpoint."""
+
+    def __init__(self, bundle: Bundle, nodes: list[Node], configs: Mapping[int, object]) -> None:
+        self._bundle, self._nodes, self._configs = bundle, nodes, configs
+        self._found = Found(_convention_of(nodes))
+        self._taken: set[int] = set()
+
+    def network(self) -> ForeignNetwork:
+        """The layers, then all other variables by their names."""
+        walked = list(_walk(self._nodes))
+        for number in walked:
+            self._take_layer(number)
+        self._take_named([number for number in walked if number not in self._taken])
+        return self._found.network()
+
+    def _variable(self, number: int | None) -> StoredTensor | None:
+        key = "" if number is None else self._nodes[number].key
+        return self._bundle.tensor(key) if key in self._bundle.entries else None
+
+    def _take_layer(self, number: int) -> None:
+        node = self._nodes[number]
+        owned = {leaf: node.child(leaf) for leaf in (*LEAVES, *RENORM)}
+        roles = {leaf: tensor for leaf, at in owned.items() if (tensor := self._variable(at)) is not None}
+        if not is_batch_norm(roles):
+            return
+        self._taken |= {at for leaf, at in owned.items() if leaf in roles and at is not None}
+        mean = self._nodes[owned["moving_mean"] or 0]
+        owner = mean.full_name.rpartition("/")[0] or mean.key.partition("/moving_mean")[0]
+        config = self._configs.get(number)
+        known = LayerConfig.of(config) if isinstance(config, dict) else None
+        convention = KERAS_2 if node.child("axis") is not None else None
+        self._found.add(free_name(_dotted(owner), self._found.layers), roles, known, convention)
+
+    def _take_named(self, numbers: list[int]) -> None:
+        """Variables that no object owns as a layer does: those of one layer follow one another."""
+        groups: dict[str, dict[str, tuple[int, StoredTensor]]] = {}
+        for number in numbers:
+            node = self._nodes[number]
+            tensor = self._variable(number)
+            if tensor is None:
+                continue
+            owner, _, leaf = _without_number(node.full_name or node.key).rpartition("/")
+            if not owner or leaf not in (*LEAVES, *RENORM):
+                name = _without_number(node.full_name)
+                if not name or name in self._found.tensors:
+                    name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
+                self._found.tensors[name] = tensor
+                continue
+            name, count = owner, 1
+            while leaf in groups.get(name, {}):  # another layer of the same name
+                count += 1
+                name = f"{owner}#{count}"
+            groups.setdefault(name, {})[leaf] = (number, tensor)
+        for name, parts in groups.items():
+            roles = {leaf: tensor for leaf, (_, tensor) in parts.items()}
+            if is_batch_norm(roles):
+                self._found.add(free_name(_dotted(name), self._found.layers), roles, None)
+            else:
+                self._found.tensors |= {f"{name}/{leaf}": tensor for leaf, tensor in roles.items()}
+
+
+def _convention_of(nodes: list[Node]) -> Convention:
+    """Which Keras wrote it, by what its objects hold."""
+    names = {name for node in nodes for name, _ in node.children}
+    if {"keras_api", "layer_with_weights-0"} & names:
+        return KERAS_2
+    if {"_operations", "_losses_override", "call_signature_parameters", "_kernel"} & names:
+        return KERAS_3
+    root = nodes[0] if nodes else Node()
+    listed, all_of_them = (root.child(name) for name in ("variables", "_all_variables"))
+    if listed is not None and all_of_them is not None:
+        same = {at for _, at in nodes[listed].children} & {at for _, at in nodes[all_of_them].children}
+        return KERAS_2 if same else KERAS_3
+    return KERAS_2_OR_3
+
+
+def _without_number(name: str) -> str:
+    return re.sub(r":\d+$", "", name)
+
+
+def _dotted(name: str) -> str:
+    """As bncli calls layers inside networks: the names of Keras' variables have slashes."""
+    return name.replace("/", ".")
+
+
+# ---- TensorFlow 1: names and nothing else
+
+
+def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
+    found = Found(TENSORFLOW_1)
+    groups: dict[str, list[str]] = {}
+    for key in bundle.entries:
+        owner, _, leaf = key.rpartition("/")
+        if leaf in (*LEAVES, *RENORM):
+            groups.setdefault(owner, []).append(leaf)
+    placed = all(
+        f"{owner}/moving_mean" in order for owner, leaves in groups.items() if "moving_mean" in leaves
+    )
+
+    def place(owner: str) -> tuple[int, list[tuple[str, int]]]:
+        return (order.get(f"{owner}/moving_mean", 0) if placed else 0, natural_order(owner))
+
+    used: set[str] = set()
+    for owner in sorted(groups, key=place):
+        keys = {leaf: f"{owner}/{leaf}" if owner else leaf for leaf in groups[owner]}
+        roles = {leaf: tensor for leaf, key in keys.items() if (tensor := bundle.tensor(key)) is not None}
+        if is_batch_norm(roles):
+            found.add(owner, roles, None)
+            used |= set(keys.values())
+    averaged = 0
+    for key in bundle.entries:
+        tensor = None if key in used else bundle.tensor(key)
+        if tensor is not None:
+            found.tensors[key] = tensor
+            averaged += key.removesuffix(_AVERAGED) in used
+    notes = []
+    if found.layers and not placed:
+        notes.append("layers are in the order of their names: a checkpoint of TensorFlow 1 has no other")
+    if averaged:
+        notes.append(
+            f"{averaged} of these arrays have a moving average over the training steps beside them"
+            f" (...{_AVERAGED}), which its author may have evaluated with; bncli reads the arrays themselves"
+        )
+    return found.network(tuple(notes))
+
+
+def parse_metadata(content: bytes) -> dict[int, Any]:
+    """What keras_metadata.pb says of each object, by its number.
+
+    Raises:
+        UnreadableFileError: when it is damaged.
+    """
+    known: dict[int, Any] = {}
+    for number, part in fields(content):
+        if number != 1 or isinstance(part, int):
+            continue
+        values = dict(fields(part))
+        metadata = values.get(5)
+        if metadata is not None and not isinstance(metadata, int) and len(known) < MAX_OBJECTS:
+            data = bytes(metadata)
+            if b"moving_mean_initializer" in data:  # all others are not asked for
+                known[_integer(values.get(2, 0))] = parse_json(data)
+    return known
