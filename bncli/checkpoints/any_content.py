@@ -23,6 +23,7 @@ from bncli.checkpoints.formats import (
     flax_file,
     haiku_file,
     keras_file,
+    numpy_arrays,
     onnx_file,
     orbax_folder,
     tensorflow_file,
@@ -39,6 +40,7 @@ from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
     haiku_file.read_if_npz,
+    numpy_arrays.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
@@ -47,6 +49,7 @@ FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ..
     equinox_file.read_if_equinox,
     onnx_file.read_if_onnx,
     haiku_file.read_if_pickle,
+    numpy_arrays.read_if_pickle,
 )
 # of formats of several files: what is called opens one beside the file, by its plain name
 COMPANION_READERS: tuple[
