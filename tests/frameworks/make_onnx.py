@@ -145,7 +145,9 @@ def main() -> None:
     untracked = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, track_running_stats=False))
     trained(untracked)
     export(untracked, "untracked.onnx", external_data=False)
-    export(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), "nothing_left.onnx", external_data=False)
+    export(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), "nothing_left.onnx", external_data=False
+    )
     note("untracked.onnx", untracked, ["0"])
     write("onnx", files)
 

@@ -6,8 +6,8 @@ layer's name and four arrays, such as eps, is not there.
 
 from collections.abc import Mapping
 
-from bncli.batchnorm.conventions import CHAINER, MINDSPORE, MXNET, PADDLE, Convention
-from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, flat
+from bncli.batchnorm.conventions import CHAINER, MINDSPORE, PADDLE, Convention
+from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, natural
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 _SIGNS = (".", "/")  # between the layer and the array
@@ -20,6 +20,10 @@ def recognise(tensors: Mapping[str, StoredTensor]) -> Collected | None:
     for convention in _CONVENTIONS:
         for sign in _SIGNS:
             found = collect(tensors, convention, sign)
+            if found.layers and convention is CHAINER:
+                # its layers are written in the order of a set, which differs from run to run
+                found.layers = dict(sorted(found.layers.items(), key=lambda one: natural(one[0])))
+                found.notes.append("Chainer keeps no order of layers; they are sorted by name here")
             if found.layers:
                 return found
     return None
@@ -59,14 +63,3 @@ def with_dots(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     names = {name: name.replace("/", ".").strip(".") for name in tensors}
     one_each = len(set(names.values())) == len(names)
     return {names[name] if one_each else name: tensor for name, tensor in tensors.items()}
-
-
-def is_gluon(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether `gamma` stands beside `running_mean`, as no other framework has it."""
-    return any(
-        name.endswith("running_mean") and f"{name.removesuffix('running_mean')}gamma" in tensors
-        for name in tensors
-    )
-
-
-__all__ = ["MXNET", "collect", "flat", "is_gluon", "recognise", "with_dots"]

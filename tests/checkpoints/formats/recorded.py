@@ -47,7 +47,9 @@ def check_answers(framework: str, file: str) -> None:
         if expected["momentum_in_file"]:
             assert layer.momentum == pytest.approx(expected["momentum"], rel=1e-12, abs=1e-15)
         x = torch.from_numpy(probe(layer.num_features))
-        arrays = [None if found is None else found.float() for found in (getattr(layer, leaf) for leaf in LEAVES)]
+        arrays = [
+            None if found is None else found.float() for found in (getattr(layer, leaf) for leaf in LEAVES)
+        ]
         output = F.batch_norm(x, *arrays, training=False, eps=expected["eps"])
         np.testing.assert_allclose(output.numpy(), expected["output"], rtol=3e-6, atol=3e-6)
     for note in said["notes"]:

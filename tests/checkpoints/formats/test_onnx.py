@@ -42,7 +42,9 @@ def refusal(path: Path, error: type[CheckpointError] = CheckpointError) -> str:
 
 def test_what_is_left_of_a_network_without_batch_norm_is_said(tmp_path: Path) -> None:
     text = refusal(PLACE / "nothing_left.onnx", NoBatchNormError)
-    assert text.startswith("an ONNX model without BatchNormalization (it has 1 Conv): 1 layer of it (1) had been")
+    assert text.startswith(
+        "an ONNX model without BatchNormalization (it has 1 Conv): 1 layer of it (1) had been"
+    )
     save(tmp_path / "none.onnx", [helper.make_node("Relu", ["x"], ["y"])], {})
     assert refusal(tmp_path / "none.onnx", NoBatchNormError).startswith(
         "an ONNX model without BatchNormalization (it has 1 Relu); give the checkpoint"
@@ -104,9 +106,14 @@ def test_constants_identities_functions_and_bodies_hold_layers_too(tmp_path: Pat
     identities = [helper.make_node("Identity", [f"{name}0"], [name]) for name in ARRAYS]
     save(path, [*identities, NODE], moved)
     check_plain(path)
-    branch = helper.make_graph([NODE], "then", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    branch = helper.make_graph(
+        [NODE], "then", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    )
     other = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])], "else", [], [helper.make_tensor_value_info("y", 1, None)]
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "else",
+        [],
+        [helper.make_tensor_value_info("y", 1, None)],
     )
     save(
         path,
