@@ -25,6 +25,7 @@ from bncli.checkpoints.formats import (
     keras_file,
     mindspore_file,
     mxnet_file,
+    named_arrays,
     numpy_arrays,
     onnx_file,
     orbax_folder,
@@ -138,7 +139,9 @@ def read_content(
     if found is not None:
         return found
     if is_safetensors(start):
-        return "safetensors", _read_safetensors(file)
+        tensors = _read_safetensors(file)
+        named = named_arrays.recognise(tensors)  # of MindSpore, for example
+        return "safetensors", tensors if named is None else named.network()
     if start.lstrip()[:1] == b"{":
         kinds = []
 
