@@ -1,7 +1,7 @@
 """Checkpoints of MindSpore, for tests/checkpoints/formats/test_named_arrays.py.
 
-    python3.11 -m venv /tmp/v && /tmp/v/bin/pip install mindspore==2.10.0 "numpy<2"
-    /tmp/v/bin/python tests/frameworks/make_mindspore.py
+python3.11 -m venv /tmp/v && /tmp/v/bin/pip install mindspore==2.10.0 "numpy<2"
+/tmp/v/bin/python tests/frameworks/make_mindspore.py
 """
 
 import sys
@@ -50,7 +50,11 @@ def main():
             )
         )
     files = {}
-    for file, options in (("net.ckpt", {}), ("checked.ckpt", {"crc_check": True}), ("net.safetensors", {"format": "safetensors"})):
+    for file, options in (
+        ("net.ckpt", {}),
+        ("checked.ckpt", {"crc_check": True}),
+        ("net.safetensors", {"format": "safetensors"}),
+    ):
         ms.save_checkpoint(net, str(PLACE / file), **options)
         files[file] = {"framework": "MindSpore", "layers": layers, "notes": []}
     write("mindspore", files)

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx import nn
 from tinygrad import Tensor
 from tinygrad import nn as tiny
 from tinygrad.helpers import Context
@@ -63,7 +63,9 @@ def main():
         net(mx.array(rng.normal(1, 2, (8, 3)).astype("f4")))
     net.eval()
     layers = [
-        said(name, net.layers[int(name[-1])], np.array(net.layers[int(name[-1])](mx.array(probe(4)))), np.array)
+        said(
+            name, net.layers[int(name[-1])], np.array(net.layers[int(name[-1])](mx.array(probe(4)))), np.array
+        )
         for name in ("layers.1", "layers.3")
     ]
     for file in ("mlx.safetensors", "mlx.npz"):

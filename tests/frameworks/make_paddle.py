@@ -7,7 +7,6 @@ python3.11 -m venv /tmp/v && /tmp/v/bin/pip install paddlepaddle==3.3.1
 import sys
 from pathlib import Path
 
-import numpy as np
 import paddle
 from paddle import nn
 
@@ -25,7 +24,7 @@ def numbers(tensor):
 def said(net, names, in_file, keys=None):
     found = []
     for name, key in zip(names, keys or names):
-        norm = getattr(net, "_sub_layers")[name]
+        norm = net._sub_layers[name]
         x = probe(norm._num_features)
         fresh = nn.BatchNorm1D(norm._num_features, epsilon=norm._epsilon)
         for array in ("weight", "bias", "_mean", "_variance"):

@@ -1,4 +1,4 @@
-"""Checkpoints of MindSpore (`.ckpt`): a protocol buffer of parameters, each a name and a tensor.
+"""Checkpoints of MindSpore (`.ckpt`): a protocol buffer of parameters, a name and a tensor each.
 
 The names are those of `nn.BatchNorm` (moving_mean, gamma) or of `mint.nn` (running_mean, weight), which counts
 and means momentum as PyTorch does. Reference: mindspore/ccsrc/utils/checkpoint.proto.
@@ -6,7 +6,6 @@ and means momentum as PyTorch does. Reference: mindspore/ccsrc/utils/checkpoint.
 
 import torch
 
-from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.collected_network import contiguous
 from bncli.checkpoints.formats.named_arrays import recognise
@@ -63,8 +62,6 @@ def read_if_mindspore(file: ByteSource, start: bytes) -> tuple[str, object] | No
     for name in parts:
         tensors.pop(name, None)
     found = recognise(tensors)
-    if found is None and batch_norm_names(tensors):
-        return "mindspore", tensors
     return "mindspore", tensors if found is None else found.network()
 
 
@@ -101,9 +98,7 @@ def _tensor(wire: Wire, dims: list[int], kind: str, content: Field) -> StoredTen
             raise UnreadableFileError("a damaged file: a tensor without a proper shape")
         size = min(size * length, 2**62)
     if size * dtype.itemsize != content.size:
-        # a number by itself has no dimensions, and MindSpore writes some with one
-        if dims or content.size != dtype.itemsize:
-            return None
+        return None
     source, start = wire.source, content.start
     storage = Storage(
         content.size,

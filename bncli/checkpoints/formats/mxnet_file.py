@@ -125,14 +125,9 @@ def _by_name(tensors: Mapping[str, StoredTensor]) -> Collected:
             found = collect(tensors, MXNET, sign, names)
             if found.layers:
                 found.notes.append(
-                    "a layer may ignore its gamma (fix_gamma), which only the -symbol.json beside it would tell"
+                    "a layer may ignore its gamma (fix_gamma), which only the -symbol.json beside it tells"
                 )
                 return found
-    return found if found.tensors else _without_layers(tensors)
-
-
-def _without_layers(tensors: Mapping[str, StoredTensor]) -> Collected:
-    found = Collected()
     found.add_others(tensors)
     return found
 

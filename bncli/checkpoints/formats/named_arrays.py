@@ -63,3 +63,12 @@ def with_dots(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     names = {name: name.replace("/", ".").strip(".") for name in tensors}
     one_each = len(set(names.values())) == len(names)
     return {names[name] if one_each else name: tensor for name, tensor in tensors.items()}
+
+
+def in_order(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """As they are, or sorted by name where the arrays of one layer lie apart: MLX's come in no order."""
+    layers = [name.rpartition(".")[0] for name in tensors]
+    runs = [layer for layer, before in zip(layers, [None, *layers], strict=False) if layer != before]
+    if len(runs) == len(set(runs)):
+        return dict(tensors)
+    return dict(sorted(tensors.items(), key=lambda one: natural(one[0])))

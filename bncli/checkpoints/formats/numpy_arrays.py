@@ -1,7 +1,7 @@
 """Arrays of NumPy under names: `.npz` archives, and pickles of dicts with arrays.
 
-Of Chainer and MLX, of PaddlePaddle (`.pdparams`) and of detectron2's model zoo (`{"model": {...}}`). Nothing is
-unpickled; numbers stay where they lie.
+Of Chainer and MLX, of PaddlePaddle (`.pdparams`) and of detectron2's model zoo (`{"model": {...}}`).
+Nothing is unpickled; numbers stay where they lie.
 """
 
 import zipfile
@@ -11,7 +11,7 @@ import torch
 
 from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
-from bncli.checkpoints.formats.named_arrays import recognise, with_dots
+from bncli.checkpoints.formats.named_arrays import in_order, recognise, with_dots
 from bncli.checkpoints.formats.npy import array_tensor, read_header
 from bncli.checkpoints.formats.numpy_pickle import read_arrays
 from bncli.checkpoints.formats.torch_zip import ZipArchive
@@ -101,7 +101,7 @@ def _network(tensors: dict[str, StoredTensor], kind: str) -> tuple[str, object] 
             found.notes.append("uint16 in it is read as bfloat16, as PaddlePaddle stores it")
         framework = next(iter(found.layers.values())).convention.framework
         return f"{framework.lower()} {kind}", found.network()
-    dotted = with_dots(tensors)
+    dotted = in_order(with_dots(tensors))
     return (f"numpy {kind}", dotted) if batch_norm_names(dotted) else None
 
 

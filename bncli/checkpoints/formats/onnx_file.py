@@ -1,6 +1,6 @@
 """ONNX models: the BatchNormalization nodes that are left, and what tells of those that are not.
 
-What an array is shows in where a node takes it in, never in its name: PyTorch's exporter merges arrays of
+What an array is shows in where a node takes it in, not in its name: PyTorch's exporter merges arrays of
 equal content, so that a mean of zeros may be called as another layer's bias. The layer's name is in the node's
 metadata, else in its own. Reference: onnx/onnx.proto; the fields are read by position, arrays where they lie.
 """
@@ -329,7 +329,7 @@ class _Model:
                 found.append(part)
         return ".".join(found) or name
 
-    def _tensor(self, message: Field) -> tuple[str, StoredTensor | None]:
+    def _tensor(self, message: Field) -> tuple[str, StoredTensor | None]:  # noqa: PLR0912
         """Name and array of a TensorProto; None for a type that bncli does not read, or numbers in text."""
         wire, name, shape = self._wire, "", list[int]()
         kind = location = 0
@@ -383,8 +383,8 @@ class _Model:
     def _notes(self) -> Iterator[str]:
         if self._folded:
             yield (
-                f"{plural(len(self._folded), 'BatchNorm layer')} more ({listed(self._folded)}) had been folded"
-                " into other layers when it was exported; those layers' weights keep their names"
+                f"{plural(len(self._folded), 'BatchNorm layer')} more ({listed(self._folded)}) had been"
+                " folded into other layers when it was exported; those layers' weights keep their names"
             )
         elif self._has_renamed:
             yield "the exporter folded some BatchNorm layers into convolutions (weights named onnx::Conv_...)"

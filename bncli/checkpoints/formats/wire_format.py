@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.formats.protobuf import varint
 
 MAX_FIELDS = 4_000_000  # of one file, all messages together: some seconds
 MAX_TEXT = 2**16  # bytes of one name
@@ -69,13 +70,13 @@ class Wire:
             if self._fields_left < 0:
                 raise UnreadableFileError(f"a file of more than {MAX_FIELDS:,} fields")
             head = self._near(position, min(_HEAD, end - position))
-            tag, size = read_varint(head, 0)
+            tag, size = varint(head, 0)
             number, kind = tag >> 3, tag & 7
             if kind == VARINT:
-                value, size = read_varint(head, size)
+                value, size = varint(head, size)
                 place = (value, value)
             elif kind == BYTES:
-                length, size = read_varint(head, size)
+                length, size = varint(head, size)
                 place = (position + size, position + size + length)
                 size += length
             elif kind in (FIXED_64, FIXED_32):
@@ -121,7 +122,7 @@ class Wire:
             return [_signed(field.value)]
         data, position, found = self.bytes_of(field, most * 10), 0, []
         while position < len(data):
-            value, position = read_varint(data, position)
+            value, position = varint(data, position)
             found.append(_signed(value))
         if len(found) > most:
             raise UnreadableFileError(f"a damaged file: more than {most} dimensions")
@@ -134,23 +135,6 @@ class Wire:
             self._window = self.source.read_at(position, max(size, min(WINDOW, self.source.size - position)))
             self._place, start = position, 0
         return self._window[start : start + size]
-
-
-def read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number, and where it ends.
-
-    Raises:
-        UnreadableFileError: when it does not end.
-    """
-    value = 0
-    for index in range(10):
-        if position + index >= len(data):
-            break
-        byte = data[position + index]
-        value |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            return value, position + index + 1
-    raise NoMessageError
 
 
 def _signed(value: int) -> int:

@@ -1,4 +1,7 @@
-"""ONNX models of PyTorch's two exporters, against PyTorch's own statistics; files by tests/frameworks/make_onnx.py."""
+"""ONNX models of PyTorch's two exporters, against PyTorch's own statistics.
+
+The files are made by tests/frameworks/make_onnx.py.
+"""
 
 from pathlib import Path
 from typing import Any
