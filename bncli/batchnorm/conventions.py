@@ -141,4 +141,94 @@ EQUINOX = Convention(
     counter="calls in training",
     starts_at_0_1=False,
 )
-CONVENTIONS = (PYTORCH, KERAS_3, KERAS_2, TENSORFLOW_1, FLAX, HAIKU, EQUINOX)
+# the operator; the statistics in a file are those of whoever trained the network
+ONNX = Convention(
+    framework="ONNX",
+    version="opset 23",
+    weight="scale",
+    bias="B",
+    running_mean="input_mean",
+    running_var="input_var",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=1e-5,
+    variance="biased or unbiased",
+    counter=None,
+)
+ONNX_OF_PYTORCH = replace(ONNX, framework="ONNX (of PyTorch)", version="2.13.0", variance="unbiased")
+PADDLE = Convention(
+    framework="PaddlePaddle",
+    version="3.3.1",
+    weight="weight",
+    bias="bias",
+    running_mean="_mean",
+    running_var="_variance",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=1e-5,
+    variance="biased",
+    counter=None,
+)
+# of Gluon; the operator by itself has eps 1e-3 and ignores gamma (fix_gamma)
+MXNET = Convention(
+    framework="MXNet",
+    version="1.9.1",
+    weight="gamma",
+    bias="beta",
+    running_mean="running_mean",
+    running_var="running_var",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=1e-5,
+    variance="biased",
+    counter=None,
+)
+MINDSPORE = Convention(
+    framework="MindSpore",
+    version="2.10.0",
+    weight="gamma",
+    bias="beta",
+    running_mean="moving_mean",
+    running_var="moving_variance",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=1e-5,
+    variance="unbiased",
+    counter=None,
+)
+CHAINER = Convention(
+    framework="Chainer",
+    version="7.8.1",
+    weight="gamma",
+    bias="beta",
+    running_mean="avg_mean",
+    running_var="avg_var",
+    momentum_name="decay",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=2e-5,
+    variance="unbiased",
+    counter="batches of finetuning",  # N; 0 in any other training
+)
+MLX = replace(PYTORCH, framework="MLX", version="0.32.4", counter=None)
+TINYGRAD = replace(PYTORCH, framework="tinygrad", version="0.14.0")
+CONVENTIONS = (
+    PYTORCH,
+    KERAS_3,
+    KERAS_2,
+    TENSORFLOW_1,
+    FLAX,
+    HAIKU,
+    EQUINOX,
+    ONNX,
+    PADDLE,
+    MXNET,
+    MINDSPORE,
+    CHAINER,
+    MLX,
+    TINYGRAD,
+)

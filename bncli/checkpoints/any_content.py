@@ -23,7 +23,13 @@ from bncli.checkpoints.formats import (
     flax_file,
     haiku_file,
     keras_file,
+    mindspore_file,
+    mxnet_file,
+    named_arrays,
+    numpy_arrays,
+    onnx_file,
     orbax_folder,
+    paddle_file,
     tensorflow_file,
     torch_legacy,
     torch_zip,
@@ -38,13 +44,19 @@ from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
     haiku_file.read_if_npz,
+    numpy_arrays.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
     keras_file.read_if_hdf5,
     flax_file.read_if_flax,
     haiku_file.read_if_npy,
     equinox_file.read_if_equinox,
+    onnx_file.read_if_onnx,
+    mxnet_file.read_if_mxnet,
+    mindspore_file.read_if_mindspore,
+    paddle_file.read_if_paddle,
     haiku_file.read_if_pickle,
+    numpy_arrays.read_if_pickle,
 )
 # of formats of several files: what is called opens one beside the file, by its plain name
 COMPANION_READERS: tuple[
@@ -127,7 +139,9 @@ def read_content(
     if found is not None:
         return found
     if is_safetensors(start):
-        return "safetensors", _read_safetensors(file)
+        tensors = _read_safetensors(file)
+        named = named_arrays.recognise(tensors)  # of MindSpore, for example
+        return "safetensors", tensors if named is None else named.network()
     if start.lstrip()[:1] == b"{":
         kinds = []
 

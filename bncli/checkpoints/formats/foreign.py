@@ -24,6 +24,20 @@ ARRAYS = (
     " LAYER.running_var"
 )
 ORIGIN = f"{READ}: give the checkpoint that it was exported from"
+# what is left of BatchNorm in networks that were converted for inference
+_LITE = (
+    "BatchNorm was folded into the layers before it, or is one multiplication and one addition, of which mean"
+    f" and variance can no longer be told. {ORIGIN}"
+)
+_CORE_ML = (
+    "what is left of BatchNorm has float16 numbers as a rule, or is one subtraction and one multiplication"
+    f" where it had no weight. {ORIGIN}"
+)
+_NCNN = f"BatchNorm that was not folded is in its .bin file, as slope, mean, variance and bias. {ORIGIN}"
+_OPENVINO = (
+    "BatchNorm was folded into convolutions, or is one multiplication and one addition, of which mean and"
+    f" variance can no longer be told. {ORIGIN}"
+)
 JOIN = (
     'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into a file'
     " that bncli reads"
@@ -55,11 +69,10 @@ class Format(NamedTuple):
 _SIGNATURES = (
     (0, b"GGUF", Format("a GGUF file (llama.cpp)", ARRAYS)),
     (0, b"\x93NUMPY", Format("a NumPy array (.npy)", ARRAYS)),
-    (0, b"\x12\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0", Format("a parameter file of MXNet (.params)", ARRAYS)),
-    (0, b"\xdd\x85\x76\0", Format("a network of ncnn (.param.bin)", ORIGIN)),
+    (0, b"\xdd\x85\x76\0", Format("a network of ncnn (.param.bin)", _NCNN)),
     (0, b"MATLAB ", Format("a MATLAB file (.mat)", ARRAYS)),
     (0, b"\0\0\0\0\x02\0\0\0\x05\0\0\0", Format("a weight file of Darknet (.weights)", ARRAYS)),
-    (4, b"TFL3", Format("a TensorFlow Lite model (.tflite)", ORIGIN)),
+    (4, b"TFL3", Format("a TensorFlow Lite model (.tflite)", _LITE)),
     (4, b"PTMF", Format("a PyTorch Mobile model (flatbuffer, .ptl)", ORIGIN)),
     (4, b"ET12", Format("an ExecuTorch program (.pte)", ORIGIN)),
     (4, b"ORTM", Format("an ONNX Runtime model (.ort)", ORIGIN)),
@@ -78,7 +91,6 @@ _SIGNATURES = (
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _Field = tuple[int, int, tuple[int, int]]  # of a protocol buffer: number, wire type, start and end
-_MINDSPORE_TYPES = (b"Float32", b"Float16", b"BFloat16", b"Float64", b"Int32", b"Int64", b"UInt8", b"Bool")
 
 
 def recognise_file(source: ByteSource) -> Format | None:
@@ -92,7 +104,6 @@ def recognise_file(source: ByteSource) -> Format | None:
         or _text(source)
         or _protocol_buffer(source)
         or _tensorflow_table(source)
-        or _paddle_parameters(start)
         or recognise_name(source.name)
     )
 
@@ -130,9 +141,9 @@ def recognise_directory(names: Collection[str]) -> Format | None:
     if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & leaves:
         return Format("a checkpoint of Orbax (JAX, Flax)", ARRAYS)
     if "Manifest.json" in names and any(name.startswith("Data") for name in names):
-        return Format("a Core ML package (.mlpackage)", ORIGIN)
+        return Format("a Core ML package (.mlpackage)", _CORE_ML)
     if "coremldata.bin" in names:
-        return Format("a compiled Core ML model (.mlmodelc)", ORIGIN)
+        return Format("a compiled Core ML model (.mlmodelc)", _CORE_ML)
     if "zero_to_fp32.py" in names:
         return Format("a checkpoint of DeepSpeed", "its zero_to_fp32.py joins it into files that bncli reads")
     if "data.pkl" in names and {"version", "data"} & set(names):
@@ -159,7 +170,7 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
     if "MAR-INF" in tops:
         return Format("a model archive of TorchServe (.mar)", UNPACK)
     if "Manifest.json" in below | set(names) and any("com.apple.CoreML" in name for name in names):
-        return Format("a packed Core ML package (.mlpackage)", ORIGIN)
+        return Format("a packed Core ML package (.mlpackage)", _CORE_ML)
     inside = next((name for name in names if PurePosixPath(name).suffix in _CHECKPOINT_SUFFIXES), None)
     if inside is not None:
         return Format(f"a zip archive that holds {inside[:80]}", UNPACK)
@@ -255,12 +266,12 @@ def _text(source: ByteSource) -> Format | None:
         )
     if head.startswith("<?xml") or head.startswith("<net "):
         if "<net " in head:
-            return Format("a network of OpenVINO (.xml), without numbers", ORIGIN)
+            return Format("a network of OpenVINO (.xml), without numbers", _OPENVINO)
         return Format("XML, such as a server's error message", "download the file again")
     if head.startswith("model_checkpoint_path:"):
         return Format("the list of a directory of TensorFlow checkpoints", GIVE_INDEX)
     if text.startswith("7767517"):
-        return Format("a network of ncnn (.param), without numbers", ORIGIN)
+        return Format("a network of ncnn (.param), without numbers", _NCNN)
     if head.startswith("node {") and "\n  op:" in head:
         return Format("a graph of TensorFlow (.pbtxt)", ORIGIN)
     if text[:1] in ("{", "["):
@@ -298,10 +309,8 @@ def _protocol_buffer(source: ByteSource) -> Format | None:
 
 def _of_version(numbers: set[int]) -> Format | None:
     """A message that begins with a version: which one, by the numbers of its fields."""
-    if numbers <= {*range(1, 9), 14, 20, 25, 26} and 7 in numbers:
-        return Format("an ONNX model", ORIGIN)
     if any(number >= 200 for number in numbers):
-        return Format("a Core ML model (.mlmodel)", ORIGIN)
+        return Format("a Core ML model (.mlmodel)", _CORE_ML)
     return (
         Format("a saved_model.pb of TensorFlow, without numbers", _OF_SAVED_MODEL)
         if numbers == {1, 2}
@@ -316,13 +325,7 @@ def _of_first_message(source: ByteSource, fields: list[_Field]) -> Format | None
         return Format("a program of Paddle (.pdmodel), without numbers", _OF_PADDLE_PROGRAM)
     if kinds != [(1, 2), (2, 2)] or not _is_name(source, *fields[0][2]):
         return None
-    second = fields[1][2]
-    if _is_name(source, *second):
-        return Format("a graph of TensorFlow (.pb)", ORIGIN)
-    types = [place for number, wire, place in _fields(source, *second) if (number, wire) == (2, 2)]
-    if any(source.read_at(start, min(end - start, 20)) in _MINDSPORE_TYPES for start, end in types):
-        return Format("a checkpoint of MindSpore (.ckpt)", ARRAYS)
-    return None
+    return Format("a graph of TensorFlow (.pb)", ORIGIN) if _is_name(source, *fields[1][2]) else None
 
 
 def _fields(source: ByteSource, start: int, end: int) -> Iterator[_Field]:
@@ -377,16 +380,6 @@ def _tensorflow_table(source: ByteSource) -> Format | None:
     return Format("a table of LevelDB", OTHER) if is_table(source) else None
 
 
-def _paddle_parameters(start: bytes) -> Format | None:
-    """Version 0, no level of detail, version 0, then a message that begins with the type, then the shape."""
-    if start[:16] != bytes(16) or len(start) < 24:
-        return None
-    size = int.from_bytes(start[16:20], "little")
-    if 2 <= size <= 64 and start[20:21] == b"\x08" and start[22:23] in (b"\x10", b"\x12"):
-        return Format("a parameter file of Paddle (.pdiparams)", ARRAYS)
-    return None
-
-
 # suffix of the name: where the bytes do not tell
 _NAMES = (
     (
@@ -398,11 +391,9 @@ _NAMES = (
     (".trt", Format("an engine of TensorRT", ORIGIN)),
     (".pdparams", Format("a parameter file of Paddle", ARRAYS)),
     (".pdopt", Format("the optimizer's state of Paddle", ARRAYS)),
-    (".pdiparams", Format("a parameter file of Paddle", ARRAYS)),
     (".caffemodel", Format("a network of Caffe", ARRAYS)),
     (".ckpt.meta", Format("the graph of a TensorFlow checkpoint", GIVE_INDEX)),
-    (".tflite", Format("a TensorFlow Lite model", ORIGIN)),
-    (".onnx", Format("an ONNX model", ORIGIN)),
+    (".tflite", Format("a TensorFlow Lite model", _LITE)),
     (".mnn", Format("a network of MNN", ORIGIN)),
     (".rknn", Format("a network of RKNN", ORIGIN)),
 )

@@ -14,7 +14,7 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 MAX_INDEX = 16 * 2**20  # bytes, as for a safetensors header
 MAX_FILES = 1000
 # letters, digits and what such names have between them: nothing that leads elsewhere in a path or a URL
-_PLAIN_NAME = re.compile(r"[\w.+=@ ()-]+")
+PLAIN_NAME = re.compile(r"[\w.+=@ ()-]+")
 
 
 def read_index(
@@ -67,7 +67,7 @@ def check_beside(names: Mapping[str, str]) -> None:
     if len(names) > MAX_FILES:
         raise UnreadableFileError(f"an index of {len(names):,} files; bncli reads up to {MAX_FILES:,}")
     for name, tensor in names.items():
-        if not _PLAIN_NAME.fullmatch(name) or not name.strip("."):
+        if not PLAIN_NAME.fullmatch(name) or not name.strip("."):
             raise UnreadableFileError(
                 f"its index names {name[:80]!r} for tensor {tensor[:80]!r}, which is no plain name of a file"
                 " beside it; bncli opens no other"

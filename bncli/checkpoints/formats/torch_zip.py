@@ -188,6 +188,20 @@ class ZipArchive:
         self._last = (info.filename, content)
         return content
 
+    def head(self, info: zipfile.ZipInfo, size: int) -> bytes:
+        """The first bytes of a compressed entry, without unpacking the rest; no checksum tells of them."""
+        if info.compress_type != zipfile.ZIP_DEFLATED:
+            raise UnreadableFileError(
+                f"its entry {info.filename} is compressed in a way that bncli does not read"
+            )
+        packed = self.source.read_at(self.position(info), min(info.compress_size, size + 1024))
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, size)
+        except zlib.error:
+            raise UnreadableFileError(
+                f"a damaged file: its entry {info.filename} does not decompress"
+            ) from None
+
     def stream(self, info: zipfile.ZipInfo) -> io.BufferedReader | io.BytesIO:
         """An entry's whole content as a file, its checksum checked."""
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

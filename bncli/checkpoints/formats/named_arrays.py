@@ -1,0 +1,74 @@
+"""Arrays by name, of frameworks whose names tell what an array is: `LAYER._mean`, `LAYER/avg_mean`.
+
+Which framework it was shows in what the running statistics are called. What a framework stores beside a
+layer's name and four arrays, such as eps, is not there.
+"""
+
+from collections.abc import Mapping
+
+from bncli.batchnorm.conventions import CHAINER, MINDSPORE, PADDLE, Convention
+from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, natural
+from bncli.checkpoints.stored_tensor import StoredTensor
+
+_SIGNS = (".", "/")  # between the layer and the array
+# of arrays without one: what PyTorch's are called has no row here, as it needs no translation
+_CONVENTIONS = (PADDLE, MINDSPORE, CHAINER)
+
+
+def recognise(tensors: Mapping[str, StoredTensor]) -> Collected | None:
+    """The network, where BatchNorm's arrays are called as one of the frameworks does; else None."""
+    for convention in _CONVENTIONS:
+        for sign in _SIGNS:
+            found = collect(tensors, convention, sign)
+            if found.layers and convention is CHAINER:
+                # its layers are written in the order of a set, which differs from run to run
+                found.layers = dict(sorted(found.layers.items(), key=lambda one: natural(one[0])))
+                found.notes.append("Chainer keeps no order of layers; they are sorted by name here")
+            if found.layers:
+                return found
+    return None
+
+
+def collect(
+    tensors: Mapping[str, StoredTensor],
+    convention: Convention,
+    sign: str,
+    leaves: tuple[str, str, str, str] | None = None,
+) -> Collected:
+    """BatchNorm layers by the names of a framework, in the order of the file; all else as it is called."""
+    roles = leaves or (convention.weight, convention.bias, convention.running_mean, convention.running_var)
+    found, used = Collected(), set[str]()
+    for name in tensors:
+        if name != roles[2] and not name.endswith(f"{sign}{roles[2]}"):
+            continue
+        prefix = name[: len(name) - len(roles[2])]
+        keys = {leaf: f"{prefix}{role}" for leaf, role in zip(LEAVES, roles, strict=True)}
+        parts = {leaf: tensors[key] for leaf, key in keys.items() if key in tensors}
+        if not are_statistics(parts.get("running_mean"), parts.get("running_var")):
+            continue
+        count = parts["running_mean"].num_elements
+        parts = {leaf: tensor for leaf, tensor in parts.items() if tensor.num_elements == count}
+        layer = prefix.removesuffix(sign).replace("/", ".").strip(".") or "top"
+        if layer in found.layers:
+            continue
+        found.add(layer, parts, convention)
+        used.update(keys.values())
+    if found.layers:
+        found.add_others({name: tensor for name, tensor in tensors.items() if name not in used})
+    return found
+
+
+def with_dots(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`LAYER/running_mean` as `LAYER.running_mean`, as PyTorch would call it."""
+    names = {name: name.replace("/", ".").strip(".") for name in tensors}
+    one_each = len(set(names.values())) == len(names)
+    return {names[name] if one_each else name: tensor for name, tensor in tensors.items()}
+
+
+def in_order(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """As they are, or sorted by name where the arrays of one layer lie apart: MLX's come in no order."""
+    layers = [name.rpartition(".")[0] for name in tensors]
+    runs = [layer for layer, before in zip(layers, [None, *layers], strict=False) if layer != before]
+    if len(runs) == len(set(runs)):
+        return dict(tensors)
+    return dict(sorted(tensors.items(), key=lambda one: natural(one[0])))

@@ -1,0 +1,85 @@
+"""Files of PaddlePaddle, for tests/checkpoints/formats/test_named_arrays.py.
+
+python3.11 -m venv /tmp/v && /tmp/v/bin/pip install paddlepaddle==3.3.1
+/tmp/v/bin/python tests/frameworks/make_paddle.py
+"""
+
+import sys
+from pathlib import Path
+
+import paddle
+from paddle import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from recorded import FILES, layer, probe, write
+
+PLACE = FILES / "paddle"
+PLACE.mkdir(parents=True, exist_ok=True)
+
+
+def numbers(tensor):
+    return None if tensor is None else tensor.astype("float32").numpy()
+
+
+def said(net, names, in_file, keys=None):
+    found = []
+    for name, key in zip(names, keys or names):
+        norm = net._sub_layers[name]
+        x = probe(norm._num_features)
+        fresh = nn.BatchNorm1D(norm._num_features, epsilon=norm._epsilon)
+        for array in ("weight", "bias", "_mean", "_variance"):
+            if getattr(norm, array) is not None:
+                getattr(fresh, array).set_value(numbers(getattr(norm, array)))
+        fresh.eval()
+        found.append(
+            layer(
+                key,
+                mean=numbers(norm._mean),
+                var=numbers(norm._variance),
+                weight=numbers(norm.weight),
+                bias=numbers(norm.bias),
+                eps=norm._epsilon,
+                momentum=round(1 - norm._momentum, 12),
+                eps_in_file=in_file,
+                momentum_in_file=in_file,
+                output=fresh(paddle.to_tensor(x)).numpy(),
+            )
+        )
+    return found
+
+
+def main():
+    paddle.seed(0)
+    plain = {"weight_attr": False, "bias_attr": False}
+    net = nn.Sequential(
+        nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4), nn.ReLU(),
+        nn.BatchNorm2D(4, momentum=0.8, epsilon=1e-3, **plain), nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1D(5),
+    )  # fmt: skip
+    optimizer = paddle.optimizer.SGD(0.1, parameters=net.parameters())
+    for _ in range(3):
+        loss = (net(2 * paddle.randn([4, 3, 8, 8]) + 1) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    net.eval()
+    names = ["1", "3", "6"]
+    files = {}
+
+    def note(file, in_file=False, keys=None, *notes):
+        layers = said(net, names, in_file, keys)
+        files[file] = {"framework": "PaddlePaddle", "layers": layers, "notes": notes}
+
+    for protocol in (2, 4):
+        paddle.save(net.state_dict(), str(PLACE / f"flat{protocol}.pdparams"), protocol=protocol)
+        note(f"flat{protocol}.pdparams")
+    paddle.save({"model": net.state_dict(), "epoch": 3}, str(PLACE / "nested.pdparams"))
+    note("nested.pdparams")
+    paddle.jit.save(net, str(PLACE / "net"), input_spec=[paddle.static.InputSpec([None, 3, 8, 8], "float32")])
+    note("net.pdiparams", True, ["batch_norm2d_0", "batch_norm2d_1", "batch_norm1d_0"])
+    net.bfloat16()
+    paddle.save(net.state_dict(), str(PLACE / "bfloat16.pdparams"))
+    note("bfloat16.pdparams", False, None, "uint16 in it is read as bfloat16")
+    write("paddle", files)
+
+
+main()
