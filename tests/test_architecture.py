@@ -22,7 +22,7 @@ LAYERS = [
     {"batchnorm", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
     {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},
-    {"errors", "atomic_file", "hardware", "sample", "wording"},
+    {"errors", "atomic_file", "hardware", "indexed", "sample", "wording"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {

@@ -132,7 +132,7 @@ class _PlainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         import_torchvision()
         from torchvision import transforms
 
-        side = dataset.train.images.shape[-1]
+        side = dataset.train.image_shape[-1]
         steps: list[Any] = []
         if augment.crop_padding:
             steps.append(transforms.RandomCrop(side, padding=augment.crop_padding, padding_mode="reflect"))
@@ -140,8 +140,9 @@ class _PlainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
             steps.append(transforms.RandomHorizontalFlip())
         self._transform = transforms.Compose([*steps, transforms.ToTensor()])
         # as torchvision's CIFAR10 keeps them: an array (N, H, W, 3)
-        self._images = dataset.train.images.permute(0, 2, 3, 1).contiguous().numpy()
-        self._labels = dataset.train.labels.tolist()
+        ((images, labels),) = dataset.train.batches_of([range(len(dataset.train))])
+        self._images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = labels.tolist()
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -209,12 +209,12 @@ def fit_to_data(
     Raises BncliError where it cannot compute them, or has another number of classes.
     """
     from bncli.cli.messages import print_note
-    from bncli.data import measure_normalization
+    from bncli.data import normalization_of
     from bncli.models import normalize_input
 
     known = _parse_normalization(named.normalization or MEASURED)
     if known is None:
-        measured = measure_normalization(dataset.train.images)
+        measured = normalization_of(dataset.train)
         known = measured.mean, measured.std
         rounded = "/".join(",".join(f"{value:.3f}" for value in values) for values in known)
         print_note(
@@ -229,7 +229,9 @@ def _check_logits(
 ) -> None:
     import torch
 
-    images = dataset.test.images[:2]
+    from bncli.indexed import pick
+
+    images = pick(dataset.test, range(min(2, len(dataset.test))))
     try:
         with runtime.autocast(), torch.no_grad():
             logits = network(runtime.place(images))

@@ -251,7 +251,7 @@ def open_config(path: Path, overrides: list[str] | None) -> "Config":
 
 def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
     """Raise DataError unless classes and image size are those that the network was trained on."""
-    height, width = dataset.test.images.shape[2:]
+    height, width = dataset.test.image_shape[-2:]
     if height != checkpoint.image_size or width != checkpoint.image_size:
         side = checkpoint.image_size
         raise DataError(

@@ -13,3 +13,4 @@ from .fingerprint import digest_dataset as digest_dataset
 from .load import load_dataset as load_dataset
 from .normalization import Normalization as Normalization
 from .normalization import measure_normalization as measure_normalization
+from .normalization import normalization_of as normalization_of

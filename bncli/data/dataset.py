@@ -1,4 +1,4 @@
-"""What every data set is: uint8 images and their labels, split into train and test."""
+"""What every data set is: images with their labels, split into train and test."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from bncli.errors import DataError
+from bncli.indexed import Indexed, InMemory
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(what, done, total)`, always in the thread that loads."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """Images with their labels.
+class Split(InMemory):
+    """Images with their labels, in memory.
 
     Raises:
         DataError: shapes or types are others than those below, or the lengths differ.
@@ -38,16 +39,13 @@ class Split:
         height, width = self.images.shape[2:]
         return f"Split({len(self):,} images of {height}x{width} pixels)"
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
 
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test split over the same classes."""
 
     name: str
-    train: Split
-    test: Split
+    train: Indexed
+    test: Indexed
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what its user should be told, each one sentence

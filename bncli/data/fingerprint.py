@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bncli.data.dataset import Dataset, Split
+from bncli.data.dataset import Dataset
+from bncli.indexed import Indexed, in_order
 
 _CHUNK = 128  # images; small, so that a memory-mapped set is never in memory as a whole
 
@@ -42,6 +43,8 @@ def content_of(shape: tuple[int, ...], pixels: Iterable[bytes], labels: list[int
     return SplitContent(shape, pixels, np.array(labels, np.int64).data)
 
 
-def _content(split: Split) -> SplitContent:
-    chunks = (images.cpu().contiguous().numpy().data for images in split.images.split(_CHUNK))
-    return SplitContent(tuple(split.images.shape), chunks, split.labels.cpu().contiguous().numpy().data)
+def _content(split: Indexed) -> SplitContent:
+    batches = split.batches_of(in_order(len(split), _CHUNK))
+    chunks = (images.cpu().contiguous().numpy().data for images, _ in batches)
+    labels = b"" if split.labels is None else split.labels.cpu().contiguous().numpy().data
+    return SplitContent((len(split), *split.image_shape), chunks, labels)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from bncli.config import Config
 from bncli.data import (
     BatchPlan,
@@ -19,11 +21,12 @@ from bncli.data import (
     check_augmentation,
     digest_dataset,
     load_dataset,
-    measure_normalization,
+    normalization_of,
     num_micro_batches,
     sample_batches,
 )
 from bncli.errors import ConfigError
+from bncli.indexed import Indexed, pick
 from bncli.models.convnet import ConvNet, LayerCost, build_model, measure_layers, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
 
@@ -48,14 +51,14 @@ class Setup:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of one image: (channels, height, width)."""
-        _, channels, height, width = self.dataset.train.images.shape
+        channels, height, width = self.dataset.train.image_shape
         return channels, height, width
 
     @cached_property
-    def train_split(self) -> Split:
+    def train_split(self) -> Indexed:
         """The training images where batches are made: on a GPU that has room for them, else as loaded."""
         train, device = self.dataset.train, self.runtime.device
-        if not self.runtime.has_room(train.images.nbytes):
+        if not isinstance(train, Split) or not self.runtime.has_room(train.images.nbytes):
             return train
         return Split(train.images.to(device), train.labels.to(device))
 
@@ -105,8 +108,8 @@ def prepare(
     if runtime.compiles:
         check_compiler(runtime.device)
     dataset = load_dataset(config.data, progress=progress, may_download=may_download)
-    normalization = measure_normalization(dataset.train.images)
-    _, channels, height, width = dataset.train.images.shape
+    normalization = normalization_of(dataset.train)
+    channels, height, width = dataset.train.image_shape
     check_augmentation(config.augment, height, width)
     # the network and its batches must fit the smallest images
     height, width = config.augment.smallest_size(height, width)
@@ -121,8 +124,8 @@ def prepare(
     if model.whiten is not None:
         # evenly spaced to the very end, because an image folder comes sorted by class
         num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
-        spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
-        model.whiten.fit(model.normalize(dataset.train.images[spaced]))
+        spaced = torch.arange(num_images) * len(dataset.train) // num_images
+        model.whiten.fit(model.normalize(pick(dataset.train, spaced)))
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1
@@ -164,7 +167,7 @@ def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
         raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])
 
 
-def training_sample(split: Split, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
+def training_sample(split: Indexed, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
     """Images of the split on the device, as often as a measurement wants to go through them."""
     return lambda: (runtime.place(images) for images, _ in sample_batches(split, batch_size, num_images))
 

@@ -117,7 +117,7 @@ def _classes(subject: "Subject") -> _Classes:
         data = subject.own.config.data
         return _Classes(subject.own.class_names, _fit(data, subject.own.image_size))
     dataset = load_subject_data(subject)
-    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.images.shape[-1]))
+    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.image_shape[-1]))
 
 
 def _fit(data: "DataConfig", image_size: int) -> "Fit":
