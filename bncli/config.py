@@ -82,6 +82,18 @@ class ImageFolderConfig(DataSection):
     cache: str | None = Field(
         None, description="Folder where the decoded images are kept; null is the user's cache folder."
     )
+    stream: Literal["auto"] | bool = Field(
+        "auto",
+        description="Whether images are decoded whenever they are used, and not kept in the cache; `auto`:"
+        " where they would take more than 4 GB.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="Number of processes that decode images where they are not kept, 0 is none besides this"
+        " one; null is as many as there are CPUs for this process.",
+    )
 
 
 DataConfig = Annotated[SyntheticConfig | Cifar10Config | ImageFolderConfig, Field(discriminator="name")]

@@ -96,6 +96,25 @@ def read_file(path: Path) -> bytes:
     return content
 
 
+def decode_file(path: Path, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Read a file and decode it.
+
+    Raises:
+        DataError: it cannot be read, or is no image; it names the file.
+    """
+    try:
+        content = read_file(path)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return decode_named(path, content, fit)
+
+
+def decode_named(path: Path, content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Decode what was read from a file; raises DataError, which names it, where it is no image."""
+    with explained(before=f"{path}: ", after="; repair or remove it"):
+        return decode(content, fit)
+
+
 def check_size(content: bytes) -> None:
     """Raise DataError where `content` is larger than any image should be."""
     if len(content) > MAX_FILE_BYTES:

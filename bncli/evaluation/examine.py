@@ -84,8 +84,9 @@ def examine(
     `data` are labelled images (see `bncli.batches`), all held in memory unless they are given as a pair of
     tensors, images (N, ...) and labels (N,), or as `bncli.indexed`. They are computed in batches of
     `batch_size`; `place` brings a batch to where and how the model computes. `num_images` and `batch_sizes`
-    are the certificate's, whose images are a random sample over all classes (`bncli.sample`). The sample's accuracy is also measured in
-    batches of 1, 8 and 64, in both modes. `sweep` lists batch sizes at which that of all images is measured.
+    are the certificate's, whose images are a random sample over all classes (`bncli.sample`). The sample's
+    accuracy is also measured in batches of 1, 8 and 64, in both modes. `sweep` lists batch sizes at which
+    that of all images is measured.
     With `training` images, unaugmented, the gap between the modes is taken apart, on `shuffled`: the same
     data in an order in which every batch is a sample of all classes (default: one random order). For another
     precision call this inside `torch.autocast`.
