@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from functools import cached_property
 from itertools import chain, islice
 from typing import Any
@@ -99,8 +100,7 @@ class StreamedSplit:
                 for start in range(0, len(numbers), _CHUNK):
                     yield numbers[start : start + _CHUNK]
 
-        found = self._read_chunks(chunks())
-        try:
+        with closing(self._read_chunks(chunks())) as found:
             for inputs, labels in found:
                 size, done = sizes.popleft(), len(labels)
                 if done < size:
@@ -113,21 +113,18 @@ class StreamedSplit:
                         done = place.stop
                     inputs, labels = whole  # noqa: PLW2901
                 yield torch.from_numpy(inputs), torch.from_numpy(labels)
-        finally:
-            found.close()
 
     def _read_chunks(self, chunks: Iterator[list[int]]) -> Generator[_Chunk, None, None]:
         reader = _ChunkReader(self._read, self._first)
         begun = list(islice(chunks, _FEW + 1))
-        if self._num_workers == 0 or len(begun) <= _FEW:
-            results: Iterator[_Chunk | str] = map(reader.__getitem__, chain(begun, chunks))
-        else:
-            results = self._in_workers(reader, chain(begun, chunks))
+        several = self._num_workers > 0 and len(begun) > _FEW
+        read = self._in_workers if several else _in_this_process
         try:
-            for result in results:
-                if isinstance(result, str):
-                    raise DataError(result)
-                yield result
+            with closing(read(reader, chain(begun, chunks))) as results:
+                for result in results:
+                    if isinstance(result, str):
+                        raise DataError(result)
+                    yield result
         except OSError as error:
             raise DataError(
                 f"data.workers: cannot start {self._num_workers} processes that read images: {error}; set it"
@@ -141,8 +138,9 @@ class StreamedSplit:
                 f" set it lower than {self._num_workers}, or to 0"
             ) from None
 
-    def _in_workers(self, reader: "_ChunkReader", chunks: Iterator[list[int]]) -> "Iterator[_Chunk | str]":
-        """What workers read, in order; they end when it is no longer referred to."""
+    def _in_workers(
+        self, reader: "_ChunkReader", chunks: Iterator[list[int]]
+    ) -> Generator[_Chunk | str, None, None]:
         from torch.utils.data import DataLoader
 
         with warnings.catch_warnings():
@@ -157,7 +155,11 @@ class StreamedSplit:
                 # the global one is the caller's: which numbers it gives must not depend on workers
                 generator=torch.Generator().manual_seed(0),
             )
-        return iter(loader)
+        iterator: Any = iter(loader)
+        try:
+            yield from iterator
+        finally:  # not when nothing refers to it any more: the traceback of an error does
+            iterator._shutdown_workers()
 
 
 def default_workers() -> int:
@@ -189,6 +191,13 @@ class _ChunkReader:
                 f" {found.shape}; give all one shape and type, images by resizing them"
             )
         return found, label
+
+
+def _in_this_process(
+    reader: _ChunkReader, chunks: Iterator[list[int]]
+) -> Generator[_Chunk | str, None, None]:
+    for numbers in chunks:
+        yield reader[numbers]
 
 
 def _unchanged(chunk: object) -> object:
