@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.errors import ConfigError
 
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
@@ -137,7 +137,7 @@ class ConvNet(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes), float32."""
 
     def __init__(
-        self, config: ModelConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
+        self, config: ConvNetConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
@@ -174,7 +174,7 @@ class ConvNet(nn.Module):
 
 
 def build_model(
-    config: ModelConfig,
+    config: ConvNetConfig,
     num_classes: int,
     *,
     image_size: int,
