@@ -32,3 +32,11 @@ def runs_foreign_code(name: str) -> bool:
     if name == CONVNET or name.partition(":")[0] in LIBRARIES:
         return False
     return where not in {str(path.with_suffix(".py")) for path in builtin_configs().values()}
+
+
+def is_same_name(name: str, recorded: str) -> bool:
+    """Whether a name that the user gives means a recorded one; files may have moved since."""
+    (where, _, maker), (former, _, former_maker) = (one.rpartition(":") for one in (name, recorded))
+    if is_file(where) and is_file(former):
+        return (Path(where).name, maker) == (Path(former).name, former_maker)
+    return name == recorded

@@ -10,6 +10,7 @@ BatchNorm that follows would subtract it again.
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.errors import ConfigError
@@ -255,18 +257,21 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     )
 
 
-def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int | None:
     """The fewest values per channel that a BatchNorm layer sees of one image: the smallest H * W.
 
-    With a batch of B images it normalises over B * H * W values, and needs more than one.
+    With a batch of B images it normalises over B * H * W values, and needs more than one. None where there is
+    no such layer.
     """
     shapes = _output_shapes(model, image_shape, nullcontext())
-    sizes = [
-        shapes[name][1] * shapes[name][2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
-    return min(sizes)
+    return min(
+        (
+            math.prod(shapes[name][1:])
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and name in shapes
+        ),
+        default=None,
+    )
 
 
 def _output_shapes(
@@ -278,7 +283,9 @@ def _output_shapes(
     for name, module in twin.named_modules():
         if not list(module.children()):
             module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+                lambda _module, _inputs, output, name=name: (
+                    shapes.update({name: tuple(output.shape[1:])}) if isinstance(output, Tensor) else None
+                )
             )
     with torch.no_grad(), watching:
         twin(torch.zeros(1, *image_shape))

@@ -19,9 +19,17 @@ def normalize_input(
 
     It is a hook, no module around the network: so the layers keep their names.
     """
-    normalize = Normalize(mean, std).to(device)
+    network.register_forward_pre_hook(_NormalizeInput(Normalize(mean, std).to(device)))
 
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (normalize(inputs[0]), *inputs[1:])
 
-    network.register_forward_pre_hook(before)
+class _NormalizeInput:
+    """The hook; a copy of the network on another device has it too."""
+
+    def __init__(self, normalize: Normalize) -> None:
+        self._normalize = normalize
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images = inputs[0]
+        if images.device != self._normalize.mean.device:
+            self._normalize.to(images.device)
+        return (self._normalize(images), *inputs[1:])

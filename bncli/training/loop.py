@@ -1,7 +1,8 @@
 """The training loop, from the first step to the last checkpoint.
 
 The order of the images and their augmentation are functions of (seed, epoch, step), and so is the
-learning rate. Nothing else is random, so a run that was interrupted continues bit for bit.
+learning rate and what the network itself draws. Nothing else is random, so a run that was interrupted
+continues bit for bit.
 """
 
 import shlex
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
@@ -23,6 +23,7 @@ from bncli.runtime import short_compile_errors
 from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.open_run import open_run
+from bncli.training.losses import logits_of, loss_of
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
@@ -261,7 +262,7 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
 
     recalibrated = run.setup.config.train.recalibrate != "none"
     path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
-    last = load_checkpoint(path)
+    last = load_checkpoint(path, model=run.setup.config.model.name)
     # every configuration has at least one epoch, and the end of the last one is evaluated
     assert last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(
@@ -291,15 +292,16 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     run.set_learning_rate(run.step)
     losses, hits = [], []
     run.optimizer.zero_grad()
-    for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
-        with runtime.autocast():
-            logits = run.forward(runtime.place(part))
-        loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
-        loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
-        loss.backward()
-        run.running_epoch.statistics.observe()
-        losses.append(loss.detach())
-        hits.append((logits.detach().argmax(1) == part_labels).sum())
+    with run.network_randomness():
+        for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
+            with runtime.autocast():
+                outputs = run.forward(runtime.place(part))
+            loss = loss_of(outputs, part_labels, config.label_smoothing)
+            loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
+            loss.backward()
+            run.running_epoch.statistics.observe()
+            losses.append(loss.detach())
+            hits.append((logits_of(outputs).detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
     if run.average is not None:

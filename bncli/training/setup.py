@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bncli.config import Config
+from torch import nn
+
+from bncli.batchnorm import batch_norm_layers
+from bncli.config import Config, ConvNetConfig
 from bncli.data import (
     BatchPlan,
     Dataset,
@@ -24,8 +27,10 @@ from bncli.data import (
     sample_batches,
 )
 from bncli.errors import ConfigError
-from bncli.models.convnet import ConvNet, LayerCost, build_model, measure_layers, smallest_map
+from bncli.models.configured import build_configured
+from bncli.models.convnet import ConvNet, LayerCost, measure_layers, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
+from bncli.training.fitness import check_network
 
 if TYPE_CHECKING:
     from bncli.batches import Batches
@@ -43,7 +48,7 @@ class Setup:
     dataset: Dataset
     normalization: Normalization
     plan: BatchPlan
-    model: ConvNet
+    model: nn.Module
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -100,7 +105,8 @@ def prepare(
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
-    _check_statistics(config)
+    if isinstance(config.model, ConvNetConfig):
+        _check_statistics(config, config.model)
     runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if runtime.compiles:
         check_compiler(runtime.device)
@@ -110,7 +116,7 @@ def prepare(
     check_augmentation(config.augment, height, width)
     # the network and its batches must fit the smallest images
     height, width = config.augment.smallest_size(height, width)
-    model = build_model(
+    model = build_configured(
         config.model,
         len(dataset.class_names),
         image_size=min(height, width),
@@ -118,7 +124,11 @@ def prepare(
         std=normalization.std,
         seed=config.train.seed,
     )
-    if model.whiten is not None:
+    if not isinstance(model, ConvNet):
+        images = dataset.train.images[[0, -1]]
+        smallest = nn.functional.interpolate(images, (height, width))  # in nearest neighbours: only the size matters
+        check_network(model, config.model.name, smallest, len(dataset.class_names))
+    elif model.whiten is not None:
         # evenly spaced to the very end, because an image folder comes sorted by class
         num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
         spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
@@ -137,9 +147,9 @@ def prepare(
     return Setup(config, runtime, dataset, normalization, plan, model)
 
 
-def _check_statistics(config: Config) -> None:
+def _check_statistics(config: Config, model: ConvNetConfig) -> None:
     """Raise ConfigError where running statistics are to be replaced and there are none."""
-    if config.model.batch_norm.track_running_stats:
+    if model.batch_norm.track_running_stats:
         return
     train = config.train
     problems = []
