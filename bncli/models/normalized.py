@@ -1,5 +1,6 @@
 """Pixels as a network was trained to see them: a network that takes raw images then."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +24,14 @@ def normalize_input(
 
 
 class _NormalizeInput:
-    """The hook; a copy of the network on another device has it too."""
+    """The hook, which copies of the network share, also on other devices."""
 
     def __init__(self, normalize: Normalize) -> None:
-        self._normalize = normalize
+        self._by_device = {normalize.mean.device: normalize}
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images = inputs[0]
-        if images.device != self._normalize.mean.device:
-            self._normalize.to(images.device)
-        return (self._normalize(images), *inputs[1:])
+        if images.device not in self._by_device:
+            first = next(iter(self._by_device.values()))
+            self._by_device[images.device] = copy.deepcopy(first).to(images.device)
+        return (self._by_device[images.device](images), *inputs[1:])
