@@ -287,7 +287,9 @@ def _describe(problem: Any) -> str:
             return f"{key}: for networks that model.name names; the keys of convnet stand in model itself"
         if others:
             having = " and ".join(others) + (" have" if len(others) > 1 else " has")
-            return f"{key}: the data set {chosen or 'chosen'} has no such key; {having} it (data.name chooses)"
+            return (
+                f"{key}: the data set {chosen or 'chosen'} has no such key; {having} it (data.name chooses)"
+            )
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"

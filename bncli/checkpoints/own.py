@@ -236,9 +236,7 @@ def load_model(
             f"{source}: its network is made by {name}, and code that a file names is not run;"
             f" if you trust it, name it yourself: --model {shlex.quote(name)}"
         )
-    build = partial(
-        build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size
-    )
+    build = partial(build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size)
     try:
         # first without memory: a checkpoint of a kilobyte may name a network of a terabyte
         if isinstance(config, ConvNetConfig):

@@ -27,7 +27,7 @@ class Bounded(TorchDispatchMode):
     """
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # twice, for networks that copy their weights once
         self._bytes_left = _SLACK_BYTES + 2 * sum(tensor.nbytes for tensor in state_dict.values())
         self._tensors_left = _SLACK_TENSORS + 20 * len(state_dict)

@@ -231,8 +231,11 @@ class LayerCost:
     flops: int  # of a forward pass; a multiplication and an addition count as two
 
 
-def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[LayerCost, ...]:
-    """Shape, parameters and FLOPs of every layer, from one forward pass over one blank image.
+def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[tuple[LayerCost, ...], int]:
+    """Shape, parameters and FLOPs of every layer, and all FLOPs, from one pass over one blank image.
+
+    Layers are modules without modules inside; what a network computes outside of them counts in the total
+    alone.
 
     FLOPs are what PyTorch's own counter counts: matrix products and convolutions; other layers count
     as 0. The model is left as it was: the pass runs on a copy.
@@ -244,7 +247,7 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     counter = FlopCounterMode(display=False)
     shapes = _output_shapes(model, image_shape, counter)
     counts = counter.get_flop_counts()
-    return tuple(
+    layers = tuple(
         LayerCost(
             name=name,
             kind=type(module).__name__,
@@ -255,6 +258,7 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
         for name, module in model.named_modules()
         if name in shapes
     )
+    return layers, counter.get_total_flops()
 
 
 def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int | None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from bncli.batchnorm.modes import preserved_buffers
 from bncli.data import micro_batches
-from bncli.training.losses import loss_of
+from bncli.training.losses import loss_and_logits
 from bncli.training.run import Run
 
 
@@ -82,4 +82,4 @@ def _loss_of(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     runtime = run.setup.runtime
     with runtime.autocast():
         outputs = run.model(runtime.place(images))
-    return loss_of(outputs, labels.to(runtime.device), run.setup.config.train.label_smoothing)
+    return loss_and_logits(outputs, labels.to(runtime.device), run.setup.config.train.label_smoothing)[0]

@@ -6,11 +6,11 @@ from torch.nn.parameter import is_lazy
 
 from bncli.batchnorm.modes import eval_mode, preserved_buffers, train_mode
 from bncli.errors import BncliError, ConfigError
-from bncli.training.losses import logits_of
+from bncli.training.losses import find_logits
 
 
 def check_network(model: nn.Module, name: str, images: Tensor, num_classes: int) -> None:
-    """Compute two raw images (2, 3, H, W) in either mode; the model and the random generator stay as they are.
+    """Compute two raw images (2, 3, H, W) in either mode; the model and the generator stay as they are.
 
     Raises:
         ConfigError: the network cannot compute them, or returns no logits of these classes; it has no weights
@@ -37,15 +37,15 @@ def check_network(model: nn.Module, name: str, images: Tensor, num_classes: int)
         except Exception as error:  # of anybody's network
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise refuse(f"cannot compute two images of {size} values in {mode} mode: {text}") from None
-        logits = logits_of(outputs) if mode == "train" else outputs
+        logits = find_logits(outputs) if mode == "train" else outputs
         if not isinstance(logits, Tensor):
             found = f"a {type(outputs).__name__}"
         elif logits.ndim != 2 or len(logits) != len(images) or not logits.is_floating_point():
             found = f"a tensor {tuple(logits.shape)} of {str(logits.dtype).removeprefix('torch.')}"
         elif logits.shape[1] != num_classes:
             raise refuse(
-                f"it has {logits.shape[1]:,} classes, but the data have {num_classes:,}; its number of classes"
-                " belongs in model.arguments"
+                f"it has {logits.shape[1]:,} classes, but the data have {num_classes:,}; model.arguments is"
+                " where its number of classes belongs"
             )
         else:
             continue

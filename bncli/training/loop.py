@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from bncli.batchnorm import batch_norm_layers
 from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
@@ -22,8 +23,8 @@ from bncli.errors import CompileError, DivergedError, StoppedError
 from bncli.runtime import short_compile_errors
 from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
+from bncli.training.losses import loss_and_logits
 from bncli.training.open_run import open_run
-from bncli.training.losses import logits_of, loss_of
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
 from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
@@ -79,6 +80,7 @@ class TrainResult:
     images_per_second: float  # of all epochs, evaluation and checkpoints included
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
+    num_batch_norm_layers: int
     agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,6 +280,7 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration if recalibrated else None,
+        num_batch_norm_layers=len(batch_norm_layers(run.model)),
         agreement=measure_agreement(last, run.setup, stop),
     )
 
@@ -296,12 +299,12 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
             with runtime.autocast():
                 outputs = run.forward(runtime.place(part))
-            loss = loss_of(outputs, part_labels, config.label_smoothing)
+            loss, logits = loss_and_logits(outputs, part_labels, config.label_smoothing)
             loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
             loss.backward()
             run.running_epoch.statistics.observe()
             losses.append(loss.detach())
-            hits.append((logits_of(outputs).detach().argmax(1) == part_labels).sum())
+            hits.append((logits.detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
     if run.average is not None:

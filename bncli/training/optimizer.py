@@ -34,7 +34,9 @@ class Optimizer:
         self.momentum = momentum
         self.nesterov = nesterov
         # by group, one for each weight
-        self._momenta: list[list[Tensor | None]] = [[None] * len(group["params"]) for group in self.param_groups]
+        self._momenta: list[list[Tensor | None]] = [
+            [None] * len(group["params"]) for group in self.param_groups
+        ]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

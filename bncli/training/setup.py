@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bncli.batchnorm import batch_norm_layers
+from bncli.batchnorm import has_running_statistics
 from bncli.config import Config, ConvNetConfig
 from bncli.data import (
     BatchPlan,
@@ -124,15 +124,15 @@ def prepare(
         std=normalization.std,
         seed=config.train.seed,
     )
-    if not isinstance(model, ConvNet):
-        images = dataset.train.images[[0, -1]]
-        smallest = nn.functional.interpolate(images, (height, width))  # in nearest neighbours: only the size matters
-        check_network(model, config.model.name, smallest, len(dataset.class_names))
-    elif model.whiten is not None:
-        # evenly spaced to the very end, because an image folder comes sorted by class
-        num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
-        spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
-        model.whiten.fit(model.normalize(dataset.train.images[spaced]))
+    if isinstance(model, ConvNet):
+        _fit_whitening(model, dataset.train)
+    else:
+        # the pixels do not matter, so the smallest size need not be made as training makes it
+        images = nn.functional.interpolate(dataset.train.images[[0, -1]], (height, width))
+        check_network(model, config.model.name, images, len(dataset.class_names))
+        if config.train.recalibrate != "none" and not has_running_statistics(model):
+            problem = f"train.recalibrate: {config.model.name} has no running statistics; set it to none"
+            raise ConfigError("train", [problem])
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1
@@ -145,6 +145,15 @@ def prepare(
     _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
     return Setup(config, runtime, dataset, normalization, plan, model)
+
+
+def _fit_whitening(model: ConvNet, train: Split) -> None:
+    if model.whiten is None:
+        return
+    # evenly spaced to the very end, because an image folder comes sorted by class
+    num_images = min(NUM_WHITENING_IMAGES, len(train))
+    spaced = [number * len(train) // num_images for number in range(num_images)]
+    model.whiten.fit(model.normalize(train.images[spaced]))
 
 
 def _check_statistics(config: Config, model: ConvNetConfig) -> None:
@@ -203,7 +212,7 @@ class SetupDescription:
 
 def describe_setup(setup: Setup) -> SetupDescription:
     """Everything that is decided before the first step, as numbers."""
-    layers = measure_layers(setup.model, setup.image_shape)
+    layers, flops = measure_layers(setup.model, setup.image_shape)
     num_train_images = len(setup.dataset.train)
     return SetupDescription(
         config=setup.config,
@@ -215,8 +224,8 @@ def describe_setup(setup: Setup) -> SetupDescription:
         num_test_images=len(setup.dataset.test),
         normalization=setup.normalization,
         layers=layers,
-        num_parameters=sum(layer.num_parameters for layer in layers),
-        flops_per_image=sum(layer.flops for layer in layers),
+        num_parameters=sum(weight.numel() for weight in setup.model.parameters()),
+        flops_per_image=flops,
         steps_per_epoch=setup.plan.num_steps,
         num_steps=setup.num_steps,
         batch_size=setup.plan.batch_size,

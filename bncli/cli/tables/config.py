@@ -30,7 +30,11 @@ def explained_keys_text(keys: Sequence[ExplainedKey]) -> str:
     for key in keys:
         kind = key.data_set or key.network
         where = f" ({kind})" if kind else ""
-        default = "" if key.default is None and "null" not in key.allowed else f"; default {dump_value(key.default)}"
+        default = (
+            ""
+            if key.default is None and "null" not in key.allowed
+            else f"; default {dump_value(key.default)}"
+        )
         lines = [
             *wrapped(f"{key.key}{where}: {key.allowed}{default}", MAX_WIDTH),
             *wrapped(key.meaning, MAX_WIDTH, first="  "),
