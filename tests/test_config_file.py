@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bncli.config import Config, ImageFolderConfig, ConvNetConfig, SyntheticConfig, TrainConfig
+from bncli.config import Config, ConvNetConfig, ImageFolderConfig, SyntheticConfig, TrainConfig
 from bncli.config_file import config_from_dict, dump_config, load_config
 from bncli.errors import ConfigError
 
