@@ -50,6 +50,21 @@ class NamedNetwork:
             _pick_output(network, self.logits)
         return network.eval(), loaded
 
+    def check_repeats(self) -> None:
+        """Refuse options that mean nothing where the name repeats what bncli's own checkpoint records.
+
+        Raises ConfigError.
+        """
+        given = {
+            "--key": self.key,
+            "--partial": self.partial,
+            "--normalization": self.normalization,
+            "--logits": self.logits,
+        }
+        for option, value in given.items():
+            if value:
+                raise ConfigError(option, ["a checkpoint of `bncli train` records it; leave it out"])
+
     def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
         """The part of a JSON document."""
         return {

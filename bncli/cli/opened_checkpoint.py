@@ -121,10 +121,12 @@ def open_subject(
     command: str,
     batch_invariant: bool = False,
     named: "NamedNetwork | None" = None,
+    trusted: str | None = None,
 ) -> Subject:
     """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
-    `named` is the network where the file is not bncli's own.
+    `named` is the network that the command line names: where the file is not bncli's own, or is and records
+    the name of code, which is only run if it is repeated. `trusted` is such a name that bncli itself knows.
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
@@ -135,8 +137,10 @@ def open_subject(
     from bncli.runtime import resolve_runtime
 
     loaded = checkpoint = None
-    if named is None:
-        network, checkpoint, followed = _open_own(path, overrides, command)
+    repeated = None if named is None or not _records_network(path) else named
+    if named is None or repeated is not None:
+        named = None
+        network, checkpoint, followed = _open_own(path, overrides, command, repeated, trusted)
     else:
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
@@ -171,15 +175,34 @@ def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
     return replace(subject, path=path, model=network, named=(named, loaded))
 
 
-def _open_own(
-    path: Path, overrides: list[str] | None, command: str
-) -> "tuple[Module, Checkpoint, FollowedConfig]":
-    from bncli.checkpoints import load_checkpoint, load_model
-    from bncli.cli.overrides import has_effect
-    from bncli.recorded_config import follow_config
+def _records_network(path: Path) -> bool:
+    """Whether it is a checkpoint of bncli's that records the name of another network than its own."""
+    from bncli.checkpoints import recorded_network
 
     try:
-        checkpoint = load_checkpoint(path)
+        return recorded_network(path) is not None
+    except CheckpointError:  # whoever loads it says what is wrong
+        return False
+
+
+def _open_own(
+    path: Path,
+    overrides: list[str] | None,
+    command: str,
+    repeated: "NamedNetwork | None",
+    trusted: str | None,
+) -> "tuple[Module, Checkpoint, FollowedConfig]":
+    from bncli.checkpoints import load_checkpoint, load_model
+    from bncli.cli.overrides import effective_overrides, has_effect
+    from bncli.recorded_config import follow_config
+
+    name, arguments = trusted, {}
+    if repeated is not None:
+        repeated.check_repeats()
+        effective_overrides(command, overrides)  # without those for files that say less of themselves
+        name, arguments = repeated.name, repeated.arguments
+    try:
+        checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
         if command not in ("eval", "recalibrate", "predict"):
             raise

@@ -215,7 +215,7 @@ def save_recalibrated(
 
     setup, path = run.setup, run_dir / "last.pt"
     made = recalibrate_checkpoint(
-        load_checkpoint(path),
+        load_checkpoint(path, model=setup.config.model.name),
         setup.dataset,
         setup.runtime,
         Calibration(method, batch_size=setup.norm_batch_size),

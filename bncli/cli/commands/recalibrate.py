@@ -278,4 +278,5 @@ def _reopen(path: Path, subject: "Subject", dataset: "Dataset") -> "Subject":
         return open_again(subject, path, dataset)
     from bncli.checkpoints import load_checkpoint
 
-    return replace(subject, path=path, own=load_checkpoint(path))
+    name = subject.checkpoint.config.model.name
+    return replace(subject, path=path, own=load_checkpoint(path, model=name))
