@@ -43,9 +43,11 @@ class NamedNetwork:
         """
         from bncli.checkpoints import load_weights
         from bncli.models import build_network
+        from bncli.models.detectors import freeze_uncounted
 
         network = build_network(self.name, self.arguments)
         loaded = load_weights(network, path, key=self.key, partial=self.partial)
+        freeze_uncounted(network, loaded.kept)
         if self.logits is not None:
             _pick_output(network, self.logits)
         return network.eval(), loaded

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from bncli.models.detectors import is_detector
 from bncli.models.normalized import NAMED, NONE
 from bncli.torchvision_compat import import_torchvision
 
@@ -38,8 +39,7 @@ def preset_of(name: str, model: nn.Module) -> Preset | None:
 
     Nothing is downloaded. `name` is one that `build_network` has taken, and `model` what it made.
     """
-    if type(getattr(model, "transform", None)).__name__ == "GeneralizedRCNNTransform":
-        # torchvision's detectors, and those made of its parts, normalise and resize by themselves
+    if is_detector(model):
         return Preset(None, None, "bilinear", *NONE)
     kind, _, rest = name.partition(":")
     if kind == "torchvision":

@@ -58,6 +58,15 @@ def select_layers(model: nn.Module, layers: Layers = None) -> Selection:
     return Selection(chosen, tuple(skipped))
 
 
+def by_reason(skipped: Sequence[SkippedLayer]) -> list[str]:
+    """One sentence for each reason, with the names of all that it holds for."""
+    sentences = []
+    for reason in dict.fromkeys(one.reason for one in skipped):
+        names = [one.name for one in skipped if one.reason == reason]
+        sentences.append(f"{list_names(names)}{'; each' if len(names) > 1 else ''} {reason}")
+    return sentences
+
+
 def _why_not(layer: _BatchNorm, *, frozen: bool) -> str | None:
     if layer.running_mean is None or layer.running_var is None:
         return "has no running statistics"
@@ -76,10 +85,10 @@ def _frozen_layers(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _nothing_left(layers: Layers, found: list[tuple[str, _BatchNorm]], skipped: list[SkippedLayer]) -> str:
+    if skipped:
+        return f"no BatchNorm layer to measure: {'; '.join(by_reason(skipped))}"
     if not found:
         return "the model has no BatchNorm layer"
-    if skipped:
-        return "no BatchNorm layer to measure: " + "; ".join(f"{one.name} {one.reason}" for one in skipped)
     wanted = repr(layers) if isinstance(layers, str) else "the given predicate"
     return no_match(wanted, [name for name, _ in found])
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bncli.batchnorm.population.selection import by_reason
 from bncli.cli.messages import after_epoch
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
@@ -16,7 +17,7 @@ from bncli.cli.tables.table import (
     table_of,
 )
 from bncli.training import RecalibratedNetwork, Verification
-from bncli.wording import list_names, plural
+from bncli.wording import plural
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,8 @@ def show_recalibrate(report: RecalibrateReport) -> None:
         "standard error": "uncertainty of the new mean from these images, in standard deviations",
     }
     show_lines(console, {name: text for name, text in meanings.items() if name in columns})
-    for reason in dict.fromkeys(one.reason for one in done.skipped):
-        names = [one.name for one in done.skipped if one.reason == reason]
-        each = "; each" if len(names) > 1 else ""
-        print_wrapped(console, f"left unchanged: {list_names(names)}{each} {reason}")
+    for sentence in by_reason(done.skipped):
+        print_wrapped(console, f"left unchanged: {sentence}")
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
