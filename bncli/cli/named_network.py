@@ -44,12 +44,13 @@ class NamedNetwork:
         from bncli.checkpoints import load_weights
         from bncli.models import build_network
         from bncli.models.detectors import freeze_uncounted
+        from bncli.models.picked_output import pick_output
 
         network = build_network(self.name, self.arguments)
         loaded = load_weights(network, path, key=self.key, partial=self.partial)
         freeze_uncounted(network, loaded.kept)
         if self.logits is not None:
-            _pick_output(network, self.logits)
+            pick_output(network, self.logits)
         return network.eval(), loaded
 
     def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
@@ -92,25 +93,6 @@ def named_network(
     return NamedNetwork(
         model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization, logits
     )
-
-
-def _pick_output(network: "nn.Module", key: str) -> None:
-    """Let the network return one of its outputs: an item of a dict, tuple or list, or an attribute."""
-
-    def pick(_: object, __: object, outputs: Any) -> Any:
-        try:
-            if isinstance(outputs, Mapping):
-                return outputs[key]
-            if isinstance(outputs, tuple | list) and key.lstrip("-").isdigit():
-                return outputs[int(key)]
-            return getattr(outputs, key)
-        except (KeyError, IndexError, AttributeError):
-            found = (
-                f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
-            )
-            raise BncliError(f"--logits {key}: it is not in what the network returns: {found}") from None
-
-    network.register_forward_hook(pick)
 
 
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
@@ -250,7 +232,7 @@ def _check_forward(
         with runtime.autocast(), torch.no_grad():
             return network(runtime.place(images))
     except BncliError as error:  # of --logits
-        raise BncliError(f"model {named.name}: {error}") from None
+        raise BncliError(f"model {named.name}: --logits: {error}") from None
     except Exception as error:  # of the user's network
         size = "x".join(str(length) for length in images.shape[1:])
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
@@ -261,12 +243,15 @@ def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path:
     """Raise NoClassifierError unless it has as many columns as there are classes."""
     import torch
 
+    from bncli.models.picked_output import describe_outputs
+
     num_images = min(2, len(dataset.test))
     if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != num_images:
-        found = (
-            f"a tensor {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        found = describe_outputs(logits)
+        pick = "" if isinstance(logits, torch.Tensor) else "; --logits NAME takes one of several outputs"
+        raise NoClassifierError(
+            f"model {named.name}: expected logits of shape (N, classes), found {found}{pick}"
         )
-        raise NoClassifierError(f"model {named.name}: expected logits of shape (N, classes), found {found}")
     if logits.shape[1] != len(dataset.class_names):
         raise NoClassifierError(
             f"{path}: the network has {logits.shape[1]:,} classes, but {dataset.name} has"

@@ -260,7 +260,7 @@ def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, da
         ),
         (
             ("--model", "net.py:Answers"),
-            "model net.py:Answers: expected logits of shape (N, classes), found dict",
+            "model net.py:Answers: expected logits of shape (N, classes), found a dict with logits; --logits",
         ),
         (
             ("--model", "net.py:make", "--model-arg", "num_classes=7"),

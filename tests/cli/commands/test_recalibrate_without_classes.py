@@ -185,7 +185,10 @@ def test_a_network_that_classifies_nothing_is_told_of_no_evaluate(bncli: Bncli, 
     command = ("recalibrate", "a.pt", "--model", "nets.py:AutoEncoder", *DATA, *COMPUTED)
     outcome = bncli(*command, "-o", "new.pt")
     assert (outcome.code, outcome.out) == (2, "")
-    expected = "expected logits of shape (N, classes), found dict; --no-evaluate recalibrates a network that"
+    expected = (
+        "expected logits of shape (N, classes), found a dict with code, image; --logits NAME takes one of"
+    )
+    assert "; --no-evaluate recalibrates a network that is no classifier" in outcome.err
     assert expected in outcome.err.splitlines()[-1]
     assert not Path("new.pt").exists()
     assert bncli(*command, "--verify").code == 1  # evaluates nothing
