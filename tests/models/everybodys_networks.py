@@ -161,7 +161,8 @@ def examine_network(case: Case, folder: Path) -> Row:
     state = train_and_save(network, case, x, labels, old, kind)
     network_options = ["--model", case.name, "--set", f"data.root={root}"]
     network_options += ["--set", f"data.image_size={case.size}", "--set", f"data.cache={folder / 'cache'}"]
-    network_options += ["--set", "runtime.threads=1", "--set", f"runtime.eval_batch_size={BATCH}", "--json"]
+    network_options += ["--set", "runtime.memory_format=contiguous", "--set", "runtime.threads=1"]
+    network_options += ["--set", f"runtime.eval_batch_size={BATCH}", "--json"]
     network_options += [word for one in case.arguments for word in ("--model-arg", one)]
     if not case.normalizes:
         network_options += ["--normalization", NORMALIZATION]
