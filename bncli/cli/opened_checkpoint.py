@@ -162,7 +162,7 @@ def open_subject(
     )
 
 
-def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
+def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: bool = True) -> Subject:
     """The network that the command line names, with the tensors of another file of its own kind."""
     from bncli.cli.named_network import fit_to_data
 
@@ -171,7 +171,7 @@ def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
     named = subject.named[0]
     network, loaded = named.load(path)
     network = subject.runtime.place_model(network)
-    fit_to_data(network, named, dataset, subject.runtime, path)
+    fit_to_data(network, named, dataset, subject.runtime, path, classifies=classifies)
     return replace(subject, path=path, model=network, named=(named, loaded))
 
 
@@ -224,10 +224,10 @@ def _config_of_options(overrides: list[str], command: str, preset: "Preset | Non
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 
-def load_subject_data(subject: Subject) -> "Dataset":
+def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Raises DataError.
+    Without `classifies` the network is not asked for classes. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
     from bncli.data import load_dataset
@@ -250,7 +250,7 @@ def load_subject_data(subject: Subject) -> "Dataset":
         from bncli.determinism.fixed_shape import without_fixed_shape
 
         network = without_fixed_shape(subject.model)
-        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path)
+        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies)
     return dataset
 
 

@@ -11,6 +11,8 @@ from bncli.models.convnet import Normalize
 # mean and deviation of each channel, in units of the full range (0..1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's weights and most of timm's
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # pixels from -1 to 1
+NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pixels from 0 to 1
+NAMED = {"imagenet": IMAGENET, "half": HALF, "none": NONE}
 
 
 def normalize_input(
