@@ -5,9 +5,9 @@ conversion from text to number, no unknown keys, no infinities. A key's meaning 
 field: `bncli config` and the JSON schema show it. `bncli.config_file` reads and writes configurations.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 
 class Section(BaseModel):
@@ -180,9 +180,13 @@ class BatchNormConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ConvNetConfig(Section):
     """The Conv-BN-ReLU network."""
 
+    name: Literal["convnet"] = Field(
+        "convnet",
+        description="The network: `convnet` is stages of blocks of convolution, BatchNorm and activation.",
+    )
     # strict mode would refuse YAML's lists here: only the container is lax, its numbers are not
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(strict=False)] = Field(
         (16, 32, 64),
@@ -228,6 +232,39 @@ class ModelConfig(Section):
         BatchNormConfig(),
         description="The arguments of torch.nn.BatchNorm2d, with PyTorch's meaning and defaults.",
     )
+
+
+class NamedModelConfig(Section):
+    """A network of torchvision, of timm, or of the user's own code."""
+
+    # the pattern is for editors; a name without a colon is answered with the nearest networks
+    name: str = Field(
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={"pattern": ":"},
+        description="The network: `torchvision:resnet18`, `timm:NAME`, or a function or class that makes it,"
+        " `package.module:NAME` or `path/to/file.py:NAME`. A relative path begins at the folder of the YAML"
+        " file, or with --set at the current folder.",
+    )
+    arguments: dict[str, JsonValue] = Field(
+        {},
+        description="What that function takes, by name. A network that takes num_classes gets the data set's"
+        " where it is not given. Weights are random at first; none are downloaded.",
+    )
+
+
+def _kind_of_model(values: Any) -> str:
+    """Which of the models below the values of `model:` are for."""
+    if isinstance(values, NamedModelConfig):
+        return "named"
+    name = values.get("name", "convnet") if isinstance(values, dict) else "convnet"
+    return "convnet" if name == "convnet" else "named"
+
+
+ModelConfig = Annotated[
+    Annotated[ConvNetConfig, Tag("convnet")] | Annotated[NamedModelConfig, Tag("named")],
+    Discriminator(_kind_of_model),
+]
 
 
 class TrainConfig(Section):
@@ -378,7 +415,7 @@ class Config(Section):
         AugmentConfig(), description="Random changes to training images; test images are never changed."
     )
     model: ModelConfig = Field(
-        ModelConfig(), description="The network: stages of blocks of convolution, BatchNorm and activation."
+        ConvNetConfig(), description="The network: bncli's own, or any other by its name."
     )
     train: TrainConfig = Field(TrainConfig(), description="How the network is trained, and what is written.")
     runtime: RuntimeConfig = Field(

@@ -21,6 +21,7 @@ LAYERS = [
     {"models"},
     {"batchnorm", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
+    {"network_name"},
     {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},
     {"errors", "atomic_file", "hardware", "indexed", "sample", "wording"},
 ]

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bncli.config import AugmentConfig, Config
 from bncli.data import Dataset
 from bncli.errors import BncliError
-from bncli.models.convnet import build_model
+from bncli.models import build_configured
 from bncli.runtime import synchronize
 from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
+from bncli.training.losses import loss_and_logits
 from bncli.training.optimizer import build_optimizer
 
 _SECONDS_TO_END = 10.0  # of a process that may be in the midst of a round
@@ -104,7 +104,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
                 batches = iter(loader)
                 batch = next(batches)
             images, labels = batch[0].to(device), batch[1].to(device)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=setup.config.train.label_smoothing)
+            loss, _ = loss_and_logits(model(images), labels, setup.config.train.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,7 +115,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
 
 def _plain_twin(setup: Setup) -> nn.Module:
     """The same network in float32 with contiguous weights."""
-    model = build_model(
+    model = build_configured(
         setup.config.model,
         len(setup.dataset.class_names),
         image_size=setup.image_shape[-1],

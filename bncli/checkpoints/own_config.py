@@ -39,7 +39,7 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
 def _described_layers(model: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Names and channels of the layers that `bncli.models.convnet.ConvNet` would have."""
     widths, num_blocks = model.get("widths"), model.get("blocks_per_stage")
-    if not isinstance(widths, Sequence) or len(widths) > 16:  # the limits of bncli.config.ModelConfig
+    if not isinstance(widths, Sequence) or len(widths) > 16:  # the limits of bncli.config.ConvNetConfig
         return
     if type(num_blocks) is not int or not 1 <= num_blocks <= 64:
         return

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import BncliError, ConfigError
+from bncli.errors import BncliError, ConfigError, NoClassifierError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,12 +43,30 @@ class NamedNetwork:
         """
         from bncli.checkpoints import load_weights
         from bncli.models import build_network
+        from bncli.models.detectors import freeze_uncounted
+        from bncli.models.picked_output import pick_output
 
         network = build_network(self.name, self.arguments)
         loaded = load_weights(network, path, key=self.key, partial=self.partial)
+        freeze_uncounted(network, loaded.kept)
         if self.logits is not None:
-            _pick_output(network, self.logits)
+            pick_output(network, self.logits)
         return network.eval(), loaded
+
+    def check_repeats(self) -> None:
+        """Refuse options that mean nothing where the name repeats what bncli's own checkpoint records.
+
+        Raises ConfigError.
+        """
+        given = {
+            "--key": self.key,
+            "--partial": self.partial,
+            "--normalization": self.normalization,
+            "--logits": self.logits,
+        }
+        for option, value in given.items():
+            if value:
+                raise ConfigError(option, ["a checkpoint of `bncli train` records it; leave it out"])
 
     def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
         """The part of a JSON document."""
@@ -92,25 +110,6 @@ def named_network(
     )
 
 
-def _pick_output(network: "nn.Module", key: str) -> None:
-    """Let the network return one of its outputs: an item of a dict, tuple or list, or an attribute."""
-
-    def pick(_: object, __: object, outputs: Any) -> Any:
-        try:
-            if isinstance(outputs, Mapping):
-                return outputs[key]
-            if isinstance(outputs, tuple | list) and key.lstrip("-").isdigit():
-                return outputs[int(key)]
-            return getattr(outputs, key)
-        except (KeyError, IndexError, AttributeError):
-            found = (
-                f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
-            )
-            raise BncliError(f"--logits {key}: it is not in what the network returns: {found}") from None
-
-    network.register_forward_hook(pick)
-
-
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE read as `--set` reads it: values are YAML, dotted keys are sections."""
     from bncli.config_file import override_values
@@ -126,18 +125,20 @@ def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
 
 def _parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and deviation; None for those that are to be measured."""
-    from bncli.models.normalized import HALF, IMAGENET
+    from bncli.models.normalized import NAMED
 
     if text == MEASURED:
         return None
-    if text in ("imagenet", "half"):
-        return IMAGENET if text == "imagenet" else HALF
+    if text in NAMED:
+        return NAMED[text]
     try:
         mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
     except ValueError:
         mean = std = ()
     if len(mean) != 3 or len(std) != 3 or not all(0 <= value <= 1 for value in (*mean, *std)) or not min(std):
-        expected = "imagenet, half, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+        expected = (
+            "imagenet, half, none, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+        )
         raise ConfigError("--normalization", [f"expected {expected}, found {text!r}"])
     return mean, std
 
@@ -173,11 +174,11 @@ def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
     """
     if "image_size" in named:
         return []
-    if preset is None:
+    if preset is None or preset.image_size is None:
         raise ConfigError(
             "data.image_size",
             [
-                "images of which size does the network take? Its name does not say; --set data.image_size=N"
+                "images of which size does the network take? Nothing says it; --set data.image_size=N"
                 " resizes them to NxN pixels, data.resize=M beside it cuts the middle out of a shorter side"
                 " of M"
             ],
@@ -202,11 +203,18 @@ def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> N
 
 
 def fit_to_data(
-    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
+    network: "nn.Module",
+    named: NamedNetwork,
+    dataset: "Dataset",
+    runtime: "Runtime",
+    path: Path,
+    *,
+    classifies: bool = True,
 ) -> None:
-    """Let the network take the raw images, and check that it tells their classes apart.
+    """Let the network take the raw images, and check that it computes them and tells their classes apart.
 
-    Raises BncliError where it cannot compute them, or has another number of classes.
+    Without `classifies` its outputs may be anything. Raises BncliError where it cannot compute them, and
+    NoClassifierError where it is none, or has another number of classes.
     """
     from bncli.cli.messages import print_note
     from bncli.data import normalization_of
@@ -221,12 +229,15 @@ def fit_to_data(
             f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
         )
     normalize_input(network, *known, runtime.device)
-    _check_logits(network, named, dataset, runtime, path)
+    outputs = _check_forward(network, named, dataset, runtime)
+    if classifies:
+        _check_logits(outputs, named, dataset, path)
 
 
-def _check_logits(
-    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
-) -> None:
+def _check_forward(
+    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime"
+) -> object:
+    """What it returns for two images."""
     import torch
 
     from bncli.indexed import pick
@@ -234,20 +245,30 @@ def _check_logits(
     images = pick(dataset.test, range(min(2, len(dataset.test))))
     try:
         with runtime.autocast(), torch.no_grad():
-            logits = network(runtime.place(images))
+            return network(runtime.place(images))
     except BncliError as error:  # of --logits
-        raise BncliError(f"model {named.name}: {error}") from None
+        raise BncliError(f"model {named.name}: --logits: {error}") from None
     except Exception as error:  # of the user's network
         size = "x".join(str(length) for length in images.shape[1:])
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise BncliError(f"model {named.name}: cannot compute images of {size} values: {text}") from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        found = (
-            f"a tensor {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+
+
+def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path: Path) -> None:
+    """Raise NoClassifierError unless it has as many columns as there are classes."""
+    import torch
+
+    from bncli.models.picked_output import describe_outputs
+
+    num_images = min(2, len(dataset.test))
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != num_images:
+        found = describe_outputs(logits)
+        pick = "" if isinstance(logits, torch.Tensor) else "; --logits NAME takes one of several outputs"
+        raise NoClassifierError(
+            f"model {named.name}: expected logits of shape (N, classes), found {found}{pick}"
         )
-        raise BncliError(f"model {named.name}: expected logits of shape (N, classes), found {found}")
     if logits.shape[1] != len(dataset.class_names):
-        raise BncliError(
+        raise NoClassifierError(
             f"{path}: the network has {logits.shape[1]:,} classes, but {dataset.name} has"
             f" {len(dataset.class_names):,}"
         )

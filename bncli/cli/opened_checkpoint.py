@@ -121,10 +121,12 @@ def open_subject(
     command: str,
     batch_invariant: bool = False,
     named: "NamedNetwork | None" = None,
+    trusted: str | None = None,
 ) -> Subject:
     """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
-    `named` is the network where the file is not bncli's own.
+    `named` is the network that the command line names: where the file is not bncli's own, or is and records
+    the name of code, which is only run if it is repeated. `trusted` is such a name that bncli itself knows.
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
@@ -135,8 +137,10 @@ def open_subject(
     from bncli.runtime import resolve_runtime
 
     loaded = checkpoint = None
-    if named is None:
-        network, checkpoint, followed = _open_own(path, overrides, command)
+    repeated = None if named is None or not _records_network(path) else named
+    if named is None or repeated is not None:
+        named = None
+        network, checkpoint, followed = _open_own(path, overrides, command, repeated, trusted)
     else:
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
@@ -158,7 +162,7 @@ def open_subject(
     )
 
 
-def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
+def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: bool = True) -> Subject:
     """The network that the command line names, with the tensors of another file of its own kind."""
     from bncli.cli.named_network import fit_to_data
 
@@ -167,19 +171,38 @@ def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
     named = subject.named[0]
     network, loaded = named.load(path)
     network = subject.runtime.place_model(network)
-    fit_to_data(network, named, dataset, subject.runtime, path)
+    fit_to_data(network, named, dataset, subject.runtime, path, classifies=classifies)
     return replace(subject, path=path, model=network, named=(named, loaded))
 
 
-def _open_own(
-    path: Path, overrides: list[str] | None, command: str
-) -> "tuple[Module, Checkpoint, FollowedConfig]":
-    from bncli.checkpoints import load_checkpoint, load_model
-    from bncli.cli.overrides import has_effect
-    from bncli.recorded_config import follow_config
+def _records_network(path: Path) -> bool:
+    """Whether it is a checkpoint of bncli's that records the name of another network than its own."""
+    from bncli.checkpoints import recorded_network
 
     try:
-        checkpoint = load_checkpoint(path)
+        return recorded_network(path) is not None
+    except CheckpointError:  # whoever loads it says what is wrong
+        return False
+
+
+def _open_own(
+    path: Path,
+    overrides: list[str] | None,
+    command: str,
+    repeated: "NamedNetwork | None",
+    trusted: str | None,
+) -> "tuple[Module, Checkpoint, FollowedConfig]":
+    from bncli.checkpoints import load_checkpoint, load_model
+    from bncli.cli.overrides import effective_overrides, has_effect
+    from bncli.recorded_config import follow_config
+
+    name, arguments = trusted, {}
+    if repeated is not None:
+        repeated.check_repeats()
+        effective_overrides(command, overrides)  # without those for files that say less of themselves
+        name, arguments = repeated.name, repeated.arguments
+    try:
+        checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
         if command not in ("eval", "recalibrate", "predict"):
             raise
@@ -201,10 +224,10 @@ def _config_of_options(overrides: list[str], command: str, preset: "Preset | Non
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 
-def load_subject_data(subject: Subject) -> "Dataset":
+def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Raises DataError.
+    Without `classifies` the network is not asked for classes. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
     from bncli.data import load_dataset
@@ -229,7 +252,7 @@ def load_subject_data(subject: Subject) -> "Dataset":
         from bncli.determinism.fixed_shape import without_fixed_shape
 
         network = without_fixed_shape(subject.model)
-        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path)
+        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies)
     return dataset
 
 

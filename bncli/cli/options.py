@@ -138,8 +138,9 @@ NormalizationOption = Annotated[
     typer.Option(
         "--normalization",
         metavar="NAME",
-        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), measured (on the"
-        " training images), or M,M,M/S,S,S (means and deviations of the channels, from 0 to 1)."
+        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), none (from 0 to 1),"
+        " measured (on the training images), or M,M,M/S,S,S (means and deviations of the channels, from 0"
+        " to 1)."
         "  [default: that of the network's library, else measured]",
         rich_help_panel=INPUT,
     ),

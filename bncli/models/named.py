@@ -10,6 +10,7 @@ Nothing is downloaded, and the only foreign code that runs is what the name name
 from the user, never from a checkpoint.
 """
 
+import copy
 import difflib
 import functools
 import hashlib
@@ -28,12 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from bncli.config import ConvNetConfig
 from bncli.config_file import config_from_dict
-from bncli.errors import ConfigError
+from bncli.errors import BncliError, ConfigError
 from bncli.models.convnet import build_model
+from bncli.network_name import CONVNET, LIBRARIES, is_file
 from bncli.torchvision_compat import import_torchvision
 
-CONVNET = "convnet"
 FORMS = "convnet, torchvision:NAME, timm:NAME, package.module:FACTORY or path/to/file.py:FACTORY"
 MAX_NEAREST = 3
 # arguments that would fetch weights from the network, or load them from another file
@@ -46,10 +48,17 @@ class _UnusableError(Exception):
     """What is wrong with a name, without the name, which `build_network` adds."""
 
 
-def build_network(name: str, arguments: Mapping[str, object] | None = None, *, seed: int = 0) -> nn.Module:
+def build_network(
+    name: str,
+    arguments: Mapping[str, object] | None = None,
+    *,
+    seed: int = 0,
+    num_classes: int | None = None,
+) -> nn.Module:
     """The network that a name and its arguments mean, on the CPU, with weights drawn from `seed`.
 
-    PyTorch's global random generator is left as it was. What the user's own code prints goes to stderr.
+    `num_classes` is given to networks that take it, where the arguments do not say it. PyTorch's global
+    random generator is left as it was. What the user's own code prints goes to stderr.
 
     Raises:
         ConfigError: there is no such network, it needs other arguments, or what makes it raises or makes no
@@ -59,28 +68,30 @@ def build_network(name: str, arguments: Mapping[str, object] | None = None, *, s
     try:
         with _importable(_folder_of(name)), redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if name == CONVNET:
-                return _build_convnet(given)
-            return _call(_find_factory(name, given), given)
+            factory = _build_convnet if name == CONVNET else _find_factory(name, given)
+            if num_classes is not None and _takes_num_classes(name, factory):
+                given.setdefault("num_classes", num_classes)
+            return _build_convnet(**given) if name == CONVNET else _call(factory, given)
     except _UnusableError as error:
         raise ConfigError(f"model {name}", [str(error)]) from None
 
 
-def _build_convnet(arguments: dict[str, object]) -> nn.Module:
+def _build_convnet(**arguments: object) -> nn.Module:
     sizes = {"num_classes": 10, "image_size": 32}
     for key, default in sizes.items():
         value = arguments.pop(key, default)
         if type(value) is not int or value < 1:
             raise _UnusableError(f"{key}: expected a whole number of 1 or more, found {value!r}")
         sizes[key] = value
-    config = config_from_dict({"model": arguments}, source=f"model {CONVNET}")
-    return build_model(config.model, sizes["num_classes"], image_size=sizes["image_size"])
+    config = config_from_dict({"model": arguments | {"name": CONVNET}}, source=f"model {CONVNET}").model
+    assert isinstance(config, ConvNetConfig)
+    return build_model(config, sizes["num_classes"], image_size=sizes["image_size"])
 
 
 def _find_factory(name: str, arguments: dict[str, object]) -> Factory:
     """What makes the network of a name; the arguments are looked at, and torchvision's completed."""
     kind, colon, rest = name.partition(":")
-    if kind in ("torchvision", "timm") and colon:
+    if kind in LIBRARIES and colon:
         asked = [key for key in _WEIGHTS if arguments.get(key) not in (None, False, "")]
         if asked:
             raise _UnusableError(f"{asked[0]}: the weights come from the checkpoint; leave it out")
@@ -93,13 +104,22 @@ def _find_factory(name: str, arguments: dict[str, object]) -> Factory:
     # both, as in a program of the user's: torchvision may be beside a torch it was not built for
     with _errors_of_others("importing it"):
         import_torchvision()
-        module = _import_file(Path(where)) if _is_file(where) else _import_module(where)
+        module = _import_file(Path(where)) if is_file(where) else _import_module(where)
     return _attribute(module, where, attribute)
+
+
+def _takes_num_classes(name: str, factory: Factory) -> bool:
+    if name == CONVNET or name.partition(":")[0] in LIBRARIES:
+        return True  # those of libraries take it by way of **kwargs
+    try:
+        return "num_classes" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # of some functions written in C
+        return False
 
 
 def _unknown(name: str) -> str:
     """What a name without a colon may have meant."""
-    if _is_file(name):
+    if is_file(name):
         return f"which function or class makes the network? Name it: {name}:FACTORY"
     known = [CONVNET, *(f"torchvision:{one}" for one in import_torchvision().models.list_models())]
     near = _nearest(name, known) or _nearest(f"torchvision:{name}", known)
@@ -137,14 +157,10 @@ def _in_timm(name: str) -> Factory:
     return functools.partial(timm.create_model, name, pretrained=False)
 
 
-def _is_file(where: str) -> bool:
-    return where.endswith(".py") or "/" in where
-
-
 def _folder_of(name: str) -> str | None:
     """The folder of the file that a name names; None for the other names."""
     where = name.rpartition(":")[0]
-    return str(Path(where).resolve().parent) if where and _is_file(where) else None
+    return str(Path(where).resolve().parent) if where and is_file(where) else None
 
 
 @contextmanager
@@ -199,7 +215,7 @@ def _attribute(module: ModuleType, where: str, attribute: str) -> Factory:
             raise _UnusableError(f"{where} has no {attribute}{_nearest(part, makers)}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
-        return lambda: found  # a network that is there already
+        return lambda: copy.deepcopy(found)  # a network that is there already
     if not callable(found):
         raise _UnusableError(f"{attribute} is of type {type(found).__name__}, neither a function nor a class")
     return found  # type: ignore[no-any-return]
@@ -229,7 +245,9 @@ def _check_arguments(factory: Factory, arguments: Mapping[str, object]) -> None:
     missing = [key for key in needed if key not in arguments]
     if missing:
         values = " ".join(f"--model-arg {key}=VALUE" for key in missing)
-        raise _UnusableError(f"it needs {' and '.join(missing)}: {values}")
+        raise _UnusableError(
+            f"it needs {' and '.join(missing)}: {values} (in a configuration: model.arguments)"
+        )
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return
     for key in arguments:
@@ -243,7 +261,7 @@ def _errors_of_others(doing: str) -> Iterator[None]:
     """Turn whatever foreign code raises into one line that says where."""
     try:
         yield
-    except _UnusableError:
+    except (_UnusableError, BncliError):
         raise
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())

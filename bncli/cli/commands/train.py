@@ -77,6 +77,7 @@ def train_config(
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
+    from bncli.config import ConvNetConfig
     from bncli.config_file import load_config
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
@@ -95,7 +96,9 @@ def train_config(
 
     if resume is not None and followed is not None:
         loaded = _with_recorded_root(resume, followed)
-    effect = describe_large_momentum(loaded.model.batch_norm.momentum)
+    effect = None
+    if isinstance(loaded.model, ConvNetConfig):
+        effect = describe_large_momentum(loaded.model.batch_norm.momentum)
     if effect is not None:
         print_note(
             f"warning: model.batch_norm.momentum: {effect}; in PyTorch momentum is the weight of the new"
