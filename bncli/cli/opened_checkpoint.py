@@ -243,6 +243,8 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
             raise
     if unfollowed.matters:
         print_note(unfollowed.of(subject.path))
+    for note in dataset.notes:
+        print_note(note)
     if checkpoint is not None:
         _check_dataset(checkpoint, dataset)
     if subject.named is not None:

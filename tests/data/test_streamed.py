@@ -178,20 +178,20 @@ for number, _ in enumerate(sequential_batches(split, 256)):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_the_process_whatever_ends_it(number):
-    started = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", STREAM_FOREVER],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-    )
-    workers = [int(word) for word in started.stdout.readline().split()]
+    ) as started:
+        workers = [int(word) for word in started.stdout.readline().split()]
+        if number == signal.SIGINT:
+            os.killpg(started.pid, number)  # as a terminal does: it goes to all of them
+        else:
+            started.send_signal(number)
+        started.wait(20)
     assert len(workers) == 2
-    if number == signal.SIGINT:
-        os.killpg(started.pid, number)  # as a terminal does: it goes to all of them
-    else:
-        started.send_signal(number)
-    started.wait(20)
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
