@@ -1,17 +1,17 @@
 """Networks of torchvision, timm and one's own: trained, ruined, and repaired from the command line.
 
     python -m tests.models.everybodys_networks      prints one row for each, on one thread
-    python -m tests.models.everybodys_networks timm:dla34 ...     for these alone
+    python -m tests.models.everybodys_networks resnet18 dla34 ...     for these alone
 
-Each is trained for some steps on images of a folder; then its running statistics are ruined and it is saved as
-people save theirs: in Lightning's form, as safetensors, or wrapped by DataParallel. From then on only the
+Each is trained for some steps on images of a folder; then its running statistics are ruined and it is saved
+as people save theirs: in Lightning's form, as safetensors, or wrapped by DataParallel. From then on only the
 program is called: `inspect-stats` on the file, `eval --gap` where the network classifies, `recalibrate`.
 
 `exact` is how far the new file's statistics are from what plain hooks see before each layer, summed in
 float64, when its network is computed in eval mode (in float32, as the program computes it): the largest
-relative error of any channel. `precise` is the same of the library's one-pass method, where network and oracle
-both compute in float64, since in float32 a last layer that sees few values amplifies the rounding of those
-before it (measured: up to 1e-3 in Inception-v4). `bits`: all other tensors of the file are the same.
+relative error of any channel. `precise` is the same of the library's one-pass method, where network and
+oracle both compute in float64, since in float32 a last layer that sees few values amplifies the rounding of
+those before it (measured: up to 1e-3 in Inception-v4). `bits`: all other tensors of the file are the same.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Case:
     @property
     def short(self) -> str:
         """What the table calls it."""
-        return Path(self.name).name.removeprefix("torchvision:").removeprefix("timm:")
+        return self.name.rpartition(":")[2]
 
 
 TORCHVISION = {  # the smallest of each family that has BatchNorm, and the side of its images
@@ -107,7 +107,10 @@ CASES = [
     Case(f"{OWN}timm_frozen", needs="timm"),
     Case("torchvision:lraspp_mobilenet_v3_large", classifies=False),  # segmentation
     Case(  # detection; by default it scales images up to 800 pixels
-        "torchvision:fcos_resnet50_fpn", 64, ("num_classes=4", "min_size=64", "max_size=64"), classifies=False,
+        "torchvision:fcos_resnet50_fpn",
+        64,
+        ("num_classes=4", "min_size=64", "max_size=64"),
+        classifies=False,
         normalizes=True,
     ),
     Case(f"{OWN}lightning_module", 32, needs="lightning"),
@@ -397,19 +400,31 @@ def refusal(name: str, folder: Path) -> str:
 
 def lines(names: Sequence[str]) -> Iterator[str]:
     """The table, row by row; then the refusals."""
-    columns = ["network", "file", "loaded", "BN", "left", "audit", "accuracy", "exact", "precise", "bits", "s"]
+    columns = [
+        "network",
+        "file",
+        "loaded",
+        "BN",
+        "left",
+        "audit",
+        "accuracy",
+        "exact",
+        "precise",
+        "bits",
+        "s",
+    ]
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
-            if names and case.name not in names and case.short not in names:
+            if names and case.short not in names:
                 continue
             row = examine_network(case, Path(folder))
             accuracy = "-"
             if row.before is not None and row.repaired is not None:
                 accuracy = f"{row.before:.0%} to {row.repaired:.0%}"
             values = [
-                case.short.removeprefix("own_networks.py:"),
+                case.short,
                 row.kind,
                 row.loaded,
                 row.num_layers,
