@@ -252,6 +252,8 @@ def load_model(
     except CheckpointError:
         raise
     except (BncliError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError) and isinstance(config, NamedModelConfig):
+            raise CheckpointError(f"{source}: {error}") from None
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None
     return network.eval()
