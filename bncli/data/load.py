@@ -1,6 +1,6 @@
 """From the `data` section of the configuration to a data set."""
 
-from bncli.config import Cifar10Config, DataConfig, SyntheticConfig
+from bncli.config import Cifar10Config, DataConfig, NamedDataConfig, SyntheticConfig
 from bncli.data.dataset import Dataset, Progress
 
 
@@ -24,6 +24,10 @@ def load_dataset(
         from bncli.data.cifar10 import load_cifar10
 
         return load_cifar10(config, progress, may_download=may_download)
+    if isinstance(config, NamedDataConfig):
+        from bncli.data.named import load_named_data
+
+        return load_named_data(config, progress)
     from bncli.data.imagefolder import load_image_folder
 
     return load_image_folder(config, progress)

@@ -68,8 +68,13 @@ class StreamedSplit:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of the first input; the others must have the same."""
+        """Of the first input."""
         return tuple(self._first.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first input; the others must have the same."""
+        return torch.from_numpy(self._first).dtype
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -172,25 +177,27 @@ class _ChunkReader:
     """Reads a few inputs at once: what workers have of the split."""
 
     def __init__(self, read: Callable[[int], Sample], first: npt.NDArray[Any]) -> None:
-        self._read, self._shape, self._dtype = read, first.shape, first.dtype
+        self._read, self._first = read, first
 
     def __getitem__(self, numbers: list[int]) -> _Chunk | str:
         """Inputs and labels, or what is wrong with one of them."""
         try:
             with bombs_refused():
-                inputs, labels = zip(*map(self._read_one, numbers), strict=True)
+                inputs, labels = zip(*map(self._read, numbers), strict=True)
+            check_alike(self._first, inputs, numbers)
         except DataError as error:
             return str(error)
         return np.stack(inputs), np.array(labels, np.int64)
 
-    def _read_one(self, number: int) -> Sample:
-        found, label = self._read(number)
-        if found.shape != self._shape or found.dtype != self._dtype:
+
+def check_alike(first: npt.NDArray[Any], inputs: Iterable[npt.NDArray[Any]], numbers: Iterable[int]) -> None:
+    """Raise DataError where inputs differ from the first one of all in shape or type, by their numbers."""
+    for number, found in zip(numbers, inputs, strict=True):
+        if found.shape != first.shape or found.dtype != first.dtype:
             raise DataError(
-                f"inputs 0 and {number:,} differ: {self._dtype} {self._shape} and {found.dtype}"
-                f" {found.shape}; give all one shape and type, images by resizing them"
+                f"inputs 0 and {number:,} differ: {first.dtype} {first.shape} and {found.dtype}"
+                f" {found.shape}; all need one shape and type: resize images, as data.image_size does"
             )
-        return found, label
 
 
 def _in_this_process(
