@@ -27,6 +27,15 @@ class IterableSplit:
         self.image_shape: tuple[int, ...] = tuple(self._first.shape)
         self.dtype = torch.from_numpy(self._first).dtype
 
+    def relabelled(self, new_labels: Tensor) -> "IterableSplit":
+        """The same with `new_labels[label]` for each label; the last one is for NO_LABEL."""
+        numbers = new_labels.tolist()
+        return IterableSplit(
+            lambda: ((found, numbers[label]) for found, label in self._begin()),
+            self._size,
+            None if self.labels is None else new_labels[self.labels],
+        )
+
     def __len__(self) -> int:
         """Return the number of inputs."""
         return self._size

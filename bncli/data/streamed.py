@@ -57,6 +57,17 @@ class StreamedSplit:
         self._read, self._size, self._known_labels = read, size, labels
         self._num_workers = default_workers() if num_workers is None else num_workers
 
+    def relabelled(self, new_labels: Tensor) -> "StreamedSplit":
+        """The same with `new_labels[label]` for each label; the last one is for NO_LABEL."""
+        labels = None if self._known_labels is None else new_labels[self._known_labels]
+        return StreamedSplit(
+            _Relabelled(self._read, new_labels),
+            self._size,
+            labels=labels,
+            identity=self.identity,
+            num_workers=self._num_workers,
+        )
+
     def __repr__(self) -> str:
         """How many inputs of what shape."""
         shape = "x".join(map(str, self.image_shape))
@@ -165,6 +176,17 @@ class StreamedSplit:
             yield from iterator
         finally:  # not when nothing refers to it any more: the traceback of an error does
             iterator._shutdown_workers()
+
+
+class _Relabelled:
+    """Reads inputs and gives them another label."""
+
+    def __init__(self, read: Callable[[int], Sample], new_labels: Tensor) -> None:
+        self._read, self._new_labels = read, new_labels.tolist()
+
+    def __call__(self, number: int) -> Sample:
+        found, label = self._read(number)
+        return found, self._new_labels[label]
 
 
 def default_workers() -> int:

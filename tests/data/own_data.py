@@ -39,9 +39,9 @@ class Floats(Dataset[dict[str, Any]]):
     """Images that are normalised already, in dicts."""
 
     def __init__(self, split: str) -> None:
-        self.inner = Pictures(
-            train={"train": True, "val": False}[split] if split in ("train", "val") else refuse()
-        )
+        if split not in ("train", "val"):
+            raise ValueError("no such split")
+        self.inner = Pictures(train=split == "train")
 
     def __len__(self) -> int:
         return len(self.inner)
