@@ -40,3 +40,10 @@ def is_same_name(name: str, recorded: str) -> bool:
     if is_file(where) and is_file(former):
         return (Path(where).name, maker) == (Path(former).name, former_maker)
     return name == recorded
+
+
+def is_inside(name: str, folder: Path) -> bool:
+    """Whether the code of a name lies in a folder, as far as it is found from the current one."""
+    where = name.rpartition(":")[0]
+    code = Path(where) if is_file(where) else Path.cwd().joinpath(*where.split("."))
+    return code.resolve().is_relative_to(folder.resolve())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bncli.errors import CheckpointError
+from bncli.errors import BncliError
 
 _SLACK_BYTES = 64 * 2**20  # for what an initialisation holds for a moment, and buffers that are not saved
 _SLACK_TENSORS = 1_000
@@ -23,7 +23,7 @@ class Bounded(TorchDispatchMode):
     """A context in which tensors can be created that take about as much as those of `state_dict`.
 
     Raises:
-        CheckpointError: from the operation that would create more.
+        BncliError: from the operation that would create more.
     """
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -43,7 +43,7 @@ class Bounded(TorchDispatchMode):
             self._bytes_left -= size * dtype.itemsize
             self._tensors_left -= 1
             if self._bytes_left < 0 or self._tensors_left < 0:
-                raise CheckpointError("it would be far larger than the tensors that are there")
+                raise BncliError("the network would be far larger than they are")
         return func(*args, **kwargs)
 
 

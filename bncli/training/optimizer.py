@@ -104,10 +104,11 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """In the layout of PyTorch's optimisers; weights are numbered over all groups."""
-        momenta = enumerate(momentum for group in self._momenta for momentum in group)
+        momenta = list(enumerate(momentum for group in self._momenta for momentum in group))
         numbers = iter(range(len(self._matrices())))
         groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.param_groups]
-        state = {number: {"momentum_buffer": tensor} for number, tensor in momenta if tensor is not None}
+        # without momentum, and before the first step, there are none; None is of a weight without a gradient
+        state = {number: {"momentum_buffer": tensor} for number, tensor in momenta} if self.momenta() else {}
         return {"state": state, "param_groups": groups}
 
     def load_momenta(self, state_dict: dict[str, Any]) -> None:
@@ -118,20 +119,21 @@ class Optimizer:
         """
         state = state_dict["state"]
         matrices = self._matrices()
-        # not all of them: without momentum there are none, and weights without a gradient have none
-        if not isinstance(state, dict) or not set(state) <= {*range(len(matrices))}:
+        # all of them or, without momentum, none: a step that is undone writes back as many as it kept
+        if not isinstance(state, dict) or set(state) not in ({*range(len(matrices))}, set()):
             raise ValueError(f"the optimizer's state is not that of {len(matrices)} weights")
         for index, entry in state.items():
             momentum, weight = entry["momentum_buffer"], matrices[index]
-            is_like = isinstance(momentum, Tensor) and (momentum.shape, momentum.dtype) == (
-                weight.shape,
-                weight.dtype,
+            is_like = momentum is None or (
+                isinstance(momentum, Tensor)
+                and (momentum.shape, momentum.dtype) == (weight.shape, weight.dtype)
             )
             if len(entry) != 1 or not is_like:
                 raise ValueError(f"momentum {index} of the optimizer is not like its weight")
+        momenta = (state[index]["momentum_buffer"] if state else None for index in range(len(matrices)))
         saved = (
-            torch.empty_like(weight).copy_(state[index]["momentum_buffer"]) if index in state else None
-            for index, weight in enumerate(matrices)
+            None if momentum is None else torch.empty_like(weight).copy_(momentum)
+            for weight, momentum in zip(matrices, momenta, strict=True)
         )
         self._momenta = [[next(saved) for _ in group["params"]] for group in self.param_groups]
 

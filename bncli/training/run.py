@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.batchnorm import has_running_statistics
+from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.checkpoints import Checkpoint
+from bncli.config import ConvNetConfig
 from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
@@ -210,8 +211,16 @@ class Run:
             data_digest=self.setup.data_digest,
             recalibration=recalibration,
             averaging=averaging,
+            batch_norm_layers=self._batch_norm_layers(),
             may_import=True,  # what this process was told to
         )
+
+    def _batch_norm_layers(self) -> dict[str, dict[str, float | None]] | None:
+        """What the configuration tells of bncli's own network."""
+        if isinstance(self.setup.config.model, ConvNetConfig):
+            return None
+        layers = batch_norm_layers(self.model)
+        return {name: {"eps": layer.eps, "momentum": layer.momentum} for name, layer in layers}
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -128,7 +128,8 @@ def prepare(
         std=normalization.std,
         seed=config.train.seed,
     )
-    if isinstance(model, ConvNet):
+    if isinstance(config.model, ConvNetConfig):
+        assert isinstance(model, ConvNet)
         _fit_whitening(model, dataset.train)
     else:
         # the pixels do not matter, so the smallest size need not be made as training makes it

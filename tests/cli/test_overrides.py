@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from bncli.cli.overrides import EFFECTIVE, effective_overrides, has_effect
-from bncli.config import Cifar10Config, Config, ImageFolderConfig, Section, SyntheticConfig
+from bncli.config import Cifar10Config, Config, ConvNetConfig, ImageFolderConfig, Section, SyntheticConfig
 from bncli.config_file import load_config
 from bncli.errors import ConfigError
 from tests.conftest import Bncli
@@ -37,7 +37,11 @@ READ_IN_VAIN = {
         *("runtime.eval_batch_size", "data.num_test"),
     },
 }
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items() if name != "data"}
+SECTIONS = {
+    name: ConvNetConfig if name == "model" else field.annotation
+    for name, field in Config.model_fields.items()
+    if name != "data"
+}
 DATA = (SyntheticConfig, Cifar10Config, ImageFolderConfig)
 
 

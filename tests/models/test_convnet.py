@@ -148,7 +148,8 @@ def test_dirac_filters_copy_their_input_channels() -> None:
 @pytest.mark.parametrize("pool_after", ["first", "last"])
 def test_costs_are_those_of_the_formulas(pool_after: str) -> None:
     config = CONFIG.model_copy(update={"pool_after": pool_after})
-    costs = {cost.name: cost for cost in measure_layers(build(config), (3, 32, 32))}
+    layers, flops = measure_layers(build(config), (3, 32, 32))
+    costs = {cost.name: cost for cost in layers}
     sides = [32, 16, 16, 8] if pool_after == "first" else [32, 32, 16, 16]
     names = ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
     for name, side, inputs, outputs in zip(names, sides, [3, 8, 8, 12], [8, 8, 12, 12], strict=True):
@@ -158,6 +159,7 @@ def test_costs_are_those_of_the_formulas(pool_after: str) -> None:
         assert cost.output_shape == (outputs, side, side)
         assert costs[f"{name}.norm"].num_parameters == 2 * outputs
     assert costs["head"].flops == 2 * 12 * 10
+    assert flops == sum(cost.flops for cost in layers)
     assert sum(cost.num_parameters for cost in costs.values()) == sum(
         parameter.numel() for parameter in build(config).parameters()
     )

@@ -38,6 +38,19 @@ class SkipsLayers(nn.Module):
         return self.head(self.norm(features) * self.scale).mean((2, 3))
 
 
+class Explodes(nn.Module):
+    """One step in a few, as chance has it, overflows in `unlucky`."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = small(num_classes)
+        self.unlucky = nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        is_bad = self.training and torch.rand(()) < 0.3
+        return self.net(self.unlucky(images * float("inf") if is_bad else images))
+
+
 def without_norm(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 4, stride=8), nn.Flatten(), nn.Linear(64, num_classes))
 

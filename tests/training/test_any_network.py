@@ -182,6 +182,13 @@ def test_a_step_that_ends_in_nan_is_undone_and_traced_with_the_same_dropout(
     assert content_of(tmp_path / "run" / "last.pt") == content_of(tmp_path / "stopped" / "last.pt")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_bad_number_that_chance_made_is_found_where_it_began(base: Path, tmp_path: Path, seed: int) -> None:
+    config = config_of(base, "Explodes", f"train.seed={seed}", "train.epochs=5")
+    with pytest.raises(DivergedError, match="it began in the output of unlucky"):
+        train(config, tmp_path / "run")
+
+
 def test_weights_without_a_gradient_are_left_alone_as_in_pytorch() -> None:
     """With momentum a weight moves on after a step without a gradient, unless it is skipped."""
     config = TrainConfig(learning_rate=0.1)
@@ -226,7 +233,8 @@ def test_the_head_is_the_last_layer_and_scales_are_no_weights() -> None:
         (True, 0.5, 0.0, ["first.weight", "second.weight"]),
         (False, 0.5, 5e-4, ["never.weight"]),
         (False, 0.2, 5e-4, ["head.weight"]),
-        (False, 0.3, 0.0, ["scale", "first.bias", "second.bias", "norm.weight", "norm.bias", "never.bias", "head.bias"]),
+        (False, 0.3, 0.0, ["scale", *(f"{layer}.bias" for layer in ("first", "second")), "norm.weight"]
+         + [f"{layer}.bias" for layer in ("norm", "never", "head")]),
     ]  # fmt: skip
 
 
