@@ -155,9 +155,9 @@ class NamedDataConfig(StreamableConfig):
 
 def _kind_of_data(values: Any) -> str | None:
     """Which of the data sets below the values of `data:` are for; other names are unknown."""
-    if isinstance(values, NamedDataConfig):
-        return "named"
-    name = values.get("name") if isinstance(values, dict) else getattr(values, "name", None)
+    if not isinstance(values, dict):
+        return "named" if isinstance(values, NamedDataConfig) else getattr(values, "name", "synthetic")
+    name = values.get("name")
     return "named" if isinstance(name, str) and ":" in name else name
 
 

@@ -297,7 +297,10 @@ def _describe(problem: Any) -> str:
                 return f"{key}: only convnet has this key; what other networks take goes into model.arguments"
             return f"{key}: for networks that model.name names; the keys of convnet stand in model itself"
         if others:
-            having = " and ".join(others) + (" have" if len(others) > 1 else " has")
+            others = [name for name in others if name != "named"] or [
+                "torchvision:NAME and data sets of your own"
+            ]
+            having = " and ".join(others) + (" has" if len(others) == 1 and " " not in others[0] else " have")
             return (
                 f"{key}: the data set {chosen or 'chosen'} has no such key; {having} it (data.name chooses)"
             )

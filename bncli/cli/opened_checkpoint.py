@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
-from bncli.errors import CheckpointError, DataError, ForeignNetworkError
+from bncli.errors import CheckpointError, ConfigError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -245,6 +245,8 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
     from bncli.data import load_dataset
 
     checkpoint = subject.own
+    if checkpoint is not None and "data.normalization" in subject.followed.named:
+        raise ConfigError("--set", ["data.normalization: the checkpoint records it; leave it out"])
     with ProgressReporter() as progress:
         data, unfollowed = followed_data(subject.followed, lambda: _record_of(checkpoint), progress)
         try:
