@@ -8,13 +8,21 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bncli.builtin_configs import DEFAULT_NAME, find_config_file
-from bncli.config import Config, ConvNetConfig, DataConfig, NamedModelConfig
+from bncli.config import (
+    Cifar10Config,
+    Config,
+    ConvNetConfig,
+    ImageFolderConfig,
+    NamedDataConfig,
+    NamedModelConfig,
+    SyntheticConfig,
+)
 from bncli.errors import ConfigError
 from bncli.network_name import with_whole_path
 from bncli.wording import expected_value
@@ -22,6 +30,7 @@ from bncli.wording import expected_value
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUE_LENGTH = 4096  # characters; the longest path of Linux
 MAX_DEPTH = 20
+_DATA_SETS = "synthetic, cifar10, imagefolder, torchvision:NAME, package.module:NAME, path/to/file.py:NAME"
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -36,7 +45,9 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     if path is None:  # with the name of its data set, which a key of data needs beside it
         return config_from_dict({"data": {"name": Config().data.name}}, overrides, source=DEFAULT_NAME)
     file = find_config_file(path)
-    values = _with_whole_path(_read_yaml(file), file.parent)
+    values = _read_yaml(file)
+    for section in ("data", "model"):
+        values = _with_whole_path(values, section, file.parent)
     return config_from_dict(values, overrides, source=str(path))
 
 
@@ -46,8 +57,8 @@ def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None,
         values = _apply_override(values, override)
     for section in ("data", "model"):
         values = _start_section_afresh(values, section, overrides or [])
-    if keys_of(overrides or []) & {"model", "model.name"}:
-        values = _with_whole_path(values, Path())
+        if keys_of(overrides or []) & {section, f"{section}.name"}:
+            values = _with_whole_path(values, section, Path())
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -248,13 +259,13 @@ def _start_section_afresh(values: dict[str, Any], section: str, overrides: list[
     return {**values, section: {key: value for key, value in former.items() if key in kept}}
 
 
-def _with_whole_path(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The path in `model.name`, where it is one, made absolute: what is relative begins at `folder`."""
-    model = values.get("model")
-    name = model.get("name") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(name, str):
+def _with_whole_path(values: dict[str, Any], section: str, folder: Path) -> dict[str, Any]:
+    """The path in a section's name, where it is one, made absolute: what is relative begins at `folder`."""
+    found = values.get(section)
+    name = found.get("name") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(name, str):
         return values
-    return {**values, "model": {**model, "name": with_whole_path(name, folder)}}
+    return {**values, section: {**found, "name": with_whole_path(name, folder)}}
 
 
 def _holds(problem: Any, other: Any) -> bool:
@@ -274,7 +285,7 @@ def _describe(problem: Any) -> str:
         section = _section_at(members[chosen], location[1:-1])
     else:
         section = _section_at(Config, location[:-1])
-    if location[:2] == ["model", "arguments"]:
+    if location[:2] in (["model", "arguments"], ["data", "arguments"]):
         del location[3:]  # inside a value, where pydantic also names types
     key = ".".join(location) or "the configuration"
     kind, context = problem["type"], problem.get("ctx", {})
@@ -286,7 +297,10 @@ def _describe(problem: Any) -> str:
                 return f"{key}: only convnet has this key; what other networks take goes into model.arguments"
             return f"{key}: for networks that model.name names; the keys of convnet stand in model itself"
         if others:
-            having = " and ".join(others) + (" have" if len(others) > 1 else " has")
+            others = [name for name in others if name != "named"] or [
+                "torchvision:NAME and data sets of your own"
+            ]
+            having = " and ".join(others) + (" has" if len(others) == 1 and " " not in others[0] else " have")
             return (
                 f"{key}: the data set {chosen or 'chosen'} has no such key; {having} it (data.name chooses)"
             )
@@ -295,9 +309,9 @@ def _describe(problem: Any) -> str:
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if kind == "union_tag_invalid":
-        return f"data.name: unknown data set {context.get('tag')!r}; known: {', '.join(members)}"
+        return f"data.name: unknown data set {context.get('tag')!r}; known: {_DATA_SETS}"
     if kind == "union_tag_not_found":
-        return f"data.name: missing; one of {', '.join(members)}"
+        return f"data.name: missing; one of {_DATA_SETS}"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return f"{key}: expected a section with keys, found {found}"
     return f"{key}: must be {expected_value(problem)}, not {found}"
@@ -318,8 +332,12 @@ def _members(section: str) -> dict[str, type[BaseModel]]:
         return {"convnet": ConvNetConfig, "named": NamedModelConfig}
     if section != "data":
         return {}
-    members = get_args(get_args(DataConfig)[0])
-    return {member.model_fields["name"].default: member for member in members}
+    return {
+        "synthetic": SyntheticConfig,
+        "cifar10": Cifar10Config,
+        "imagefolder": ImageFolderConfig,
+        "named": NamedDataConfig,
+    }
 
 
 def _section_at(section: Any, location: list[str]) -> type[BaseModel] | None:

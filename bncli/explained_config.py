@@ -15,6 +15,7 @@ from bncli.config_file import dump_value
 
 WIDTH = 80  # columns of a comment
 OTHER_NETWORKS = "other networks"  # than convnet
+OTHER_DATA_SETS = "other data sets"  # than those with a name of bncli's
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def _keys_of(
         kinds = [part["$ref"].rpartition("/")[2] for part in schema.get("oneOf", [schema]) if "$ref" in part]
         for each in kinds:
             below = definitions[each]
-            own = below["properties"]["name"].get("const", OTHER_NETWORKS) if len(kinds) > 1 else kind
+            others = OTHER_DATA_SETS if name == "data" else OTHER_NETWORKS
+            own = below["properties"]["name"].get("const", others) if len(kinds) > 1 else kind
             yield from _keys_of(below, definitions, f"{prefix}{name}.", own)
         if not kinds:
             key, default = prefix + name, schema.get("default")

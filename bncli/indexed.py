@@ -31,6 +31,10 @@ class Indexed(Protocol):
         """Of one input, such as (3, H, W)."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs: uint8 pixels, or numbers that are what the network takes."""
+
+    @property
     def device(self) -> torch.device:
         """Where batches appear."""
 
@@ -56,6 +60,11 @@ class InMemory:
     def image_shape(self) -> tuple[int, ...]:
         """Of one input."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs."""
+        return self.images.dtype
 
     @property
     def device(self) -> torch.device:

@@ -25,6 +25,7 @@ FOLLOWED = {
     "data.resize",
     "data.interpolation",
     "data.stream",
+    "data.normalization",
     "augment",
     "model",
     "train",
@@ -32,7 +33,7 @@ FOLLOWED = {
     "runtime.memory_format",
 }
 BOUNDED = {"data.workers", "runtime.device", "runtime.threads", "runtime.eval_batch_size", "train.batch_size"}
-PLACES = ("data.root", "data.url", "data.archive", "data.cache")
+PLACES = ("data.root", "data.url", "data.archive", "data.cache", "data.arguments", "data.classes")
 UNUSED = {"runtime.compile", "runtime.reuse_memory"}  # of training alone, which goes on in a run directory
 
 MAX_EVAL_BATCH = 1_000  # images
@@ -63,8 +64,8 @@ class FollowedConfig:
             return
         for key in PLACES[1:]:
             value = getattr(self.recorded.data, key.removeprefix("data."), None)
-            if value is not None and not self.is_named(key):
-                yield key, value
+            if value and not self.is_named(key):
+                yield key, str(value)
 
     def is_named(self, key: str) -> bool:
         """Whether the command line gives a key, or the section that it is in."""

@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluation", "audit", "before_validation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
-    {"batchnorm", "recorded_config", "explained_config"},
+    {"batchnorm", "foreign_code", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
     {"network_name"},
     {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},

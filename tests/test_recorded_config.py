@@ -10,6 +10,7 @@ from bncli.config import (
     Config,
     ConvNetConfig,
     ImageFolderConfig,
+    NamedDataConfig,
     NamedModelConfig,
     RuntimeConfig,
     SyntheticConfig,
@@ -18,7 +19,7 @@ from bncli.config import (
 from bncli.errors import ConfigError
 from bncli.recorded_config import BOUNDED, FOLLOWED, PLACES, UNUSED, follow_config, follow_run
 
-DATA = (SyntheticConfig, Cifar10Config, ImageFolderConfig)
+DATA = (SyntheticConfig, Cifar10Config, ImageFolderConfig, NamedDataConfig)
 SECTIONS = {
     name: {"data": DATA, "model": (ConvNetConfig, NamedModelConfig)}.get(name, (field.annotation,))
     for name, field in Config.model_fields.items()
@@ -55,8 +56,9 @@ def test_every_text_of_the_configuration_is_a_name_or_a_place():
         for key in (f"{section}.{name}" for name in model.model_fields)
         if "str" in str(model.model_fields[key.split(".")[1]].annotation)
     }
-    # a network's name may name code: tests/cli/commands/test_trained_networks.py has it refused
-    assert free - {"runtime.device", "model.name", "model.arguments"} == set(PLACES)
+    # names may name code, which tests/cli/commands/ has refused; a normalization is read, and names nothing
+    names = {"data.name", "data.normalization", "model.name", "model.arguments"}
+    assert free - {"runtime.device", *names} == set(PLACES)
 
 
 def test_places_are_the_defaults_and_what_defines_the_network_is_kept():

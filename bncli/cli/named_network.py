@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from bncli.checkpoints import LoadedWeights
-    from bncli.config import Config
+    from bncli.config import Config, DataConfig
     from bncli.data import Dataset
     from bncli.models.preset import Preset
     from bncli.runtime import Runtime
@@ -28,13 +28,21 @@ class NamedNetwork:
     arguments: dict[str, Any]
     key: str | None
     partial: tuple[str, ...]
-    normalization: str | None  # None: that of the preset, or measured
+    normalization: str | None  # as the command line gives it
     logits: str | None
+    default_normalization: str = MEASURED  # of pixels, where it gives none
 
-    def with_preset(self, preset: "Preset | None") -> "NamedNetwork":
-        """The same, with the normalization of its library where the command line gives none."""
+    def with_preset(self, preset: "Preset | None", data: "DataConfig") -> "NamedNetwork":
+        """The same, with the normalization of the data's configuration or of the network's library.
+
+        Raises ConfigError where the command line gives two.
+        """
+        given = {self.normalization, data.normalization} - {None}
+        if len(given) > 1:
+            found = f"it says {self.normalization}, but data.normalization says {data.normalization}"
+            raise ConfigError("--normalization", [f"{found}; give one of them"])
         by_default = MEASURED if preset is None else preset.normalization
-        return replace(self, normalization=self.normalization or by_default)
+        return replace(self, normalization=next(iter(given), None), default_normalization=by_default)
 
     def load(self, path: Path) -> "tuple[nn.Module, LoadedWeights]":
         """The network in eval mode on the CPU with the file's tensors, and which those are.
@@ -73,7 +81,7 @@ class NamedNetwork:
         return {
             "name": self.name,
             "arguments": self.arguments,
-            "normalization": self.normalization,
+            "normalization": self.normalization or self.default_normalization,
             "weights": loaded.to_dict(),
         }
 
@@ -104,7 +112,9 @@ def named_network(
                 raise ConfigError(option, [f"goes with --model NAME of another network; {reason}"])
         return None
     if normalization is not None:
-        _parse_normalization(normalization)
+        from bncli.data import parse_normalization
+
+        parse_normalization(normalization, "--normalization")
     return NamedNetwork(
         model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization, logits
     )
@@ -121,26 +131,6 @@ def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
         return override_values(list(items))
     except ConfigError as error:
         raise ConfigError("--model-arg", error.problems) from None
-
-
-def _parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation; None for those that are to be measured."""
-    from bncli.models.normalized import NAMED
-
-    if text == MEASURED:
-        return None
-    if text in NAMED:
-        return NAMED[text]
-    try:
-        mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
-    except ValueError:
-        mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or not all(0 <= value <= 1 for value in (*mean, *std)) or not min(std):
-        expected = (
-            "imagenet, half, none, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
-        )
-        raise ConfigError("--normalization", [f"expected {expected}, found {text!r}"])
-    return mean, std
 
 
 def find_data(overrides: list[str], command: str, preset: "Preset | None") -> list[str]:
@@ -189,15 +179,17 @@ def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
 def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> None:
     """Say what was assumed of the images: a wrong guess costs accuracy, and nothing else shows it."""
     from bncli.cli.messages import print_note
-    from bncli.config import ImageFolderConfig
+    from bncli.config import ImageFolderConfig, NamedDataConfig
 
     data, shape = config.data, ""
+    if isinstance(data, NamedDataConfig):
+        return  # they may be no images: `fit_to_data` tells when it has seen one
     if isinstance(data, ImageFolderConfig):
         size = f"{data.image_size}x{data.image_size}"
         shape = f"resized to {size}, "
         if data.resize is not None:
             shape = f"middle {size} of a shorter side of {data.resize}, {data.interpolation}, "
-    print_note(f"images: {shape}--normalization {named.normalization}")
+    print_note(f"images: {shape}--normalization {named.normalization or named.default_normalization}")
     if has_preset and isinstance(data, ImageFolderConfig):
         print_note("change that with --set data.image_size=N (and data.resize=M)")
 
@@ -210,28 +202,31 @@ def fit_to_data(
     path: Path,
     *,
     classifies: bool = True,
-) -> None:
+) -> "Dataset":
     """Let the network take the raw images, and check that it computes them and tells their classes apart.
 
-    Without `classifies` its outputs may be anything. Raises BncliError where it cannot compute them, and
+    Returns the data set, in which classes without names are as many as the network has. Without `classifies`
+    its outputs may be anything. Raises BncliError where it cannot compute them, and
     NoClassifierError where it is none, or has another number of classes.
     """
     from bncli.cli.messages import print_note
-    from bncli.data import normalization_of
+    from bncli.data import chosen_normalization
     from bncli.models import normalize_input
 
-    known = _parse_normalization(named.normalization or MEASURED)
+    text, train = named.normalization, dataset.train
+    known = chosen_normalization(text, train, named.default_normalization)
     if known is None:
-        measured = normalization_of(dataset.train)
-        known = measured.mean, measured.std
-        rounded = "/".join(",".join(f"{value:.3f}" for value in values) for values in known)
-        print_note(
-            f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
-        )
-    normalize_input(network, *known, runtime.device)
+        shape = "x".join(map(str, train.image_shape))
+        print_note(f"inputs: {shape} of {str(train.dtype).removeprefix('torch.')}, as they are")
+    else:
+        if (text or named.default_normalization) == MEASURED:
+            rounded = "/".join(",".join(f"{x:.3f}" for x in values) for values in (known.mean, known.std))
+            print_note(
+                f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
+            )
+        normalize_input(network, known.mean, known.std, runtime.device)
     outputs = _check_forward(network, named, dataset, runtime)
-    if classifies:
-        _check_logits(outputs, named, dataset, path)
+    return _check_logits(outputs, named, dataset, path) if classifies else dataset
 
 
 def _check_forward(
@@ -254,7 +249,7 @@ def _check_forward(
         raise BncliError(f"model {named.name}: cannot compute images of {size} values: {text}") from None
 
 
-def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path: Path) -> None:
+def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path: Path) -> "Dataset":
     """Raise NoClassifierError unless it has as many columns as there are classes."""
     import torch
 
@@ -267,8 +262,13 @@ def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path:
         raise NoClassifierError(
             f"model {named.name}: expected logits of shape (N, classes), found {found}{pick}"
         )
-    if logits.shape[1] != len(dataset.class_names):
+    num_classes = logits.shape[1]
+    names = dataset.class_names
+    if names == tuple(map(str, range(len(names)))) and len(names) < num_classes:  # they are only numbers
+        return replace(dataset, class_names=tuple(map(str, range(num_classes))))
+    if num_classes != len(names):
+        fix = "; data.classes names a file with all of them, in order" if num_classes > len(names) else ""
         raise NoClassifierError(
-            f"{path}: the network has {logits.shape[1]:,} classes, but {dataset.name} has"
-            f" {len(dataset.class_names):,}"
+            f"{path}: the network has {num_classes:,} classes, but {dataset.name} has {len(names):,}{fix}"
         )
+    return dataset

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
-from bncli.errors import CheckpointError, DataError, ForeignNetworkError
+from bncli.errors import CheckpointError, ConfigError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -58,8 +58,20 @@ def followed_data(
 
     `record` gives the digest and the classes that the checkpoint records; it is asked where they are needed.
     """
+    from bncli.config import NamedDataConfig
     from bncli.data.recorded_root import check_recorded_root
+    from bncli.network_name import runs_foreign_code
 
+    kind = followed.config.data
+    if (
+        isinstance(kind, NamedDataConfig)
+        and not followed.is_named("data.name")
+        and runs_foreign_code(kind.name)
+    ):
+        raise DataError(
+            f"the file names its data set data.name={_shown(kind.name)}, which is code; it is run where --set"
+            " data.name=NAME repeats it"
+        )
     data, root, reason = followed.config.data, followed.recorded_root, None
     if root is not None:
         there = data.model_copy(update={"root": root})  # with the cache that is the user's own
@@ -145,8 +157,8 @@ def open_subject(
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
         preset = preset_of(named.name, network)
-        named = named.with_preset(preset)
         followed = _config_of_options(overrides or [], command, preset)
+        named = named.with_preset(preset, followed.config.data)
         tell_images(followed.config, named, has_preset=preset is not None)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
@@ -233,6 +245,8 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
     from bncli.data import load_dataset
 
     checkpoint = subject.own
+    if checkpoint is not None and "data.normalization" in subject.followed.named:
+        raise ConfigError("--set", ["data.normalization: the checkpoint records it; leave it out"])
     with ProgressReporter() as progress:
         data, unfollowed = followed_data(subject.followed, lambda: _record_of(checkpoint), progress)
         try:
@@ -246,13 +260,17 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
     for note in dataset.notes:
         print_note(note)
     if checkpoint is not None:
+        if not dataset.class_names:
+            dataset = replace(dataset, class_names=checkpoint.class_names)
         _check_dataset(checkpoint, dataset)
     if subject.named is not None:
         from bncli.cli.named_network import fit_to_data
         from bncli.determinism.fixed_shape import without_fixed_shape
 
         network = without_fixed_shape(subject.model)
-        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies)
+        dataset = fit_to_data(
+            network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies
+        )
     return dataset
 
 

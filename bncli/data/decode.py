@@ -51,7 +51,14 @@ def decode(content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         opened.load()
-        image = _to_rgb(ImageOps.exif_transpose(opened))
+        return to_pixels(ImageOps.exif_transpose(opened), fit)
+
+
+def to_pixels(opened: Image.Image, fit: Fit | None) -> npt.NDArray[np.uint8]:
+    """The pixels (3, image_size, image_size) of an image that is open, or of its own size without `fit`."""
+    image = _to_rgb(opened)
+    if fit is None:
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
     size, filter_ = fit.image_size, Image.Resampling[fit.interpolation.upper()]
     if fit.resize is not None:
         image = _middle(_with_shorter_side(image, fit.resize, filter_), size)

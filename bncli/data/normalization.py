@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from bncli.data.randomness import Stream, generator
-from bncli.errors import DataError
+from bncli.errors import ConfigError, DataError
 from bncli.indexed import Indexed, Indices, InMemory, in_order
+from bncli.models.normalized import NAMED
 
+MEASURED = "measured"
 NUM_SAMPLED = 2_000  # images that are measured of those that are not in memory
 
 _SAMPLE_BATCH = 50
@@ -34,6 +36,51 @@ class Normalization:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def parse_normalization(text: str, key: str = "data.normalization") -> Normalization | None:
+    """Read a normalization as people write it; None: it is to be measured. `key` names it in errors.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text == MEASURED:
+        return None
+    if text in NAMED:
+        mean, std = NAMED[text]
+        return Normalization(mean, std)
+    try:
+        (a, b, c), (d, e, f) = ([float(part) for part in half.split(",")] for half in text.split("/"))
+    except ValueError:
+        values: tuple[float, ...] = (-1.0,)
+    else:
+        values = (a, b, c, d, e, f)
+    if not all(0 <= value <= 1 for value in values) or not all(values[3:]):
+        expected = (
+            "imagenet, half, none, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+        )
+        raise ConfigError(key, [f"expected {expected}, found {text!r}"])
+    return Normalization(values[:3], values[3:])  # type: ignore[arg-type]  # of three each
+
+
+def chosen_normalization(text: str | None, split: Indexed, default: str = MEASURED) -> Normalization | None:
+    """What is done to the inputs of a split; None: they are what the network takes, unless `text` says more.
+
+    Raises:
+        ConfigError: `text` is no normalization.
+        DataError: the split is to be measured, and has no images of three channels.
+    """
+    if split.dtype != torch.uint8 and text in (None, "none"):
+        return None
+    found = parse_normalization(text or default)
+    if found is not None:
+        return found
+    if split.dtype != torch.uint8 or len(split.image_shape) != 3 or split.image_shape[0] != 3:
+        raise DataError(
+            f"data.normalization: measured is for uint8 images (3, H, W), found {split.dtype}"
+            f" {split.image_shape}; set it to none"
+        )
+    return normalization_of(split)
 
 
 def normalization_of(split: Indexed) -> Normalization:

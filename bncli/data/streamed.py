@@ -57,6 +57,17 @@ class StreamedSplit:
         self._read, self._size, self._known_labels = read, size, labels
         self._num_workers = default_workers() if num_workers is None else num_workers
 
+    def relabelled(self, new_labels: Tensor) -> "StreamedSplit":
+        """The same with `new_labels[label]` for each label; the last one is for NO_LABEL."""
+        labels = None if self._known_labels is None else new_labels[self._known_labels]
+        return StreamedSplit(
+            _Relabelled(self._read, new_labels),
+            self._size,
+            labels=labels,
+            identity=self.identity,
+            num_workers=self._num_workers,
+        )
+
     def __repr__(self) -> str:
         """How many inputs of what shape."""
         shape = "x".join(map(str, self.image_shape))
@@ -68,8 +79,13 @@ class StreamedSplit:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of the first input; the others must have the same."""
+        """Of the first input."""
         return tuple(self._first.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first input; the others must have the same."""
+        return torch.from_numpy(self._first).dtype
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -162,6 +178,17 @@ class StreamedSplit:
             iterator._shutdown_workers()
 
 
+class _Relabelled:
+    """Reads inputs and gives them another label."""
+
+    def __init__(self, read: Callable[[int], Sample], new_labels: Tensor) -> None:
+        self._read, self._new_labels = read, new_labels.tolist()
+
+    def __call__(self, number: int) -> Sample:
+        found, label = self._read(number)
+        return found, self._new_labels[label]
+
+
 def default_workers() -> int:
     """As many as there are CPUs for this process; with one CPU the process reads by itself."""
     count = usable_cpus().count
@@ -172,25 +199,27 @@ class _ChunkReader:
     """Reads a few inputs at once: what workers have of the split."""
 
     def __init__(self, read: Callable[[int], Sample], first: npt.NDArray[Any]) -> None:
-        self._read, self._shape, self._dtype = read, first.shape, first.dtype
+        self._read, self._first = read, first
 
     def __getitem__(self, numbers: list[int]) -> _Chunk | str:
         """Inputs and labels, or what is wrong with one of them."""
         try:
             with bombs_refused():
-                inputs, labels = zip(*map(self._read_one, numbers), strict=True)
+                inputs, labels = zip(*map(self._read, numbers), strict=True)
+            check_alike(self._first, inputs, numbers)
         except DataError as error:
             return str(error)
         return np.stack(inputs), np.array(labels, np.int64)
 
-    def _read_one(self, number: int) -> Sample:
-        found, label = self._read(number)
-        if found.shape != self._shape or found.dtype != self._dtype:
+
+def check_alike(first: npt.NDArray[Any], inputs: Iterable[npt.NDArray[Any]], numbers: Iterable[int]) -> None:
+    """Raise DataError where inputs differ from the first one of all in shape or type, by their numbers."""
+    for number, found in zip(numbers, inputs, strict=True):
+        if found.shape != first.shape or found.dtype != first.dtype:
             raise DataError(
-                f"inputs 0 and {number:,} differ: {self._dtype} {self._shape} and {found.dtype}"
-                f" {found.shape}; give all one shape and type, images by resizing them"
+                f"inputs 0 and {number:,} differ: {first.dtype} {first.shape} and {found.dtype}"
+                f" {found.shape}; all need one shape and type: resize images, as data.image_size does"
             )
-        return found, label
 
 
 def _in_this_process(

@@ -13,7 +13,7 @@ from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
 from bncli.evaluation.labelled_images import labelled_images
-from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
+from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes, wilson_interval
 from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmented
 from bncli.indexed import Indexed, Indices, in_order, pick
 from bncli.sample import random_order, stratified_sample
@@ -40,9 +40,28 @@ class Examination:
         """No prediction depends on the batch; of a FixedShape, not one bit of any logit."""
         return self.certificate.holds
 
+    @property
+    def is_confident_at_chance(self) -> bool:
+        """Whether accuracy is that of guessing, as far as the images can tell, while probabilities are high.
+
+        A network that knows nothing, and says so, is not. Chance is one in as many classes as have images;
+        probabilities are high from half of the way from there to 1 on, if they contradict the accuracy.
+        """
+        evaluation = self.evaluation
+        if evaluation.confidence is None:
+            return False
+        low, high = wilson_interval(evaluation.accuracy, evaluation.num_images)
+        return low <= self.chance and evaluation.confidence > max(high, (1 + self.chance) / 2)
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing among the classes that have images."""
+        return 1 / sum(accuracy is not None for accuracy in self.evaluation.per_class_accuracy)
+
     def to_dict(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
         """The JSON document: the evaluation's keys at the top, the certificate under `determinism`."""
         evaluation = asdict(self.evaluation)
+        del evaluation["confidence"]
         per_class = evaluation.pop("per_class_accuracy")
         names = class_names or [str(label) for label in range(len(per_class))]
         return {

@@ -21,9 +21,10 @@ from bncli.data import (
     Progress,
     Split,
     check_augmentation,
+    chosen_normalization,
     digest_dataset,
+    for_training,
     load_dataset,
-    normalization_of,
     num_micro_batches,
     sample_batches,
 )
@@ -112,8 +113,9 @@ def prepare(
     runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if runtime.compiles:
         check_compiler(runtime.device)
-    dataset = load_dataset(config.data, progress=progress, may_download=may_download)
-    normalization = normalization_of(dataset.train)
+    dataset = for_training(load_dataset(config.data, progress=progress, may_download=may_download))
+    normalization = chosen_normalization(config.data.normalization, dataset.train)
+    assert normalization is not None  # of uint8 images
     channels, height, width = dataset.train.image_shape
     check_augmentation(config.augment, height, width)
     # the network and its batches must fit the smallest images

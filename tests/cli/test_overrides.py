@@ -119,7 +119,15 @@ def test_a_command_takes_just_the_keys_that_its_code_reads(
     # files lie elsewhere, and none are read here
     other_data = {key for key in ALL_KEYS if key.startswith("data.")} - set(leaves(SyntheticConfig, "data"))
     taken = {key for key in ALL_KEYS - other_data - KINDS if has_effect(key, command)}
-    assert read == taken
+    # where a checkpoint records it, it is refused with that reason
+    assert read - {"data.normalization"} == taken - {"data.normalization"}
+
+
+@pytest.mark.parametrize("command", ["eval", "bench eval"])
+def test_a_normalization_that_the_checkpoint_records_is_refused(bncli, finished_run, command):
+    outcome = bncli(*command.split(), finished_run / "last.pt", "--set", "data.normalization=half")
+    assert outcome.code == 2
+    assert "data.normalization: the checkpoint records it" in outcome.err
 
 
 @pytest.mark.parametrize(
