@@ -58,6 +58,7 @@ class DataFlow:
 
     calls: tuple[Call, ...]
     cuts: tuple[Cut, ...]
+    cost_per_image: float  # of the whole forward pass, counted as `trace_flow` says
 
 
 def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm]) -> DataFlow:
@@ -85,7 +86,7 @@ def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm
         if alone and end.time < flow.left_at:
             size = end.num_bytes / len(inputs)
             cuts.append(Cut(end.module, end.number, end.num_layer_calls, end.cost / whole, size))
-    return DataFlow(calls, tuple(cuts))
+    return DataFlow(calls, tuple(cuts), whole / len(inputs))
 
 
 @dataclass(frozen=True)
