@@ -104,7 +104,8 @@ class Restarts:
 
         Computing one raises LostError if it has to start from its images after all.
         """
-        for self._place, (_, layout) in enumerate(self._order):
+        for place, (_, layout) in enumerate(self._order):
+            self._place = place
             yield torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device="meta")
 
     def forget(self) -> None:

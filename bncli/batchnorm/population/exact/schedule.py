@@ -106,6 +106,6 @@ def num_final_calls(flow: DataFlow, stages: Sequence[Stage]) -> list[int]:
     final: set[str] = set()
     found = []
     for stage in stages:
-        found.append(sum(1 for _ in takewhile(lambda call: call.layer in final, flow.calls)))
+        found.append(sum(1 for _ in takewhile(final.__contains__, (call.layer for call in flow.calls))))
         final |= stage.layers.keys()
     return found

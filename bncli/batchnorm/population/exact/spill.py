@@ -51,7 +51,7 @@ class Layout:
 
 def folder() -> Path:
     """Where the file goes: `TMPDIR`, or else /var/tmp, or else where temporary files go."""
-    lasting = Path("/var/tmp")  # noqa: S108 - the file has no name there that anybody could guess
+    lasting = Path("/var/tmp")
     if "TMPDIR" not in os.environ and os.access(lasting, os.W_OK):
         return lasting
     return Path(tempfile.gettempdir())
@@ -101,7 +101,7 @@ class SpillFile:
         return self._thread.submit(fetch)
 
     def _transfer(self, offset: int, memory: Tensor, move: Callable[[memoryview], int | None]) -> None:
-        view = memoryview(memory.numpy())
+        view = _view(memory)
         self._file.seek(offset)
         while view:
             moved = move(view)
@@ -127,6 +127,11 @@ def _pages(num_bytes: int) -> Tensor:
     return memory[start : start + in_pages(num_bytes)]
 
 
+def _view(memory: Tensor) -> memoryview:
+    numbers: Any = memory.numpy()
+    return memoryview(numbers)
+
+
 def _bypass_cache(file: Any) -> None:
     """Where it is possible: not in memory, and not on every file system."""
     with suppress(ImportError, AttributeError, OSError):
@@ -135,6 +140,6 @@ def _bypass_cache(file: Any) -> None:
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
         try:
-            file.write(memoryview(_pages(_PAGE).numpy()))
+            file.write(_view(_pages(_PAGE)))
         except OSError:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
