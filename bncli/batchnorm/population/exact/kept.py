@@ -1,9 +1,9 @@
-"""One tensor for every batch, kept for a later pass: in memory as long as there is room, then on disk.
+"""What modules put out, kept of every batch for later passes: in memory first, then on disk.
 
 A disk that fills up or fails costs no more than time: what it does not give back is not kept.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm.population.exact import spill
-from bncli.batchnorm.population.exact.dataflow import Cut
-from bncli.batchnorm.population.exact.spill import Layout, SpillFile, in_pages
+from bncli.batchnorm.population.exact.dataflow import Cut, Value
+from bncli.batchnorm.population.exact.spill import Layout, Place, SpillFile
 
 MAX_BYTES = 2**30  # in memory, on the model's device
 
 
 @dataclass(frozen=True, eq=False)
 class _OnDisk:
-    offset: int
+    place: Place
     layout: Layout
     written: "Future[None]"
 
@@ -28,11 +28,11 @@ class _OnDisk:
 @dataclass(frozen=True, eq=False)
 class _Entry:
     cut: Cut
-    where: Tensor | _OnDisk
+    where: dict[Value, Tensor | _OnDisk]  # of all values of the cut
 
 
 class KeptOutputs:
-    """The output of a cut for each batch, by a digest of the batch."""
+    """The values of a cut for each batch, by a digest of the batch."""
 
     def __init__(self, device: torch.device | None) -> None:
         self.disk_bytes = spill.usable_bytes()  # that may be used, all in all
@@ -40,8 +40,7 @@ class KeptOutputs:
         self._entries: dict[bytes, _Entry] = {}
         self._num_bytes = 0  # in memory
         self._file: SpillFile | None = None
-        self._places: dict[bytes, tuple[int, int]] = {}  # in the file: offset and size
-        self._ahead: tuple[_Entry, Future[Tensor]] | None = None
+        self._ahead: tuple[_Entry, dict[Value, Future[Tensor]]] | None = None
 
     def __len__(self) -> int:
         """How many batches something is kept of."""
@@ -51,98 +50,120 @@ class KeptOutputs:
         """Whether something is kept of this batch."""
         return digest in self._entries
 
-    def put(self, digest: bytes, cut: Cut, output: Tensor, place_bytes: int | None) -> None:
-        """Keep a copy in place of what was kept of this batch, if there is room for it.
+    def put(self, digest: bytes, cut: Cut, outputs: Mapping[Value, Tensor], *, on_disk: bool) -> None:
+        """Keep copies in place of what was kept of this batch, if there is room for all of them.
 
-        A place on disk is made `place_bytes` large, for what comes later; with None there is none.
+        Values that are kept already stay; the others must be in `outputs`.
         """
-        layout = Layout.of(output)
         older = self._entries.get(digest)
-        held = 0 if older is None or isinstance(older.where, _OnDisk) else _num_bytes(older.where)
-        if self._num_bytes - held + layout.num_bytes <= MAX_BYTES:
-            self._entries[digest] = _Entry(cut, output.clone())
-            self._num_bytes += layout.num_bytes - held
+        before = {} if older is None else older.where
+        where = {value: before[value] for value in cut.values if value in before}
+        new = [value for value in cut.values if value not in where]
+        if any(value not in outputs for value in new):
             return
-        offset = None if place_bytes is None else self._place(digest, max(place_bytes, layout.num_bytes))
-        if self._file is not None and offset is not None:
-            written = self._file.write(offset, layout, output)
-            self._entries[digest] = _Entry(cut, _OnDisk(offset, layout, written))
-            self._num_bytes -= held
+        dropped = [one for value, one in before.items() if value not in where]
+        freed = sum(one.nbytes for one in dropped if isinstance(one, Tensor))
+        added = sum(Layout.of(outputs[value]).num_bytes for value in new)
+        if self._num_bytes - freed + added <= MAX_BYTES:
+            where.update((value, outputs[value].clone()) for value in new)
+            self._num_bytes += added
+        elif on_disk:
+            written = self._write([outputs[value] for value in new])
+            if written is None:
+                return
+            where.update(zip(new, written, strict=True))
+        else:
+            return
+        self._release(dropped)
+        self._entries[digest] = _Entry(cut, where)
 
-    def get(self, digest: bytes, following: bytes | None) -> tuple[Cut, Tensor] | None:
-        """What is kept of this batch, as a copy that may be written to; the following one is read ahead."""
+    def get(
+        self, digest: bytes, until: float, following: bytes | None = None
+    ) -> tuple[Cut, dict[Value, Tensor]] | None:
+        """What is kept of this batch, as copies that may be written to; only what `Cut.needed` says.
+
+        The following batch is read ahead from disk meanwhile.
+        """
         entry = self._entries.get(digest)
-        ahead = self._reading(entry)
-        self._ahead = None
+        reading: dict[Value, Future[Tensor]] = {}
+        if entry is not None:
+            ahead = self._ahead is not None and self._ahead[0] is entry
+            reading = self._ahead[1] if self._ahead is not None and ahead else self._read(entry, until)
         after = None if following is None else self._entries.get(following)
-        if after is not None and isinstance(after.where, _OnDisk):
-            self._ahead = (after, self._read(after.where))
+        self._ahead = None if after is None else (after, self._read(after, until))
         if entry is None:
             return None
-        if isinstance(entry.where, Tensor):
-            return entry.cut, entry.where.clone()
+        found: dict[Value, Tensor] = {}
         try:
-            entry.where.written.result()
-            return entry.cut, (ahead or self._read(entry.where)).result().to(self._device)
+            for value in entry.cut.needed(until):
+                where = entry.where[value]
+                if isinstance(where, _OnDisk):
+                    where.written.result()
+                    found[value] = reading[value].result().to(self._device)
+                else:
+                    found[value] = where.clone()
         except OSError:
             self._lose([digest])
             return None
+        return entry.cut, found
 
     def settle(self) -> None:
         """Wait until all is written; forget what could not be."""
-        failed = [
-            digest
-            for digest, entry in self._entries.items()
-            if isinstance(entry.where, _OnDisk) and entry.where.written.exception() is not None
-        ]
-        if failed:
-            self._lose(failed)
+
+        def failed(entry: _Entry) -> bool:
+            on_disk = (one for one in entry.where.values() if isinstance(one, _OnDisk))
+            return any(one.written.exception() is not None for one in on_disk)
+
+        self._lose([digest for digest, entry in self._entries.items() if failed(entry)])
 
     def clear(self) -> None:
         """Forget everything."""
+        for entry in self._entries.values():
+            self._release(entry.where.values())
         self._entries.clear()
-        self._num_bytes = 0
+        self._ahead = None
 
     def close(self) -> None:
         """Forget everything and give the disk back."""
         self.clear()
-        self._ahead = None
         if self._file is not None:
             self._file.close()
 
-    def _reading(self, entry: _Entry | None) -> "Future[Tensor] | None":
-        if self._ahead is not None and self._ahead[0] is entry:
-            return self._ahead[1]
-        return None
+    def _read(self, entry: _Entry, until: float) -> "dict[Value, Future[Tensor]]":
+        """Begin to read what of an entry is on disk."""
+        found = {}
+        for value in entry.cut.needed(until):
+            where = entry.where[value]
+            if isinstance(where, _OnDisk) and self._file is not None:
+                found[value] = self._file.read(where.place, where.layout)
+        return found
 
-    def _read(self, where: _OnDisk) -> "Future[Tensor]":
-        assert self._file is not None
-        return self._file.read(where.offset, where.layout)
-
-    def _place(self, digest: bytes, num_bytes: int) -> int | None:
-        """Where in the file this batch goes; None if there is no room."""
-        offset, size = self._places.get(digest, (0, -1))
-        if size >= num_bytes:
-            return offset
-        used = 0 if self._file is None else self._file.num_bytes
-        if used + in_pages(num_bytes) > self.disk_bytes:
-            return None
-        if self._file is None:
+    def _write(self, outputs: Collection[Tensor]) -> list[_OnDisk] | None:
+        """Begin to write them; None if there is no room for all of them."""
+        if self._file is None and self.disk_bytes:
             with suppress(OSError):
                 self._file = SpillFile()
         if self._file is None:
             self.disk_bytes = 0
             return None
-        self._places[digest] = self._file.allocate(num_bytes), in_pages(num_bytes)
-        return self._places[digest][0]
+        layouts = [Layout.of(output) for output in outputs]
+        places = self._file.allocate([layout.num_bytes for layout in layouts], self.disk_bytes)
+        if places is None:
+            return None
+        return [
+            _OnDisk(place, layout, self._file.write(place, layout, output))
+            for place, layout, output in zip(places, layouts, outputs, strict=True)
+        ]
 
-    def _lose(self, digests: Iterable[bytes]) -> None:
-        """Forget these and write no more: a disk that failed once is full or broken."""
+    def _release(self, dropped: Collection[Tensor | _OnDisk]) -> None:
+        for one in dropped:
+            if isinstance(one, Tensor):
+                self._num_bytes -= one.nbytes
+            elif self._file is not None:
+                self._file.free(one.place)
+
+    def _lose(self, digests: Collection[bytes]) -> None:
+        """Forget these and write no more, if any: a disk that failed once is full or broken."""
         for digest in digests:
-            del self._entries[digest]
-        self.disk_bytes = 0
-        self._places.clear()
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+            self._release(self._entries.pop(digest).where.values())
+            self.disk_bytes = 0

@@ -1,13 +1,13 @@
 """Forward passes that start in the middle, from what an earlier pass over the same images kept.
 
 A pass over layer after layer computes everything before the layer again and again. Where all that follows
-a module's call takes only its output (a `Cut`), that output can be kept for each batch, and the next pass
-starts there. It calls the model as always, since Python code cannot be entered in the middle; but up to
-the cut all operations run on PyTorch's meta device, that is on shapes without numbers, in no time. At the
-cut the kept output takes over. An operation behind it that takes anything without numbers is an error, so
-what is computed is what would have been computed, or nothing at all.
+takes only a few outputs of modules (a `Cut`), those can be kept for each batch, and the next pass starts
+there. It calls the model as always, since Python code cannot be entered in the middle; but up to the cut
+all operations run on PyTorch's meta device, that is on shapes without numbers, in no time. The modules
+concerned return what was kept. An operation behind the cut that takes anything without numbers is an error,
+so what is computed is what would have been computed, or nothing at all.
 
-Outputs are kept in memory and on disk (`kept.py`), by a digest of the batch they belong to: a batch that is
+Values are kept in memory and on disk (`kept.py`), by a digest of the batch they belong to: a batch that is
 not known, because it is new, cut otherwise or found no room, is computed from its start. Once every batch
 is known, later passes need no images at all: not read, not decoded, not compared. Before a cut is used it
 is tried on two images; one that changes a bit of the model's output, or that the model has no shapes for,
@@ -15,11 +15,12 @@ is not used.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from math import ceil
+from math import inf
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from bncli.batchnorm.bits import as_bytes, bitwise_equal
 from bncli.batchnorm.modes import eval_mode
 from bncli.batchnorm.population.exact import kept
-from bncli.batchnorm.population.exact.dataflow import Cut, DataFlow
+from bncli.batchnorm.population.exact.dataflow import Cut, DataFlow, Value
 from bncli.batchnorm.population.exact.kept import KeptOutputs
 from bncli.batchnorm.population.exact.schedule import Room, Schedule
 from bncli.batchnorm.population.exact.spill import Layout
@@ -38,7 +39,7 @@ from bncli.batchnorm.population.exact.stages import Stage
 from bncli.batchnorm.population.hooks import RestartError
 from bncli.forward import model_device
 
-_MAX_TRIALS = 4  # of cuts that turn out to be none, in a row
+_MAX_TRIALS = 4  # of schedules with cuts that turn out to be none
 
 
 class LostError(Exception):
@@ -61,6 +62,7 @@ class Restarts:
         self._schedule: Schedule | None = None
         self._num_images: int | None = None
         self._target: Cut | None = None
+        self._until = inf  # the cost at which the pass ends
         self._works: set[Cut] = set()
         self._shapes: dict[object, list[_Step]] = {}  # by the shape of a batch
         self._order: list[tuple[bytes, Layout]] = []  # of the batches in the latest pass that read them
@@ -79,16 +81,27 @@ class Restarts:
         if num_images != self._num_images:
             self._num_images, self._schedule = num_images, None
         start = self._target if len(self._kept) else None
-        for _ in range(_MAX_TRIALS):
-            if self._schedule is None:
-                room = Room(kept.MAX_BYTES, 0 if num_images is None else self._kept.disk_bytes)
-                self._schedule = Schedule(self._flow, self._stages, self._cuts, num_images or 1, room)
-            self._target = self._schedule.next_cut(stage, start)
-            if self._target is None or self._is_cut(self._target):
-                return
-            self._cuts.remove(self._target)
-            self._schedule = None
-        self._target = start
+        if self._schedule is None:
+            self._schedule = self._working_schedule(stage, start)
+        self._target = self._schedule.next_cut(stage, start)
+        self._until = self._stages[stage].cost
+
+    def _working_schedule(self, stage: int, start: Cut | None) -> Schedule:
+        """One whose cuts have all been tried."""
+        room = Room(kept.MAX_BYTES, 0 if self._num_images is None else self._kept.disk_bytes)
+        for trial in count():
+            if trial == _MAX_TRIALS:
+                self._cuts = [cut for cut in self._cuts if cut in self._works]
+            schedule = Schedule(
+                self._flow, self._stages, self._cuts, first=stage, num_images=self._num_images or 1, room=room
+            )
+            unknown = [cut for cut in schedule.way(start) if cut not in self._works]
+            works = self._try(unknown) if unknown else set()
+            self._works |= works
+            if len(works) == len(unknown):
+                return schedule
+            self._cuts = [cut for cut in self._cuts if cut in works or cut not in unknown]
+        raise AssertionError
 
     @property
     def can_replay(self) -> bool:
@@ -111,6 +124,7 @@ class Restarts:
     def forget(self) -> None:
         """Start from the images again."""
         self._kept.clear()
+        self._schedule = None
 
     def forward(self, inputs: Tensor) -> None:
         """Compute the model's output from as far on as possible; keep the output of the cut aimed at.
@@ -125,34 +139,39 @@ class Restarts:
                 return
             digest = _digest(inputs)
             self._order.append((digest, Layout.of(inputs)))
-        start, output = self._kept.get(digest, self._following()) or (None, None)
-        if inputs.is_meta and start is None:
+        following = self._following() if inputs.is_meta else None
+        found = self._kept.get(digest, self._until, following)
+        if inputs.is_meta and found is None:
             raise LostError
-        with self._keeping(None if start is self._target else self._target, digest, len(inputs)):
-            if start is None or output is None:
+        start = None if found is None else found[0]
+        with self._keeping(None if start == self._target else self._target, digest):
+            if found is None:
                 self._model(inputs)
                 return
+            start, outputs = found
             self.saved += start.cost * len(inputs)
             try:
-                self._start(inputs, start, output)
+                self._start(inputs, start, outputs)
             except Exception as error:
                 self.saved -= start.cost * len(inputs)
                 self._cuts, self._schedule, self._target = [], None, None
                 self._kept.clear()
                 raise (LostError if inputs.is_meta else RestartError) from error
 
-    def _start(self, inputs: Tensor, cut: Cut, output: Tensor) -> object:
-        """The model's output, computed from the end of the cut's call on."""
-        device_type = output.device.type
+    def _start(self, inputs: Tensor, cut: Cut, outputs: Mapping[Value, Tensor]) -> object:
+        """The model's output, computed from the cut on, as far as these of its values are enough."""
+        device_type = (model_device(self._model) or torch.device("cpu")).type
         autocast = torch.is_autocast_enabled(device_type)
         mode = _NothingComputed(self._shapes.setdefault((inputs.shape, inputs.stride()), []))
 
-        def hand_over(_output: Tensor) -> Tensor:
+        def hand_over(value: Value, _output: Any) -> Tensor | None:
+            return outputs.get(value)
+
+        def end(_output: Any) -> None:
             mode.ended = True
             torch.set_autocast_enabled(device_type, autocast)
-            return output  # a copy, since what follows may write into it
 
-        with _at_cut(self._modules[cut.module], cut.number, hand_over):
+        with self._at_values(cut, hand_over), _at_call(self._modules[cut.module], cut.number, end):
             try:
                 # it would convert what lies on the device, and nothing on the meta device
                 torch.set_autocast_enabled(device_type, False)
@@ -170,41 +189,57 @@ class Restarts:
         return self._order[following][0] if following < len(self._order) else None
 
     @contextmanager
-    def _keeping(self, cut: Cut | None, digest: bytes, num_images: int) -> Iterator[None]:
+    def _keeping(self, cut: Cut | None, digest: bytes) -> Iterator[None]:
         if cut is None:
             yield
             return
+        outputs: dict[Value, Tensor] = {}
 
-        def keep(output: Tensor) -> None:
+        def note(value: Value, output: Any) -> None:
             if not output.is_meta:  # else this batch starts behind it
-                self._kept.put(digest, cut, output, place_bytes)
+                outputs[value] = output
 
-        place_bytes = None
-        if self._num_images is not None and self._schedule is not None:
-            place_bytes = ceil(self._schedule.largest() * num_images)
-        with _at_cut(self._modules[cut.module], cut.number, keep):
+        def keep(_output: Any) -> None:
+            self._kept.put(digest, cut, outputs, on_disk=self._num_images is not None)
+            outputs.clear()
+
+        with self._at_values(cut, note), _at_call(self._modules[cut.module], cut.number, keep):
             yield
 
-    def _is_cut(self, cut: Cut) -> bool:
-        """Whether two images get the very output that they get without this cut; tried once."""
-        if cut not in self._works and self._try(cut):
-            self._works.add(cut)
-        return cut in self._works
+    @contextmanager
+    def _at_values(self, cut: Cut, do: Callable[[Value, Any], Tensor | None]) -> Iterator[None]:
+        """Call `do` with each value of the cut; what it returns, if anything, takes the value's place."""
+        with ExitStack() as hooks:
+            for value in cut.values:
+                hooks.enter_context(_at_call(self._modules[value.module], value.number, partial(do, value)))
+            yield
 
-    def _try(self, cut: Cut) -> bool:
-        outputs: list[Tensor] = []
-        module = self._modules[cut.module]
-        self.saved -= len(self._sample) * (2 - cut.cost)  # once from the start, once from the cut
-        # Whatever a model cannot do on the meta device, it says in any kind of exception; without the cut
-        # it is only slower.
+    def _try(self, cuts: Sequence[Cut]) -> set[Cut]:
+        """Those with which two images get the very output that they get without any."""
+        outputs: dict[Value, Tensor] = {}
+        found = set()
+
+        def note(value: Value, output: Any) -> None:
+            if value not in outputs:
+                outputs[value] = output.clone()
+
+        # Whatever a model cannot do on the meta device, it says in any kind of exception; without the cut it
+        # is only slower.
         with eval_mode(self._model), torch.no_grad(), suppress(Exception):
+            self.saved -= len(self._sample)
             inputs = self._sample.to(model_device(self._model))
-            with _at_cut(module, cut.number, lambda output: outputs.append(output.clone())):
-                expected = self._model(inputs)
-            found = self._start(inputs, cut, outputs[0])
-            pairs = zip(tree_leaves(expected), tree_leaves(found), strict=True)
-            return all(bitwise_equal(*pair) for pair in pairs if isinstance(pair[0], Tensor))
-        return False
+            with ExitStack() as hooks:
+                for cut in cuts:
+                    hooks.enter_context(self._at_values(cut, note))
+                expected = tree_leaves(self._model(inputs))
+            for cut in cuts:
+                self.saved -= len(self._sample) * (1 - cut.cost)
+                with suppress(Exception):
+                    values = {value: outputs[value].clone() for value in cut.values}
+                    pairs = zip(expected, tree_leaves(self._start(inputs, cut, values)), strict=True)
+                    if all(bitwise_equal(*pair) for pair in pairs if isinstance(pair[0], Tensor)):
+                        found.add(cut)
+        return found
 
 
 @dataclass(frozen=True)
@@ -265,11 +300,11 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 @contextmanager
-def _at_cut(module: nn.Module, number: int, do: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `do` with the output of this call of the module; what it returns, if anything, takes its place."""
+def _at_call(module: nn.Module, number: int, do: Callable[[Any], Tensor | None]) -> Iterator[None]:
+    """Call `do` with what this call of the module returns; what it gives, if anything, takes its place."""
     calls = count()
 
-    def after(_module: nn.Module, _args: object, output: Tensor) -> Tensor | None:
+    def after(_module: nn.Module, _args: object, output: Any) -> Tensor | None:
         return do(output) if next(calls) == number else None
 
     with module.register_forward_hook(after):

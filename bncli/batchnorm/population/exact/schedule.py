@@ -1,18 +1,18 @@
 """Which cuts are worth keeping, pass by pass: the least that all passes together can cost.
 
 A pass of stage s that starts at a cut computes what lies between it and the stage's last layer, and reads
-the cut's output; on its way it may keep a later cut for the passes that follow, which costs a copy. Going
-backwards from the last stage gives the cheapest way on from every cut in every stage (dynamic programming).
-What finds no room, in memory or on disk, is computed from the start in each pass. So where the disk is
-small, cuts with small outputs win.
+those values of the cut that are taken on the way; it may leave a later cut for the passes that follow, which
+costs copies of the values that are not kept already. Going backwards from the last stage gives the cheapest
+way on from every cut in every stage (dynamic programming). What finds no room, in memory or on disk, is
+computed from the start in each pass. So where the disk is small, cuts with few bytes win.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import inf
 
-from bncli.batchnorm.population.exact.dataflow import Cut, DataFlow
+from bncli.batchnorm.population.exact.dataflow import Cut, DataFlow, Value
 from bncli.batchnorm.population.exact.stages import Stage
 
 # In the unit of `Cut.cost`, where each number that a small operation puts out counts as one: a copy in
@@ -32,69 +32,106 @@ class Room:
 
 
 class Schedule:
-    """The cheapest way through all stages for so many images. `cuts` are in order of execution."""
+    """The cheapest way through all stages from the first one given, for so many images.
+
+    `cuts` are in order of execution.
+    """
 
     def __init__(
-        self, flow: DataFlow, stages: Sequence[Stage], cuts: Sequence[Cut], num_images: int, room: Room
+        self,
+        flow: DataFlow,
+        stages: Sequence[Stage],
+        cuts: Sequence[Cut],
+        *,
+        first: int,
+        num_images: int,
+        room: Room,
     ) -> None:
         self._flow = flow
         self._cuts = cuts
         self._num_images = num_images
         self._room = room
-        # for each stage and start, no cut first: the next cut to keep, counted from 1, or where it stays
-        self._next: list[list[int]] = []
-        rest = [0.0] * (len(cuts) + 1)  # of all stages after this one, by what its pass leaves
-        for stage, num_final in reversed(list(zip(stages, num_final_calls(flow, stages), strict=True))):
-            rest = self._go_back(stage, num_final, rest)
-        self._next.reverse()
-        self.cost = rest[0]  # of everything, in forward passes, with what copies cost
+        self._first = first
+        self._shares = [self._share(cut) for cut in cuts]
+        numbers = range(first, len(stages))
+        num_final = num_final_calls(flow, stages)
+        # by stage: the cuts that its pass may leave, and those that it may start from
+        leaves = {number: self._usable(stages[number], num_final[number]) for number in numbers}
+        self._next: dict[int, dict[int, int]] = {}  # by stage and start, -1 for the beginning
+        rest: dict[int, float] = {}  # of all stages after this one, by what its pass leaves
+        for number in reversed(numbers):
+            before = leaves[number - 1] if number > first else set()
+            new = self._worth(leaves[number] - before)
+            rest = self._go_back(stages[number], number, {-1, *leaves[number]}, new, rest)
 
     def next_cut(self, stage: int, start: Cut | None) -> Cut | None:
         """The cut that the pass of this stage should leave for the next one, having started there."""
-        chosen = self._next[stage][0 if start is None else self._cuts.index(start) + 1]
-        return self._cuts[chosen - 1] if chosen else None
+        index = self._next[stage][-1 if start is None else self._cuts.index(start)]
+        return None if index == -1 else self._cuts[index]
 
-    def largest(self) -> float:
-        """Bytes per image of the largest output that is kept by the way from the first stage on."""
-        found, at = 0.0, 0
-        for choices in self._next:
-            at = choices[at]
-            found = max(found, self._cuts[at - 1].bytes_per_image if at else 0.0)
+    def way(self, start: Cut | None) -> list[Cut]:
+        """All cuts that the passes leave, the first stage having started there."""
+        found: list[Cut] = []
+        for stage in sorted(self._next):
+            following = self.next_cut(stage, start)
+            if following is not None and following != start:
+                found.append(following)
+            start = following
         return found
 
-    def _go_back(self, stage: Stage, num_final: int, rest: Sequence[float]) -> list[float]:
+    def _usable(self, stage: Stage, num_final: int) -> set[int]:
+        """The cuts whose statistics are final in this stage's pass, and that it gets to."""
+        return {
+            index
+            for index, cut in enumerate(self._cuts)
+            if cut.num_layer_calls <= num_final and cut.cost <= stage.cost
+        }
+
+    def _worth(self, indices: set[int]) -> list[int]:
+        """Those of them, from the last to the first, that have fewer bytes than all that come later."""
+        found: list[int] = []
+        least = inf
+        for index in sorted(indices, reverse=True):
+            if self._cuts[index].bytes_per_image < least:
+                found.append(index)
+                least = self._cuts[index].bytes_per_image
+        return found
+
+    def _go_back(
+        self, stage: Stage, number: int, starts: set[int], new: Sequence[int], rest: Mapping[int, float]
+    ) -> dict[int, float]:
         """Choose for one stage, knowing what follows; what it costs with all that follows, by start."""
-        once = [self._pass(stage, cut) for cut in (None, *self._cuts)]
         more = _REPEATS - 1 if stage.implicit else 0
-        best, best_cost = 0, inf  # of the cuts from here on
-        choices, costs = [0] * len(once), [0.0] * len(once)
-        for index in range(len(once) - 1, -1, -1):
-            stay = more * once[index] + rest[index]
-            go = best_cost < stay
-            choices[index] = best if go else index
-            costs[index] = once[index] + (best_cost if go else stay)
-            cut = self._cuts[index - 1] if index else None
-            # its statistics must be final, and the pass must get there
-            if cut is not None and cut.num_layer_calls <= num_final and cut.cost <= stage.cost:
-                arrive = self._copy(cut) + stay
-                if arrive <= best_cost:
-                    best, best_cost = index, arrive
-        self._next.append(choices)
+        once = {index: self._pass(stage, index) for index in starts}
+        choices, costs = self._next.setdefault(number, {}), {}
+        for start in starts:
+            ways = {start: more * once[start] + rest.get(start, 0.0)}
+            for index in new:
+                if index > start:
+                    ways[index] = self._write(start, index) + more * once[index] + rest.get(index, 0.0)
+            choices[start] = min(ways, key=lambda index: ways[index])
+            costs[start] = once[start] + ways[choices[start]]
         return costs
 
-    def _pass(self, stage: Stage, cut: Cut | None) -> float:
+    def _pass(self, stage: Stage, start: int) -> float:
         """What the stage's pass costs that starts there."""
-        if cut is None:
+        if start == -1:
             return stage.cost
-        return stage.cost - sum(self._shares(cut)) * cut.cost + self._copy(cut)
+        cut, (memory, disk) = self._cuts[start], self._shares[start]
+        return stage.cost - (memory + disk) * cut.cost + self._copy(cut.needed(stage.cost), start)
 
-    def _copy(self, cut: Cut) -> float:
-        """What writing or reading it costs, as far as it is kept."""
-        memory, disk = self._shares(cut)
+    def _write(self, start: int, index: int) -> float:
+        """What it costs to keep a cut, having started at another."""
+        kept = () if start == -1 else self._cuts[start].values
+        return self._copy([value for value in self._cuts[index].values if value not in kept], index)
+
+    def _copy(self, values: Sequence[Value], index: int) -> float:
+        """What reading or writing these values of a cut costs, as far as it is kept."""
+        memory, disk = self._shares[index]
         cost = memory * _COST_OF_MEMORY_BYTE + disk * _COST_OF_DISK_BYTE
-        return cost * cut.bytes_per_image / self._flow.cost_per_image
+        return cost * sum(value.bytes_per_image for value in values) / self._flow.cost_per_image
 
-    def _shares(self, cut: Cut) -> tuple[float, float]:
+    def _share(self, cut: Cut) -> tuple[float, float]:
         """Of the images: how many are kept in memory, and how many on disk."""
         num_bytes = max(cut.bytes_per_image * self._num_images, 1.0)
         memory = min(1.0, self._room.memory / num_bytes)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,6 +49,14 @@ class Layout:
         return memory[: self.num_bytes].view(self.dtype).as_strided(self.size, self.stride)
 
 
+@dataclass(frozen=True)
+class Place:
+    """In the file, in bytes."""
+
+    offset: int
+    size: int
+
+
 def folder() -> Path:
     """Where the file goes: `TMPDIR`, or else /var/tmp, or else where temporary files go."""
     lasting = Path("/var/tmp")
@@ -72,37 +80,56 @@ class SpillFile:
         self._file: Any = tempfile.TemporaryFile(buffering=0, dir=folder())  # noqa: SIM115 - see `close`
         self._thread = ThreadPoolExecutor(1, "bncli-spill")
         self._writes: deque[Future[None]] = deque()
-        self.num_bytes = 0  # given away
+        self._num_bytes = 0  # given away so far
+        self._free: dict[int, list[Place]] = {}  # by size
         _bypass_cache(self._file)
 
-    def allocate(self, num_bytes: int) -> int:
-        """The place of so many bytes, as an offset."""
-        offset = self.num_bytes
-        self.num_bytes += in_pages(num_bytes)
-        return offset
+    def allocate(self, sizes: Sequence[int], max_bytes: int) -> list[Place] | None:
+        """Places for so many bytes each; None if the file would get larger than `max_bytes`."""
+        found: list[Place] = []
+        for size in map(_in_pages, sizes):
+            fitting = [one for one, places in self._free.items() if places and one >= size]
+            best = min(fitting, default=0)
+            fits_file = self._num_bytes + size <= max_bytes
+            if best and (
+                best <= 2 * size or not fits_file
+            ):  # else a large place would be lost for a small one
+                found.append(self._free[best].pop())
+            elif fits_file:
+                found.append(Place(self._num_bytes, size))
+                self._num_bytes += size
+            else:
+                for place in found:
+                    self.free(place)
+                return None
+        return found
 
-    def write(self, offset: int, layout: Layout, tensor: Tensor) -> "Future[None]":
+    def free(self, place: Place) -> None:
+        """Let others have this place."""
+        self._free.setdefault(place.size, []).append(place)
+
+    def write(self, place: Place, layout: Layout, tensor: Tensor) -> "Future[None]":
         """Write a copy of the tensor as it is now. Waits where several others are waiting already."""
         memory = _pages(layout.num_bytes)
         layout.over(memory).copy_(tensor)
         while len(self._writes) >= _MAX_WRITES:
             wait([self._writes.popleft()])
-        self._writes.append(self._thread.submit(self._transfer, offset, memory, self._file.write))
+        self._writes.append(self._thread.submit(self._transfer, place, memory, self._file.write))
         return self._writes[-1]
 
-    def read(self, offset: int, layout: Layout) -> "Future[Tensor]":
+    def read(self, place: Place, layout: Layout) -> "Future[Tensor]":
         """The tensor that was written there, in memory of its own on the CPU."""
 
         def fetch() -> Tensor:
             memory = _pages(layout.num_bytes)
-            self._transfer(offset, memory, self._file.readinto)
+            self._transfer(place, memory, self._file.readinto)
             return layout.over(memory)
 
         return self._thread.submit(fetch)
 
-    def _transfer(self, offset: int, memory: Tensor, move: Callable[[memoryview], int | None]) -> None:
+    def _transfer(self, place: Place, memory: Tensor, move: Callable[[memoryview], int | None]) -> None:
         view = _view(memory)
-        self._file.seek(offset)
+        self._file.seek(place.offset)
         while view:
             moved = move(view)
             if not moved:
@@ -115,16 +142,15 @@ class SpillFile:
         self._file.close()
 
 
-def in_pages(num_bytes: int) -> int:
-    """So many bytes, rounded up to whole pages."""
+def _in_pages(num_bytes: int) -> int:
     return -(-num_bytes // _PAGE) * _PAGE
 
 
 def _pages(num_bytes: int) -> Tensor:
     """Memory for so many bytes, from the beginning of a page on and in whole pages: uint8 on the CPU."""
-    memory = torch.empty(in_pages(num_bytes) + _PAGE, dtype=torch.uint8, device="cpu")
+    memory = torch.empty(_in_pages(num_bytes) + _PAGE, dtype=torch.uint8, device="cpu")
     start = -memory.data_ptr() % _PAGE
-    return memory[start : start + in_pages(num_bytes)]
+    return memory[start : start + _in_pages(num_bytes)]
 
 
 def _view(memory: Tensor) -> memoryview:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bncli.batchnorm import Population, batch_norm_layers, measure_population
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.batchnorm.population.exact import restart
+from bncli.batchnorm.population.exact import kept, restart
 from bncli.batchnorm.population.exact.dataflow import trace_flow
 from bncli.batchnorm.population.hooks import RestartError
 from tests.batchnorm.networks import Residual, Shared, Twins, mixed
@@ -43,7 +43,7 @@ def both_ways(
     """Without keeping anything, and with."""
     found = []
     for limit in (0, max_bytes):
-        monkeypatch.setattr(restart, "MAX_BYTES", limit)
+        monkeypatch.setattr(kept, "MAX_BYTES", limit)
         found.append(measure_population(model, batches))
     return found[0], found[1]
 
