@@ -80,6 +80,7 @@ class DataFlow:
     calls: tuple[Call, ...]
     cuts: tuple[Cut, ...]
     cost_per_image: float  # of the whole forward pass, counted as `trace_flow` says
+    input_bytes_per_image: float
 
 
 def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm]) -> DataFlow:
@@ -99,7 +100,7 @@ def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm
     whole = max(flow.cost, 1.0)
     calls = tuple(Call(name, sources, cost / whole) for name, sources, cost in made)
     cuts = tuple(_cuts(flow, ends, whole, len(inputs)))
-    return DataFlow(calls, cuts, whole / len(inputs))
+    return DataFlow(calls, cuts, whole / len(inputs), inputs.nbytes / len(inputs))
 
 
 def _cuts(flow: "_Flow", ends: Sequence["_CallEnd"], whole: float, num_images: int) -> Iterator[Cut]:

@@ -3,7 +3,7 @@
 A disk that fills up or fails costs no more than time: what it does not give back is not kept.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,31 +51,24 @@ class KeptOutputs:
         return digest in self._entries
 
     def put(self, digest: bytes, cut: Cut, outputs: Mapping[Value, Tensor], *, on_disk: bool) -> None:
-        """Keep copies in place of what was kept of this batch, if there is room for all of them.
+        """Keep copies in place of what was kept of this batch; nothing at all if there is no room for them.
 
         Values that are kept already stay; the others must be in `outputs`.
         """
-        older = self._entries.get(digest)
-        before = {} if older is None else older.where
-        where = {value: before[value] for value in cut.values if value in before}
-        new = [value for value in cut.values if value not in where]
-        if any(value not in outputs for value in new):
-            return
-        dropped = [one for value, one in before.items() if value not in where]
-        freed = sum(one.nbytes for one in dropped if isinstance(one, Tensor))
-        added = sum(Layout.of(outputs[value]).num_bytes for value in new)
-        if self._num_bytes - freed + added <= MAX_BYTES:
-            where.update((value, outputs[value].clone()) for value in new)
-            self._num_bytes += added
-        elif on_disk:
-            written = self._write([outputs[value] for value in new])
-            if written is None:
-                return
-            where.update(zip(new, written, strict=True))
+        older = self._entries.pop(digest, None)
+        where = {} if older is None else older.where
+        for value in where.keys() - set(cut.values):
+            self._release([where.pop(value)])
+        for value in cut.values:
+            if value not in where and value in outputs:
+                stored = self._store(outputs[value], on_disk=on_disk)
+                if stored is None:
+                    break
+                where[value] = stored
+        if len(where) == len(cut.values):
+            self._entries[digest] = _Entry(cut, where)
         else:
-            return
-        self._release(dropped)
-        self._entries[digest] = _Entry(cut, where)
+            self._release(where.values())
 
     def get(
         self, digest: bytes, until: float, following: bytes | None = None
@@ -138,24 +131,24 @@ class KeptOutputs:
                 found[value] = self._file.read(where.place, where.layout)
         return found
 
-    def _write(self, outputs: Collection[Tensor]) -> list[_OnDisk] | None:
-        """Begin to write them; None if there is no room for all of them."""
+    def _store(self, output: Tensor, *, on_disk: bool) -> Tensor | _OnDisk | None:
+        """A copy, in memory or on disk; None if there is no room."""
+        layout = Layout.of(output)
+        if self._num_bytes + layout.num_bytes <= MAX_BYTES:
+            self._num_bytes += layout.num_bytes
+            return output.clone()
+        if not on_disk:
+            return None
         if self._file is None and self.disk_bytes:
             with suppress(OSError):
                 self._file = SpillFile()
         if self._file is None:
             self.disk_bytes = 0
             return None
-        layouts = [Layout.of(output) for output in outputs]
-        places = self._file.allocate([layout.num_bytes for layout in layouts], self.disk_bytes)
-        if places is None:
-            return None
-        return [
-            _OnDisk(place, layout, self._file.write(place, layout, output))
-            for place, layout, output in zip(places, layouts, outputs, strict=True)
-        ]
+        place = self._file.allocate(layout.num_bytes, self.disk_bytes)
+        return None if place is None else _OnDisk(place, layout, self._file.write(place, layout, output))
 
-    def _release(self, dropped: Collection[Tensor | _OnDisk]) -> None:
+    def _release(self, dropped: Iterable[Tensor | _OnDisk]) -> None:
         for one in dropped:
             if isinstance(one, Tensor):
                 self._num_bytes -= one.nbytes

@@ -56,6 +56,11 @@ class Place:
     offset: int
     size: int
 
+    @property
+    def end(self) -> int:
+        """Where the next one may begin."""
+        return self.offset + self.size
+
 
 def folder() -> Path:
     """Where the file goes: `TMPDIR`, or else /var/tmp, or else where temporary files go."""
@@ -80,33 +85,29 @@ class SpillFile:
         self._file: Any = tempfile.TemporaryFile(buffering=0, dir=folder())  # noqa: SIM115 - see `close`
         self._thread = ThreadPoolExecutor(1, "bncli-spill")
         self._writes: deque[Future[None]] = deque()
-        self._num_bytes = 0  # given away so far
-        self._free: dict[int, list[Place]] = {}  # by size
+        self._num_bytes = 0  # given away, and gaps in between
+        self._gaps: list[Place] = []  # in order
         _bypass_cache(self._file)
 
-    def allocate(self, sizes: Sequence[int], max_bytes: int) -> list[Place] | None:
-        """Places for so many bytes each; None if the file would get larger than `max_bytes`."""
-        found: list[Place] = []
-        for size in map(_in_pages, sizes):
-            fitting = [one for one, places in self._free.items() if places and one >= size]
-            best = min(fitting, default=0)
-            fits_file = self._num_bytes + size <= max_bytes
-            if best and (
-                best <= 2 * size or not fits_file
-            ):  # else a large place would be lost for a small one
-                found.append(self._free[best].pop())
-            elif fits_file:
-                found.append(Place(self._num_bytes, size))
-                self._num_bytes += size
-            else:
-                for place in found:
-                    self.free(place)
-                return None
-        return found
+    def allocate(self, num_bytes: int, max_bytes: int) -> Place | None:
+        """The first place for so many bytes, in a file of at most `max_bytes`; None if there is none."""
+        size = _in_pages(num_bytes)
+        for number, gap in enumerate(self._gaps):
+            if gap.size >= size:
+                self._gaps[number : number + 1] = _joined([Place(gap.offset + size, gap.size - size)])
+                return Place(gap.offset, size)
+        end = self._num_bytes
+        if self._gaps and self._gaps[-1].end == end:
+            end = self._gaps[-1].offset
+        if end + size > max_bytes:
+            return None
+        self._gaps = [gap for gap in self._gaps if gap.offset < end]
+        self._num_bytes = end + size
+        return Place(end, size)
 
     def free(self, place: Place) -> None:
         """Let others have this place."""
-        self._free.setdefault(place.size, []).append(place)
+        self._gaps = _joined([*self._gaps, place])
 
     def write(self, place: Place, layout: Layout, tensor: Tensor) -> "Future[None]":
         """Write a copy of the tensor as it is now. Waits where several others are waiting already."""
@@ -140,6 +141,17 @@ class SpillFile:
         """Give the disk back."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._file.close()
+
+
+def _joined(places: Sequence[Place]) -> list[Place]:
+    """The same bytes in as few places as possible, in order."""
+    found: list[Place] = []
+    for place in sorted(places, key=lambda place: place.offset):
+        if found and found[-1].end == place.offset:
+            found[-1] = Place(found[-1].offset, found[-1].size + place.size)
+        elif place.size:
+            found.append(place)
+    return found
 
 
 def _in_pages(num_bytes: int) -> int:
