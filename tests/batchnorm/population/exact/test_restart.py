@@ -1,8 +1,11 @@
 """Starting in the middle of a forward pass against starting at its beginning: the same bits, or not used."""
 
-from collections.abc import Callable
+import errno
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from itertools import count
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,3 +319,107 @@ def test_an_error_in_the_model_is_the_models_own(error: type[BaseException]) -> 
     handle.remove()
     assert hooks_of(model) == 0
     assert not torch.is_autocast_enabled("cpu")
+
+
+def broken(
+    self: spill.SpillFile, place: spill.Place, memory: Tensor, move: Callable[[memoryview], int | None]
+) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+@pytest.mark.parametrize("network", [Residual, Shared, Twins, Chain, Block])
+def test_on_disk_no_bit_changes_either(network: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    plain, kept = both_ways(monkeypatch, model, list(images().split([1, 13, 2, 8])), 0, 2**20)
+    assert same_bits(plain, kept)
+    if network is Chain:
+        assert kept.forward_passes < plain.forward_passes
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("num_transfers", [0, 2, 5, 9])
+def test_a_disk_that_fills_up_costs_time_only(num_transfers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer, calls, failed = spill.SpillFile._transfer, count(), []
+
+    def failing(
+        self: spill.SpillFile, place: spill.Place, memory: Tensor, move: Callable[[memoryview], int | None]
+    ) -> None:
+        if next(calls) >= num_transfers:
+            failed.append(move)
+            broken(self, place, memory, move)
+        transfer(self, place, memory, move)
+
+    monkeypatch.setattr(spill.SpillFile, "_transfer", failing)
+    model = Chain()
+    plain, kept = both_ways(monkeypatch, model, list(images().split(4)), 0, 2**20)
+    assert failed
+    assert same_bits(plain, kept)
+    assert hooks_of(model) == 0
+    assert threading.active_count() == 1
+
+
+def test_without_a_temporary_folder_nothing_is_kept_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "folder", lambda: tmp_path / "none")
+    plain, kept = both_ways(monkeypatch, Chain(), list(images().split(4)), 0, 2**20)
+    assert same_bits(plain, kept)
+    monkeypatch.undo()
+    monkeypatch.setattr(spill, "folder", lambda: tmp_path / "none")
+    assert spill.usable_bytes() == 0
+
+
+@pytest.mark.parametrize("disk_bytes", [0, 2**20])
+def test_images_are_read_twice_and_no_more_when_all_are_kept(
+    disk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    data = list(images().split(4))
+
+    def batches() -> object:
+        reads.append(1)
+        return iter(data)
+
+    plain, found = both_ways(monkeypatch, Chain(), batches, 0 if disk_bytes else 2**20, disk_bytes)
+    assert same_bits(plain, found)
+    # the first batch alone, to see what depends on what, before each
+    assert len(reads) == (1 + 3) + (1 + 2)
+
+
+def test_the_disk_is_given_back_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    close, forward = spill.SpillFile.close, restart.Restarts.forward
+
+    def interrupted(self: restart.Restarts, inputs: Tensor) -> None:
+        if self._kept._file is not None:
+            raise KeyboardInterrupt
+        forward(self, inputs)
+
+    def watched(self: spill.SpillFile) -> None:
+        close(self)
+        closed.append(self._file.closed)
+
+    monkeypatch.setattr(spill.SpillFile, "close", watched)
+    monkeypatch.setattr(restart.Restarts, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        both_ways(monkeypatch, Chain(), list(images().split(4)), 0, 2**20)
+    assert closed == [True]
+    assert threading.active_count() == 1
+
+
+def test_a_batch_that_was_lost_is_computed_from_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pass that reads no images, what was kept of the second batch turns out to be gone."""
+    lost = []
+    replay = restart.Restarts.replay
+
+    def losing(self: restart.Restarts) -> Iterator[Tensor]:
+        for number, inputs in enumerate(replay(self)):
+            if number == 1 and not lost:
+                lost.append(self._kept._entries.pop(self._order[1][0]))
+            yield inputs
+
+    monkeypatch.setattr(restart.Restarts, "replay", losing)
+    plain, kept = both_ways(monkeypatch, Chain(), list(images().split(4)))
+    assert lost
+    assert same_bits(plain, kept)
+    assert kept.num_passes == plain.num_passes + 1
