@@ -5,7 +5,9 @@ sees is what it will see from then on: over the same images, in eval mode, each 
 the recorded mean and (biased) variance, whatever the batch size and order, up to the rounding of its
 buffers. That takes a pass per layer, made cheap in three ways: a pass stops at the last layer it measures,
 layers that do not depend on each other share a pass, and a pass starts where an earlier one kept what the
-layers before put out (`bncli.batchnorm.population.exact.restart`).
+layers before put out (`restart.py`, by the plan of `schedule.py`). With 5 MB for each image of 224x224 a
+ResNet-50 is computed 1.2 times in its 49 passes, with 1.3 MB 4 times, and with nothing 25 times. Where all
+is kept the images are read twice, the second time to see that they stay the same.
 
 Layers without running statistics use batch statistics in eval mode too. What lies behind them depends on
 the batches, whatever one does.
