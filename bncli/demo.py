@@ -25,6 +25,7 @@ from bncli.runtime import Runtime
 from bncli.training import training_sample
 from bncli.training.losses import loss_and_logits
 from bncli.training.optimizer import build_optimizer
+from bncli.training.run import unconfigured_layers
 
 SHORT_MOMENTUM, NUM_SHORT_STEPS = 0.001, 20
 NUM_PAIR_STEPS = 50
@@ -222,13 +223,14 @@ def _ruined(checkpoint: Checkpoint, model: nn.Module, gap: Gap) -> Checkpoint:
     """A checkpoint of the ruined network; its configuration tells the momentum that it was ruined with."""
     config = checkpoint.config
     network = config.model
-    if isinstance(network, ConvNetConfig):  # others keep their momentum in their code
+    if isinstance(network, ConvNetConfig):
         momentum = batch_norm_layers(model)[0][1].momentum
         batch_norm = network.batch_norm.model_copy(update={"momentum": momentum})
         network = network.model_copy(update={"batch_norm": batch_norm})
     return replace(
         checkpoint.finished(),
         config=config.model_copy(update={"model": network}),
+        batch_norm_layers=unconfigured_layers(config, model),
         state_dict={key: value.cpu() for key, value in model.state_dict().items()},
         test_accuracy=gap.running.accuracy,
         test_loss=gap.running.loss,

@@ -235,8 +235,8 @@ def load_model(
     if runs_foreign_code(config.name) and not checkpoint.may_import:
         name = _shown(config.name)
         raise CheckpointError(
-            f"{source}: its network is made by {name}, and code that a file names is not run;"
-            f" if you trust it, name it yourself: --model {shlex.quote(name)}"
+            f"{source}: its network is made by {name}, and code that a file names is not run; where you"
+            f" trust it, eval, predict and recalibrate take --model {shlex.quote(name)}"
         )
     build = partial(build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size)
     try:
@@ -252,6 +252,8 @@ def load_model(
     except CheckpointError:
         raise
     except (BncliError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError) and isinstance(config, NamedModelConfig):
+            raise CheckpointError(f"{source}: {error}") from None
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None
     return network.eval()

@@ -58,8 +58,7 @@ class NamedNetwork:
         network = build_network(self.name, self.arguments)
         loaded = load_weights(network, _as_typed(path), key=self.key, partial=self.partial)
         freeze_uncounted(network, loaded.kept)
-        if self.logits is not None:
-            pick_output(network, self.logits)
+        pick_output(network, self.logits)
         return network.eval(), loaded
 
     def check_repeats(self) -> None:

@@ -129,7 +129,7 @@ LogitsOption = Annotated[
         "--logits",
         metavar="KEY",
         help="Where the scores of the classes are, if that network returns several outputs: a key, the name"
-        " of an attribute, or a number.",
+        " of an attribute, or a number.  [default: logits, if there is one of that name]",
         rich_help_panel=INPUT,
     ),
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.checkpoints import Checkpoint
-from bncli.config import ConvNetConfig
+from bncli.config import Config, ConvNetConfig
 from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
@@ -211,16 +211,16 @@ class Run:
             data_digest=self.setup.data_digest,
             recalibration=recalibration,
             averaging=averaging,
-            batch_norm_layers=self._batch_norm_layers(),
+            batch_norm_layers=unconfigured_layers(self.setup.config, self.model),
             may_import=True,  # what this process was told to
         )
 
-    def _batch_norm_layers(self) -> dict[str, dict[str, float | None]] | None:
-        """What the configuration tells of bncli's own network."""
-        if isinstance(self.setup.config.model, ConvNetConfig):
-            return None
-        layers = batch_norm_layers(self.model)
-        return {name: {"eps": layer.eps, "momentum": layer.momentum} for name, layer in layers}
+
+def unconfigured_layers(config: Config, model: nn.Module) -> dict[str, dict[str, float | None]] | None:
+    """What a checkpoint records of BatchNorm layers; None where the configuration tells it."""
+    if isinstance(config.model, ConvNetConfig):
+        return None
+    return {name: {"eps": layer.eps, "momentum": layer.momentum} for name, layer in batch_norm_layers(model)}
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

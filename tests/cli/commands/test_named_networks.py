@@ -38,7 +38,7 @@ class Answers(nn.Module):
         self.net = make()
 
     def forward(self, images):
-        return {"logits": self.net(images)}
+        return {"scores": self.net(images)}
 
 
 def twice():
@@ -260,7 +260,7 @@ def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, da
         ),
         (
             ("--model", "net.py:Answers"),
-            "model net.py:Answers: expected logits of shape (N, classes), found a dict with logits; --logits",
+            "model net.py:Answers: expected logits of shape (N, classes), found a dict with scores; --logits",
         ),
         (
             ("--model", "net.py:make", "--model-arg", "num_classes=7"),

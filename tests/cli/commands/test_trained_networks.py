@@ -147,6 +147,20 @@ def test_inspect_stats_knows_eps_and_momentum_of_every_layer(bncli: Bncli, train
     assert (layer["eps"], layer["momentum"], layer["hyperparameters_known"]) == (1e-3, 0.3, True)
 
 
+@pytest.mark.parametrize("layers", [{"1": 3}, {"1": {"eps": "x", "momentum": [1]}}, {"other": {}}, {}, 3])
+def test_strange_records_of_layers_are_refused_or_unknown(
+    bncli: Bncli, trained: Path, tmp_path: Path, layers: object
+) -> None:
+    content = torch.load(trained / "run" / "last.pt", weights_only=True)
+    save_as_if_whole({**content, "batch_norm_layers": layers}, tmp_path / "last.pt")
+    outcome = bncli("inspect-stats", tmp_path / "last.pt", "--json")
+    assert outcome.code == 0
+    assert outcome.json["layers"][0]["hyperparameters_known"] is False
+    if layers == 3:
+        with pytest.raises(CheckpointError, match="batch_norm_layers: expected names and values"):
+            load_checkpoint(tmp_path / "last.pt")
+
+
 def test_reading_commands_need_no_code(bncli: Bncli, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     last = changed(trained / "run" / "last.pt", tmp_path / "last.pt", name=f"{tmp_path / 'net.py'}:net")
