@@ -1,5 +1,6 @@
 """What `--model` and its companions ask for: a network by name, and any checkpoint loaded into it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ class NamedNetwork:
         from bncli.models.picked_output import pick_output
 
         network = build_network(self.name, self.arguments)
-        loaded = load_weights(network, path, key=self.key, partial=self.partial)
+        loaded = load_weights(network, _as_typed(path), key=self.key, partial=self.partial)
         freeze_uncounted(network, loaded.kept)
         pick_output(network, self.logits)
         return network.eval(), loaded
@@ -119,6 +120,11 @@ def named_network(
     )
 
 
+def _as_typed(path: Path) -> str:
+    """A path, or the URL that was made one."""
+    return re.sub(r"^(https?):/+", r"\1://", str(path))
+
+
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE read as `--set` reads it: values are YAML, dotted keys are sections."""
     from bncli.config_file import override_values
@@ -138,6 +144,8 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
     """
     from bncli.config_file import override_values
+    from bncli.data.cifar10_files import batch_folders
+    from bncli.data.user_path import user_path
 
     data = override_values(overrides).get("data")
     named = data if isinstance(data, dict) else {}
@@ -145,12 +153,13 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     overrides = ["runtime.precision=float32", *overrides]
     if "name" in named:
         return [*_sizes(preset, named), *overrides] if named["name"] == "imagefolder" else overrides
+    if "root" not in named and command == "bncli predict" and "classes" in named:
+        return ["data.name=imagefolder", *_sizes(preset, named), *overrides]  # names are all that is asked
     if "root" not in named:
         ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
         raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
-    root = Path(str(named["root"]))
-    is_cifar10 = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
-    if is_cifar10:
+    root = user_path(str(named["root"]), "data.root")
+    if next(batch_folders(root), None) is not None:
         return ["data.name=cifar10", *overrides]
     return ["data.name=imagefolder", *_sizes(preset, named), *overrides]
 

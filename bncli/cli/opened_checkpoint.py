@@ -120,6 +120,17 @@ class Subject:
         """What JSON documents say of a network that the command line names; nothing of bncli's own."""
         return {} if self.named is None else {"model": self.named[0].describe(self.named[1])}
 
+    def with_streamed_data(self) -> "Subject":
+        """The same, whose data set is not kept where it need not be."""
+        from bncli.config import StreamableConfig
+
+        data = self.config.data
+        if not isinstance(data, StreamableConfig) or data.stream is False:
+            return self
+        streamed = data.model_copy(update={"stream": True})
+        config = self.config.model_copy(update={"data": streamed})
+        return replace(self, followed=replace(self.followed, config=config))
+
     @property
     def config(self) -> "Config":
         """What is followed of the checkpoint's configuration, and the overrides."""

@@ -48,6 +48,7 @@ def evaluated(bncli: Bncli, file: Path, *options: object) -> float:
     return outcome.json["loss"]
 
 
+@pytest.mark.slow
 def test_pictures_are_evaluated_as_pytorch_evaluates_them(bncli, file):
     """The oracle: the network itself, on the same pixels from 0 to 1."""
     from tests.data.own_data import Pictures
@@ -171,3 +172,112 @@ def test_a_streamed_data_set_of_ones_own_trains_as_one_in_memory(bncli, file, tm
         found.append(load_checkpoint(run / "last.pt"))
     for key, tensor in found[0].state_dict.items():
         assert torch.equal(tensor, found[1].state_dict[key]), key
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two of three classes, of one colour each."""
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name, colour in (("cat", (200, 0, 0)), ("dog", (0, 0, 200))):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(30):
+                Image.new("RGB", (8, 8), colour).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+COLOURS = """
+import torch
+from torch import nn
+
+def net():
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    return network
+"""
+
+
+@pytest.fixture
+def colours(file: Path) -> Path:
+    """A checkpoint of a network that is right: dog is output 0, eel 1 and cat 2."""
+    (file.parent / "colours.py").write_text(COLOURS)
+    weight = torch.tensor([[0.0, 0, 9], [0, 9, 0], [9, 0, 0]])
+    state = nn.Sequential(nn.Identity(), nn.Identity(), nn.BatchNorm1d(3), nn.Linear(3, 3)).state_dict()
+    torch.save(state | {"3.weight": weight, "3.bias": torch.zeros(3)}, file.parent / "colours.pt")
+    (file.parent / "right.txt").write_text("dog\neel\ncat")
+    (file.parent / "wrong.txt").write_text("cat\neel\ndog")
+    return file.parent / "colours.pt"
+
+
+IN_COLOURS = ("--model", "colours.py:net", "--normalization", "none", "--set", "data.image_size=8")
+SIZES = ("--num-images", "2", "--batch-sizes", "2")
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_the_order_of_the_networks_classes_decides(bncli, colours, folders, stream):
+    options = (*IN_COLOURS, *SIZES, "--set", f"data.stream={stream}", "--data-root", folders)
+    options = (*options, "--set", f"data.cache={colours.parent / 'cache'}")
+    found = bncli("eval", colours, *options, "--set", "data.classes=right.txt")
+    assert found.code == 0, found.err
+    assert "accuracy 100.00% of 60 test images" in found.out
+    assert "data.classes" not in found.out
+    found = bncli("eval", colours, *options, "--set", "data.classes=wrong.txt")
+    said = " ".join(found.out.split())
+    assert "accuracy 0.00% of 60 test images" in said
+    assert "That is chance (50.00%), yet the network is sure of its answers" in said
+    assert said.index("(data.classes)") < said.index("(--normalization)") < said.index("bncli inspect-stats")
+    found = bncli("eval", colours, *options)
+    assert found.code == 2
+    assert "the network has 3 classes, but imagefolder has 2; data.classes names a file" in found.err
+
+
+def test_predict_reads_no_image_of_the_data_set_for_its_names(bncli, colours, folders, tmp_path):
+    image = folders / "test" / "cat" / "0.png"
+    names = ("--set", "data.classes=right.txt")
+    found = bncli("predict", colours, image, *IN_COLOURS, *names, "--json")  # no data set at all
+    assert found.json["predictions"][0]["class"] == "cat"
+    for path in folders.rglob("*.png"):
+        if path != image:
+            path.write_bytes(b"no image")
+    (folders / "train" / "eel").mkdir()
+    found = bncli("predict", colours, image, *IN_COLOURS, "--data-root", folders, "--json")
+    assert found.code == 0, found.err
+    assert found.json["predictions"][0]["class"] == "eel"  # the third of the sorted folders
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_may_be_an_address(bncli, colours, folders):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+    from threading import Thread
+
+    content = colours.read_bytes()
+
+    class Ranges(BaseHTTPRequestHandler):
+        """A server that can send a part of its only file."""
+
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            first, last = (wanted or f"bytes=0-{len(content) - 1}").removeprefix("bytes=").split("-")
+            part = content[int(first) : int(last or len(content)) + 1]
+            self.send_response(206 if wanted else 200)
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(part)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Ranges) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/colours.pt"
+        image = folders / "test" / "dog" / "0.png"
+        found = bncli("predict", address, image, *IN_COLOURS, "--set", "data.classes=right.txt", "--json")
+        server.shutdown()
+    assert found.code == 0, found.err
+    assert found.json["predictions"][0]["class"] == "dog"
