@@ -51,7 +51,7 @@ class Case:
     name: str
     size: int = 64  # of its images
     arguments: tuple[str, ...] = ("num_classes=4",)
-    logits: str | None = None
+    logits: str | None = None  # for --logits
     classifies: bool = True
     normalizes: bool = False  # by itself, as torchvision's detectors do
     needs: str | None = None  # a library

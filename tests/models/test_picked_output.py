@@ -122,6 +122,17 @@ def test_what_is_not_there_is_told_with_what_is(outputs: object, name: str, mess
     assert message in str(error.value)
 
 
+def test_in_train_mode_the_logits_are_found_among_those_of_auxiliary_heads() -> None:
+    network = import_torchvision().models.googlenet(weights=None, init_weights=False, num_classes=3)
+    images = torch.rand(2, 3, 64, 64)
+    torch.manual_seed(0)
+    expected = network.train()(images).logits
+    pick_output(network)
+    torch.manual_seed(0)
+    assert torch.equal(network(images), expected)
+    assert network.eval()(images).shape == (2, 3)
+
+
 def test_the_network_returns_it_and_keeps_its_names() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -149,6 +160,7 @@ def test_commands_take_the_output_that_they_are_told(
     expected = {}
     for kind, name in (
         ("plain", None),
+        ("data", None),
         ("dict", "logits"),
         ("tuple", "-1"),
         ("named", "logits"),
@@ -157,7 +169,7 @@ def test_commands_take_the_output_that_they_are_told(
         picked = () if name is None else ("--logits", name)
         more = (*common, "--model-arg", f"kind={kind}", *picked)
         evaluated = bncli("eval", "a.pt", *more, "--num-images", 4, "--batch-sizes", "2")
-        made = bncli("recalibrate", "a.pt", "-o", f"{kind}.pt", *more)
+        made = bncli("recalibrate", "a.pt", "-o", f"{kind}{name}.pt", *more)
         assert (evaluated.code, made.code) == (0, 0), evaluated.err + made.err
         found = evaluated.json["accuracy"], evaluated.json["loss"], made.json["after"], made.json["layers"]
         assert expected.setdefault("found", found) == found
