@@ -27,7 +27,7 @@ def outputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def put(outputs: KeptOutputs, digest: bytes, cut: Cut, number: float) -> None:
-    values = {value: torch.full((100,), number + index) for index, value in enumerate(cut.values)}
+    values = {value: torch.full((100,), float(number + index)) for index, value in enumerate(cut.values)}
     outputs.put(digest, cut, values, on_disk=True)
 
 
