@@ -137,9 +137,9 @@ class KeptOutputs:
         if self._num_bytes + layout.num_bytes <= MAX_BYTES:
             self._num_bytes += layout.num_bytes
             return output.clone()
-        if not on_disk:
+        if not on_disk or not self.disk_bytes:
             return None
-        if self._file is None and self.disk_bytes:
+        if self._file is None:
             with suppress(OSError):
                 self._file = SpillFile()
         if self._file is None:
