@@ -27,7 +27,9 @@ def complete_device() -> list[str]:
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
 ]
-ANY_CHECKPOINT = "A checkpoint of bncli, PyTorch or safetensors: a path or a URL."
+ANY_CHECKPOINT = (
+    "A checkpoint of bncli, PyTorch or another framework (bncli explain checkpoint-files): a path or a URL."
+)
 ConfigArgument = Annotated[
     Path,
     typer.Argument(

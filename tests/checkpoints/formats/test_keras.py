@@ -3,7 +3,14 @@
 import pytest
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
-from tests.checkpoints.formats.framework_corpus import Corpus, check_output, check_values, file_names, pair, unpack
+from tests.checkpoints.formats.framework_corpus import (
+    Corpus,
+    check_output,
+    check_values,
+    file_names,
+    pair,
+    unpack,
+)
 
 FRAMEWORKS = ("keras", "tf_keras")
 FILES = [(framework, name) for framework in FRAMEWORKS for name in file_names(framework)]
