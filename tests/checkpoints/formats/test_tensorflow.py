@@ -109,3 +109,13 @@ def test_what_no_file_of_the_checkpoint_has_is_said_to_be_unknown(bncli: Bncli, 
     assert outcome.code in (0, 1)
     assert "momentum" in bncli("inspect-stats", keras_3.folder / "checkpoints").out
     assert all(layer["eps"] is None for layer in outcome.json["layers"])
+
+
+def test_a_checkpoint_without_a_name_is_read(keras_2: Corpus, tmp_path: Path) -> None:
+    """As in the package musicnn 0.1.0: `.index` and `.data-00000-of-00001`."""
+    for path in (keras_2.folder / "v1").glob("model.ckpt.*"):
+        (tmp_path / path.name.removeprefix("model.ckpt")).write_bytes(path.read_bytes())
+    for source in (tmp_path, tmp_path / ".index"):
+        with open_checkpoint(source) as checkpoint:
+            assert checkpoint.layer_names == ("zz", "block/a_10", "block/a_2")
+            assert checkpoint.layers()
