@@ -209,12 +209,22 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
                 arrays.setdefault(owner, {})[re.sub(r":\d+$", "", leaf)] = tensor
         for owner, roles in arrays.items():
             own = owner.rpartition("/")[2]
-            name = group if own in (group, "") else f"{group}.{own}"
+            name = legacy_name(group, own, is_alone=len(arrays) == 1)
             if is_batch_norm(roles):
                 found.add(name, roles, configured(group, own))
             else:
                 found.tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in roles.items()}
     return found.network()
+
+
+def legacy_name(group: str, own: str, *, is_alone: bool) -> str:
+    """What a layer is called whose arrays are `own/gamma:0` in a group: the name of the group is the layer's.
+
+    A network that was made twice in one process has `bn_1/gamma:0` in the group `bn`; another name is that of
+    a layer inside the one that the group is for.
+    """
+    is_same = own in (group, "") or (is_alone and re.fullmatch(re.escape(group) + r"_\d+", own) is not None)
+    return group if is_same else f"{group}.{own}"
 
 
 def _texts(attributes: Mapping[str, Any], name: str) -> list[str]:

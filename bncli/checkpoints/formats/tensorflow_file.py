@@ -49,7 +49,7 @@ def read_if_tensorflow_folder(folder: Folder) -> tuple[str, ForeignNetwork] | No
     names = folder.names
     if SAVED_MODEL in names and f"{VARIABLES}.index" in names:
         return "tensorflow savedmodel", _read(folder.open(f"{VARIABLES}.index"), VARIABLES, folder.open)
-    prefixes = sorted(name.removesuffix(".index") for name in names if re.fullmatch(r"[^/]+\.index", name))
+    prefixes = sorted(name.removesuffix(".index") for name in names if re.fullmatch(r"[^/]*\.index", name))
     prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}.data-") for name in names)]
     if not prefixes:
         return None

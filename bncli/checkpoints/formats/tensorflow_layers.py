@@ -259,12 +259,14 @@ def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> Foreign
         return (order.get(f"{owner}/moving_mean", 0) if placed else 0, natural_order(owner))
 
     used: set[str] = set()
+    partitioned: list[str] = []
     for owner in sorted(groups, key=place):
         keys = {leaf: f"{owner}/{leaf}" if owner else leaf for leaf in groups[owner]}
         roles = {leaf: tensor for leaf, key in keys.items() if (tensor := bundle.tensor(key)) is not None}
         if is_batch_norm(roles):
             found.add(owner, roles, None)
             used |= set(keys.values())
+        partitioned += [key for leaf, key in keys.items() if leaf not in roles]
     averaged = 0
     for key in bundle.entries:
         tensor = None if key in used else bundle.tensor(key)
@@ -274,6 +276,8 @@ def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> Foreign
     notes = []
     if found.layers and not placed:
         notes.append("layers are in the order of their names: a checkpoint of TensorFlow 1 has no other")
+    if partitioned:
+        notes.append(f"{partitioned[0]} is divided among several entries, which bncli does not read")
     if averaged:
         notes.append(
             f"{averaged} of these arrays have a moving average over the training steps beside them"

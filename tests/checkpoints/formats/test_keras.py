@@ -3,6 +3,7 @@
 import pytest
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
+from bncli.checkpoints.formats.keras_layers import legacy_name
 from tests.checkpoints.formats.framework_corpus import (
     Corpus,
     check_output,
@@ -54,3 +55,12 @@ def test_order_names_and_hyperparameters_are_those_of_keras_where_the_file_has_t
             assert layer.eps == answer["epsilon"]
         ours = (KERAS_3, KERAS_2_OR_3) if framework == "keras" else (KERAS_2, KERAS_2_OR_3, TENSORFLOW_1)
         assert layer.convention in ours
+
+
+def test_a_layer_made_twice_in_one_process_has_the_name_of_its_group() -> None:
+    """As in the emotion_model.hdf5 of the package fer 22.5.1."""
+    one, inside = "batch_normalization_1", "batch_normalization_2"
+    assert legacy_name(one, one, is_alone=True) == one
+    assert legacy_name(one, f"{one}_1", is_alone=True) == one
+    assert legacy_name("inner", inside, is_alone=True) == f"inner.{inside}"
+    assert legacy_name("bn", "bn_1", is_alone=False) == "bn.bn_1"  # two inside a network called bn

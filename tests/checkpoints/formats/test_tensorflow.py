@@ -10,7 +10,7 @@ from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.byte_source import open_source
 from bncli.checkpoints.formats.tensorflow_bundle import table_entries
 from tests.checkpoints.formats.framework_corpus import Corpus, unpack
-from tests.checkpoints.formats.test_damaged_keras import HEADER, block, entry, table
+from tests.checkpoints.formats.test_damaged_keras import BN, HEADER, block, entry, table
 from tests.conftest import Bncli
 
 
@@ -109,3 +109,23 @@ def test_what_no_file_of_the_checkpoint_has_is_said_to_be_unknown(bncli: Bncli, 
     assert outcome.code in (0, 1)
     assert "momentum" in bncli("inspect-stats", keras_3.folder / "checkpoints").out
     assert all(layer["eps"] is None for layer in outcome.json["layers"])
+
+
+def test_a_checkpoint_without_a_name_is_read(keras_2: Corpus, tmp_path: Path) -> None:
+    """As in the package musicnn 0.1.0: `.index` and `.data-00000-of-00001`."""
+    for path in (keras_2.folder / "v1").glob("model.ckpt.*"):
+        (tmp_path / path.name.removeprefix("model.ckpt")).write_bytes(path.read_bytes())
+    for source in (tmp_path, tmp_path / ".index"):
+        with open_checkpoint(source) as checkpoint:
+            assert checkpoint.layer_names == ("zz", "block/a_10", "block/a_2")
+            assert checkpoint.layers()
+
+
+def test_a_variable_in_parts_is_said_not_to_be_read(tmp_path: Path) -> None:
+    entries = [(0, b"bn/gamma", entry(0, 2) + b"\x3a\x00"), *BN]  # field 7: its parts
+    (tmp_path / "m.index").write_bytes(table(block([HEADER, *entries])))
+    (tmp_path / "m.data-00000-of-00001").write_bytes(struct.pack("<4f", 1, 2, 3, 4))
+    with open_checkpoint(tmp_path / "m.index") as checkpoint:
+        (layer,) = checkpoint.layers()
+    assert layer.weight is None
+    assert any("bn/gamma is divided" in note for note in checkpoint.notes)
