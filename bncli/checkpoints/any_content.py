@@ -38,6 +38,7 @@ from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
 from bncli.checkpoints.formats.shard_index import place_beside, read_index
 from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
+from bncli.checkpoints.stored_tensor import StoredTensor
 
 # Each gives the kind of what is its own and a ForeignNetwork (or what a state dict's file would hold), and
 # None for all else, which it must not raise for.
@@ -159,7 +160,7 @@ def _first(found: Iterable[tuple[str, object] | None]) -> tuple[str, object] | N
     return next((one for one in found if one is not None), None)
 
 
-def _read_safetensors(file: ByteSource) -> Mapping[str, object]:
+def _read_safetensors(file: ByteSource) -> Mapping[str, StoredTensor]:
     try:
         return read_safetensors(file)
     except UnreadableFileError:

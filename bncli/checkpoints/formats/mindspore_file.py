@@ -1,7 +1,7 @@
 """Checkpoints of MindSpore (`.ckpt`): a protocol buffer of parameters, a name and a tensor each.
 
-The names are those of `nn.BatchNorm` (moving_mean, gamma) or of `mint.nn` (running_mean, weight), which counts
-and means momentum as PyTorch does. Reference: mindspore/ccsrc/utils/checkpoint.proto.
+The names are those of `nn.BatchNorm` (moving_mean, gamma) or of `mint.nn` (running_mean, weight), which
+counts and means momentum as PyTorch does. Reference: mindspore/ccsrc/utils/checkpoint.proto.
 """
 
 import torch
