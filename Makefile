@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-inspection bench-loading bench-population bench-scale
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-scale
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ format: $(DEVELOPING)  ## format the code
 # options go into ARGS: make bench-population ARGS="--network resnet50"; ARGS=--help lists them
 bench-accuracy: $(DEVELOPING)  ## time bncli train to an accuracy; ARGS="CONFIG --target 0.9"
 	@$(BIN)/python -m tests.benchmarks.accuracy $(ARGS)
+
+bench-exact: $(DEVELOPING)  ## time recalibration by the method exact
+	@$(BIN)/python -m tests.benchmarks.exact $(ARGS)
 
 bench-inspection: $(DEVELOPING)  ## time bncli inspect-stats on large files
 	@$(BIN)/python -m tests.benchmarks.inspection $(ARGS)

@@ -31,7 +31,7 @@ def inputs_of(batches: Batches, num_batches: int | None = None) -> Iterator[Tens
 
     Raises DataError for a batch that holds no tensor (N, ...) where one is looked for.
     """
-    inputs = (_checked(_find_input(batch), batch) for batch in _one_pass(batches))
+    inputs = (_checked(find_input(batch), batch) for batch in _one_pass(batches))
     return islice((one for one in inputs if len(one)), num_batches)
 
 
@@ -45,8 +45,8 @@ def labelled(
     if _is_pair(batches):
         batches = [batches]
     for batch in _one_pass(batches):
-        inputs = _checked(_find_input(batch) if get_input is None else get_input(batch), batch)
-        labels = _find_labels(batch) if get_labels is None else get_labels(batch)
+        inputs = _checked(find_input(batch) if get_input is None else get_input(batch), batch)
+        labels = find_labels(batch) if get_labels is None else get_labels(batch)
         if not isinstance(labels, Tensor):
             raise DataError(
                 f"a batch is {_describe(batch)}, and its labels are not found: give pairs (images, labels),"
@@ -148,13 +148,15 @@ def _is_pair(batches: object) -> bool:
     return isinstance(batches, tuple) and len(batches) == 2 and all(isinstance(b, Tensor) for b in batches)
 
 
-def _find_input(batch: object) -> object:
+def find_input(batch: object) -> object:
+    """The inputs of a batch, or the input of a sample, where they usually are."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in INPUT_KEYS if key in batch), batch)
     return batch[0] if isinstance(batch, tuple | list) and batch else batch
 
 
-def _find_labels(batch: object) -> object:
+def find_labels(batch: object) -> object:
+    """The labels of a batch, or the label of a sample; None: there are none where they usually are."""
     if isinstance(batch, Mapping):
         return next((batch[key] for key in LABEL_KEYS if key in batch), None)
     return batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None

@@ -5,9 +5,9 @@ conversion from text to number, no unknown keys, no infinities. A key's meaning 
 field: `bncli config` and the JSON schema show it. `bncli.config_file` reads and writes configurations.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 
 class Section(BaseModel):
@@ -20,6 +20,14 @@ class DataSection(Section):
     """What the kinds of data share: the name must be given, and editors that know the schema ask for it."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["name"]})
+
+    normalization: str | None = Field(
+        None,
+        max_length=200,
+        description="How pixels are normalised: `imagenet`, `half` (from -1 to 1), `none` (from 0 to 1),"
+        " `measured` (on the training images), or M,M,M/S,S,S (means and deviations of the channels, from 0"
+        " to 1); null is that of the network's library, or measured.",
+    )
 
 
 class SyntheticConfig(DataSection):
@@ -55,7 +63,29 @@ class Cifar10Config(DataSection):
     )
 
 
-class ImageFolderConfig(DataSection):
+class StreamableConfig(DataSection):
+    """What data sets share whose images may not fit into memory."""
+
+    stream: Literal["auto"] | bool = Field(
+        "auto",
+        description="Whether images are decoded whenever they are used, and not kept; `auto`: where they"
+        " would take more than 4 GB, or than there is memory.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=1024,
+        description="Number of processes that decode images where they are not kept, 0 is none besides this"
+        " one; null is as many as there are CPUs for this process.",
+    )
+    classes: str | None = Field(
+        None,
+        description="A file that says which output of the network is which class: a name a line, or JSON, a"
+        " list of names or names with their indices; null is the data set's own order, of folders by name.",
+    )
+
+
+class ImageFolderConfig(StreamableConfig):
     """Your own images: root/{train,test}/CLASS/*.{png,jpg,jpeg,webp}. The test split may be called val."""
 
     name: Literal["imagefolder"] = Field(
@@ -84,7 +114,60 @@ class ImageFolderConfig(DataSection):
     )
 
 
-DataConfig = Annotated[SyntheticConfig | Cifar10Config | ImageFolderConfig, Field(discriminator="name")]
+class NamedDataConfig(StreamableConfig):
+    """A data set of torchvision, or of the user's own code."""
+
+    # the pattern is for editors; a name without a colon is answered with the nearest data sets
+    name: str = Field(
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={"pattern": ":"},
+        description="The data set: `torchvision:SVHN`, or a function or class that makes it,"
+        " `package.module:NAME` or `path/to/file.py:NAME`. A relative path begins at the folder of the YAML"
+        " file, or with --set at the current folder.",
+    )
+    root: str | None = Field(
+        None, description="Folder that it is read from, if it takes a root; null is `data` for torchvision's."
+    )
+    arguments: dict[str, JsonValue] = Field(
+        {},
+        description="What that function takes, by name; train or split is added. Nothing is downloaded,"
+        " unless it is told so here, as by `download: true`.",
+    )
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        le=512,
+        description="Height and width in pixels of the squares that its PIL images become; null leaves them"
+        " as they are.",
+    )
+    resize: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Shorter side in pixels to which an image is resized before its middle is cut out; null"
+        " resizes the whole image to the square.",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = Field(
+        "bilinear", description="How pixels are interpolated where an image is resized."
+    )
+
+
+def _kind_of_data(values: Any) -> str | None:
+    """Which of the data sets below the values of `data:` are for; other names are unknown."""
+    if not isinstance(values, dict):
+        return "named" if isinstance(values, NamedDataConfig) else getattr(values, "name", "synthetic")
+    name = values.get("name")
+    return "named" if isinstance(name, str) and ":" in name else name
+
+
+DataConfig = Annotated[
+    Annotated[SyntheticConfig, Tag("synthetic")]
+    | Annotated[Cifar10Config, Tag("cifar10")]
+    | Annotated[ImageFolderConfig, Tag("imagefolder")]
+    | Annotated[NamedDataConfig, Tag("named")],
+    Discriminator(_kind_of_data),
+]
 
 
 class AugmentConfig(Section):
@@ -168,9 +251,13 @@ class BatchNormConfig(Section):
     )
 
 
-class ModelConfig(Section):
+class ConvNetConfig(Section):
     """The Conv-BN-ReLU network."""
 
+    name: Literal["convnet"] = Field(
+        "convnet",
+        description="The network: `convnet` is stages of blocks of convolution, BatchNorm and activation.",
+    )
     # strict mode would refuse YAML's lists here: only the container is lax, its numbers are not
     widths: Annotated[tuple[Annotated[int, Field(ge=1, le=8192)], ...], Field(strict=False)] = Field(
         (16, 32, 64),
@@ -216,6 +303,39 @@ class ModelConfig(Section):
         BatchNormConfig(),
         description="The arguments of torch.nn.BatchNorm2d, with PyTorch's meaning and defaults.",
     )
+
+
+class NamedModelConfig(Section):
+    """A network of torchvision, of timm, or of the user's own code."""
+
+    # the pattern is for editors; a name without a colon is answered with the nearest networks
+    name: str = Field(
+        min_length=1,
+        max_length=4096,
+        json_schema_extra={"pattern": ":"},
+        description="The network: `torchvision:resnet18`, `timm:NAME`, or a function or class that makes it,"
+        " `package.module:NAME` or `path/to/file.py:NAME`. A relative path begins at the folder of the YAML"
+        " file, or with --set at the current folder.",
+    )
+    arguments: dict[str, JsonValue] = Field(
+        {},
+        description="What that function takes, by name. A network that takes num_classes gets the data set's"
+        " where it is not given. Weights are random at first; none are downloaded.",
+    )
+
+
+def _kind_of_model(values: Any) -> str:
+    """Which of the models below the values of `model:` are for."""
+    if isinstance(values, NamedModelConfig):
+        return "named"
+    name = values.get("name", "convnet") if isinstance(values, dict) else "convnet"
+    return "convnet" if name == "convnet" else "named"
+
+
+ModelConfig = Annotated[
+    Annotated[ConvNetConfig, Tag("convnet")] | Annotated[NamedModelConfig, Tag("named")],
+    Discriminator(_kind_of_model),
+]
 
 
 class TrainConfig(Section):
@@ -366,7 +486,7 @@ class Config(Section):
         AugmentConfig(), description="Random changes to training images; test images are never changed."
     )
     model: ModelConfig = Field(
-        ModelConfig(), description="The network: stages of blocks of convolution, BatchNorm and activation."
+        ConvNetConfig(), description="The network: bncli's own, or any other by its name."
     )
     train: TrainConfig = Field(TrainConfig(), description="How the network is trained, and what is written.")
     runtime: RuntimeConfig = Field(

@@ -8,19 +8,29 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from bncli.builtin_configs import DEFAULT_NAME, find_config_file
-from bncli.config import Config, DataConfig
+from bncli.config import (
+    Cifar10Config,
+    Config,
+    ConvNetConfig,
+    ImageFolderConfig,
+    NamedDataConfig,
+    NamedModelConfig,
+    SyntheticConfig,
+)
 from bncli.errors import ConfigError
+from bncli.network_name import with_whole_path
 from bncli.wording import expected_value
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_VALUE_LENGTH = 4096  # characters; the longest path of Linux
 MAX_DEPTH = 20
+_DATA_SETS = "synthetic, cifar10, imagefolder, torchvision:NAME, package.module:NAME, path/to/file.py:NAME"
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -34,14 +44,21 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     """
     if path is None:  # with the name of its data set, which a key of data needs beside it
         return config_from_dict({"data": {"name": Config().data.name}}, overrides, source=DEFAULT_NAME)
-    return config_from_dict(_read_yaml(find_config_file(path)), overrides, source=str(path))
+    file = find_config_file(path)
+    values = _read_yaml(file)
+    for section in ("data", "model"):
+        values = _with_whole_path(values, section, file.parent)
+    return config_from_dict(values, overrides, source=str(path))
 
 
 def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None, *, source: str) -> Config:
     """Validate plain values, such as those stored in a checkpoint; `source` names them in errors."""
     for override in overrides or []:
         values = _apply_override(values, override)
-    values = _start_data_section_afresh(values, overrides or [])
+    for section in ("data", "model"):
+        values = _start_section_afresh(values, section, overrides or [])
+        if keys_of(overrides or []) & {section, f"{section}.name"}:
+            values = _with_whole_path(values, section, Path())
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -228,18 +245,27 @@ def _with_value(values: Any, keys: list[str], value: Any, dotted: str) -> dict[s
     }
 
 
-def _start_data_section_afresh(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """When an override changes `data.name`, the keys of the former data set fall away.
+def _start_section_afresh(values: dict[str, Any], section: str, overrides: list[str]) -> dict[str, Any]:
+    """When an override changes `data.name` or `model.name`, the keys of the former kind fall away.
 
     Otherwise `--set data.name=synthetic` would trip over the `url` of cifar10, which the user never
     wrote: a checkpoint stores every key.
     """
     keys = keys_of(overrides)
-    data = values.get("data")
-    if "data.name" not in keys or not isinstance(data, dict):
+    former = values.get(section)
+    if f"{section}.name" not in keys or not isinstance(former, dict):
         return values
-    kept = {key.removeprefix("data.") for key in keys if key.startswith("data.")}
-    return {**values, "data": {key: value for key, value in data.items() if key in kept}}
+    kept = {key.split(".")[1] for key in keys if key.startswith(f"{section}.")}
+    return {**values, section: {key: value for key, value in former.items() if key in kept}}
+
+
+def _with_whole_path(values: dict[str, Any], section: str, folder: Path) -> dict[str, Any]:
+    """The path in a section's name, where it is one, made absolute: what is relative begins at `folder`."""
+    found = values.get(section)
+    name = found.get("name") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(name, str):
+        return values
+    return {**values, section: {**found, "name": with_whole_path(name, folder)}}
 
 
 def _holds(problem: Any, other: Any) -> bool:
@@ -250,29 +276,42 @@ def _holds(problem: Any, other: Any) -> bool:
 
 def _describe(problem: Any) -> str:
     """One pydantic problem as `dotted.key: what is wrong`."""
-    # the discriminator's value stands in the location of a union's member: data.cifar10.root
+    # the chosen member of a union stands in the location: data.cifar10.root
     location = [str(part) for part in problem["loc"]]
-    if len(location) > 1 and location[0] == "data" and location[1] in _data_models():
-        section: type[BaseModel] | None = _data_models()[location.pop(1)]
+    members = _members(location[0]) if location else {}
+    chosen = location[1] if len(location) > 1 and location[1] in members else None
+    if chosen is not None:
+        del location[1]
+        section = _section_at(members[chosen], location[1:-1])
     else:
-        section = _section_at(location[:-1])
+        section = _section_at(Config, location[:-1])
+    if location[:2] in (["model", "arguments"], ["data", "arguments"]):
+        del location[3:]  # inside a value, where pydantic also names types
     key = ".".join(location) or "the configuration"
     kind, context = problem["type"], problem.get("ctx", {})
     found = _shown(problem.get("input"))
     if kind == "extra_forbidden":
-        others = [name for name, model in _data_models().items() if location[-1] in model.model_fields]
-        if location[0] == "data" and others:
-            name = section.model_fields["name"].default if section else "chosen"
-            having = " and ".join(others) + (" have" if len(others) > 1 else " has")
-            return f"{key}: the data set {name} has no such key; {having} it (data.name chooses)"
+        others = [name for name, model in members.items() if location[-1] in model.model_fields]
+        if others and location[0] == "model":
+            if chosen == "named":
+                return f"{key}: only convnet has this key; what other networks take goes into model.arguments"
+            return f"{key}: for networks that model.name names; the keys of convnet stand in model itself"
+        if others:
+            others = [name for name in others if name != "named"] or [
+                "torchvision:NAME and data sets of your own"
+            ]
+            having = " and ".join(others) + (" has" if len(others) == 1 and " " not in others[0] else " have")
+            return (
+                f"{key}: the data set {chosen or 'chosen'} has no such key; {having} it (data.name chooses)"
+            )
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if kind == "union_tag_invalid":
-        return f"data.name: unknown data set {context.get('tag')!r}; known: {', '.join(_data_models())}"
+        return f"data.name: unknown data set {context.get('tag')!r}; known: {_DATA_SETS}"
     if kind == "union_tag_not_found":
-        return f"data.name: missing; one of {', '.join(_data_models())}"
+        return f"data.name: missing; one of {_DATA_SETS}"
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         return f"{key}: expected a section with keys, found {found}"
     return f"{key}: must be {expected_value(problem)}, not {found}"
@@ -287,13 +326,21 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _data_models() -> dict[str, type[BaseModel]]:
-    members = get_args(get_args(DataConfig)[0])
-    return {member.model_fields["name"].default: member for member in members}
+def _members(section: str) -> dict[str, type[BaseModel]]:
+    """The models of a section that has several kinds, as pydantic's locations name them."""
+    if section == "model":
+        return {"convnet": ConvNetConfig, "named": NamedModelConfig}
+    if section != "data":
+        return {}
+    return {
+        "synthetic": SyntheticConfig,
+        "cifar10": Cifar10Config,
+        "imagefolder": ImageFolderConfig,
+        "named": NamedDataConfig,
+    }
 
 
-def _section_at(location: list[str]) -> type[BaseModel] | None:
-    section: Any = Config
+def _section_at(section: Any, location: list[str]) -> type[BaseModel] | None:
     for key in location:
         field = section.model_fields.get(key)
         section = field.annotation if field else None

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers, batch_statistics_mode
 from bncli.checkpoints import Checkpoint, load_model, save_checkpoint
-from bncli.config import Config
+from bncli.config import Config, ConvNetConfig
 from bncli.data import BatchPlan, Dataset, sample_batches, training_batches
 from bncli.evaluation import Gap, measure_gap
 from bncli.evaluation.gap import PhaseProgress
 from bncli.hardware import describe_machine
-from bncli.models.convnet import ConvNet
 from bncli.runtime import Runtime
 from bncli.training import training_sample
+from bncli.training.losses import loss_and_logits
 from bncli.training.optimizer import build_optimizer
+from bncli.training.run import unconfigured_layers
 
 SHORT_MOMENTUM, NUM_SHORT_STEPS = 0.001, 20
 NUM_PAIR_STEPS = 50
@@ -68,11 +68,11 @@ class _Scene:
     num_images: int
     progress: PhaseProgress
 
-    def fresh_model(self) -> ConvNet:
+    def fresh_model(self) -> nn.Module:
         """The trained network, in eval mode."""
         return self.runtime.place_model(load_model(self.checkpoint))
 
-    def gap_of(self, model: ConvNet) -> Gap:
+    def gap_of(self, model: nn.Module) -> Gap:
         """What `bncli eval --gap` says."""
         test, size = self.dataset.test, max(2, self.config.runtime.eval_batch_size)
         place = self.runtime.place
@@ -145,18 +145,18 @@ def demonstrate(
     )
 
 
-def _short_average(model: ConvNet, scene: _Scene) -> None:
+def _short_average(model: nn.Module, scene: _Scene) -> None:
     """An exponential average that has hardly left its start."""
     size = scene.config.train.batch_size
     _track(model, _images(scene, size), SHORT_MOMENTUM, NUM_SHORT_STEPS, scene.runtime)
 
 
-def _batches_of_2(model: ConvNet, scene: _Scene) -> None:
+def _batches_of_2(model: nn.Module, scene: _Scene) -> None:
     """What is left where memory allows for two images at a time."""
     _track(model, _images(scene, 2), 0.1, NUM_PAIR_STEPS, scene.runtime)
 
 
-def _averaged_weights(model: ConvNet, scene: _Scene) -> None:
+def _averaged_weights(model: nn.Module, scene: _Scene) -> None:
     """The weights' mean over several runs on from here; the running statistics stay those from before."""
     sums = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for seed in range(NUM_CONTINUATIONS):
@@ -169,7 +169,7 @@ def _averaged_weights(model: ConvNet, scene: _Scene) -> None:
             parameter.copy_(mean)
 
 
-def _one_layer_reset(model: ConvNet, scene: _Scene) -> str:
+def _one_layer_reset(model: nn.Module, scene: _Scene) -> str:
     """A layer in the middle that was lost on loading, say."""
     layers = batch_norm_layers(model)
     name, layer = layers[len(layers) // 2]
@@ -178,7 +178,7 @@ def _one_layer_reset(model: ConvNet, scene: _Scene) -> str:
 
 
 def _track(
-    model: ConvNet, batches: Iterable[Tensor], momentum: float, num_steps: int, runtime: Runtime
+    model: nn.Module, batches: Iterable[Tensor], momentum: float, num_steps: int, runtime: Runtime
 ) -> None:
     """Start the running statistics anew and let them follow batches."""
     for _, layer in batch_norm_layers(model):
@@ -197,7 +197,7 @@ def _images(scene: _Scene, batch_size: int) -> Iterator[Tensor]:
             yield scene.runtime.place(images)
 
 
-def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
+def _train_on(model: nn.Module, scene: _Scene, seed: int) -> None:
     """A few steps at the configuration's highest learning rate."""
     config, train, runtime = scene.config, scene.dataset.train, scene.runtime
     optimizer = build_optimizer(model, config.train)
@@ -212,24 +212,25 @@ def _train_on(model: ConvNet, scene: _Scene, seed: int) -> None:
     model.train()
     for images, labels in islice(chain.from_iterable(epochs), NUM_CONTINUED_STEPS):
         with runtime.autocast():
-            logits = model(runtime.place(images))
-        loss = F.cross_entropy(
-            logits, labels.to(runtime.device), label_smoothing=config.train.label_smoothing
-        )
+            outputs = model(runtime.place(images))
+        loss, _ = loss_and_logits(outputs, labels.to(runtime.device), config.train.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-def _ruined(checkpoint: Checkpoint, model: ConvNet, gap: Gap) -> Checkpoint:
+def _ruined(checkpoint: Checkpoint, model: nn.Module, gap: Gap) -> Checkpoint:
     """A checkpoint of the ruined network; its configuration tells the momentum that it was ruined with."""
     config = checkpoint.config
-    momentum = batch_norm_layers(model)[0][1].momentum
-    batch_norm = config.model.batch_norm.model_copy(update={"momentum": momentum})
-    network = config.model.model_copy(update={"batch_norm": batch_norm})
+    network = config.model
+    if isinstance(network, ConvNetConfig):
+        momentum = batch_norm_layers(model)[0][1].momentum
+        batch_norm = network.batch_norm.model_copy(update={"momentum": momentum})
+        network = network.model_copy(update={"batch_norm": batch_norm})
     return replace(
         checkpoint.finished(),
         config=config.model_copy(update={"model": network}),
+        batch_norm_layers=unconfigured_layers(config, model),
         state_dict={key: value.cpu() for key, value in model.state_dict().items()},
         test_accuracy=gap.running.accuracy,
         test_loss=gap.running.loss,

@@ -41,6 +41,10 @@ class NoBatchNormError(CheckpointError):
     """A checkpoint that is sound as far as it was read, and holds no BatchNorm layer."""
 
 
+class NoClassifierError(BncliError):
+    """A network that does not tell the classes of the images apart, where it is to be evaluated."""
+
+
 class RunError(BncliError):
     """A run directory that cannot be created, written or resumed."""
 

@@ -14,6 +14,8 @@ from bncli.config import Config
 from bncli.config_file import dump_value
 
 WIDTH = 80  # columns of a comment
+OTHER_NETWORKS = "other networks"  # than convnet
+OTHER_DATA_SETS = "other data sets"  # than those with a name of bncli's
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class ExplainedKey:
 
     key: str  # dotted, such as train.momentum
     data_set: str | None  # for keys of `data`: the data.name that has the key
+    network: str | None  # for keys of `model`: the networks that have it
     meaning: str
     allowed: str  # type and range
     default: Any
@@ -51,7 +54,7 @@ def _lines_of(section: BaseModel, prefix: str, comments: Mapping[str, str]) -> I
             yield from ["", *_comment(meaning, indent), f"{indent}{name}:"]
             yield from _lines_of(value, f"{prefix}{name}.", comments)
             continue
-        if value != field.default:
+        if value != field.default and not field.is_required():
             meaning += f" Default: {_as_yaml(field.default)}."
         yield from _comment(meaning, indent)
         # lines after the first of a text are indented too, which YAML ignores
@@ -80,18 +83,20 @@ def explained_keys(name: str | None = None) -> list[ExplainedKey]:
 
 
 def _keys_of(
-    section: dict[str, Any], definitions: dict[str, Any], prefix: str, data_set: str | None
+    section: dict[str, Any], definitions: dict[str, Any], prefix: str, kind: str | None
 ) -> Iterator[ExplainedKey]:
-    """Every key below a section of the JSON schema."""
+    """Every key below a section of the JSON schema; `kind` is the one of several that the section is."""
     for name, schema in section["properties"].items():
         kinds = [part["$ref"].rpartition("/")[2] for part in schema.get("oneOf", [schema]) if "$ref" in part]
-        for kind in kinds:
-            below = definitions[kind]
-            data = below["properties"]["name"]["const"] if len(kinds) > 1 else data_set
-            yield from _keys_of(below, definitions, f"{prefix}{name}.", data)
+        for each in kinds:
+            below = definitions[each]
+            others = OTHER_DATA_SETS if name == "data" else OTHER_NETWORKS
+            own = below["properties"]["name"].get("const", others) if len(kinds) > 1 else kind
+            yield from _keys_of(below, definitions, f"{prefix}{name}.", own)
         if not kinds:
-            meaning, default = schema["description"], schema["default"]
-            yield ExplainedKey(prefix + name, data_set, meaning, _allowed(schema), default)
+            key, default = prefix + name, schema.get("default")
+            data_set, network = (kind, None) if key.startswith("data.") else (None, kind)
+            yield ExplainedKey(key, data_set, network, schema["description"], _allowed(schema), default)
 
 
 _BOUNDS = {
@@ -111,6 +116,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return ", ".join(schema["enum"][:-1]) + f" or {schema['enum'][-1]}"
     if "const" in schema:
         return str(schema["const"])
+    if schema["type"] == "object":
+        return "keys with values"
     if schema["type"] == "array":
         each = _allowed(schema["items"])
         return f"list of {schema['minItems']} to {schema['maxItems']}, each a {each}"

@@ -24,14 +24,16 @@ FOLLOWED = {
     "data.image_size",
     "data.resize",
     "data.interpolation",
+    "data.stream",
+    "data.normalization",
     "augment",
     "model",
     "train",
     "runtime.precision",
     "runtime.memory_format",
 }
-BOUNDED = {"runtime.device", "runtime.threads", "runtime.eval_batch_size", "train.batch_size"}
-PLACES = ("data.root", "data.url", "data.archive", "data.cache")
+BOUNDED = {"data.workers", "runtime.device", "runtime.threads", "runtime.eval_batch_size", "train.batch_size"}
+PLACES = ("data.root", "data.url", "data.archive", "data.cache", "data.arguments", "data.classes")
 UNUSED = {"runtime.compile", "runtime.reuse_memory"}  # of training alone, which goes on in a run directory
 
 MAX_EVAL_BATCH = 1_000  # images
@@ -62,8 +64,8 @@ class FollowedConfig:
             return
         for key in PLACES[1:]:
             value = getattr(self.recorded.data, key.removeprefix("data."), None)
-            if value is not None and not self.is_named(key):
-                yield key, value
+            if value and not self.is_named(key):
+                yield key, str(value)
 
     def is_named(self, key: str) -> bool:
         """Whether the command line gives a key, or the section that it is in."""
@@ -105,10 +107,11 @@ def follow_run(recorded: Config, overrides: list[str] | None, *, source: str) ->
     named = keys_of(overrides or [])
     notes = {}
     for key, reason in _out_of_bounds(recorded):
-        if key == "runtime.threads" and not named & {key, "runtime"}:
-            threads = values["runtime"].pop("threads")
+        section, _, name = key.partition(".")
+        if key in ("runtime.threads", "data.workers") and not named & {key, section}:
+            number = values[section].pop(name)
             notes[key] = (
-                f"{source} records {key}={threads}, which is not used: {reason}; --set {key}=VALUE changes it"
+                f"{source} records {key}={number}, which is not used: {reason}; --set {key}=VALUE changes it"
             )
     config = config_from_dict(values, overrides, source=source)
     return FollowedConfig(config, recorded, named, notes)
@@ -125,6 +128,9 @@ def _out_of_bounds(recorded: Config) -> Iterator[tuple[str, str]]:
     runtime, num_cpus = recorded.runtime, os.cpu_count() or 1
     if runtime.threads is not None and runtime.threads > num_cpus:
         yield "runtime.threads", f"this machine has {num_cpus} CPUs"
+    workers = getattr(recorded.data, "workers", None)
+    if workers is not None and workers > num_cpus:
+        yield "data.workers", f"this machine has {num_cpus} CPUs"
     if runtime.eval_batch_size > MAX_EVAL_BATCH:
         yield "runtime.eval_batch_size", f"a file may ask for at most {MAX_EVAL_BATCH:,} images at a time"
     if recorded.train.batch_size > MAX_TRAIN_BATCH:

@@ -45,7 +45,9 @@ class Runtime:
         return torch.autocast(self.device.type, self.precision, enabled=enabled)
 
     def place(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, C, H, W) on the device, in the memory format."""
+        """Images (N, C, H, W) on the device, in the memory format, which other inputs have not."""
+        if images.ndim != 4:
+            return images.to(self.device)
         return images.to(self.device, memory_format=self.memory_format)
 
     def place_model(self, model: _Model) -> _Model:

@@ -42,6 +42,7 @@ _EXPECTED = {  # by pydantic's kinds of errors, as far as a configuration or an 
     "less_than_equal": "at most {le:,}",
     "literal_error": "{expected}",
     "none_required": "null",
+    "invalid-json-value": "text, a number, true, false, null, a list or keys with such values",
 }
 
 

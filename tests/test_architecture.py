@@ -19,10 +19,11 @@ LAYERS = [
     {"evaluation", "audit", "before_validation"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
-    {"batchnorm", "recorded_config", "explained_config"},
+    {"batchnorm", "foreign_code", "recorded_config", "explained_config"},
     {"config_file", "runtime", "torchvision_compat"},
+    {"network_name"},
     {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},
-    {"errors", "atomic_file", "hardware", "sample", "wording"},
+    {"errors", "atomic_file", "hardware", "indexed", "sample", "wording"},
 ]
 # a package, and the only places that may import it
 ONLY_IN = {

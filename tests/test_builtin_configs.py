@@ -27,7 +27,7 @@ def refusal(name: str | Path) -> str:
 
 def test_every_shipped_file_has_a_name_in_any_folder() -> None:
     shipped = sorted(CONFIGS.glob("*.yaml"))
-    assert {"cifar10", "imagefolder", "quickstart", "speedrun"} <= {path.stem for path in shipped}
+    assert {"cifar10", "imagefolder", "quickstart", "resnet18", "speedrun"} <= {path.stem for path in shipped}
     for path in shipped:
         assert find_config_file(path.stem) == path
         assert load_config(path.stem) == load_config(path)
@@ -67,12 +67,14 @@ def test_no_name_at_all_is_the_quickstart_whatever_files_there_are() -> None:
 def test_a_misspelt_name_is_answered_with_the_nearest_and_all_others(typed: str, meant: str) -> None:
     assert refusal(typed) == (
         f"no such file or built-in configuration; did you mean {meant!r}? "
-        "built-in: cifar10, imagefolder, quickstart, speedrun"
+        "built-in: cifar10, imagefolder, quickstart, resnet18, speedrun"
     )
 
 
 def test_a_name_that_resembles_none_is_answered_with_all() -> None:
-    assert refusal("resnet").endswith("configuration; built-in: cifar10, imagefolder, quickstart, speedrun")
+    assert refusal("transformer").endswith(
+        "configuration; built-in: cifar10, imagefolder, quickstart, resnet18, speedrun"
+    )
 
 
 @pytest.mark.parametrize("typed", ["cifar10.yaml", "configs/cifar10.yaml", "cifar10.yml", "x/cifar10"])

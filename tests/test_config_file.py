@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bncli.config import Config, ImageFolderConfig, ModelConfig, SyntheticConfig, TrainConfig
+from bncli.config import Config, ConvNetConfig, ImageFolderConfig, SyntheticConfig, TrainConfig
 from bncli.config_file import config_from_dict, dump_config, load_config
 from bncli.errors import ConfigError
 
@@ -49,7 +49,7 @@ def test_without_a_file_the_keys_of_the_quickstart_can_be_changed() -> None:
     config = load_config(None, ["data.num_train=300", "train.epochs=2"])
     assert config.data == SyntheticConfig(num_train=300)
     assert config.train == TrainConfig(epochs=2)
-    assert config.model == ModelConfig()
+    assert config.model == ConvNetConfig()
     assert load_config(None, ["data.root=x", "data.name=imagefolder"]).data == ImageFolderConfig(root="x")
 
 

@@ -17,6 +17,7 @@ def test_results_become_plain_values() -> None:
         "per_class_accuracy": [None, 0.5],
         "seconds": 1.0,
         "images_per_second": 2.0,
+        "confidence": None,
     }
     assert to_plain({"a": (torch.tensor([1, 2]), Path("x"))}) == {"a": [[1, 2], "x"]}
 

@@ -17,6 +17,7 @@ from .layers import Hyperparameters as Hyperparameters
 from .layers import LayerStats as LayerStats
 from .layers import Summary as Summary
 from .layers import batch_norm_layers as batch_norm_layers
+from .layers import has_running_statistics as has_running_statistics
 from .layers import read_running_stats as read_running_stats
 from .layers import summarize as summarize
 from .modes import batch_statistics_mode as batch_statistics_mode

@@ -212,6 +212,11 @@ def _dtype(value: object) -> torch.dtype | None:
     return None if not isinstance(value, Tensor) or is_lazy(value) else value.dtype
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether any BatchNorm layer of the model keeps them."""
+    return any(layer.running_mean is not None for _, layer in batch_norm_layers(model))
+
+
 @dataclass(frozen=True)
 class Summary:
     """Smallest, middle and largest value, in the tensor's unit. One NaN makes all three NaN."""

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bncli.config import AugmentConfig, Config
 from bncli.data import Dataset
 from bncli.errors import BncliError
-from bncli.models.convnet import build_model
+from bncli.models import build_configured
 from bncli.runtime import synchronize
 from bncli.torchvision_compat import import_torchvision
 from bncli.training import Setup, prepare
+from bncli.training.losses import loss_and_logits
 from bncli.training.optimizer import build_optimizer
 
 _SECONDS_TO_END = 10.0  # of a process that may be in the midst of a round
@@ -104,7 +104,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
                 batches = iter(loader)
                 batch = next(batches)
             images, labels = batch[0].to(device), batch[1].to(device)
-            loss = F.cross_entropy(model(images), labels, label_smoothing=setup.config.train.label_smoothing)
+            loss, _ = loss_and_logits(model(images), labels, setup.config.train.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,7 +115,7 @@ def _plain_rounds(setup: Setup, num_steps: int, workers: int) -> Iterator[float]
 
 def _plain_twin(setup: Setup) -> nn.Module:
     """The same network in float32 with contiguous weights."""
-    model = build_model(
+    model = build_configured(
         setup.config.model,
         len(setup.dataset.class_names),
         image_size=setup.image_shape[-1],
@@ -132,7 +132,7 @@ class _PlainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
         import_torchvision()
         from torchvision import transforms
 
-        side = dataset.train.images.shape[-1]
+        side = dataset.train.image_shape[-1]
         steps: list[Any] = []
         if augment.crop_padding:
             steps.append(transforms.RandomCrop(side, padding=augment.crop_padding, padding_mode="reflect"))
@@ -140,8 +140,9 @@ class _PlainImages(torch.utils.data.Dataset[tuple[Tensor, int]]):
             steps.append(transforms.RandomHorizontalFlip())
         self._transform = transforms.Compose([*steps, transforms.ToTensor()])
         # as torchvision's CIFAR10 keeps them: an array (N, H, W, 3)
-        self._images = dataset.train.images.permute(0, 2, 3, 1).contiguous().numpy()
-        self._labels = dataset.train.labels.tolist()
+        ((images, labels),) = dataset.train.batches_of([range(len(dataset.train))])
+        self._images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self._labels = labels.tolist()
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -95,7 +95,7 @@ def bench_training_step(
             )
     peak = matrix_gflops(setup.runtime.device, setup.runtime.precision)
     images_per_second = statistics.median(rate for rate, _ in rates)
-    flops = sum(layer.flops for layer in measure_layers(setup.model, setup.image_shape))
+    _, flops = measure_layers(setup.model, setup.image_shape)
     gflops = 3 * flops * images_per_second / 1e9
     ratios = [fast / slow for fast, slow in rates]
     return TrainingStepBench(

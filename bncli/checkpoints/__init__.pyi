@@ -6,6 +6,7 @@ from .locate import Candidate as Candidate
 from .own import Checkpoint as Checkpoint
 from .own import load_checkpoint as load_checkpoint
 from .own import load_model as load_model
+from .own import recorded_network as recorded_network
 from .own import save_checkpoint as save_checkpoint
 from .part_digests import file_sha256 as file_sha256
 from .rewrite import check_rewritable as check_rewritable

@@ -9,22 +9,28 @@ Version 2 adds `digests` (see `part_digests.py`), `data_digest` and `running_epo
 """
 
 import io
+import shlex
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.atomic_file import atomic_file
 from bncli.checkpoints.own_checks import check_content, check_tensors
 from bncli.checkpoints.own_config import FORMAT
 from bncli.checkpoints.own_reader import load_values, open_whole
 from bncli.checkpoints.part_digests import digest_parts, find_damage
-from bncli.config import Config
+from bncli.config import Config, ConvNetConfig, NamedModelConfig
 from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError, ForeignNetworkError
-from bncli.models.convnet import ConvNet, build_model
+from bncli.models import build_configured
+from bncli.models.bounded import Bounded
+from bncli.network_name import CONVNET, is_same_name, runs_foreign_code
 
 FORMAT_VERSION = 2  # written; older ones are read
 
@@ -55,6 +61,10 @@ class Checkpoint:
     # with train.ema_epochs, to continue from: `last`, the state dict after the last step, and `average`, that
     # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
     averaging: dict[str, dict[str, Tensor]] | None = None
+    # eps and momentum of each BatchNorm layer by name, where the configuration does not tell them
+    batch_norm_layers: dict[str, dict[str, float | None]] | None = None
+    # whether the user has named the code that makes the network; never saved, so no file says it of itself
+    may_import: bool = False
 
     def __repr__(self) -> str:
         """What network after how much training, and how good: one line."""
@@ -72,13 +82,16 @@ class Checkpoint:
         return replace(self, optimizer=None, running_epoch=None, averaging=None)
 
 
+_SAVED = [field.name for field in fields(Checkpoint) if field.name != "may_import"]
+
+
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write the file atomically: after a crash it is the old one or the new one.
 
     Raises:
         OSError: when it cannot be written; a former file of that name is intact.
     """
-    content = {field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}
+    content = {name: getattr(checkpoint, name) for name in _SAVED}
     content["config"] = checkpoint.config.model_dump(mode="json")
     content["normalization"] = {"mean": content.pop("mean"), "std": content.pop("std")}
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
@@ -90,8 +103,13 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         file.write(memory.getbuffer())
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint that bncli wrote; no code in it is executed.
+def load_checkpoint(
+    path: str | Path, *, model: str | None = None, arguments: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Read a checkpoint that bncli wrote; no code in it is executed, nor any that it names.
+
+    With `model`, which repeats the name of its network, `load_model` may import the code of that name;
+    `arguments` are added to those that are recorded.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it, a damaged tensor by its name.
@@ -101,7 +119,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         check_content(content, str(path))
         config = config_from_dict(content["config"], source=f"{path} (its configuration)")
-        values = {field.name: content[field.name] for field in fields(Checkpoint) if field.name in content}
+        if model is not None:
+            config = _repeated(config, model, arguments or {}, str(path))
+        values = {name: content[name] for name in _SAVED if name in content}
+        values["may_import"] = model is not None
         normalization = {key: tuple(content["normalization"][key]) for key in ("mean", "std")}
         class_names = tuple(content["class_names"])
         return Checkpoint(**{**values, **normalization, "config": config, "class_names": class_names})
@@ -109,6 +130,37 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: an incomplete bncli checkpoint ({error})") from None
+
+
+def _repeated(config: Config, name: str, arguments: Mapping[str, Any], source: str) -> Config:
+    """The configuration with the network's name as the user gives it, where it means the recorded one."""
+    recorded = config.model
+    if not is_same_name(name, recorded.name):
+        raise CheckpointError(f"{source}: it records the network {_shown(recorded.name)}, not {name}")
+    if isinstance(recorded, ConvNetConfig):
+        return config
+    values = {"name": name, "arguments": {**recorded.arguments, **arguments}}
+    return config.model_copy(update={"model": NamedModelConfig.model_validate(values)})
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= 200 and name.isprintable() else repr(name[:200])
+
+
+def recorded_network(path: str | Path) -> str | None:
+    """The name of another network than convnet in a checkpoint of bncli's; None for all other files.
+
+    Nothing is loaded, imported or checked.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
+    """
+    with open_whole(path) as (_, content):
+        is_own = isinstance(content, dict) and content.get("format") == FORMAT
+        config = content.get("config") if is_own and isinstance(content, dict) else None
+        model = config.get("model") if isinstance(config, dict) else None
+        name = model.get("name") if isinstance(model, dict) else None
+    return name if isinstance(name, str) and name != CONVNET else None
 
 
 def load_content(path: str | Path) -> dict[str, Any]:
@@ -163,36 +215,45 @@ def _check_digests(content: dict[str, Any], path: str | Path) -> None:
         )
 
 
-def load_model(checkpoint: str | Path | Checkpoint, *, source: str | None = None) -> ConvNet:
+def load_model(
+    checkpoint: str | Path | Checkpoint, *, source: str | None = None, model: str | None = None
+) -> nn.Module:
     """The checkpoint's network in eval mode, on the CPU.
 
     It takes images (N, 3, H, W), uint8 in 0..255 or floating point in 0..1, and returns logits
-    (N, num_classes). Errors name the file `source`, which a Checkpoint does not know itself.
+    (N, num_classes). Errors name the file `source`, which a Checkpoint does not know itself. For `model` see
+    `load_checkpoint`.
 
     Raises:
-        CheckpointError: when the file is no checkpoint, or its tensors do not fit its configuration.
+        CheckpointError: when the file is no checkpoint, its tensors do not fit its configuration, or it names
+            code that makes its network, and `model` does not.
     """
     source = source or ("checkpoint" if isinstance(checkpoint, Checkpoint) else str(checkpoint))
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load_checkpoint(checkpoint)
+        checkpoint = load_checkpoint(checkpoint, model=model)
+    config, state_dict = checkpoint.config.model, checkpoint.state_dict
+    if runs_foreign_code(config.name) and not checkpoint.may_import:
+        name = _shown(config.name)
+        raise CheckpointError(
+            f"{source}: its network is made by {name}, and code that a file names is not run; where you"
+            f" trust it, eval, predict and recalibrate take --model {shlex.quote(name)}"
+        )
+    build = partial(build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size)
     try:
         # first without memory: a checkpoint of a kilobyte may name a network of a terabyte
-        with torch.device("meta"):
-            skeleton = build_model(
-                checkpoint.config.model, len(checkpoint.class_names), image_size=checkpoint.image_size
-            )
-        check_tensors(checkpoint.state_dict, skeleton.state_dict(), source)
-        model = build_model(
-            checkpoint.config.model,
-            len(checkpoint.class_names),
-            image_size=checkpoint.image_size,
-            mean=checkpoint.mean,
-            std=checkpoint.std,
-        )
-        model.load_state_dict(checkpoint.state_dict)
+        if isinstance(config, ConvNetConfig):
+            with torch.device("meta"):
+                skeleton = build()
+            check_tensors(state_dict, skeleton.state_dict(), source)
+        with nullcontext() if isinstance(config, ConvNetConfig) else Bounded(state_dict):
+            network = build(mean=checkpoint.mean, std=checkpoint.std)
+        check_tensors(state_dict, network.state_dict(), source)
+        network.load_state_dict(state_dict)
     except CheckpointError:
         raise
     except (BncliError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError) and isinstance(config, NamedModelConfig):
+            raise CheckpointError(f"{source}: {error}") from None
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{source}: its tensors do not fit its configuration: {reason}") from None
-    return model.eval()
+    return network.eval()

@@ -53,6 +53,8 @@ def check_content(content: Mapping[str, Any], source: str) -> None:
             and all(map(_is_state_dict, averaging.values()))
         ),
     )
+    layers = content.get("batch_norm_layers")
+    claims["batch_norm_layers"] = ("names and values, or nothing", layers is None or isinstance(layers, dict))
     for key, (expected, holds) in claims.items():
         if not holds:
             found = repr(content[key])

@@ -21,9 +21,11 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
     batch_norm = _part(model, "batch_norm")
     if not num_features and batch_norm.get("track_running_stats") is False:
         num_features = dict(_described_layers(model))
+    of_layers = _part(content, "batch_norm_layers")  # of other networks than convnet
     found = {
-        name: checked_hyperparameters(size, batch_norm.get("eps"), batch_norm.get("momentum", "missing"))
+        name: checked_hyperparameters(size, known.get("eps"), known.get("momentum", "missing"))
         for name, size in num_features.items()
+        for known in [_part(of_layers, name) if of_layers else batch_norm]
     }
     recorded = _part(content, "recalibration").get("recalibrated_layers")
     measured = (
@@ -39,7 +41,7 @@ def own_hyperparameters(content: object, num_features: Mapping[str, int]) -> dic
 def _described_layers(model: Mapping[str, object]) -> Iterator[tuple[str, int]]:
     """Names and channels of the layers that `bncli.models.convnet.ConvNet` would have."""
     widths, num_blocks = model.get("widths"), model.get("blocks_per_stage")
-    if not isinstance(widths, Sequence) or len(widths) > 16:  # the limits of bncli.config.ModelConfig
+    if not isinstance(widths, Sequence) or len(widths) > 16:  # the limits of bncli.config.ConvNetConfig
         return
     if type(num_blocks) is not int or not 1 <= num_blocks <= 64:
         return

@@ -1,17 +1,18 @@
 """What `--model` and its companions ask for: a network by name, and any checkpoint loaded into it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bncli.errors import BncliError, ConfigError
+from bncli.errors import BncliError, ConfigError, NoClassifierError
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bncli.checkpoints import LoadedWeights
-    from bncli.config import Config
+    from bncli.config import Config, DataConfig
     from bncli.data import Dataset
     from bncli.models.preset import Preset
     from bncli.runtime import Runtime
@@ -28,13 +29,21 @@ class NamedNetwork:
     arguments: dict[str, Any]
     key: str | None
     partial: tuple[str, ...]
-    normalization: str | None  # None: that of the preset, or measured
+    normalization: str | None  # as the command line gives it
     logits: str | None
+    default_normalization: str = MEASURED  # of pixels, where it gives none
 
-    def with_preset(self, preset: "Preset | None") -> "NamedNetwork":
-        """The same, with the normalization of its library where the command line gives none."""
+    def with_preset(self, preset: "Preset | None", data: "DataConfig") -> "NamedNetwork":
+        """The same, with the normalization of the data's configuration or of the network's library.
+
+        Raises ConfigError where the command line gives two.
+        """
+        given = {self.normalization, data.normalization} - {None}
+        if len(given) > 1:
+            found = f"it says {self.normalization}, but data.normalization says {data.normalization}"
+            raise ConfigError("--normalization", [f"{found}; give one of them"])
         by_default = MEASURED if preset is None else preset.normalization
-        return replace(self, normalization=self.normalization or by_default)
+        return replace(self, normalization=next(iter(given), None), default_normalization=by_default)
 
     def load(self, path: Path) -> "tuple[nn.Module, LoadedWeights]":
         """The network in eval mode on the CPU with the file's tensors, and which those are.
@@ -43,19 +52,36 @@ class NamedNetwork:
         """
         from bncli.checkpoints import load_weights
         from bncli.models import build_network
+        from bncli.models.detectors import freeze_uncounted
+        from bncli.models.picked_output import pick_output
 
         network = build_network(self.name, self.arguments)
-        loaded = load_weights(network, path, key=self.key, partial=self.partial)
-        if self.logits is not None:
-            _pick_output(network, self.logits)
+        loaded = load_weights(network, _as_typed(path), key=self.key, partial=self.partial)
+        freeze_uncounted(network, loaded.kept)
+        pick_output(network, self.logits)
         return network.eval(), loaded
+
+    def check_repeats(self) -> None:
+        """Refuse options that mean nothing where the name repeats what bncli's own checkpoint records.
+
+        Raises ConfigError.
+        """
+        given = {
+            "--key": self.key,
+            "--partial": self.partial,
+            "--normalization": self.normalization,
+            "--logits": self.logits,
+        }
+        for option, value in given.items():
+            if value:
+                raise ConfigError(option, ["a checkpoint of `bncli train` records it; leave it out"])
 
     def describe(self, loaded: "LoadedWeights") -> dict[str, Any]:
         """The part of a JSON document."""
         return {
             "name": self.name,
             "arguments": self.arguments,
-            "normalization": self.normalization,
+            "normalization": self.normalization or self.default_normalization,
             "weights": loaded.to_dict(),
         }
 
@@ -86,29 +112,17 @@ def named_network(
                 raise ConfigError(option, [f"goes with --model NAME of another network; {reason}"])
         return None
     if normalization is not None:
-        _parse_normalization(normalization)
+        from bncli.data import parse_normalization
+
+        parse_normalization(normalization, "--normalization")
     return NamedNetwork(
         model, _parse_arguments(arguments or ()), key, tuple(partial or ()), normalization, logits
     )
 
 
-def _pick_output(network: "nn.Module", key: str) -> None:
-    """Let the network return one of its outputs: an item of a dict, tuple or list, or an attribute."""
-
-    def pick(_: object, __: object, outputs: Any) -> Any:
-        try:
-            if isinstance(outputs, Mapping):
-                return outputs[key]
-            if isinstance(outputs, tuple | list) and key.lstrip("-").isdigit():
-                return outputs[int(key)]
-            return getattr(outputs, key)
-        except (KeyError, IndexError, AttributeError):
-            found = (
-                f"{', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
-            )
-            raise BncliError(f"--logits {key}: it is not in what the network returns: {found}") from None
-
-    network.register_forward_hook(pick)
+def _as_typed(path: Path) -> str:
+    """A path, or the URL that was made one."""
+    return re.sub(r"^(https?):/+", r"\1://", str(path))
 
 
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
@@ -124,30 +138,14 @@ def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
         raise ConfigError("--model-arg", error.problems) from None
 
 
-def _parse_normalization(text: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation; None for those that are to be measured."""
-    from bncli.models.normalized import HALF, IMAGENET
-
-    if text == MEASURED:
-        return None
-    if text in ("imagenet", "half"):
-        return IMAGENET if text == "imagenet" else HALF
-    try:
-        mean, std = (tuple(float(part) for part in half.split(",")) for half in text.split("/"))
-    except ValueError:
-        mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or not all(0 <= value <= 1 for value in (*mean, *std)) or not min(std):
-        expected = "imagenet, half, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
-        raise ConfigError("--normalization", [f"expected {expected}, found {text!r}"])
-    return mean, std
-
-
 def find_data(overrides: list[str], command: str, preset: "Preset | None") -> list[str]:
     """The overrides, with the kind of data where only their folder is named.
 
     Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
     """
     from bncli.config_file import override_values
+    from bncli.data.cifar10_files import batch_folders
+    from bncli.data.user_path import user_path
 
     data = override_values(overrides).get("data")
     named = data if isinstance(data, dict) else {}
@@ -155,12 +153,13 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     overrides = ["runtime.precision=float32", *overrides]
     if "name" in named:
         return [*_sizes(preset, named), *overrides] if named["name"] == "imagefolder" else overrides
+    if "root" not in named and command == "bncli predict" and "classes" in named:
+        return ["data.name=imagefolder", *_sizes(preset, named), *overrides]  # names are all that is asked
     if "root" not in named:
         ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
         raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
-    root = Path(str(named["root"]))
-    is_cifar10 = any((folder / "data_batch_1").is_file() for folder in (root, root / "cifar-10-batches-py"))
-    if is_cifar10:
+    root = user_path(str(named["root"]), "data.root")
+    if next(batch_folders(root), None) is not None:
         return ["data.name=cifar10", *overrides]
     return ["data.name=imagefolder", *_sizes(preset, named), *overrides]
 
@@ -173,11 +172,11 @@ def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
     """
     if "image_size" in named:
         return []
-    if preset is None:
+    if preset is None or preset.image_size is None:
         raise ConfigError(
             "data.image_size",
             [
-                "images of which size does the network take? Its name does not say; --set data.image_size=N"
+                "images of which size does the network take? Nothing says it; --set data.image_size=N"
                 " resizes them to NxN pixels, data.resize=M beside it cuts the middle out of a shorter side"
                 " of M"
             ],
@@ -188,64 +187,96 @@ def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
 def tell_images(config: "Config", named: NamedNetwork, *, has_preset: bool) -> None:
     """Say what was assumed of the images: a wrong guess costs accuracy, and nothing else shows it."""
     from bncli.cli.messages import print_note
-    from bncli.config import ImageFolderConfig
+    from bncli.config import ImageFolderConfig, NamedDataConfig
 
     data, shape = config.data, ""
+    if isinstance(data, NamedDataConfig):
+        return  # they may be no images: `fit_to_data` tells when it has seen one
     if isinstance(data, ImageFolderConfig):
         size = f"{data.image_size}x{data.image_size}"
         shape = f"resized to {size}, "
         if data.resize is not None:
             shape = f"middle {size} of a shorter side of {data.resize}, {data.interpolation}, "
-    print_note(f"images: {shape}--normalization {named.normalization}")
+    print_note(f"images: {shape}--normalization {named.normalization or named.default_normalization}")
     if has_preset and isinstance(data, ImageFolderConfig):
         print_note("change that with --set data.image_size=N (and data.resize=M)")
 
 
 def fit_to_data(
-    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
-) -> None:
-    """Let the network take the raw images, and check that it tells their classes apart.
+    network: "nn.Module",
+    named: NamedNetwork,
+    dataset: "Dataset",
+    runtime: "Runtime",
+    path: Path,
+    *,
+    classifies: bool = True,
+) -> "Dataset":
+    """Let the network take the raw images, and check that it computes them and tells their classes apart.
 
-    Raises BncliError where it cannot compute them, or has another number of classes.
+    Returns the data set, in which classes without names are as many as the network has. Without `classifies`
+    its outputs may be anything. Raises BncliError where it cannot compute them, and
+    NoClassifierError where it is none, or has another number of classes.
     """
     from bncli.cli.messages import print_note
-    from bncli.data import measure_normalization
+    from bncli.data import chosen_normalization
     from bncli.models import normalize_input
 
-    known = _parse_normalization(named.normalization or MEASURED)
+    text, train = named.normalization, dataset.train
+    known = chosen_normalization(text, train, named.default_normalization)
     if known is None:
-        measured = measure_normalization(dataset.train.images)
-        known = measured.mean, measured.std
-        rounded = "/".join(",".join(f"{value:.3f}" for value in values) for values in known)
-        print_note(
-            f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
-        )
-    normalize_input(network, *known, runtime.device)
-    _check_logits(network, named, dataset, runtime, path)
+        shape = "x".join(map(str, train.image_shape))
+        print_note(f"inputs: {shape} of {str(train.dtype).removeprefix('torch.')}, as they are")
+    else:
+        if (text or named.default_normalization) == MEASURED:
+            rounded = "/".join(",".join(f"{x:.3f}" for x in values) for values in (known.mean, known.std))
+            print_note(
+                f"pixels are normalised as measured: --normalization {rounded}; imagenet or half are others"
+            )
+        normalize_input(network, known.mean, known.std, runtime.device)
+    outputs = _check_forward(network, named, dataset, runtime)
+    return _check_logits(outputs, named, dataset, path) if classifies else dataset
 
 
-def _check_logits(
-    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime", path: Path
-) -> None:
+def _check_forward(
+    network: "nn.Module", named: NamedNetwork, dataset: "Dataset", runtime: "Runtime"
+) -> object:
+    """What it returns for two images."""
     import torch
 
-    images = dataset.test.images[:2]
+    from bncli.indexed import pick
+
+    images = pick(dataset.test, range(min(2, len(dataset.test))))
     try:
         with runtime.autocast(), torch.no_grad():
-            logits = network(runtime.place(images))
+            return network(runtime.place(images))
     except BncliError as error:  # of --logits
-        raise BncliError(f"model {named.name}: {error}") from None
+        raise BncliError(f"model {named.name}: --logits: {error}") from None
     except Exception as error:  # of the user's network
         size = "x".join(str(length) for length in images.shape[1:])
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         raise BncliError(f"model {named.name}: cannot compute images of {size} values: {text}") from None
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        found = (
-            f"a tensor {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else type(logits).__name__
+
+
+def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path: Path) -> "Dataset":
+    """Raise NoClassifierError unless it has as many columns as there are classes."""
+    import torch
+
+    from bncli.models.picked_output import describe_outputs
+
+    num_images = min(2, len(dataset.test))
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != num_images:
+        found = describe_outputs(logits)
+        pick = "" if isinstance(logits, torch.Tensor) else "; --logits NAME takes one of several outputs"
+        raise NoClassifierError(
+            f"model {named.name}: expected logits of shape (N, classes), found {found}{pick}"
         )
-        raise BncliError(f"model {named.name}: expected logits of shape (N, classes), found {found}")
-    if logits.shape[1] != len(dataset.class_names):
-        raise BncliError(
-            f"{path}: the network has {logits.shape[1]:,} classes, but {dataset.name} has"
-            f" {len(dataset.class_names):,}"
+    num_classes = logits.shape[1]
+    names = dataset.class_names
+    if names == tuple(map(str, range(len(names)))) and len(names) < num_classes:  # they are only numbers
+        return replace(dataset, class_names=tuple(map(str, range(num_classes))))
+    if num_classes != len(names):
+        fix = "; data.classes names a file with all of them, in order" if num_classes > len(names) else ""
+        raise NoClassifierError(
+            f"{path}: the network has {num_classes:,} classes, but {dataset.name} has {len(names):,}{fix}"
         )
+    return dataset

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
-from bncli.errors import CheckpointError, DataError, ForeignNetworkError
+from bncli.errors import CheckpointError, ConfigError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -58,8 +58,20 @@ def followed_data(
 
     `record` gives the digest and the classes that the checkpoint records; it is asked where they are needed.
     """
+    from bncli.config import NamedDataConfig
     from bncli.data.recorded_root import check_recorded_root
+    from bncli.network_name import runs_foreign_code
 
+    kind = followed.config.data
+    if (
+        isinstance(kind, NamedDataConfig)
+        and not followed.is_named("data.name")
+        and runs_foreign_code(kind.name)
+    ):
+        raise DataError(
+            f"the file names its data set data.name={_shown(kind.name)}, which is code; it is run where --set"
+            " data.name=NAME repeats it"
+        )
     data, root, reason = followed.config.data, followed.recorded_root, None
     if root is not None:
         there = data.model_copy(update={"root": root})  # with the cache that is the user's own
@@ -108,6 +120,17 @@ class Subject:
         """What JSON documents say of a network that the command line names; nothing of bncli's own."""
         return {} if self.named is None else {"model": self.named[0].describe(self.named[1])}
 
+    def with_streamed_data(self) -> "Subject":
+        """The same, whose data set is not kept where it need not be."""
+        from bncli.config import StreamableConfig
+
+        data = self.config.data
+        if not isinstance(data, StreamableConfig) or data.stream is False:
+            return self
+        streamed = data.model_copy(update={"stream": True})
+        config = self.config.model_copy(update={"data": streamed})
+        return replace(self, followed=replace(self.followed, config=config))
+
     @property
     def config(self) -> "Config":
         """What is followed of the checkpoint's configuration, and the overrides."""
@@ -121,10 +144,12 @@ def open_subject(
     command: str,
     batch_invariant: bool = False,
     named: "NamedNetwork | None" = None,
+    trusted: str | None = None,
 ) -> Subject:
     """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
-    `named` is the network where the file is not bncli's own.
+    `named` is the network that the command line names: where the file is not bncli's own, or is and records
+    the name of code, which is only run if it is repeated. `trusted` is such a name that bncli itself knows.
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
@@ -135,14 +160,16 @@ def open_subject(
     from bncli.runtime import resolve_runtime
 
     loaded = checkpoint = None
-    if named is None:
-        network, checkpoint, followed = _open_own(path, overrides, command)
+    repeated = None if named is None or not _records_network(path) else named
+    if named is None or repeated is not None:
+        named = None
+        network, checkpoint, followed = _open_own(path, overrides, command, repeated, trusted)
     else:
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
         preset = preset_of(named.name, network)
-        named = named.with_preset(preset)
         followed = _config_of_options(overrides or [], command, preset)
+        named = named.with_preset(preset, followed.config.data)
         tell_images(followed.config, named, has_preset=preset is not None)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
@@ -158,7 +185,7 @@ def open_subject(
     )
 
 
-def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
+def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: bool = True) -> Subject:
     """The network that the command line names, with the tensors of another file of its own kind."""
     from bncli.cli.named_network import fit_to_data
 
@@ -167,19 +194,38 @@ def open_again(subject: Subject, path: Path, dataset: "Dataset") -> Subject:
     named = subject.named[0]
     network, loaded = named.load(path)
     network = subject.runtime.place_model(network)
-    fit_to_data(network, named, dataset, subject.runtime, path)
+    fit_to_data(network, named, dataset, subject.runtime, path, classifies=classifies)
     return replace(subject, path=path, model=network, named=(named, loaded))
 
 
-def _open_own(
-    path: Path, overrides: list[str] | None, command: str
-) -> "tuple[Module, Checkpoint, FollowedConfig]":
-    from bncli.checkpoints import load_checkpoint, load_model
-    from bncli.cli.overrides import has_effect
-    from bncli.recorded_config import follow_config
+def _records_network(path: Path) -> bool:
+    """Whether it is a checkpoint of bncli's that records the name of another network than its own."""
+    from bncli.checkpoints import recorded_network
 
     try:
-        checkpoint = load_checkpoint(path)
+        return recorded_network(path) is not None
+    except CheckpointError:  # whoever loads it says what is wrong
+        return False
+
+
+def _open_own(
+    path: Path,
+    overrides: list[str] | None,
+    command: str,
+    repeated: "NamedNetwork | None",
+    trusted: str | None,
+) -> "tuple[Module, Checkpoint, FollowedConfig]":
+    from bncli.checkpoints import load_checkpoint, load_model
+    from bncli.cli.overrides import effective_overrides, has_effect
+    from bncli.recorded_config import follow_config
+
+    name, arguments = trusted, {}
+    if repeated is not None:
+        repeated.check_repeats()
+        effective_overrides(command, overrides)  # without those for files that say less of themselves
+        name, arguments = repeated.name, repeated.arguments
+    try:
+        checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
         if command not in ("eval", "recalibrate", "predict"):
             raise
@@ -201,15 +247,17 @@ def _config_of_options(overrides: list[str], command: str, preset: "Preset | Non
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 
-def load_subject_data(subject: Subject) -> "Dataset":
+def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Raises DataError.
+    Without `classifies` the network is not asked for classes. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
     from bncli.data import load_dataset
 
     checkpoint = subject.own
+    if checkpoint is not None and "data.normalization" in subject.followed.named:
+        raise ConfigError("--set", ["data.normalization: the checkpoint records it; leave it out"])
     with ProgressReporter() as progress:
         data, unfollowed = followed_data(subject.followed, lambda: _record_of(checkpoint), progress)
         try:
@@ -220,14 +268,20 @@ def load_subject_data(subject: Subject) -> "Dataset":
             raise
     if unfollowed.matters:
         print_note(unfollowed.of(subject.path))
+    for note in dataset.notes:
+        print_note(note)
     if checkpoint is not None:
+        if not dataset.class_names:
+            dataset = replace(dataset, class_names=checkpoint.class_names)
         _check_dataset(checkpoint, dataset)
     if subject.named is not None:
         from bncli.cli.named_network import fit_to_data
         from bncli.determinism.fixed_shape import without_fixed_shape
 
         network = without_fixed_shape(subject.model)
-        fit_to_data(network, subject.named[0], dataset, subject.runtime, subject.path)
+        dataset = fit_to_data(
+            network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies
+        )
     return dataset
 
 
@@ -251,7 +305,7 @@ def open_config(path: Path, overrides: list[str] | None) -> "Config":
 
 def _check_dataset(checkpoint: "Checkpoint", dataset: "Dataset") -> None:
     """Raise DataError unless classes and image size are those that the network was trained on."""
-    height, width = dataset.test.images.shape[2:]
+    height, width = dataset.test.image_shape[-2:]
     if height != checkpoint.image_size or width != checkpoint.image_size:
         side = checkpoint.image_size
         raise DataError(

@@ -27,7 +27,9 @@ def complete_device() -> list[str]:
 CheckpointArgument = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
 ]
-ANY_CHECKPOINT = "A checkpoint of bncli, PyTorch or safetensors: a path or a URL."
+ANY_CHECKPOINT = (
+    "A checkpoint of bncli, PyTorch or another framework (bncli explain checkpoint-files): a path or a URL."
+)
 ConfigArgument = Annotated[
     Path,
     typer.Argument(
@@ -129,7 +131,7 @@ LogitsOption = Annotated[
         "--logits",
         metavar="KEY",
         help="Where the scores of the classes are, if that network returns several outputs: a key, the name"
-        " of an attribute, or a number.",
+        " of an attribute, or a number.  [default: logits, if there is one of that name]",
         rich_help_panel=INPUT,
     ),
 ]
@@ -138,8 +140,9 @@ NormalizationOption = Annotated[
     typer.Option(
         "--normalization",
         metavar="NAME",
-        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), measured (on the"
-        " training images), or M,M,M/S,S,S (means and deviations of the channels, from 0 to 1)."
+        help="How pixels are normalised for that network: imagenet, half (from -1 to 1), none (from 0 to 1),"
+        " measured (on the training images), or M,M,M/S,S,S (means and deviations of the channels, from 0"
+        " to 1)."
         "  [default: that of the network's library, else measured]",
         rich_help_panel=INPUT,
     ),

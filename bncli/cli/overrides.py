@@ -13,6 +13,7 @@ _COMPUTING = ("runtime.device", "runtime.precision", "runtime.memory_format", "r
 _IMAGES = (
     *("data.name", "data.root", "data.url", "data.archive", "data.cache"),
     *("data.image_size", "data.resize", "data.interpolation", "data.seed"),
+    *("data.stream", "data.workers", "data.normalization", "data.classes", "data.arguments"),
 )
 _EVALUATING = ("data", *_COMPUTING, "runtime.eval_batch_size")
 _AUGMENTING = ("augment.crop_padding", "augment.flip", "augment.cutout")

@@ -172,6 +172,8 @@ class TrainReporter:
     def _started(self, event: Started) -> None:
         setup = event.setup
         note_emulation(setup.runtime)
+        for note in setup.dataset.notes:
+            print_note(note)
         self._num_epochs = setup.config.train.epochs
         self._display.line(
             f"Training on {plural(len(setup.dataset.train), 'image')} of {setup.dataset.name}"

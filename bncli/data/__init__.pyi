@@ -3,6 +3,7 @@ from .augment import check_augmentation as check_augmentation
 from .dataset import Dataset as Dataset
 from .dataset import Progress as Progress
 from .dataset import Split as Split
+from .dataset import for_training as for_training
 from .epoch_batches import BatchPlan as BatchPlan
 from .epoch_batches import micro_batches as micro_batches
 from .epoch_batches import num_micro_batches as num_micro_batches
@@ -12,4 +13,7 @@ from .epoch_batches import training_batches as training_batches
 from .fingerprint import digest_dataset as digest_dataset
 from .load import load_dataset as load_dataset
 from .normalization import Normalization as Normalization
+from .normalization import chosen_normalization as chosen_normalization
 from .normalization import measure_normalization as measure_normalization
+from .normalization import normalization_of as normalization_of
+from .normalization import parse_normalization as parse_normalization

@@ -51,7 +51,14 @@ def decode(content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
     """
     with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         opened.load()
-        image = _to_rgb(ImageOps.exif_transpose(opened))
+        return to_pixels(ImageOps.exif_transpose(opened), fit)
+
+
+def to_pixels(opened: Image.Image, fit: Fit | None) -> npt.NDArray[np.uint8]:
+    """The pixels (3, image_size, image_size) of an image that is open, or of its own size without `fit`."""
+    image = _to_rgb(opened)
+    if fit is None:
+        return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
     size, filter_ = fit.image_size, Image.Resampling[fit.interpolation.upper()]
     if fit.resize is not None:
         image = _middle(_with_shorter_side(image, fit.resize, filter_), size)
@@ -94,6 +101,25 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     check_size(content)
     return content
+
+
+def decode_file(path: Path, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Read a file and decode it.
+
+    Raises:
+        DataError: it cannot be read, or is no image; it names the file.
+    """
+    try:
+        content = read_file(path)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    return decode_named(path, content, fit)
+
+
+def decode_named(path: Path, content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
+    """Decode what was read from a file; raises DataError, which names it, where it is no image."""
+    with explained(before=f"{path}: ", after="; repair or remove it"):
+        return decode(content, fit)
 
 
 def check_size(content: bytes) -> None:

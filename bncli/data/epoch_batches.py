@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bncli.config import AugmentConfig
 from bncli.data.augment import augment, check_augmentation
-from bncli.data.dataset import Split
 from bncli.data.randomness import Stream, generator
 from bncli.errors import ConfigError
+from bncli.indexed import Indexed, in_order
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class BatchPlan:
 
 
 def training_batches(
-    split: Split,
+    split: Indexed,
     plan: BatchPlan,
     config: AugmentConfig,
     *,
@@ -105,15 +105,15 @@ def training_batches(
     """
     if plan.num_images != len(split):
         raise ValueError(f"the plan is for {plan.num_images} images, the split has {len(split)}")
-    check_augmentation(config, split.images.shape[2], split.images.shape[3])
+    check_augmentation(config, *split.image_shape[-2:])
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         order = generator(Stream.ORDER, seed, epoch).permutation(len(split))[: plan.num_images_per_epoch]
         # once an epoch: a copy to a GPU waits until it has done all before
-        places = torch.from_numpy(order).to(split.images.device).split(list(plan.batch_sizes))
-        for step in range(start_step, plan.num_steps):
+        places = torch.from_numpy(order).to(split.device).split(list(plan.batch_sizes))
+        found = split.batches_of(places[start_step:])
+        for step, (images, labels) in enumerate(found, start_step):
             indices = order[step * plan.batch_size :][: plan.batch_sizes[step]]
-            images, labels = (each.index_select(0, places[step]) for each in (split.images, split.labels))
             yield (
                 augment(images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill),
                 labels,
@@ -136,22 +136,24 @@ def num_micro_batches(batch_size: int, size: int | None) -> int:
     return 1 if size is None else -(-batch_size // size)
 
 
-def sequential_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def sequential_batches(split: Indexed, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield all images (B, 3, H, W) uint8 and labels (B,) once, in order; the last batch may be smaller."""
-    return zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+    return split.batches_of(in_order(len(split), batch_size))
 
 
-def sample_batches(split: Split, batch_size: int, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_batches(split: Indexed, batch_size: int, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the first `num_images` of the order: images (B, 3, H, W) uint8 and labels (B,).
 
     The last batch may be smaller; a single image left over joins the batch before, since BatchNorm may
-    not be able to measure it alone. Indexes lazily, so that a mapped data set stays on the disk.
+    not be able to measure it alone. Indexes lazily, so that a mapped data set stays on the disk. Of a data
+    set that cannot be shuffled it is the beginning.
 
     Of fewer images than asked for, all are taken. Raises ConfigError for fewer than one batch needs.
     """
     num_images = min(num_images, len(split))
     plan = BatchPlan(num_images, min(batch_size, num_images), "keep", min_batch=min(2, batch_size))
-    order = torch.from_numpy(generator(Stream.SAMPLE, len(split)).permutation(len(split)))
-    for indices in order[:num_images].split(list(plan.batch_sizes)):
-        where = indices.to(split.images.device)
-        yield split.images[where], split.labels[where]
+    if split.can_shuffle:
+        order = torch.from_numpy(generator(Stream.SAMPLE, len(split)).permutation(len(split)))
+    else:
+        order = torch.arange(len(split))
+    yield from split.batches_of(order[:num_images].split(list(plan.batch_sizes)))

@@ -250,8 +250,7 @@ def _decode_files(
         content = _read(path)
         if hashes is not None and hashlib.sha256(content).hexdigest() != hashes[index]:
             raise DataError(f"{path}: changed while it was being read; start again")
-        with decode.explained(before=f"{path}: ", after="; repair or remove it"):
-            return decode.decode(content, fit).tobytes()
+        return decode.decode_named(path, content, fit).tobytes()
 
     with decode.bombs_refused():
         yield from _in_parallel("decode images", decode_file, len(files), progress)

@@ -2,7 +2,8 @@
 
 Classes are the folders' names in sorted order; files in
 folders below a class belong to it, in sorted order. Names that begin with a dot are skipped (.DS_Store,
-.ipynb_checkpoints). Images are decoded once into the cache: see `bncli.data.imagecache`.
+.ipynb_checkpoints). Images are decoded once into the cache, see `bncli.data.imagecache`, or whenever they are
+asked for, see `bncli.data.streamed`, where they are too many for that.
 
 Which folders are the training and the test split is found without opening a file. `data.root` is the folder
 above `train` and `test`. Others call the second one `val`, `validation` or `valid`; a `test` without class
@@ -10,16 +11,18 @@ folders in it (images without labels, as in ImageNet and on Kaggle) is none for 
 instead of ROOT means the same. Anything else is not guessed, but named.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bncli.config import ImageFolderConfig
 from bncli.data.dataset import Dataset, Progress, Split
-from bncli.data.decode import Fit
-from bncli.data.fingerprint import content_of, digest_dataset, digest_splits
+from bncli.data.decode import Fit, decode_file
+from bncli.data.fingerprint import content_of, digest_dataset, digest_splits, is_of_listing
 from bncli.data.imagecache import (
     ImageFile,
     cached_images,
@@ -28,10 +31,14 @@ from bncli.data.imagecache import (
     known_images,
     note_digest,
 )
+from bncli.data.memory import SPARE, address_space_left
+from bncli.data.streamed import Sample, StreamedSplit
 from bncli.data.user_path import user_path
 from bncli.errors import DataError
+from bncli.wording import gigabytes
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
+MAX_CACHED = 4_000_000_000  # bytes of decoded images
 TRAIN = "train"
 TEST_NAMES = ("test", "val", "validation", "valid")  # the first that has class folders
 
@@ -141,6 +148,11 @@ class _Listing:
     files: list[ImageFile]
     labels: list[int]
 
+    def identity(self) -> bytes:
+        """Tells the files from others by their names and sizes."""
+        listed = "".join(f"{file.path}\0{file.size}\n" for file in self.files)
+        return hashlib.sha256(os.fsencode(listed)).digest()
+
 
 def load_image_folder(config: ImageFolderConfig, progress: Progress | None = None) -> Dataset:
     """Load the images, each made a square of `config.image_size` pixels as `decode` says.
@@ -153,9 +165,56 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
     if checked is not None:
         return checked
     root, train, test = _list_splits(config)
+    why = _why_streamed(config, len(train.files) + len(test.files))
+    if why is not None:
+        return _streamed(config, root, train, test, why)
     files = [*train.files, *test.files]
     images = cached_images(root, files, fit_of(config), _cache_folder(config), progress)
     return _dataset_of(images, train, test)
+
+
+def _why_streamed(config: ImageFolderConfig, num_images: int) -> str | None:
+    """The reason why images are decoded whenever they are asked for; None: they are cached."""
+    if config.stream != "auto":
+        return "as asked for" if config.stream else None
+    needed = num_images * 3 * config.image_size**2
+    if needed > MAX_CACHED:
+        return f"the cache would take {gigabytes(needed)}"
+    available = address_space_left()
+    if available is not None and needed + SPARE > available:
+        return f"ulimit -v leaves no room for {gigabytes(needed)} of them"
+    return None
+
+
+def _streamed(config: ImageFolderConfig, root: Path, train: _Listing, test: _Listing, why: str) -> Dataset:
+    def split(listing: _Listing) -> StreamedSplit:
+        return StreamedSplit(
+            _FileReader(root, listing, fit_of(config)),
+            len(listing.files),
+            labels=torch.tensor(listing.labels, dtype=torch.int64),
+            identity=listing.identity(),
+            num_workers=config.workers,
+        )
+
+    note = f"images are decoded whenever they are used, as {why}; --set data.stream=false keeps them"
+    notes = (note,) if config.stream == "auto" else ()
+    return Dataset("imagefolder", split(train), split(test), train.classes, notes)
+
+
+class _FileReader:
+    """Decodes images by their number; as small as the files' names, which every worker has."""
+
+    def __init__(self, root: Path, listing: _Listing, fit: Fit) -> None:
+        names = [os.fsencode(file.path) for file in listing.files]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([0, *map(len, names)])
+        self._labels = np.array(listing.labels, np.int64)
+        self._root, self._fit = root, fit
+
+    def __call__(self, number: int) -> Sample:
+        """Decode one image."""
+        name = self._names[self._ends[number] : self._ends[number + 1]]
+        return decode_file(self._root / os.fsdecode(name), self._fit), int(self._labels[number])
 
 
 def check_digest(
@@ -177,21 +236,37 @@ def check_digest(
     if found != [classes, classes]:
         raise DataError("it has other classes")
     root, train, test = _list_splits(config)
-    key = (root, [*train.files, *test.files], fit_of(config), _cache_folder(config))
+    files = [*train.files, *test.files]
+    why = _why_streamed(config, len(files))
+    if why is not None or is_of_listing(digest):
+        streamed = _streamed(config, root, train, test, why or "")
+        if is_of_listing(digest):
+            found_digest = digest_dataset(streamed)
+        else:
+            found_digest = _digest_files(root, train, test, fit_of(config), progress)
+        _require_same(found_digest, digest)
+        if why is not None:
+            _checked[config] = streamed
+        return
+    key = (root, files, fit_of(config), _cache_folder(config))
     known = known_images(*key)
     if known is None:
         found_digest = _digest_files(root, train, test, fit_of(config), progress)
     else:
         found_digest = known.digest or digest_dataset(_dataset_of(known.images, train, test))
-    if found_digest != digest:
-        raise DataError(
-            "it has other images or labels than those that the network was trained on (by their SHA-256)"
-        )
+    _require_same(found_digest, digest)
     images = cached_images(*key, progress) if known is None else known.images
     _checked[config] = _dataset_of(images, train, test)
     known = known or known_images(*key)
     if known is not None:
         note_digest(known, digest)
+
+
+def _require_same(found: str, digest: str) -> None:
+    if found != digest:
+        raise DataError(
+            "it has other images or labels than those that the network was trained on (by their SHA-256)"
+        )
 
 
 def _cache_folder(config: ImageFolderConfig) -> Path:

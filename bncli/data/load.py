@@ -1,6 +1,6 @@
 """From the `data` section of the configuration to a data set."""
 
-from bncli.config import Cifar10Config, DataConfig, SyntheticConfig
+from bncli.config import Cifar10Config, DataConfig, NamedDataConfig, StreamableConfig, SyntheticConfig
 from bncli.data.dataset import Dataset, Progress
 
 
@@ -13,8 +13,17 @@ def load_dataset(
     `may_download` nothing is fetched but from a `url` that `config` names.
 
     Raises:
-        DataError: the data set is missing, incomplete or damaged.
+        DataError: the data set is missing, incomplete or damaged, or cannot be used.
     """
+    dataset = _load(config, progress, may_download=may_download)
+    if not isinstance(config, StreamableConfig) or config.classes is None:
+        return dataset
+    from bncli.data.class_order import read_class_order
+
+    return read_class_order(config.classes).applied_to(dataset)
+
+
+def _load(config: DataConfig, progress: Progress | None, *, may_download: bool) -> Dataset:
     # Each source is imported where it is used: torchvision and PIL only when needed.
     if isinstance(config, SyntheticConfig):
         from bncli.data.synthetic import load_synthetic
@@ -24,6 +33,10 @@ def load_dataset(
         from bncli.data.cifar10 import load_cifar10
 
         return load_cifar10(config, progress, may_download=may_download)
+    if isinstance(config, NamedDataConfig):
+        from bncli.data.named import load_named_data
+
+        return load_named_data(config, progress)
     from bncli.data.imagefolder import load_image_folder
 
     return load_image_folder(config, progress)

@@ -6,6 +6,7 @@ count). For CIFAR-10 that is mean (0.4914, 0.4822, 0.4465) and std (0.2470, 0.24
 (0.2023, ...) is the mean of per-image deviations instead.
 """
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,8 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bncli.errors import DataError
+from bncli.data.randomness import Stream, generator
+from bncli.errors import ConfigError, DataError
+from bncli.indexed import Indexed, Indices, InMemory, in_order
+from bncli.models.normalized import NAMED
 
+MEASURED = "measured"
+NUM_SAMPLED = 2_000  # images that are measured of those that are not in memory
+
+_SAMPLE_BATCH = 50
 # pixels a channel: 6 MiB in float32 in each thread; a memory-mapped set is never in memory as a whole
 _CHUNK = 1 << 19
 _ROW = 256  # pixels
@@ -30,6 +38,68 @@ class Normalization:
     std: tuple[float, float, float]
 
 
+def parse_normalization(text: str, key: str = "data.normalization") -> Normalization | None:
+    """Read a normalization as people write it; None: it is to be measured. `key` names it in errors.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text == MEASURED:
+        return None
+    if text in NAMED:
+        mean, std = NAMED[text]
+        return Normalization(mean, std)
+    try:
+        (a, b, c), (d, e, f) = ([float(part) for part in half.split(",")] for half in text.split("/"))
+    except ValueError:
+        values: tuple[float, ...] = (-1.0,)
+    else:
+        values = (a, b, c, d, e, f)
+    if not all(0 <= value <= 1 for value in values) or not all(values[3:]):
+        expected = (
+            "imagenet, half, none, measured, or means and deviations such as 0.5,0.5,0.5/0.25,0.25,0.25"
+        )
+        raise ConfigError(key, [f"expected {expected}, found {text!r}"])
+    return Normalization(values[:3], values[3:])  # type: ignore[arg-type]  # of three each
+
+
+def chosen_normalization(text: str | None, split: Indexed, default: str = MEASURED) -> Normalization | None:
+    """What is done to the inputs of a split; None: they are what the network takes, unless `text` says more.
+
+    Raises:
+        ConfigError: `text` is no normalization.
+        DataError: the split is to be measured, and has no images of three channels.
+    """
+    if split.dtype != torch.uint8 and text in (None, "none"):
+        return None
+    found = parse_normalization(text or default)
+    if found is not None:
+        return found
+    if split.dtype != torch.uint8 or len(split.image_shape) != 3 or split.image_shape[0] != 3:
+        raise DataError(
+            f"data.normalization: measured is for uint8 images (3, H, W), found {split.dtype}"
+            f" {split.image_shape}; set it to none"
+        )
+    return normalization_of(split)
+
+
+def normalization_of(split: Indexed) -> Normalization:
+    """Measure a split: in memory all of its images, else NUM_SAMPLED of them.
+
+    Raises:
+        DataError: there are no images, or they are no uint8 pixels in three channels.
+    """
+    if isinstance(split, InMemory):
+        return measure_normalization(split.images)
+    num_images = min(NUM_SAMPLED, len(split))
+    if split.can_shuffle:
+        order = generator(Stream.SAMPLE, len(split)).permutation(len(split))[:num_images]
+        batches: Iterable[Indices] = torch.from_numpy(order).split(_SAMPLE_BATCH)
+    else:
+        batches = in_order(num_images, _SAMPLE_BATCH)
+    return _normalization(images for images, _ in split.batches_of(batches))
+
+
 def measure_normalization(images: Tensor) -> Normalization:
     """Measure uint8 images (N, 3, H, W).
 
@@ -39,11 +109,20 @@ def measure_normalization(images: Tensor) -> Normalization:
     Raises:
         DataError: there are no images.
     """
-    if images.numel() == 0:
+    return _normalization([images])
+
+
+def _normalization(batches: Iterable[Tensor]) -> Normalization:
+    num_pixels, totals, totals_of_squares = 0, [0, 0, 0], [0, 0, 0]
+    for images in batches:
+        if images.numel():
+            num_pixels += images.numel() // images.shape[1]
+            sums, squares = _sums(images)
+            totals = [one + more for one, more in zip(totals, sums, strict=True)]
+            totals_of_squares = [one + more for one, more in zip(totals_of_squares, squares, strict=True)]
+    if num_pixels == 0:
         raise DataError("cannot measure mean and deviation: there are no images")
-    num_pixels = images.numel() // images.shape[1]
     means, stds = [], []
-    totals, totals_of_squares = _sums(images)
     for total, total_squares in zip(totals, totals_of_squares, strict=True):
         # Python's integers are exact at any size: n * sum(x^2) - sum(x)^2 does not cancel
         variance = (num_pixels * total_squares - total * total) / num_pixels**2

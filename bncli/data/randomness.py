@@ -21,6 +21,7 @@ class Stream(IntEnum):
     SYNTHETIC_TRAIN = 4
     SYNTHETIC_TEST = 5
     SAMPLE = 6
+    NETWORK = 7
 
 
 def generator(stream: Stream, seed: int, *where: int) -> np.random.Generator:

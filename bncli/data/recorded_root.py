@@ -35,7 +35,7 @@ def check_recorded_root(
         DataError: it does not, or nothing tells; the message is the reason alone.
     """
     if not isinstance(data, Cifar10Config | ImageFolderConfig):
-        return
+        raise DataError("nothing tells whether it holds the same data")
     if not _is_looked_at(user_path(data.root, "data.root")):
         raise DataError("bncli does not look into such a folder")
     if isinstance(data, Cifar10Config):

@@ -25,6 +25,7 @@ class Evaluation:
     per_class_accuracy: tuple[float | None, ...]  # fractions, by label; None: no image of that class
     seconds: float  # wall-clock time of the pass, loading included
     images_per_second: float
+    confidence: float | None = None  # mean over images of the largest probability; None: not measured
 
     def __str__(self) -> str:
         """Accuracy, loss and speed in one line."""
@@ -53,7 +54,7 @@ def evaluate(
     """
     start = time.perf_counter()
     num_images = 0
-    loss = 0.0
+    loss = confidence = 0.0
     correct = total = torch.zeros(0, dtype=torch.int64)  # (num_classes,)
     with eval_mode(model), preserved_buffers(model), torch.no_grad():
         for inputs, labels in labelled(batches, get_input, get_labels):
@@ -62,6 +63,8 @@ def evaluate(
             correct = _add_counts(correct, classes[hits], logits.shape[1])
             total = _add_counts(total, classes, logits.shape[1])
             loss += float(losses.sum())
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            confidence += float(wide.softmax(1).amax(1).sum())
             num_images += len(classes)
             if progress is not None:
                 progress(num_images)
@@ -76,6 +79,7 @@ def evaluate(
         per_class_accuracy=tuple(right / count if count else None for right, count in per_class),
         seconds=seconds,
         images_per_second=num_images / seconds,
+        confidence=confidence / num_images,
     )
 
 

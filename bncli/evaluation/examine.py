@@ -1,19 +1,21 @@
 """Everything that `bncli eval` finds about a network, in one call and in one result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from bncli.batches import Batches, GetTensor, gather, read_with
+from bncli.batches import Batches, GetTensor, read_with
 from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
-from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes
+from bncli.evaluation.labelled_images import labelled_images
+from bncli.evaluation.sweep import SweepPoint, sweep_batch_sizes, wilson_interval
 from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmented
+from bncli.indexed import Indexed, Indices, in_order, pick
 from bncli.sample import random_order, stratified_sample
 
 CERTIFYING = "test images, each alone and in batches"
@@ -38,9 +40,28 @@ class Examination:
         """No prediction depends on the batch; of a FixedShape, not one bit of any logit."""
         return self.certificate.holds
 
+    @property
+    def is_confident_at_chance(self) -> bool:
+        """Whether accuracy is that of guessing, as far as the images can tell, while probabilities are high.
+
+        A network that knows nothing, and says so, is not. Chance is one in as many classes as have images;
+        probabilities are high from half of the way from there to 1 on, if they contradict the accuracy.
+        """
+        evaluation = self.evaluation
+        if evaluation.confidence is None:
+            return False
+        low, high = wilson_interval(evaluation.accuracy, evaluation.num_images)
+        return low <= self.chance and evaluation.confidence > max(high, (1 + self.chance) / 2)
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of guessing among the classes that have images."""
+        return 1 / sum(accuracy is not None for accuracy in self.evaluation.per_class_accuracy)
+
     def to_dict(self, class_names: Sequence[str] = ()) -> dict[str, Any]:
         """The JSON document: the evaluation's keys at the top, the certificate under `determinism`."""
         evaluation = asdict(self.evaluation)
+        del evaluation["confidence"]
         per_class = evaluation.pop("per_class_accuracy")
         names = class_names or [str(label) for label in range(len(per_class))]
         return {
@@ -63,7 +84,7 @@ class Examination:
 
 def examine(
     model: nn.Module,
-    data: Batches,
+    data: Batches | Indexed,
     training: Batches | None = None,
     *,
     shuffled: Batches | None = None,
@@ -80,10 +101,11 @@ def examine(
     """Evaluate a classifier in eval mode and certify it; on request sweep, gap and views. It stays as it was.
 
     `data` are labelled images (see `bncli.batches`), all held in memory unless they are given as a pair of
-    tensors, images (N, ...) and labels (N,). They are computed in batches of `batch_size`; `place` brings a
-    batch to where and how the model computes. `num_images` and `batch_sizes` are the certificate's, whose
-    images are a random sample over all classes (`bncli.sample`). The sample's accuracy is also measured in
-    batches of 1, 8 and 64, in both modes. `sweep` lists batch sizes at which that of all images is measured.
+    tensors, images (N, ...) and labels (N,), or as `bncli.indexed`. They are computed in batches of
+    `batch_size`; `place` brings a batch to where and how the model computes. `num_images` and `batch_sizes`
+    are the certificate's, whose images are a random sample over all classes (`bncli.sample`). The sample's
+    accuracy is also measured in batches of 1, 8 and 64, in both modes. `sweep` lists batch sizes at which
+    that of all images is measured.
     With `training` images, unaugmented, the gap between the modes is taken apart, on `shuffled`: the same
     data in an order in which every batch is a sample of all classes (default: one random order). For another
     precision call this inside `torch.autocast`.
@@ -91,19 +113,21 @@ def examine(
     Raises DataError for data that cannot be used, BncliError for a model that is no classifier, or where the
     gap is asked for and no layer has running statistics.
     """
-    images, labels = gather(data, get_input, get_labels)
+    images, labels = labelled_images(data, get_input, get_labels)
     rows = model.rows if isinstance(model, FixedShape) else 1
     size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
 
-    def placed(size: int) -> Batches:
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
-        return lambda: ((place(part), truth) for part, truth in parts)
+    def placed(batches: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((place(part), truth) for part, truth in images.batches_of(batches))
+
+    def sequential(size: int) -> Batches:
+        return lambda: placed(in_order(len(images), size))
 
     evaluation = evaluate(
-        model, placed(size), progress=lambda done: progress("test images in eval mode", done, len(images))
+        model, sequential(size), progress=lambda done: progress("test images in eval mode", done, len(images))
     )
     chosen = stratified_sample(labels, num_images)
-    sample = place(images[chosen])
+    sample = place(pick(images, chosen))
     certificate = certify(model, sample, batch_sizes=batch_sizes, progress=partial(progress, CERTIFYING))
     sample_sweep = sweep_batch_sizes(
         model,
@@ -114,8 +138,9 @@ def examine(
     points = (
         sweep_batch_sizes(
             model,
-            (images, labels),
+            images,
             sweep,
+            place=place,
             progress=partial(progress, "passes over the test images, in both modes"),
         )
         if sweep
@@ -126,11 +151,11 @@ def examine(
         network = without_fixed_shape(model)
         if shuffled is None:
             order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
-            shuffled = lambda: ((place(images[part]), labels[part]) for part in order)  # noqa: E731
+            shuffled = lambda: placed(order)  # noqa: E731
         gap = measure_gap(network, shuffled, read_with(training, get_input), progress=progress)
     tta = None
     if views is not None:
         tta = evaluate_augmented(
-            model, placed(batch_size), views, progress=lambda done: progress(VIEWS, done, len(images))
+            model, sequential(batch_size), views, progress=lambda done: progress(VIEWS, done, len(images))
         )
     return Examination(evaluation, tuple(chosen.tolist()), certificate, sample_sweep, points, gap, tta)

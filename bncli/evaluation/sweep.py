@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bncli.batches import Batches, GetTensor, gather
+from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.determinism.difference import predictions
 from bncli.determinism.fixed_shape import without_fixed_shape
 from bncli.errors import DataError
+from bncli.evaluation.labelled_images import labelled_images
 from bncli.forward import forward, is_too_few_values
+from bncli.indexed import Indexed
 from bncli.sample import random_order
+
+Place = Callable[[Tensor], Tensor]
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: two-sided 95 %
 
@@ -40,10 +44,11 @@ class SweepPoint:
 
 def sweep_batch_sizes(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | Indexed,
     batch_sizes: Sequence[int],
     *,
     seed: int = 0,
+    place: Place = lambda images: images,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -51,7 +56,8 @@ def sweep_batch_sizes(
     """Measure accuracy in eval mode and with batch statistics, in batches of each size, in rising order.
 
     All images are held in memory, unless they are given as a pair of tensors, images (N, ...) and labels
-    (N,). They are put into one random order, drawn from `seed`: batches of a data set that is sorted by
+    (N,), or as `bncli.indexed`. `place` brings a batch to where and how the model computes. They are put into
+    one random order, drawn from `seed`: batches of a data set that is sorted by
     class would not look like the training batches. With batch statistics only
     BatchNorm layers leave eval mode; of a `FixedShape` it is the module inside that is measured. A last
     batch is filled up from the start, so that all have one size, but every image counts once. Modes and
@@ -60,31 +66,31 @@ def sweep_batch_sizes(
     Raises DataError without images or for a batch larger than all of them, ValueError below 1.
     """
     sizes = sorted(set(batch_sizes))
-    images, labels = gather(batches, get_input, get_labels)
-    if len(images) == 0 or len(images) != len(labels):
-        raise DataError(f"nothing to measure: {len(images)} images with {len(labels)} labels")
+    data, labels = labelled_images(batches, get_input, get_labels)
+    if len(data) == 0 or len(data) != len(labels):
+        raise DataError(f"nothing to measure: {len(data)} images with {len(labels)} labels")
     if not sizes or sizes[0] < 1:
         raise ValueError(f"batch sizes must be 1 or more, got {list(batch_sizes)}")
-    if sizes[-1] > len(images):
-        raise DataError(f"batches of {sizes[-1]} asked for, but there are {len(images)} images")
-    order = random_order(len(images), seed)
+    if sizes[-1] > len(data):
+        raise DataError(f"batches of {sizes[-1]} asked for, but there are {len(data)} images")
+    order = random_order(len(data), seed)
     inner = without_fixed_shape(model)
     points = []
     for done, size in enumerate(sizes):
         with preserved_buffers(model), torch.no_grad():
             with eval_mode(model):
-                plain = Hits.count(model, images, labels, order, size)
+                plain = Hits.count(model, data, order, size, place)
             if progress is not None:
                 progress(2 * done + 1, 2 * len(sizes))
             with batch_statistics_mode(inner):
-                measured = _count_unless_refused(inner, images, labels, order, size)
+                measured = _count_unless_refused(inner, data, order, size, place)
         if progress is not None:
             progress(2 * done + 2, 2 * len(sizes))
         points.append(
             SweepPoint(
                 batch_size=size,
                 eval_accuracy=plain.accuracy,
-                eval_interval=wilson_interval(plain.accuracy, len(images)),
+                eval_interval=wilson_interval(plain.accuracy, len(data)),
                 batch_statistics_accuracy=None if measured is None else measured.accuracy,
                 batch_statistics_interval=None if measured is None else measured.interval(),
             )
@@ -100,9 +106,9 @@ class Hits:
     counted: Tensor  # (num_batches,) float64, images that count
 
     @classmethod
-    def count(cls, model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int) -> "Hits":
+    def count(cls, model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place) -> "Hits":
         """Compute all images in batches of `size`, in the model's mode."""
-        pairs = list(_hits(model, images, labels, order, size))
+        pairs = list(_hits(model, data, order, size, place))
         right, counted = zip(*pairs, strict=True)
         return cls(torch.tensor(right).double(), torch.tensor(counted).double())
 
@@ -139,10 +145,10 @@ def wilson_interval(accuracy: float, num_images: float) -> tuple[float, float]:
 
 
 def _count_unless_refused(
-    model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int
+    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place
 ) -> Hits | None:
     try:
-        return Hits.count(model, images, labels, order, size)
+        return Hits.count(model, data, order, size, place)
     except ValueError as error:
         if not is_too_few_values(error):
             raise
@@ -150,11 +156,12 @@ def _count_unless_refused(
 
 
 def _hits(
-    model: nn.Module, images: Tensor, labels: Tensor, order: Tensor, size: int
+    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place
 ) -> Iterator[tuple[int, int]]:
     """For every batch, how many of its images are right, and how many count."""
-    for start in range(0, len(order), size):
-        batch = order[torch.arange(start, start + size) % len(order)]
+    starts = range(0, len(order), size)
+    batches = (order[torch.arange(start, start + size) % len(order)] for start in starts)
+    for start, (images, labels) in zip(starts, data.batches_of(batches), strict=True):
         num_counted = min(size, len(order) - start)
-        right = predictions(forward(model, images[batch])).cpu() == labels[batch].cpu()
+        right = predictions(forward(model, place(images))).cpu() == labels.cpu()
         yield int(right[:num_counted].sum()), num_counted

@@ -10,6 +10,7 @@ BatchNorm that follows would subtract it again.
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.errors import ConfigError
 
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
@@ -137,7 +139,7 @@ class ConvNet(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes), float32."""
 
     def __init__(
-        self, config: ModelConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
+        self, config: ConvNetConfig, num_classes: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
         super().__init__()
         self.normalize = Normalize(mean, std)
@@ -174,7 +176,7 @@ class ConvNet(nn.Module):
 
 
 def build_model(
-    config: ModelConfig,
+    config: ConvNetConfig,
     num_classes: int,
     *,
     image_size: int,
@@ -229,8 +231,11 @@ class LayerCost:
     flops: int  # of a forward pass; a multiplication and an addition count as two
 
 
-def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[LayerCost, ...]:
-    """Shape, parameters and FLOPs of every layer, from one forward pass over one blank image.
+def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[tuple[LayerCost, ...], int]:
+    """Shape, parameters and FLOPs of every layer, and all FLOPs, from one pass over one blank image.
+
+    Layers are modules without modules inside; what a network computes outside of them counts in the total
+    alone.
 
     FLOPs are what PyTorch's own counter counts: matrix products and convolutions; other layers count
     as 0. The model is left as it was: the pass runs on a copy.
@@ -242,7 +247,7 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
     counter = FlopCounterMode(display=False)
     shapes = _output_shapes(model, image_shape, counter)
     counts = counter.get_flop_counts()
-    return tuple(
+    layers = tuple(
         LayerCost(
             name=name,
             kind=type(module).__name__,
@@ -253,20 +258,24 @@ def measure_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple
         for name, module in model.named_modules()
         if name in shapes
     )
+    return layers, counter.get_total_flops()
 
 
-def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int:
+def smallest_map(model: nn.Module, image_shape: tuple[int, int, int]) -> int | None:
     """The fewest values per channel that a BatchNorm layer sees of one image: the smallest H * W.
 
-    With a batch of B images it normalises over B * H * W values, and needs more than one.
+    With a batch of B images it normalises over B * H * W values, and needs more than one. None where there is
+    no such layer.
     """
     shapes = _output_shapes(model, image_shape, nullcontext())
-    sizes = [
-        shapes[name][1] * shapes[name][2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    ]
-    return min(sizes)
+    return min(
+        (
+            math.prod(shapes[name][1:])
+            for name, module in model.named_modules()
+            if isinstance(module, _BatchNorm) and name in shapes
+        ),
+        default=None,
+    )
 
 
 def _output_shapes(
@@ -278,7 +287,9 @@ def _output_shapes(
     for name, module in twin.named_modules():
         if not list(module.children()):
             module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+                lambda _module, _inputs, output, name=name: (
+                    shapes.update({name: tuple(output.shape[1:])}) if isinstance(output, Tensor) else None
+                )
             )
     with torch.no_grad(), watching:
         twin(torch.zeros(1, *image_shape))

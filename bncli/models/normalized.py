@@ -1,5 +1,6 @@
 """Pixels as a network was trained to see them: a network that takes raw images then."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,8 @@ from bncli.models.convnet import Normalize
 # mean and deviation of each channel, in units of the full range (0..1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of torchvision's weights and most of timm's
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # pixels from -1 to 1
+NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pixels from 0 to 1
+NAMED = {"imagenet": IMAGENET, "half": HALF, "none": NONE}
 
 
 def normalize_input(
@@ -19,9 +22,18 @@ def normalize_input(
 
     It is a hook, no module around the network: so the layers keep their names.
     """
-    normalize = Normalize(mean, std).to(device)
+    network.register_forward_pre_hook(_NormalizeInput(Normalize(mean, std).to(device)))
 
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (normalize(inputs[0]), *inputs[1:])
 
-    network.register_forward_pre_hook(before)
+class _NormalizeInput:
+    """The hook, which copies of the network share, also on other devices."""
+
+    def __init__(self, normalize: Normalize) -> None:
+        self._by_device = {normalize.mean.device: normalize}
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        images = inputs[0]
+        if images.device not in self._by_device:
+            first = next(iter(self._by_device.values()))
+            self._by_device[images.device] = copy.deepcopy(first).to(images.device)
+        return (self._by_device[images.device](images), *inputs[1:])

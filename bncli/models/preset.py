@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from bncli.models.normalized import IMAGENET
+from bncli.models.detectors import is_detector
+from bncli.models.normalized import NAMED, NONE
 from bncli.torchvision_compat import import_torchvision
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -13,10 +14,13 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True)
 class Preset:
-    """What evaluation does with an image. Mean and deviation are in units of [0, 1], red, green and blue."""
+    """What evaluation does with an image. Mean and deviation are in units of [0, 1], red, green and blue.
 
-    image_size: int  # height and width in pixels
-    resize: int  # the shorter side in pixels, before the middle is cut out
+    Networks for segmentation and detection take whole images: then there is no size.
+    """
+
+    image_size: int | None  # height and width in pixels
+    resize: int | None  # the shorter side in pixels, before the middle is cut out
     interpolation: Interpolation
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -24,8 +28,9 @@ class Preset:
     @property
     def normalization(self) -> str:
         """As `--normalization` writes it."""
-        if (self.mean, self.std) == IMAGENET:
-            return "imagenet"
+        for name in ("imagenet", "none"):
+            if (self.mean, self.std) == NAMED[name]:
+                return name
         return "/".join(",".join(f"{number:g}" for number in part) for part in (self.mean, self.std))
 
 
@@ -34,6 +39,8 @@ def preset_of(name: str, model: nn.Module) -> Preset | None:
 
     Nothing is downloaded. `name` is one that `build_network` has taken, and `model` what it made.
     """
+    if is_detector(model):
+        return Preset(None, None, "bilinear", *NONE)
     kind, _, rest = name.partition(":")
     if kind == "torchvision":
         return _of_torchvision(rest)
@@ -45,11 +52,12 @@ def preset_of(name: str, model: nn.Module) -> Preset | None:
 def _of_torchvision(name: str) -> Preset | None:
     models = import_torchvision().models
     transforms = models.get_model_weights(name).DEFAULT.transforms()
-    if not hasattr(transforms, "crop_size"):
-        return None  # of segmentation and detection: whole images
+    if not hasattr(transforms, "mean"):
+        return None
+    is_cropped = hasattr(transforms, "crop_size")  # not for segmentation
     return Preset(
-        image_size=transforms.crop_size[0],
-        resize=transforms.resize_size[0],
+        image_size=transforms.crop_size[0] if is_cropped else None,
+        resize=transforms.resize_size[0] if is_cropped else None,
         interpolation=_interpolation(transforms.interpolation.value),
         mean=tuple(transforms.mean),
         std=tuple(transforms.std),

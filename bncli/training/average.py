@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bncli.batchnorm import batch_norm_layers
+from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.errors import BncliError, DivergedError, StoppedError
-from bncli.models.convnet import ConvNet
 from bncli.training.setup import Setup, training_sample
 
 # For the statistics. 2,000 repair a ruined network as well as it ever was (README: A demonstration), and take
@@ -26,7 +25,7 @@ NUM_MEASURED_IMAGES = 2_000
 class AveragedWeights:
     """The exponential moving average of a network's weights, over about `num_steps` steps."""
 
-    def __init__(self, model: ConvNet, num_steps: float) -> None:
+    def __init__(self, model: nn.Module, num_steps: float) -> None:
         self._weights = dict(model.named_parameters())
         self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._num_steps = num_steps
@@ -63,8 +62,8 @@ class AveragedWeights:
 
 
 def averaged_network(
-    setup: Setup, average: AveragedWeights, model: ConvNet, stop: Callable[[], bool]
-) -> ConvNet:
+    setup: Setup, average: AveragedWeights, model: nn.Module, stop: Callable[[], bool]
+) -> nn.Module:
     """A copy of `model` with the averaged weights and population statistics of its own.
 
     They are measured on training images, unaugmented, in batches of the size that BatchNorm sees in training.
@@ -81,6 +80,8 @@ def averaged_network(
 
     network = copy.deepcopy(model)
     network.load_state_dict(average.state_dict(), strict=False)
+    if not has_running_statistics(network):
+        return network
     try:
         with setup.runtime.autocast():
             sample = training_sample(
@@ -97,7 +98,7 @@ def averaged_network(
     return network
 
 
-def describe_measurement(setup: Setup, network: ConvNet) -> dict[str, Any]:
+def describe_measurement(setup: Setup, network: nn.Module) -> dict[str, Any]:
     """How `averaged_network` got its statistics, for the checkpoint's `recalibration`."""
     return {
         "method": "precise",

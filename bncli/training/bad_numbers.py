@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bncli.batchnorm.modes import preserved_buffers
 from bncli.data import micro_batches
+from bncli.training.losses import loss_and_logits
 from bncli.training.run import Run
 
 
@@ -35,14 +35,16 @@ def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:
     handles = [
         module.register_forward_hook(
             lambda _module, _inputs, output, name=name: (
-                outputs.append(name) if not bool(output.isfinite().all()) else None
+                outputs.append(name)
+                if isinstance(output, Tensor) and not bool(output.isfinite().all())
+                else None
             )
         )
         for name, module in run.model.named_modules()
         if not list(module.children())
     ]
     try:
-        with preserved_buffers(run.model):
+        with preserved_buffers(run.model), run.network_randomness():
             for part, part_labels in micro_batches(images, labels, run.setup.config.train.micro_batch_size):
                 origin = _origin_in_part(run, part, part_labels, outputs)
                 if origin is not None:
@@ -69,9 +71,9 @@ def _origin_in_part(run: Run, images: Tensor, labels: Tensor, outputs: list[str]
 
 def _origin_behind_the_loss(run: Run, loss: Tensor) -> str | None:
     parameters = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     pairs = zip(parameters, gradients, strict=True)
-    bad = [name for name, gradient in pairs if not bool(gradient.isfinite().all())]
+    bad = [name for name, gradient in pairs if gradient is not None and not bool(gradient.isfinite().all())]
     # gradients are computed from the last layer to the first
     return f"the gradient of {bad[-1]}" if bad else None
 
@@ -79,6 +81,5 @@ def _origin_behind_the_loss(run: Run, loss: Tensor) -> str | None:
 def _loss_of(run: Run, images: Tensor, labels: Tensor) -> Tensor:
     runtime = run.setup.runtime
     with runtime.autocast():
-        logits = run.model(runtime.place(images))
-    smoothing = run.setup.config.train.label_smoothing
-    return F.cross_entropy(logits, labels.to(runtime.device), label_smoothing=smoothing)
+        outputs = run.model(runtime.place(images))
+    return loss_and_logits(outputs, labels.to(runtime.device), run.setup.config.train.label_smoothing)[0]

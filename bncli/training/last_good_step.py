@@ -23,6 +23,7 @@ class LastGoodStep:
         self._run = run
         self._copies: list[Tensor] = []
         self._momenta: list[Tensor] = []  # empty before the first step, as the optimiser's are
+        self._had_gradients: list[bool] = []
         self._counts = (0, run.running_epoch.counts)
         self.num_unchecked = 0  # steps taken since
 
@@ -74,13 +75,13 @@ class LastGoodStep:
             )
         # one call for all: the copies of a small network take longer to start than to make
         torch._foreach_copy_([*self._copies, *self._momenta], [*tensors, *momenta])
+        self._had_gradients = self._run.optimizer.had_gradients()
         self._counts = (self._run.step, self._run.running_epoch.counts)
 
     @torch.no_grad()
     def _restore(self) -> None:
         torch._foreach_copy_(self._tensors(), self._copies)
+        self._run.optimizer.forget_momenta(self._had_gradients)
         if self._momenta:
             torch._foreach_copy_(self._run.optimizer.momenta(), self._momenta)
-        else:
-            self._run.optimizer.forget_momenta()
         self._run.step, self._run.running_epoch.counts = self._counts

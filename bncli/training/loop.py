@@ -1,7 +1,8 @@
 """The training loop, from the first step to the last checkpoint.
 
 The order of the images and their augmentation are functions of (seed, epoch, step), and so is the
-learning rate. Nothing else is random, so a run that was interrupted continues bit for bit.
+learning rate and what the network itself draws. Nothing else is random, so a run that was interrupted
+continues bit for bit.
 """
 
 import shlex
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from bncli.batchnorm import batch_norm_layers
 from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
@@ -22,6 +23,7 @@ from bncli.errors import CompileError, DivergedError, StoppedError
 from bncli.runtime import short_compile_errors
 from bncli.training.bad_numbers import find_origin
 from bncli.training.last_good_step import LastGoodStep
+from bncli.training.losses import loss_and_logits
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
@@ -78,6 +80,7 @@ class TrainResult:
     images_per_second: float  # of all epochs, evaluation and checkpoints included
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
+    num_batch_norm_layers: int
     agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
 
     def to_dict(self) -> dict[str, Any]:
@@ -261,7 +264,7 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
 
     recalibrated = run.setup.config.train.recalibrate != "none"
     path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
-    last = load_checkpoint(path)
+    last = load_checkpoint(path, model=run.setup.config.model.name)
     # every configuration has at least one epoch, and the end of the last one is evaluated
     assert last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(
@@ -277,6 +280,7 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration if recalibrated else None,
+        num_batch_norm_layers=len(batch_norm_layers(run.model)),
         agreement=measure_agreement(last, run.setup, stop),
     )
 
@@ -291,15 +295,16 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     run.set_learning_rate(run.step)
     losses, hits = [], []
     run.optimizer.zero_grad()
-    for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
-        with runtime.autocast():
-            logits = run.forward(runtime.place(part))
-        loss = F.cross_entropy(logits, part_labels, label_smoothing=config.label_smoothing)
-        loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
-        loss.backward()
-        run.running_epoch.statistics.observe()
-        losses.append(loss.detach())
-        hits.append((logits.detach().argmax(1) == part_labels).sum())
+    with run.network_randomness():
+        for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
+            with runtime.autocast():
+                outputs = run.forward(runtime.place(part))
+            loss, logits = loss_and_logits(outputs, part_labels, config.label_smoothing)
+            loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
+            loss.backward()
+            run.running_epoch.statistics.observe()
+            losses.append(loss.detach())
+            hits.append((logits.detach().argmax(1) == part_labels).sum())
     run.optimizer.step()
     run.step += 1
     if run.average is not None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.sgd import sgd
 
 from bncli.config import TrainConfig
 
 _NEWTON_SCHULZ_STEPS = 3  # enough for filters (Jordan 2024, airbench94_muon); PyTorch's default is 5
+_SMALLEST_NORM = 1e-30  # filters may begin at 0
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic: the steepest at 0 that stays bounded
 
 
@@ -31,8 +33,10 @@ class Optimizer:
         self.param_groups = [{**group, "initial_lr": group["lr"]} for group in param_groups]
         self.momentum = momentum
         self.nesterov = nesterov
-        self._momenta: list[list[Tensor | None]] = []  # by group, one for each weight
-        self.forget_momenta()
+        # by group, one for each weight
+        self._momenta: list[list[Tensor | None]] = [
+            [None] * len(group["params"]) for group in self.param_groups
+        ]
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -46,12 +50,16 @@ class Optimizer:
         for group, momenta in zip(self.param_groups, self._momenta, strict=True):
             if group["muon"]:
                 for index, weight in enumerate(group["params"]):
-                    momenta[index] = self._turn(weight, momenta[index], group["lr"])
+                    if weight.grad is not None:
+                        momenta[index] = self._turn(weight, momenta[index], group["lr"])
             else:
+                # of a layer that the network left out there is none, as with PyTorch's optimisers
+                used = [index for index, weight in enumerate(group["params"]) if weight.grad is not None]
+                own = [momenta[index] for index in used]
                 sgd(
-                    group["params"],
-                    [weight.grad for weight in group["params"]],
-                    momenta,  # filled in the first step
+                    [group["params"][index] for index in used],
+                    [group["params"][index].grad for index in used],
+                    own,  # filled in the first step
                     foreach=True,
                     weight_decay=group["weight_decay"],
                     momentum=self.momentum,
@@ -60,6 +68,8 @@ class Optimizer:
                     nesterov=self.nesterov,
                     maximize=False,
                 )
+                for index, momentum in zip(used, own, strict=True):
+                    momenta[index] = momentum
 
     def _turn(self, filters: Tensor, momentum: Tensor | None, lr: float) -> Tensor:
         """Muon's step on the filters (out, in, h, w) of one layer; the new momentum (out, in*h*w).
@@ -69,7 +79,7 @@ class Optimizer:
         """
         assert filters.grad is not None
         matrix, gradient = _as_matrix(filters, filters), _as_matrix(filters.grad, filters)
-        matrix.mul_(math.sqrt(len(matrix)) / matrix.norm())
+        matrix.mul_(math.sqrt(len(matrix)) / matrix.norm().clamp(min=_SMALLEST_NORM))
         momentum = torch.zeros_like(gradient) if momentum is None else momentum
         momentum.lerp_(gradient, 1 - self.momentum)
         direction = gradient.lerp(momentum, self.momentum) if self.nesterov else momentum
@@ -78,19 +88,27 @@ class Optimizer:
         return momentum
 
     def momenta(self) -> list[Tensor]:
-        """The optimiser's own tensors, one for each weight; none before the first step."""
+        """The optimiser's own tensors, one for each weight that had a gradient yet."""
         return [momentum for group in self._momenta for momentum in group if momentum is not None]
 
-    def forget_momenta(self) -> None:
-        """Go back to the state before the first step."""
-        self._momenta = [[None] * len(group["params"]) for group in self.param_groups]
+    def had_gradients(self) -> list[bool]:
+        """By weight, over all groups, whether it has a momentum: it had a gradient in some step."""
+        return [momentum is not None for group in self._momenta for momentum in group]
+
+    def forget_momenta(self, kept: Iterable[bool] = ()) -> None:
+        """Go back to the state before the first step, but for the weights that are `kept`."""
+        keeps = iter(kept)
+        self._momenta = [
+            [momentum if next(keeps, False) else None for momentum in group] for group in self._momenta
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """In the layout of PyTorch's optimisers; weights are numbered over all groups."""
-        momenta = enumerate(momentum for group in self._momenta for momentum in group)
+        momenta = list(enumerate(momentum for group in self._momenta for momentum in group))
         numbers = iter(range(len(self._matrices())))
         groups = [{**g, "params": [next(numbers) for _ in g["params"]]} for g in self.param_groups]
-        state = {number: {"momentum_buffer": tensor} for number, tensor in momenta if tensor is not None}
+        # without momentum, and before the first step, there are none; None is of a weight without a gradient
+        state = {number: {"momentum_buffer": tensor} for number, tensor in momenta} if self.momenta() else {}
         return {"state": state, "param_groups": groups}
 
     def load_momenta(self, state_dict: dict[str, Any]) -> None:
@@ -106,19 +124,18 @@ class Optimizer:
             raise ValueError(f"the optimizer's state is not that of {len(matrices)} weights")
         for index, entry in state.items():
             momentum, weight = entry["momentum_buffer"], matrices[index]
-            is_like = isinstance(momentum, Tensor) and (momentum.shape, momentum.dtype) == (
-                weight.shape,
-                weight.dtype,
+            is_like = momentum is None or (
+                isinstance(momentum, Tensor)
+                and (momentum.shape, momentum.dtype) == (weight.shape, weight.dtype)
             )
             if len(entry) != 1 or not is_like:
                 raise ValueError(f"momentum {index} of the optimizer is not like its weight")
-        self.forget_momenta()
-        if state:
-            saved = (
-                torch.empty_like(weight).copy_(state[index]["momentum_buffer"])
-                for index, weight in enumerate(matrices)
-            )
-            self._momenta = [[next(saved) for _ in group["params"]] for group in self.param_groups]
+        momenta = (state[index]["momentum_buffer"] if state else None for index in range(len(matrices)))
+        saved = (
+            None if momentum is None else torch.empty_like(weight).copy_(momentum)
+            for weight, momentum in zip(matrices, momenta, strict=True)
+        )
+        self._momenta = [[next(saved) for _ in group["params"]] for group in self.param_groups]
 
     def _matrices(self) -> list[Tensor]:
         """Every weight in the shape of its momentum."""
@@ -159,16 +176,21 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
     BatchNorm's weight and bias and all other biases are one-dimensional; they get no weight decay,
     which would pull BatchNorm's gain towards 0 without regularising anything. Nor do Muon's filters,
-    whose scale is fixed.
+    whose scale is fixed. Muon's are all four-dimensional weights but that of the last layer, which may be a
+    convolution.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    filters = [parameter for parameter in trained if parameter.ndim == 4]
-    matrices = [parameter for parameter in trained if 1 < parameter.ndim < 4]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    head = _head_of(model)
+    weights = [parameter for parameter in trained if not _is_vector(parameter) and parameter is not head]
+    filters = [parameter for parameter in weights if parameter.ndim == 4]
+    others = [parameter for parameter in weights if parameter.ndim != 4]
+    heads = [parameter for parameter in trained if parameter is head]
+    vectors = [parameter for parameter in trained if _is_vector(parameter) and parameter is not head]
     rate, decay, is_muon = config.learning_rate, config.weight_decay, config.optimizer == "muon"
     groups = [
         (filters, rate, 0.0 if is_muon else decay, is_muon),
-        (matrices, config.head_learning_rate or rate, decay, False),
+        (others, rate, decay, False),
+        (heads, config.head_learning_rate or rate, decay, False),
         (vectors, config.bias_learning_rate or rate, 0.0, False),
     ]
     keys = ("params", "lr", "weight_decay", "muon")
@@ -177,6 +199,17 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,
     )
+
+
+def _head_of(model: nn.Module) -> Tensor | None:
+    """The weight of the last linear layer or convolution, in the order of the network's definition."""
+    weights = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))]
+    return weights[-1] if weights else None
+
+
+def _is_vector(parameter: Tensor) -> bool:
+    """Whether it has one dimension in all but shape, as the scales (C, 1, 1) of a layer have."""
+    return parameter.ndim <= 1 or (parameter.ndim != 2 and parameter.numel() == max(parameter.shape))
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:

@@ -50,28 +50,37 @@ class Calibration:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class RecalibratedNetwork:
-    """How good a network was before its running statistics were replaced, and after."""
+@dataclass(frozen=True)
+class Scores:
+    """How good a classifier was before its running statistics were replaced, and after."""
 
-    recalibration: Recalibration
     before: Score  # on the test split, in eval mode
     after: Score
     difference: PairedDifference  # after against before, image by image
 
+
+@dataclass(frozen=True, eq=False)
+class RecalibratedNetwork:
+    """How far the layers moved, and what it changed."""
+
+    recalibration: Recalibration
+    scores: Scores | None  # None: it was not evaluated
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether it was worth it."""
+        return "The network was not evaluated." if self.scores is None else self.scores.difference.verdict
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document: how good, the verdict, and how far each layer moved."""
-        return {
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "difference": asdict(self.difference),
-            "verdict": self.difference.verdict,
-            **asdict(self.recalibration),
-        }
+        scores = (
+            dict.fromkeys(("before", "after", "difference")) if self.scores is None else asdict(self.scores)
+        )
+        return {**scores, "verdict": self.verdict, **asdict(self.recalibration)}
 
     def __str__(self) -> str:
         """How far the layers moved, and the verdict."""
-        return f"{self.recalibration}\n{self.difference.verdict}"
+        return f"{self.recalibration}\n{self.verdict}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,9 +135,10 @@ def recalibrate_checkpoint(
     *,
     source: dict[str, str],
     eval_batch_size: int,
+    evaluate: bool = True,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedCheckpoint:
-    """Measure, replace, and evaluate before and after; `checkpoint` itself is left as it was.
+    """Measure, replace, and `evaluate` before and after; `checkpoint` itself is left as it was.
 
     `source` says where it came from (`file`, `sha256`) and is recorded. The new checkpoint has no optimiser:
     training cannot go on from it.
@@ -137,26 +147,25 @@ def recalibrate_checkpoint(
     """
     model = runtime.place_model(load_model(checkpoint))
     made = recalibrate_network(
-        model, dataset, runtime, how, eval_batch_size=eval_batch_size, progress=progress
+        model, dataset, runtime, how, eval_batch_size=eval_batch_size, evaluate=evaluate, progress=progress
     )
+    scores = made.scores
     return RecalibratedCheckpoint(
         made.recalibration,
-        made.before,
-        made.after,
-        made.difference,
+        scores,
         replace(
             checkpoint.finished(),
             state_dict=checkpoint.state_dict | running_stats(model),
-            test_accuracy=made.after.accuracy,
-            test_loss=made.after.loss,
+            test_accuracy=None if scores is None else scores.after.accuracy,
+            test_loss=None if scores is None else scores.after.loss,
             recalibration={
                 **asdict(how),
                 "num_images": made.recalibration.num_images,
                 "batch_size": how.batch_size or eval_batch_size,
                 "recalibrated_layers": [layer.name for layer in made.recalibration.layers],
                 "source": source,
-                "before": asdict(made.before),
-                "after": asdict(made.after),
+                "before": None if scores is None else asdict(scores.before),
+                "after": None if scores is None else asdict(scores.after),
                 "runtime": runtime.describe(),
                 "machine": describe_machine(),
             },
@@ -171,16 +180,22 @@ def recalibrate_network(
     how: Calibration,
     *,
     eval_batch_size: int,
+    evaluate: bool = True,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedNetwork:
-    """Replace the running statistics of a placed classifier in eval mode; it is evaluated before and after.
+    """Replace the running statistics of a placed network in eval mode.
+
+    With `evaluate` it is a classifier, and evaluated before and after. Without, it is any network that takes
+    a batch of images, and the data set needs no labels.
 
     Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
     size = how.batch_size or eval_batch_size
     num_images = min(how.num_images or len(dataset.train), len(dataset.train))
 
-    def outcomes(phase: str) -> Outcomes:
+    def outcomes(phase: str) -> Outcomes | None:
+        if not evaluate:
+            return None
         batches = sequential_batches(dataset.test, eval_batch_size)
         placed = ((runtime.place(images), labels) for images, labels in batches)
         return measure_outcomes(model, placed, progress=lambda done: progress(phase, done, len(dataset.test)))
@@ -198,7 +213,9 @@ def recalibrate_network(
             ),
         )
         after = outcomes("test images after")
-    return RecalibratedNetwork(done, before.score, after.score, compare_outcomes(before, after))
+    if before is None or after is None:
+        return RecalibratedNetwork(done, None)
+    return RecalibratedNetwork(done, Scores(before.score, after.score, compare_outcomes(before, after)))
 
 
 def save_recalibrated(
@@ -215,7 +232,7 @@ def save_recalibrated(
 
     setup, path = run.setup, run_dir / "last.pt"
     made = recalibrate_checkpoint(
-        load_checkpoint(path),
+        load_checkpoint(path, model=setup.config.model.name),
         setup.dataset,
         setup.runtime,
         Calibration(method, batch_size=setup.norm_batch_size),

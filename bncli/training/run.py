@@ -2,19 +2,27 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.checkpoints import Checkpoint
+from bncli.config import Config, ConvNetConfig
 from bncli.data import sequential_batches, training_batches
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
-from bncli.models.convnet import ConvNet
 from bncli.runtime import keep_freed_memory, release_freed_memory
-from bncli.training.average import AveragedWeights, averaged_network, describe_measurement
+from bncli.training.average import (
+    AveragedWeights,
+    averaged_network,
+    describe_measurement,
+)
+from bncli.training.network_randomness import network_randomness
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup
@@ -25,8 +33,8 @@ class Run:
     """A network on its way: everything that changes while it is trained."""
 
     setup: Setup
-    model: ConvNet
-    forward: Callable[[Tensor], Tensor]  # the model in a training step: itself, or compiled
+    model: nn.Module
+    forward: Callable[[Tensor], Any]  # the model in a training step: itself, or compiled
     optimizer: Optimizer
     running_epoch: RunningEpoch
     average: AveragedWeights | None  # of the weights, where configured
@@ -47,7 +55,7 @@ class Run:
             # not before: what preparing the data took for a moment would be kept, and fit no activation
             keep_freed_memory()
         optimizer = build_optimizer(setup.model, setup.config.train)
-        forward: Callable[[Tensor], Tensor] = setup.model
+        forward: Callable[[Tensor], Any] = setup.model
         if setup.runtime.compiles:
             # for each size of images anew: a network for any size is slower
             forward = torch.compile(setup.model, dynamic=False)
@@ -120,7 +128,12 @@ class Run:
             start_step=self.running_epoch.num_steps,
         )
 
-    def network_to_use(self, stop: Callable[[], bool]) -> ConvNet:
+    def network_randomness(self) -> AbstractContextManager[None]:
+        """The context of the next step: what the network draws in it depends on the step alone."""
+        seed, step = self.setup.config.train.seed, self.running_epoch.num_steps
+        return network_randomness(self.setup.runtime.device, seed, self.epoch, step)
+
+    def network_to_use(self, stop: Callable[[], bool]) -> nn.Module:
         """The one that is evaluated and saved: as the last step left it, or with averaged weights.
 
         Raises:
@@ -130,7 +143,7 @@ class Run:
             return self.model
         return averaged_network(self.setup, self.average, self.model, stop)
 
-    def evaluate(self, network: ConvNet, stop: Callable[[], bool]) -> Evaluation:
+    def evaluate(self, network: nn.Module, stop: Callable[[], bool]) -> Evaluation:
         """Accuracy and loss of `network` on the test split, in eval mode.
 
         Raises:
@@ -170,11 +183,11 @@ class Run:
         self.running_epoch.seconds += now - self.last_tick
         self.last_tick = now
 
-    def checkpoint(self, network: ConvNet, evaluation: Evaluation | None) -> Checkpoint:
+    def checkpoint(self, network: nn.Module, evaluation: Evaluation | None) -> Checkpoint:
         """The run as it is now, and the network to use, which is the one that `evaluation` is of, if any."""
         self.tick()
         last, averaging, recalibration = _on_cpu(self.model.state_dict()), None, None
-        if network is not self.model:
+        if network is not self.model and has_running_statistics(network):
             recalibration = describe_measurement(self.setup, network)
         if self.average is not None:
             averaging = {"last": last, "average": _on_cpu(self.average.state_dict())}
@@ -198,7 +211,16 @@ class Run:
             data_digest=self.setup.data_digest,
             recalibration=recalibration,
             averaging=averaging,
+            batch_norm_layers=unconfigured_layers(self.setup.config, self.model),
+            may_import=True,  # what this process was told to
         )
+
+
+def unconfigured_layers(config: Config, model: nn.Module) -> dict[str, dict[str, float | None]] | None:
+    """What a checkpoint records of BatchNorm layers; None where the configuration tells it."""
+    if isinstance(config.model, ConvNetConfig):
+        return None
+    return {name: {"eps": layer.eps, "momentum": layer.momentum} for name, layer in batch_norm_layers(model)}
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

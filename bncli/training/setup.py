@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bncli.config import Config
+import torch
+from torch import nn
+
+from bncli.batchnorm import has_running_statistics
+from bncli.config import Config, ConvNetConfig
 from bncli.data import (
     BatchPlan,
     Dataset,
@@ -17,15 +21,19 @@ from bncli.data import (
     Progress,
     Split,
     check_augmentation,
+    chosen_normalization,
     digest_dataset,
+    for_training,
     load_dataset,
-    measure_normalization,
     num_micro_batches,
     sample_batches,
 )
 from bncli.errors import ConfigError
-from bncli.models.convnet import ConvNet, LayerCost, build_model, measure_layers, smallest_map
+from bncli.indexed import Indexed, pick
+from bncli.models.configured import build_configured
+from bncli.models.convnet import ConvNet, LayerCost, measure_layers, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
+from bncli.training.fitness import check_network
 
 if TYPE_CHECKING:
     from bncli.batches import Batches
@@ -43,19 +51,19 @@ class Setup:
     dataset: Dataset
     normalization: Normalization
     plan: BatchPlan
-    model: ConvNet
+    model: nn.Module
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of one image: (channels, height, width)."""
-        _, channels, height, width = self.dataset.train.images.shape
+        channels, height, width = self.dataset.train.image_shape
         return channels, height, width
 
     @cached_property
-    def train_split(self) -> Split:
+    def train_split(self) -> Indexed:
         """The training images where batches are made: on a GPU that has room for them, else as loaded."""
         train, device = self.dataset.train, self.runtime.device
-        if not self.runtime.has_room(train.images.nbytes):
+        if not isinstance(train, Split) or not self.runtime.has_room(train.images.nbytes):
             return train
         return Split(train.images.to(device), train.labels.to(device))
 
@@ -100,17 +108,19 @@ def prepare(
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
-    _check_statistics(config)
+    if isinstance(config.model, ConvNetConfig):
+        _check_statistics(config, config.model)
     runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if runtime.compiles:
         check_compiler(runtime.device)
-    dataset = load_dataset(config.data, progress=progress, may_download=may_download)
-    normalization = measure_normalization(dataset.train.images)
-    _, channels, height, width = dataset.train.images.shape
+    dataset = for_training(load_dataset(config.data, progress=progress, may_download=may_download))
+    normalization = chosen_normalization(config.data.normalization, dataset.train)
+    assert normalization is not None  # of uint8 images
+    channels, height, width = dataset.train.image_shape
     check_augmentation(config.augment, height, width)
     # the network and its batches must fit the smallest images
     height, width = config.augment.smallest_size(height, width)
-    model = build_model(
+    model = build_configured(
         config.model,
         len(dataset.class_names),
         image_size=min(height, width),
@@ -118,11 +128,17 @@ def prepare(
         std=normalization.std,
         seed=config.train.seed,
     )
-    if model.whiten is not None:
-        # evenly spaced to the very end, because an image folder comes sorted by class
-        num_images = min(NUM_WHITENING_IMAGES, len(dataset.train))
-        spaced = [number * len(dataset.train) // num_images for number in range(num_images)]
-        model.whiten.fit(model.normalize(dataset.train.images[spaced]))
+    if isinstance(config.model, ConvNetConfig):
+        assert isinstance(model, ConvNet)
+        _fit_whitening(model, dataset.train)
+    else:
+        # the pixels do not matter, so the smallest size need not be made as training makes it
+        ends = pick(dataset.train, torch.tensor([0, len(dataset.train) - 1]))
+        images = nn.functional.interpolate(ends, (height, width))
+        check_network(model, config.model.name, images, len(dataset.class_names))
+        if config.train.recalibrate != "none" and not has_running_statistics(model):
+            problem = f"train.recalibrate: {config.model.name} has no running statistics; set it to none"
+            raise ConfigError("train", [problem])
     # BatchNorm in train mode needs more than one value per channel: "Expected more than 1 value per
     # channel" would otherwise stop a run at the last batch of its first epoch
     min_batch = 2 if smallest_map(model, (channels, height, width)) == 1 else 1
@@ -137,9 +153,18 @@ def prepare(
     return Setup(config, runtime, dataset, normalization, plan, model)
 
 
-def _check_statistics(config: Config) -> None:
+def _fit_whitening(model: ConvNet, train: Indexed) -> None:
+    if model.whiten is None:
+        return
+    # evenly spaced to the very end, because an image folder comes sorted by class
+    num_images = min(NUM_WHITENING_IMAGES, len(train))
+    spaced = torch.arange(num_images) * len(train) // num_images
+    model.whiten.fit(model.normalize(pick(train, spaced)))
+
+
+def _check_statistics(config: Config, model: ConvNetConfig) -> None:
     """Raise ConfigError where running statistics are to be replaced and there are none."""
-    if config.model.batch_norm.track_running_stats:
+    if model.batch_norm.track_running_stats:
         return
     train = config.train
     problems = []
@@ -164,7 +189,7 @@ def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
         raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])
 
 
-def training_sample(split: Split, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
+def training_sample(split: Indexed, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
     """Images of the split on the device, as often as a measurement wants to go through them."""
     return lambda: (runtime.place(images) for images, _ in sample_batches(split, batch_size, num_images))
 
@@ -193,7 +218,7 @@ class SetupDescription:
 
 def describe_setup(setup: Setup) -> SetupDescription:
     """Everything that is decided before the first step, as numbers."""
-    layers = measure_layers(setup.model, setup.image_shape)
+    layers, flops = measure_layers(setup.model, setup.image_shape)
     num_train_images = len(setup.dataset.train)
     return SetupDescription(
         config=setup.config,
@@ -205,8 +230,8 @@ def describe_setup(setup: Setup) -> SetupDescription:
         num_test_images=len(setup.dataset.test),
         normalization=setup.normalization,
         layers=layers,
-        num_parameters=sum(layer.num_parameters for layer in layers),
-        flops_per_image=sum(layer.flops for layer in layers),
+        num_parameters=sum(weight.numel() for weight in setup.model.parameters()),
+        flops_per_image=flops,
         steps_per_epoch=setup.plan.num_steps,
         num_steps=setup.num_steps,
         batch_size=setup.plan.batch_size,

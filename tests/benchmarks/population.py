@@ -98,17 +98,17 @@ def bench_population(
     Raises BncliError if fvcore is not installed, or for a network that there is not or that has no BatchNorm.
     """
     fvcore = _fvcore()
-    model = _network(network, image_size)
+    model = network_of(network, image_size)
     errors = tuple(_errors(cut, sizes, fvcore) for cut, sizes in _CUTS.items())
     batches = list(torch.randn(num_images, 3, image_size, image_size).split(batch_size))
     tools: dict[str, Callable[[], object]] = {
-        "plain forward": lambda: _plain_forward(model, batches),
+        "plain forward": lambda: plain_forward(model, batches),
         "bncli precise": lambda: measure_population(model, batches, method="precise"),
         "fvcore": lambda: _train(model, lambda: fvcore(model, batches, num_iters=len(batches))),
         "update_bn": lambda: update_bn(batches, model),
         "bncli exact": lambda: measure_population(model, batches, method="exact"),
     }
-    times = _in_turns(tools, num_rounds, report)
+    times = in_turns(tools, num_rounds, report)
     return PopulationBench(
         data_mean=1e3,
         data_deviation=1e-3,
@@ -126,7 +126,7 @@ def bench_population(
     )
 
 
-def _network(name: str, image_size: int) -> nn.Module:
+def network_of(name: str, image_size: int) -> nn.Module:
     models = import_torchvision().models
     names = models.list_models(module=models)
     if name not in names:
@@ -140,7 +140,7 @@ def _network(name: str, image_size: int) -> nn.Module:
     if not batch_norm_layers(model):
         raise BncliError(f"--network: {name} has no BatchNorm")
     try:
-        _plain_forward(model, [torch.zeros(1, 3, image_size, image_size)])
+        plain_forward(model, [torch.zeros(1, 3, image_size, image_size)])
     except (RuntimeError, ValueError, AssertionError) as error:
         found = f"--network: {name} cannot take {image_size}x{image_size} pixels"
         raise BncliError(f"{found}: {' '.join(str(error).split())}") from error
@@ -189,7 +189,7 @@ def _errors(cut: str, sizes: Sequence[int], fvcore: Callable[..., object]) -> Re
     return RelativeErrors(cut, tuple(sizes), errors[0], errors[1])
 
 
-def _in_turns(
+def in_turns(
     tools: dict[str, Callable[[], object]], num_rounds: int, report: Callable[[str], None]
 ) -> tuple[PassTime, ...]:
     """Time every tool in each round, after one round to warm up. The first one is what ratios are to."""
@@ -212,7 +212,7 @@ def _in_turns(
     return tuple(times)
 
 
-def _plain_forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def plain_forward(model: nn.Module, batches: Sequence[Tensor]) -> None:
     with eval_mode(model), torch.no_grad():
         for images in batches:
             model(images)

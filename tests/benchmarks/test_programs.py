@@ -11,12 +11,13 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, inspection, loading, population, scale
+from tests.benchmarks import accuracy, exact, inspection, loading, population, scale
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "accuracy": accuracy,
+    "exact": exact,
     "inspection": inspection,
     "loading": loading,
     "population": population,

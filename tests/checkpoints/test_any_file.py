@@ -359,7 +359,7 @@ def test_bnclis_own_checkpoint_tells_momentum_and_eps_and_builds_no_network(
     from bncli.checkpoints import load_model
 
     expected = read_running_stats(load_model(finished_run / "last.pt"))
-    monkeypatch.setattr("bncli.checkpoints.own.build_model", None)
+    monkeypatch.setattr("bncli.checkpoints.own.build_configured", None)
     found = layers_of(finished_run / "last.pt")
     assert all(layer.hyperparameters_known for layer in found)
     assert_same(found, expected)

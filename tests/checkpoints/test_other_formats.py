@@ -249,6 +249,7 @@ OF_NAMES = {
     "a.engine": "by its name an engine of TensorRT; ",
     "a.plan": "by its name an engine of TensorRT; ",
     "ck-1.data-00000-of-00001": "by its name the numbers of a TensorFlow checkpoint; ",
+    "model.ckpt.meta": "by its name the graph of a TensorFlow checkpoint; give the .index file",
     "a.pdparams": "by its name a parameter file of Paddle; ",
     "a.pt": "not a checkpoint: no file of torch.save or safetensors",
 }

@@ -8,7 +8,15 @@ import pytest
 from pydantic import BaseModel
 
 from bncli.cli.overrides import EFFECTIVE, effective_overrides, has_effect
-from bncli.config import Cifar10Config, Config, ImageFolderConfig, Section, SyntheticConfig
+from bncli.config import (
+    BatchNormConfig,
+    Cifar10Config,
+    Config,
+    ConvNetConfig,
+    ImageFolderConfig,
+    Section,
+    SyntheticConfig,
+)
 from bncli.config_file import load_config
 from bncli.errors import ConfigError
 from tests.conftest import Bncli
@@ -37,7 +45,11 @@ READ_IN_VAIN = {
         *("runtime.eval_batch_size", "data.num_test"),
     },
 }
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items() if name != "data"}
+# of the model's kinds that of the runs here, bncli's own network
+SECTIONS = {name: field.annotation for name, field in Config.model_fields.items() if name != "data"} | {
+    "model": ConvNetConfig
+}
+KINDS = {"data.name", "model.name"}  # which pydantic reads
 DATA = (SyntheticConfig, Cifar10Config, ImageFolderConfig)
 
 
@@ -71,7 +83,7 @@ def keys_read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     import bncli.recorded_config as module
 
     names = {section: name for name, section in SECTIONS.items()} | dict.fromkeys(DATA, "data")
-    names[Config.model_fields["model"].annotation.model_fields["batch_norm"].annotation] = "model.batch_norm"
+    names[BatchNormConfig] = "model.batch_norm"
     recorded: list[object] = []
     read: set[str] = set()
 
@@ -103,11 +115,19 @@ def test_a_command_takes_just_the_keys_that_its_code_reads(
 ) -> None:
     outcome = bncli(*typed(command))
     assert outcome.code in {0, 1}, outcome.err
-    read = {key for key in keys_read - READ_IN_VAIN[command] if key != "data.name" and key in ALL_KEYS}
+    read = {key for key in keys_read - READ_IN_VAIN[command] if key in ALL_KEYS - KINDS}
     # files lie elsewhere, and none are read here
     other_data = {key for key in ALL_KEYS if key.startswith("data.")} - set(leaves(SyntheticConfig, "data"))
-    taken = {key for key in ALL_KEYS - other_data - {"data.name"} if has_effect(key, command)}
-    assert read == taken
+    taken = {key for key in ALL_KEYS - other_data - KINDS if has_effect(key, command)}
+    # where a checkpoint records it, it is refused with that reason
+    assert read - {"data.normalization"} == taken - {"data.normalization"}
+
+
+@pytest.mark.parametrize("command", ["eval", "bench eval"])
+def test_a_normalization_that_the_checkpoint_records_is_refused(bncli, finished_run, command):
+    outcome = bncli(*command.split(), finished_run / "last.pt", "--set", "data.normalization=half")
+    assert outcome.code == 2
+    assert "data.normalization: the checkpoint records it" in outcome.err
 
 
 @pytest.mark.parametrize(

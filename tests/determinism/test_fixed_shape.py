@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bncli.determinism.certificate
 import bncli.determinism.fixed_shape
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.config import ModelConfig
+from bncli.config import ConvNetConfig
 from bncli.determinism import FixedShape, certify
 from bncli.errors import BncliError
 from bncli.models.convnet import build_model
@@ -116,7 +116,7 @@ def test_a_module_that_gives_another_number_of_rows_or_no_tensor_is_an_error() -
 @st.composite
 def trained_networks(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """Random networks as bncli trains them, odd widths included, and images for them."""
-    config = ModelConfig(
+    config = ConvNetConfig(
         widths=draw(st.lists(st.integers(1, 24), min_size=1, max_size=3)),
         blocks_per_stage=draw(st.integers(1, 2)),
         pool=draw(st.sampled_from(["max", "avg"])),
@@ -234,7 +234,7 @@ def test_a_single_image_cut_out_of_a_channels_last_batch_keeps_that_format() -> 
 def test_the_networks_that_bncli_trains_keep_all_four_claims(precision: torch.dtype, threads: int) -> None:
     torch.set_num_threads(threads)  # conftest sets it back
     # few passes: beside a busy process two threads that wait for each other are many times slower
-    net = build_model(ModelConfig(widths=(16, 30), blocks_per_stage=1), 10, image_size=16)
+    net = build_model(ConvNetConfig(widths=(16, 30), blocks_per_stage=1), 10, image_size=16)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         net.train()(images)

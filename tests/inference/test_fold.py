@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bncli
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.errors import BncliError
 from bncli.inference import FoldedLayer, Folding, KeptLayer, fold_batch_norm
 from bncli.models.convnet import build_model
@@ -47,7 +47,7 @@ def test_our_networks_compute_the_same_without_any_batch_norm(
     pool: str, pool_before_norm: bool, affine: bool
 ) -> None:
     norm = BatchNormConfig(affine=affine, eps=1e-2)
-    config = ModelConfig(widths=(6, 8), pool=pool, pool_before_norm=pool_before_norm, batch_norm=norm)
+    config = ConvNetConfig(widths=(6, 8), pool=pool, pool_before_norm=pool_before_norm, batch_norm=norm)
     model = build_model(config, 10, image_size=32)
     folding = assert_folded(model, torch.rand(4, 3, 32, 32, dtype=torch.float64), num_folded=4)
     assert folding.folded[0] == FoldedLayer("stages.0.0.norm", into="stages.0.0.conv")

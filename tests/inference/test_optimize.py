@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bncli
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.determinism import FixedShape
 from bncli.errors import BncliError
 from bncli.inference import optimize_for_inference
@@ -25,7 +25,7 @@ def with_statistics(model: nn.Module) -> nn.Module:
 
 
 def our_network(**keys: object) -> nn.Module:
-    config = ModelConfig(widths=(8, 16), batch_norm=BatchNormConfig(eps=1e-2), **keys)
+    config = ConvNetConfig(widths=(8, 16), batch_norm=BatchNormConfig(eps=1e-2), **keys)
     return with_statistics(build_model(config, 10, image_size=32))
 
 

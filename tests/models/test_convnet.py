@@ -5,18 +5,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bncli.config import BatchNormConfig, ModelConfig
+from bncli.config import BatchNormConfig, ConvNetConfig
 from bncli.errors import ConfigError
 from bncli.models.convnet import Normalize, Whitening, build_model, measure_layers, smallest_map
 
-CONFIG = ModelConfig(widths=(8, 12), blocks_per_stage=2)
+CONFIG = ConvNetConfig(widths=(8, 12), blocks_per_stage=2)
 
 
-def build(config: ModelConfig = CONFIG, image_size: int = 32, seed: int = 0):
+def build(config: ConvNetConfig = CONFIG, image_size: int = 32, seed: int = 0):
     return build_model(config, 10, image_size=image_size, seed=seed)
 
 
-def by_hand(model, images: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+def by_hand(model, images: torch.Tensor, config: ConvNetConfig) -> torch.Tensor:
     """The same network written out with functions, in eval mode."""
     state = model.state_dict()
     x = (images.float() / 255 - 0.5) / 0.25
@@ -58,7 +58,7 @@ def test_the_network_computes_what_its_description_says(
 
 def test_batch_norm_takes_every_knob_from_the_configuration() -> None:
     knobs = BatchNormConfig(momentum=None, eps=1e-3, affine=False, track_running_stats=False)
-    for module in build(ModelConfig(widths=(4,), batch_norm=knobs)).modules():
+    for module in build(ConvNetConfig(widths=(4,), batch_norm=knobs)).modules():
         if isinstance(module, nn.BatchNorm2d):
             assert (module.momentum, module.eps) == (None, 1e-3)
             assert not module.affine
@@ -68,7 +68,7 @@ def test_batch_norm_takes_every_knob_from_the_configuration() -> None:
 def test_a_weight_that_is_not_learned_stays_one() -> None:
     for learn_weight in (True, False):
         norm = (
-            build(ModelConfig(widths=(4,), batch_norm=BatchNormConfig(learn_weight=learn_weight)))
+            build(ConvNetConfig(widths=(4,), batch_norm=BatchNormConfig(learn_weight=learn_weight)))
             .stages[0][0]
             .norm
         )
@@ -110,8 +110,8 @@ def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone() -
 
 def test_images_too_small_for_the_stages_are_refused_with_the_limit() -> None:
     with pytest.raises(ConfigError, match=r"model\.widths: 4 stages .* allow 3"):
-        build(ModelConfig(widths=(4, 4, 4, 4)), image_size=8)
-    build(ModelConfig(widths=(4, 4, 4)), image_size=8)
+        build(ConvNetConfig(widths=(4, 4, 4, 4)), image_size=8)
+    build(ConvNetConfig(widths=(4, 4, 4)), image_size=8)
 
 
 def test_whitened_patches_are_uncorrelated_with_unit_variance() -> None:
@@ -129,7 +129,7 @@ def test_whitened_patches_are_uncorrelated_with_unit_variance() -> None:
 
 
 def test_a_whitened_network_sees_patches_and_keeps_its_filters_in_the_state_dict() -> None:
-    config = ModelConfig(widths=(8, 8), blocks_per_stage=1, whitening=True)
+    config = ConvNetConfig(widths=(8, 8), blocks_per_stage=1, whitening=True)
     model = build(config, image_size=9)
     assert model(torch.zeros(2, 3, 9, 9, dtype=torch.uint8)).shape == (2, 10)
     assert model.state_dict()["whiten.conv.weight"].shape == (24, 3, 2, 2)
@@ -138,7 +138,7 @@ def test_a_whitened_network_sees_patches_and_keeps_its_filters_in_the_state_dict
 
 
 def test_dirac_filters_copy_their_input_channels() -> None:
-    model = build(ModelConfig(widths=(6, 9), blocks_per_stage=1, init="dirac"))
+    model = build(ConvNetConfig(widths=(6, 9), blocks_per_stage=1, init="dirac"))
     convolution = model.stages[1][0].conv  # 6 channels to 9
     x = torch.rand(1, 6, 8, 8)
     torch.testing.assert_close(convolution(x)[:, :6], x)
@@ -148,7 +148,8 @@ def test_dirac_filters_copy_their_input_channels() -> None:
 @pytest.mark.parametrize("pool_after", ["first", "last"])
 def test_costs_are_those_of_the_formulas(pool_after: str) -> None:
     config = CONFIG.model_copy(update={"pool_after": pool_after})
-    costs = {cost.name: cost for cost in measure_layers(build(config), (3, 32, 32))}
+    layers, flops = measure_layers(build(config), (3, 32, 32))
+    costs = {cost.name: cost for cost in layers}
     sides = [32, 16, 16, 8] if pool_after == "first" else [32, 32, 16, 16]
     names = ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
     for name, side, inputs, outputs in zip(names, sides, [3, 8, 8, 12], [8, 8, 12, 12], strict=True):
@@ -158,6 +159,7 @@ def test_costs_are_those_of_the_formulas(pool_after: str) -> None:
         assert cost.output_shape == (outputs, side, side)
         assert costs[f"{name}.norm"].num_parameters == 2 * outputs
     assert costs["head"].flops == 2 * 12 * 10
+    assert flops == sum(cost.flops for cost in layers)
     assert sum(cost.num_parameters for cost in costs.values()) == sum(
         parameter.numel() for parameter in build(config).parameters()
     )
@@ -173,7 +175,7 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 
 
 def test_the_smallest_map_tells_which_batches_batch_norm_refuses() -> None:
-    model = build(ModelConfig(widths=(4, 4, 4), blocks_per_stage=2), image_size=8)
+    model = build(ConvNetConfig(widths=(4, 4, 4), blocks_per_stage=2), image_size=8)
     assert smallest_map(model, (3, 8, 8)) == 1
     one, two = torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):

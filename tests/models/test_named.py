@@ -142,6 +142,7 @@ def test_a_module_that_can_be_imported_gives_its_factory() -> None:
     )
     needs = (
         "it needs in_features and out_features: --model-arg in_features=VALUE --model-arg out_features=VALUE"
+        " (in a configuration: model.arguments)"
     )
     assert refusal("torch.nn:Linear") == needs
     assert (
@@ -213,7 +214,7 @@ def test_a_file_of_the_users_gives_its_factory(net: Path, capsys: pytest.Capture
     assert capsys.readouterr() == ("", "made\n")  # stdout carries results alone
     assert sys.path == path
     (private,) = set(sys.modules) - modules - {"layers_beside"}
-    assert private.startswith("_bncli_network_")  # a file called torch.py replaces nothing
+    assert private.startswith("_bncli_code_")  # a file called torch.py replaces nothing
     assert type(network).__module__ == private
     copy.deepcopy(network)
     assert build_network(f"{net}:ready")[0].num_features == 7
@@ -243,7 +244,7 @@ def test_what_is_wrong_with_a_file_is_told_on_one_line(net: Path) -> None:
     text.write_text("")
     assert refusal(f"{text}:make") == f"{text} is no Python file (its name must end in .py)"
     # what failed to be imported is not there half made
-    new = {name for name in sys.modules if name.startswith("_bncli_network_")} - before
+    new = {name for name in sys.modules if name.startswith("_bncli_code_")} - before
     assert all(hasattr(sys.modules[name], "make") for name in new)
 
 

@@ -19,6 +19,7 @@ PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3),
 
 
 def prepared(preset: Preset) -> Tensor:
+    assert preset.image_size is not None
     file = io.BytesIO()
     PHOTO.save(file, "PNG")
     pixels = decode(file.getvalue(), Fit(preset.image_size, preset.resize, preset.interpolation))
@@ -45,14 +46,36 @@ def test_timms_networks_see_what_timm_shows_them(name: str) -> None:
     torch.testing.assert_close(prepared(preset), transform(PHOTO), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["torchvision:fcn_resnet50", "package.module:factory", "convnet"])
+@pytest.mark.parametrize("name", ["torchvision:raft_small", "package.module:factory", "convnet"])
 def test_where_a_library_says_nothing_there_is_no_preset(name: str) -> None:
     assert preset_of(name, nn.Identity()) is None
+
+
+def test_a_network_for_segmentation_sees_whole_images_normalised_as_torchvision_does() -> None:
+    preset = preset_of("torchvision:fcn_resnet50", nn.Identity())
+    assert preset is not None
+    assert (preset.image_size, preset.resize, preset.normalization) == (None, None, "imagenet")
+    transform = torchvision.models.get_model_weights("fcn_resnet50").DEFAULT.transforms()
+    assert (tuple(transform.mean), tuple(transform.std)) == (preset.mean, preset.std)
+
+
+@pytest.mark.parametrize("name", ["torchvision:ssdlite320_mobilenet_v3_large", "own.py:make"])
+def test_a_detector_is_given_pixels_that_only_it_normalises(name: str) -> None:
+    detector = build_network("torchvision:ssdlite320_mobilenet_v3_large")
+    preset = preset_of(name, detector)
+    assert preset is not None
+    assert (preset.image_size, preset.normalization) == (None, "none")
+    transform = torchvision.models.get_model_weights("ssdlite320_mobilenet_v3_large").DEFAULT.transforms()
+    expected = transform(PHOTO)  # torchvision's own preparation
+    pixels = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preset.mean, preset.std))
+    assert torch.equal((pixels - mean) / std, expected)
 
 
 def test_its_normalization_reads_back() -> None:
     from bncli.cli.named_network import _parse_normalization
 
+    assert _parse_normalization("none") == ((0, 0, 0), (1, 1, 1))
     assert Preset(224, 256, "bilinear", *IMAGENET).normalization == "imagenet"
     other = Preset(224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert _parse_normalization(other.normalization) == (other.mean, other.std)

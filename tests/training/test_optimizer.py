@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bncli.config import ModelConfig, TrainConfig
+from bncli.config import ConvNetConfig, TrainConfig
 from bncli.models.convnet import build_model
 from bncli.training.optimizer import build_optimizer, learning_rate_at
 
@@ -36,7 +36,7 @@ def test_without_decay_the_rate_stays_at_its_peak() -> None:
 
 
 def test_only_weights_decay_not_batch_norm_and_not_biases() -> None:
-    model = build_model(ModelConfig(widths=(4, 8)), 10, image_size=32)
+    model = build_model(ConvNetConfig(widths=(4, 8)), 10, image_size=32)
     optimizer = build_optimizer(model, TrainConfig(weight_decay=0.01, momentum=0.9))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -58,7 +58,7 @@ def test_nesterov_without_momentum_is_plain_gradient_descent() -> None:
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.9, False), (0.0, False)])
 def test_sgd_has_the_bits_of_pytorchs(momentum: float, nesterov: bool) -> None:
     torch.manual_seed(0)
-    ours, theirs = (build_model(ModelConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2))
+    ours, theirs = (build_model(ConvNetConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2))
     config = TrainConfig(learning_rate=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
     optimizer = build_optimizer(ours, config)
     weights = [weight for weight in theirs.parameters() if weight.ndim > 1]
@@ -78,7 +78,7 @@ def test_sgd_has_the_bits_of_pytorchs(momentum: float, nesterov: bool) -> None:
 def test_momenta_of_another_process_continue_with_the_same_bits() -> None:
     torch.manual_seed(0)
     config = TrainConfig(optimizer="muon")
-    models = [build_model(ModelConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2)]
+    models = [build_model(ConvNetConfig(widths=(4, 8)), 10, image_size=32) for _ in range(2)]
     first, second = (build_optimizer(model, config) for model in models)
     for step in range(4):
         if step == 2:

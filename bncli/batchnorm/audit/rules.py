@@ -27,6 +27,7 @@ from bncli.batchnorm.audit.initial import (
 )
 from bncli.batchnorm.audit.rule_definition import Find, Hit, Limits, Rule, Severity, Values
 from bncli.batchnorm.audit.rule_pages import find_page
+from bncli.batchnorm.conventions import PYTORCH
 from bncli.batchnorm.layers import LayerStats
 from bncli.wording import plural
 
@@ -364,7 +365,8 @@ def switched_off(network: Network, limits: Limits) -> Iterator[Hit]:
 def counter_type(network: Network, _: Limits) -> Iterator[Hit]:
     """Any type but int64. No rule computes with a counter that is an average."""
     for index, layer in enumerate(network.layers):
-        if layer.counter_dtype not in (None, torch.int64):
+        # elsewhere a counter has another type by right
+        if layer.counter_dtype not in (None, torch.int64) and layer.convention is PYTORCH:
             name = str(layer.counter_dtype).removeprefix("torch.")
             advice = AVERAGED if layer.weights_were_averaged else None
             severity: Severity = "warning"

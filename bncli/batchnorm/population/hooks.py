@@ -46,8 +46,9 @@ def recording(
     Everything is in eval mode, dropout too, and nothing takes gradients. Layers that were called several
     times for the batch have the pooled moments of all uses; those that were not called are missing. The
     layers named in `by_batch` normalise by batch statistics. With `until`, calls by layer, the pass ends
-    as soon as those calls were made. `forward` computes the model; what it leaves out gives meta tensors, and
-    a RestartError of its own means that the model itself is to compute this batch.
+    as soon as those calls were made. `forward` computes the model; what it leaves out gives meta tensors, as
+    may stand for a whole batch that it knows, and a RestartError of its own means that the model itself is to
+    compute this batch.
 
     BatchNorm is measured where it reads: behind autocast, in the type and shape that it is given. Batch
     statistics are written into the buffers, so that a layer of any kind, SyncBatchNorm on a CPU too, uses
@@ -79,7 +80,7 @@ def recording(
             compute(inputs)
 
     def record(inputs: Tensor) -> dict[str, Moments]:
-        placed = inputs.to(device, non_blocking=True)
+        placed = inputs if inputs.is_meta else inputs.to(device, non_blocking=True)
         try:
             run(forward or model, placed)
         except RestartError:

@@ -120,6 +120,10 @@ def measure_population(
     in the whole data set, so that merging has the bits of a single process. For another precision call
     this inside `torch.autocast`.
 
+    `exact` keeps what modules put out for its later passes: up to 1 GiB in memory, and then in a temporary
+    file of at most half of what is free on the disk of `TMPDIR`, or else of /var/tmp. Where that is not
+    enough, or fails, it computes more. The statistics have the same bits in any case.
+
     `progress` is called after every batch with the number of the pass, the number of passes expected, and
     the images done in this pass.
 

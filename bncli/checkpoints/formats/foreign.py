@@ -16,7 +16,7 @@ from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import Global, walk
 from bncli.checkpoints.formats.tensorflow_bundle import is_table
 
-READ = "bncli reads files of PyTorch and safetensors so far"
+READ = "bncli does not read it"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported
 # for inference, whose BatchNorm is often folded into other layers
 ARRAYS = (
@@ -392,6 +392,7 @@ _NAMES = (
     (".pdparams", Format("a parameter file of Paddle", ARRAYS)),
     (".pdopt", Format("the optimizer's state of Paddle", ARRAYS)),
     (".caffemodel", Format("a network of Caffe", ARRAYS)),
+    (".ckpt.meta", Format("the graph of a TensorFlow checkpoint", GIVE_INDEX)),
     (".tflite", Format("a TensorFlow Lite model", _LITE)),
     (".mnn", Format("a network of MNN", ORIGIN)),
     (".rknn", Format("a network of RKNN", ORIGIN)),

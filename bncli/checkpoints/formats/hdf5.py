@@ -71,10 +71,13 @@ class Hdf5File:
         with errors_of_hdf5():
             self._file = _guarded_file(_Pages(source, start, self._size))
 
-    def attributes(self, path: str) -> dict[str, Any]:
-        """The attributes of a group or array; text as str, lists of text as lists of str."""
+    def attributes(self, node: Any = None) -> dict[str, Any]:
+        """The attributes of a node of `paths()`, or of the top; text as str, lists of text as lists of str.
+
+        By the node, not by its path: pyfive would read all groups on the way once more.
+        """
         with errors_of_hdf5():
-            found = self._file.attrs if path in ("", "/") else self._file[path].attrs
+            found = (self._file if node is None else node).attrs
             return {str(name): _plain(value) for name, value in found.items()}
 
     def paths(self) -> list[tuple[str, Any]]:

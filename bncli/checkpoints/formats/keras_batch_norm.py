@@ -1,6 +1,7 @@
 """A BatchNorm layer as Keras configures it and calls its arrays; and what is collected of a file's layers."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,7 @@ class Found:
     layers: dict[str, Hyperparameters] = field(default_factory=dict)
     ambiguous: list[str] = field(default_factory=list)
     renormalised: list[str] = field(default_factory=list)
+    numbers: Counter[str] = field(default_factory=Counter)  # how often a name was given
 
     def add(
         self,
@@ -75,10 +77,15 @@ class Found:
         layer: LayerConfig | None,
         convention: Convention | None = None,
     ) -> None:
-        """Note a BatchNorm layer whose arrays are known by what they are.
+        """Note a BatchNorm layer whose arrays are known by what they are: `bn`, and `bn#2` if there is one.
 
         `convention` is the layer's own, where something tells another than the file's.
         """
+        self.numbers[name] += 1
+        if self.numbers[name] > 1:
+            name = f"{name}#{self.numbers[name]}"
+        if "weight_or_bias" in roles:
+            self.ambiguous.append(name)
         convention = convention or self.convention
         for role, tensor in roles.items():
             self.tensors[f"{name}.{LEAVES.get(role, role)}"] = _flat(tensor)
@@ -129,15 +136,6 @@ def natural_order(path: str) -> list[tuple[str, int]]:
         name, number = match.groups() if match else (part, None)
         key.append((name, int(number[:9]) if number else 0))
     return key
-
-
-def free_name(name: str, taken: Mapping[str, object]) -> str:
-    """A name that no other layer has: `bn`, `bn#2`, ..."""
-    number, free = 1, name
-    while free in taken:
-        number += 1
-        free = f"{name}#{number}"
-    return free
 
 
 def _flat(tensor: StoredTensor) -> StoredTensor:

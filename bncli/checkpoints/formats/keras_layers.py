@@ -21,7 +21,6 @@ from bncli.checkpoints.formats.keras_batch_norm import (
     STATISTICS,
     Found,
     LayerConfig,
-    free_name,
     is_batch_norm,
     natural_order,
 )
@@ -69,7 +68,7 @@ def _read_vars(
             parent, _, leaf = path.rpartition("/")
             owner, _, last = parent.rpartition("/")
             if path == "vars" or path.endswith("/vars"):
-                own_name = file.attributes(path).get("name")
+                own_name = file.attributes(node).get("name")
                 if isinstance(own_name, str):
                     names[parent] = own_name
             elif (parent == "vars" or last == "vars") and leaf.isdecimal() and len(leaf) < 10:
@@ -79,9 +78,8 @@ def _read_vars(
     if not groups:
         raise ForeignFileError("an HDF5 file, but not one that Keras wrote: it has no layers")
     found = Found(convention or (KERAS_3 if names else KERAS_2_OR_3))
-    order = [path for path in layers if path in groups]
-    order += sorted((path for path in groups if path not in layers), key=natural_order)
-    for path in order:
+    places = {path: place for place, path in enumerate(layers)}
+    for path in sorted(groups, key=lambda path: (_place(path, places), natural_order(path))):
         if path == "optimizer" or path.startswith("optimizer/"):
             continue
         arrays = [groups[path][index] for index in sorted(groups[path])]
@@ -91,10 +89,15 @@ def _read_vars(
         if roles is None:
             found.tensors |= {f"{name}.{index}": tensor for index, tensor in sorted(groups[path].items())}
         else:
-            if "weight_or_bias" in roles:
-                found.ambiguous.append(name)
             found.add(name, roles, layer)
     return found.network()
+
+
+def _place(path: str, places: Mapping[str, int]) -> int:
+    """Where the configuration has a group, or the layer of somebody's class that it is in."""
+    while path and path not in places:
+        path = path.rpartition("/")[0]
+    return places.get(path, len(places))
 
 
 def _roles(
@@ -184,12 +187,12 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
     Raises:
         UnreadableFileError: on damage.
     """
-    top = file.attributes("")
+    top = file.attributes()
     root = "" if "layer_names" in top or "layer_names0" in top else "model_weights"
     nodes = dict(file.paths())
     if root and root not in nodes:
         return None
-    described = file.attributes(root)
+    described = file.attributes(nodes[root]) if root else top
     version = str(top.get("keras_version") or described.get("keras_version") or "")
     found = Found(_convention(version))
     configured = _configured(top.get("model_config"))
@@ -198,7 +201,7 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
         if place not in nodes:
             continue
         arrays: dict[str, dict[str, StoredTensor]] = {}
-        for name in _texts(file.attributes(place), "weight_names"):
+        for name in _texts(file.attributes(nodes[place]), "weight_names"):
             node = nodes.get(f"{place}/{name}")
             tensor = None if node is None else file.tensor(node)
             if tensor is not None:
@@ -208,7 +211,7 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
             own = owner.rpartition("/")[2]
             name = group if own in (group, "") else f"{group}.{own}"
             if is_batch_norm(roles):
-                found.add(free_name(name, found.layers), roles, configured(group, own))
+                found.add(name, roles, configured(group, own))
             else:
                 found.tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in roles.items()}
     return found.network()

@@ -4,7 +4,7 @@ Reference: protobuf.dev, "Encoding". Of a known message the fields are taken by 
 numbers; others are passed over.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bncli.checkpoints.byte_source import UnreadableFileError
 
@@ -57,6 +57,20 @@ def fields(message: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]
         part = data[position : position + size]
         yield number, part if wire == _BYTES else int.from_bytes(part, "little")
         position += size
+
+
+def inside(messages: Iterable[bytes | memoryview], *path: int) -> Iterator[bytes | memoryview]:
+    """The messages inside messages, by the number of the field on each level.
+
+    Raises:
+        UnreadableFileError: when one is no protocol buffer.
+    """
+    if not path:
+        yield from messages
+        return
+    for message in messages:
+        below = (part for number, part in fields(message) if number == path[0] and not isinstance(part, int))
+        yield from inside(below, *path[1:])
 
 
 def text(value: int | memoryview) -> str:

@@ -64,7 +64,7 @@ class Bundle:
         """
         self.entries: dict[str, Entry] = {}
         num_shards = 1
-        for key, value in table_entries(index):
+        for key, value, _ in table_entries(index):
             if not key:
                 num_shards = _num_shards(value)
             elif not key.startswith(b"\0"):  # those are parts of partitioned variables
@@ -114,8 +114,8 @@ def is_index(source: ByteSource) -> bool:
     return is_table(source) and source.read_at(0, 2) == b"\0\0"
 
 
-def table_entries(table: ByteSource) -> Iterator[tuple[bytes, bytes]]:
-    """The keys of a table with their values, in the table's order.
+def table_entries(table: ByteSource) -> Iterator[tuple[bytes, bytes, int]]:
+    """The keys of a table with their values and where those lie, in the table's order.
 
     Raises:
         UnreadableFileError: when it is damaged.
@@ -127,17 +127,17 @@ def table_entries(table: ByteSource) -> Iterator[tuple[bytes, bytes]]:
     place, _ = _handle(footer, position)
     end = 0
     left, num_entries = MAX_KEYS, 0
-    for _, handle in _block(table, *place):
+    for _, handle, _ in _block(table, *place):
         (start, size), _ = _handle(handle, 0)
         if start < end:  # they lie one after another; else few bytes could be read very often
             raise UnreadableFileError(f"{_DAMAGED}: its blocks overlap")
         end = start + size
-        for key, value in _block(table, start, size):
+        for key, value, position in _block(table, start, size):
             left -= len(key)
             num_entries += 1
             if left < 0 or num_entries > MAX_ENTRIES:
                 raise UnreadableFileError(f"{_DAMAGED}: it has far too many keys")
-            yield key, value
+            yield key, value, position
 
 
 def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
@@ -146,7 +146,7 @@ def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
     return (start, size), position
 
 
-def _block(table: ByteSource, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+def _block(table: ByteSource, start: int, size: int) -> Iterator[tuple[bytes, bytes, int]]:
     """The entries of one block, whose keys leave out what they share with the one before."""
     content = table.read_at(start, size + 1)  # a byte behind it tells how it is compressed
     if content[-1] != 0:
@@ -166,7 +166,7 @@ def _block(table: ByteSource, start: int, size: int) -> Iterator[tuple[bytes, by
             raise UnreadableFileError(_DAMAGED)
         key = key[:shared] + content[position : position + added]
         position += added
-        yield key, content[position : position + length]
+        yield key, content[position : position + length], start + position
         position += length
 
 

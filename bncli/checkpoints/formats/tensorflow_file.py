@@ -10,9 +10,10 @@ from collections.abc import Callable
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
-from bncli.checkpoints.formats.protobuf import fields, text
+from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle, is_index
-from bncli.checkpoints.formats.tensorflow_layers import parse_metadata, read_layers
+from bncli.checkpoints.formats.tensorflow_first import FirstFormat, is_first_format
+from bncli.checkpoints.formats.tensorflow_layers import parse_metadata, parse_old_metadata, read_layers
 from bncli.errors import CheckpointError
 
 SAVED_MODEL, KERAS_METADATA, VARIABLES = "saved_model.pb", "keras_metadata.pb", "variables/variables"
@@ -68,18 +69,31 @@ def read_if_tensorflow_folder(folder: Folder) -> tuple[str, ForeignNetwork] | No
 
 def _read(index: ByteSource, prefix: str, open_beside: Open) -> ForeignNetwork:
     """The checkpoint of an open index; `prefix` is its name without `.index`, as `open_beside` knows it."""
-    bundle = Bundle(index, lambda ending: open_beside(f"{prefix}{ending}"))
+    bundle: Bundle | FirstFormat
+    if is_first_format(index):
+        bundle = FirstFormat(index)
+    else:
+        bundle = Bundle(index, lambda ending: open_beside(f"{prefix}{ending}"))
     has_objects = bundle.object_graph() is not None
     configs, order = {}, {}
     if prefix == VARIABLES:
+        saved_model = _open_if_there(open_beside, SAVED_MODEL)
         if has_objects:
-            metadata = _open_if_there(open_beside, KERAS_METADATA)
-            configs = {} if metadata is None else parse_metadata(metadata.read_at(0, metadata.size))
+            configs = _configs(_open_if_there(open_beside, KERAS_METADATA), saved_model)
         else:
-            order = _order(_open_if_there(open_beside, SAVED_MODEL), is_saved_model=True)
+            order = _order(saved_model, is_saved_model=True)
     elif not has_objects:
         order = _order(_open_if_there(open_beside, f"{prefix}.meta"), is_saved_model=False)
     return read_layers(bundle, configs, order)
+
+
+def _configs(metadata: ByteSource | None, saved_model: ByteSource | None) -> dict[int, object]:
+    """What Keras says of its layers, by the number of the object."""
+    if metadata is not None:
+        return parse_metadata(metadata.read_at(0, metadata.size))
+    if saved_model is None or saved_model.size > MAX_READ:
+        return {}
+    return parse_old_metadata(saved_model.read_at(0, saved_model.size))
 
 
 def _open_if_there(open_beside: Open, name: str) -> ByteSource | None:
@@ -93,16 +107,9 @@ def _order(graph: ByteSource | None, *, is_saved_model: bool) -> dict[str, int]:
     """The place of each variable in a graph of TensorFlow 1: its operations are in the order of creation."""
     if graph is None or graph.size > MAX_READ:
         return {}
-    content: list[bytes | memoryview] = [graph.read_at(0, graph.size)]
-    for number in (2, 2, 1) if is_saved_model else (2, 1):  # meta graph, graph, operation
-        content = [
-            part
-            for outer in content
-            for own, part in fields(outer)
-            if own == number and not isinstance(part, int)
-        ]
+    path = (2, 2, 1) if is_saved_model else (2, 1)  # meta graph, graph, operation
     order: dict[str, int] = {}
-    for operation in content:
+    for operation in inside([graph.read_at(0, graph.size)], *path):
         name = kind = ""
         for number, part in fields(operation):
             if number == 1:

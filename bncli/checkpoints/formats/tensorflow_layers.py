@@ -8,9 +8,9 @@ networks, TensorFlow 1) their names tell.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1, Convention
 from bncli.checkpoints.byte_source import UnreadableFileError
@@ -20,19 +20,21 @@ from bncli.checkpoints.formats.keras_batch_norm import (
     RENORM,
     Found,
     LayerConfig,
-    free_name,
     is_batch_norm,
     natural_order,
 )
-from bncli.checkpoints.formats.protobuf import fields, text
+from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle
+from bncli.checkpoints.formats.tensorflow_first import FirstFormat
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 MAX_OBJECTS = 300_000
 MAX_CHILDREN = 3_000_000
 _AVERAGED = "/ExponentialMovingAverage"
 _VALUE = "VARIABLE_VALUE"
+# a place in a list of layers, which says less than a name
+_NUMBERED = re.compile(r"(^|/)(_operations|_layers|layer_with_weights-\d+|layer-\d+|variables)(/|$)")
 
 
 @dataclass
@@ -43,12 +45,10 @@ class Node:
     full_name: str = ""
     key: str = ""  # of the variable's numbers
 
-    def child(self, name: str) -> int | None:
-        """The number of the object that it holds under a name."""
-        return next((number for own, number in self.children if own == name), None)
 
-
-def read_layers(bundle: Bundle, configs: Mapping[int, object], order: Mapping[str, int]) -> ForeignNetwork:
+def read_layers(
+    bundle: Bundle | FirstFormat, configs: Mapping[int, object], order: Mapping[str, int]
+) -> ForeignNetwork:
     """The network of a checkpoint.
 
     Args:
@@ -121,63 +121,100 @@ def _walk(nodes: list[Node]) -> Iterator[int]:
 class _Reader:
     """Goes through the objects of a checkpoint."""
 
-    def __init__(self, bundle: Bundle, nodes: list[Node], configs: Mapping[int, object]) -> None:
+    def __init__(
+        self, bundle: Bundle | FirstFormat, nodes: list[Node], configs: Mapping[int, object]
+    ) -> None:
         self._bundle, self._nodes, self._configs = bundle, nodes, configs
         self._found = Found(_convention_of(nodes))
-        self._taken: set[int] = set()
+        self._notes: list[str] = []
 
     def network(self) -> ForeignNetwork:
         """The layers, then all other variables by their names."""
         walked = list(_walk(self._nodes))
-        for number in walked:
-            self._take_layer(number)
-        self._take_named([number for number in walked if number not in self._taken])
-        return self._found.network()
+        layers = {number: owned for number in walked if (owned := self._owned(number))}
+        owners = Counter(self._owner(owned) for owned in layers.values())
+        for number, owned in layers.items():
+            name = self._owner(owned)
+            if owners[name] > 1:  # of a class of somebody's, whose name stands before all its variables
+                path = self._nodes[owned["moving_mean"]].key.partition("/moving_mean")[0]
+                name = name if _NUMBERED.search(path) else path
+            self._add(number, owned, name)
+        taken = {at for owned in layers.values() for at in owned.values()}
+        self._take_named([number for number in walked if number not in taken])
+        return self._found.network(tuple(self._notes))
 
     def _variable(self, number: int | None) -> StoredTensor | None:
         key = "" if number is None else self._nodes[number].key
         return self._bundle.tensor(key) if key in self._bundle.entries else None
 
-    def _take_layer(self, number: int) -> None:
-        node = self._nodes[number]
-        owned = {leaf: node.child(leaf) for leaf in (*LEAVES, *RENORM)}
+    def _owned(self, number: int) -> dict[str, int]:
+        """The variables of an object that is a layer, by what they are; empty for all else."""
+        children = dict(reversed(self._nodes[number].children))
+        owned = {leaf: children[leaf] for leaf in (*LEAVES, *RENORM) if leaf in children}
         roles = {leaf: tensor for leaf, at in owned.items() if (tensor := self._variable(at)) is not None}
-        if not is_batch_norm(roles):
-            return
-        self._taken |= {at for leaf, at in owned.items() if leaf in roles and at is not None}
-        mean = self._nodes[owned["moving_mean"] or 0]
-        owner = mean.full_name.rpartition("/")[0] or mean.key.partition("/moving_mean")[0]
+        return {leaf: owned[leaf] for leaf in roles} if is_batch_norm(roles) else {}
+
+    def _owner(self, owned: Mapping[str, int]) -> str:
+        mean = self._nodes[owned["moving_mean"]]
+        return mean.full_name.rpartition("/")[0] or mean.key.partition("/moving_mean")[0]
+
+    def _add(self, number: int, owned: Mapping[str, int], name: str) -> None:
+        roles = {leaf: tensor for leaf, at in owned.items() if (tensor := self._variable(at)) is not None}
         config = self._configs.get(number)
         known = LayerConfig.of(config) if isinstance(config, dict) else None
-        convention = KERAS_2 if node.child("axis") is not None else None
-        self._found.add(free_name(_dotted(owner), self._found.layers), roles, known, convention)
+        # only tf.keras 2 keeps the axis as a list, which is an object
+        is_keras_2 = any(own == "axis" for own, _ in self._nodes[number].children)
+        self._found.add(_dotted(name), roles, known, KERAS_2 if is_keras_2 else None)
 
     def _take_named(self, numbers: list[int]) -> None:
-        """Variables that no object owns as a layer does: those of one layer follow one another."""
-        groups: dict[str, dict[str, tuple[int, StoredTensor]]] = {}
+        """Variables that no object owns as a layer does."""
+        variables = []
         for number in numbers:
-            node = self._nodes[number]
-            tensor = self._variable(number)
+            tensor, node = self._variable(number), self._nodes[number]
             if tensor is None:
                 continue
             owner, _, leaf = _without_number(node.full_name or node.key).rpartition("/")
-            if not owner or leaf not in (*LEAVES, *RENORM):
-                name = _without_number(node.full_name)
-                if not name or name in self._found.tensors:
-                    name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
-                self._found.tensors[name] = tensor
+            if owner and leaf in (*LEAVES, *RENORM):
+                variables.append((owner, leaf, tensor))
                 continue
-            name, count = owner, 1
-            while leaf in groups.get(name, {}):  # another layer of the same name
-                count += 1
-                name = f"{owner}#{count}"
-            groups.setdefault(name, {})[leaf] = (number, tensor)
-        for name, parts in groups.items():
-            roles = {leaf: tensor for leaf, (_, tensor) in parts.items()}
+            name = _without_number(node.full_name)
+            if not name or name in self._found.tensors:
+                name = node.key.removesuffix(f"/.ATTRIBUTES/{_VALUE}")
+            self._found.tensors[name] = tensor
+        orphans = set()
+        for owner, roles in _by_owner(variables):
             if is_batch_norm(roles):
-                self._found.add(free_name(_dotted(name), self._found.layers), roles, None)
+                self._found.add(_dotted(owner), roles, None)
             else:
-                self._found.tensors |= {f"{name}/{leaf}": tensor for leaf, tensor in roles.items()}
+                orphans.add(owner)
+                self._found.tensors |= {f"{owner}/{leaf}": tensor for leaf, tensor in roles.items()}
+        lost = [name for name in self._found.layers if name.partition("#")[0].replace(".", "/") in orphans]
+        if lost:
+            self._notes.append(
+                f"{lost[0]}: several layers have this name, and the file does not say whose weight and bias"
+                " are whose"
+            )
+
+
+def _by_owner(
+    variables: list[tuple[str, str, StoredTensor]],
+) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Variables with the layer's name and what they are, by layer.
+
+    Where several layers have one name, those that follow one another belong together: gamma, beta, mean.
+    """
+    ranks = {leaf: rank for rank, leaf in enumerate((*LEAVES, *RENORM))}
+    counts = Counter((owner, leaf) for owner, leaf, _ in variables)
+    repeated = {owner for (owner, _), count in counts.items() if count > 1}
+    groups: dict[tuple[str, int], dict[str, StoredTensor]] = {}
+    place, before, rank = 0, "", 0
+    for owner, leaf, tensor in variables:
+        if owner != before or ranks[leaf] <= rank:
+            place += 1
+        before, rank = owner, ranks[leaf]
+        groups.setdefault((owner, place if owner in repeated else 0), {})[leaf] = tensor
+    for (owner, _), roles in groups.items():
+        yield owner, roles
 
 
 def _convention_of(nodes: list[Node]) -> Convention:
@@ -187,8 +224,8 @@ def _convention_of(nodes: list[Node]) -> Convention:
         return KERAS_2
     if {"_operations", "_losses_override", "call_signature_parameters", "_kernel"} & names:
         return KERAS_3
-    root = nodes[0] if nodes else Node()
-    listed, all_of_them = (root.child(name) for name in ("variables", "_all_variables"))
+    root = dict(nodes[0].children) if nodes else {}
+    listed, all_of_them = root.get("variables"), root.get("_all_variables")
     if listed is not None and all_of_them is not None:
         same = {at for _, at in nodes[listed].children} & {at for _, at in nodes[all_of_them].children}
         return KERAS_2 if same else KERAS_3
@@ -207,7 +244,7 @@ def _dotted(name: str) -> str:
 # ---- TensorFlow 1: names and nothing else
 
 
-def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
+def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> ForeignNetwork:
     found = Found(TENSORFLOW_1)
     groups: dict[str, list[str]] = {}
     for key in bundle.entries:
@@ -245,20 +282,35 @@ def _by_names(bundle: Bundle, order: Mapping[str, int]) -> ForeignNetwork:
     return found.network(tuple(notes))
 
 
-def parse_metadata(content: bytes) -> dict[int, Any]:
-    """What keras_metadata.pb says of each object, by its number.
+def parse_metadata(content: bytes) -> dict[int, object]:
+    """What keras_metadata.pb says of each BatchNorm layer, by the number of its object.
 
     Raises:
         UnreadableFileError: when it is damaged.
     """
-    known: dict[int, Any] = {}
-    for number, part in fields(content):
-        if number != 1 or isinstance(part, int):
-            continue
+    known: dict[int, object] = {}
+    for part in inside([content], 1):
         values = dict(fields(part))
-        metadata = values.get(5)
-        if metadata is not None and not isinstance(metadata, int) and len(known) < MAX_OBJECTS:
-            data = bytes(metadata)
-            if b"moving_mean_initializer" in data:  # all others are not asked for
-                known[_integer(values.get(2, 0))] = parse_json(data)
+        _note_config(known, _integer(values.get(2, 0)), values.get(5))
     return known
+
+
+def parse_old_metadata(saved_model: bytes) -> dict[int, object]:
+    """The same of a saved_model.pb itself, where TensorFlow 2.0 to 2.4 put it.
+
+    Raises:
+        UnreadableFileError: when it is damaged.
+    """
+    known: dict[int, object] = {}
+    for number, node in enumerate(inside([saved_model], 2, 7, 1)):  # meta graph, object graph, object
+        for user_object in inside([node], 4):
+            _note_config(known, number, dict(fields(user_object)).get(3))
+    return known
+
+
+def _note_config(known: dict[int, object], number: int, words: int | memoryview | None) -> None:
+    if words is None or isinstance(words, int) or len(known) >= MAX_OBJECTS:
+        return
+    data = bytes(words)
+    if b"moving_mean_initializer" in data:  # no other layer is asked for
+        known[number] = parse_json(data)

@@ -143,13 +143,14 @@ def bench_eval(
     from bncli.bench import bench_evaluation
     from bncli.cli.tables.bench import show_evaluation_bench
     from bncli.cli.tables.table import print_json
+    from bncli.indexed import pick
 
     overrides = effective_overrides("bench eval", overrides, device=device, data_root=data_root)
     subject = open_subject(checkpoint, overrides, command="bench eval")
     dataset = load_subject_data(subject)
     result = bench_evaluation(
         subject.checkpoint,
-        dataset.test.images,
+        pick(dataset.test, range(len(dataset.test))),
         subject.runtime,
         num_rounds=rounds,
         batch_size=batch_size,

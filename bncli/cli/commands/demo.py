@@ -101,4 +101,4 @@ def _train_subject(overrides: list[str] | None) -> "Subject":
         raise BncliError(f"{problem}; set TMPDIR to a directory that can be written") from None
     with directory as folder, TrainReporter() as reporter:
         result = train(config, Path(folder) / "run", report=reporter, data_progress=reporter.data)
-        return open_subject(result.checkpoint, overrides, command="demo")
+        return open_subject(result.checkpoint, overrides, command="demo", trusted=config.model.name)

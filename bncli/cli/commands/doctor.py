@@ -46,7 +46,8 @@ class Check:
 
 def checks_of_checkpoint(path: Path) -> list[Check]:
     """Whether every part of a checkpoint of bncli is what was saved."""
-    from bncli.checkpoints import check_integrity, load_model
+    from bncli.checkpoints import check_integrity, load_model, recorded_network
+    from bncli.network_name import runs_foreign_code
 
     try:
         found = check_integrity(path)
@@ -71,6 +72,10 @@ def checks_of_checkpoint(path: Path) -> list[Check]:
         checks.append(
             Check("numbers", "ok", f"all numbers of {plural(found.num_tensors, 'tensor')} are finite")
         )
+    name = recorded_network(path)
+    if name is not None and runs_foreign_code(name):
+        how = "eval with --model and this name does it"
+        return [*checks, Check("network", "warning", f"not made: it would run the code of {name}", how)]
     try:
         load_model(path)
         checks.append(Check("network", "ok", "the tensors are those of the stored configuration"))

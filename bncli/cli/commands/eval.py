@@ -208,7 +208,7 @@ def _examine(
     with runtime.autocast(), ProgressReporter() as progress:
         found = examine(
             subject.model,
-            (test.images, test.labels),
+            test,
             training,
             shuffled=lambda: (
                 (runtime.place(images), labels) for images, labels in sample_batches(test, several, len(test))

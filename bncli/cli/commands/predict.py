@@ -32,6 +32,7 @@ from bncli.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
     from bncli.config import DataConfig
+    from bncli.data import Dataset
     from bncli.data.decode import Fit
 
 STDIN = "-"
@@ -116,8 +117,39 @@ def _classes(subject: "Subject") -> _Classes:
     if subject.own is not None:
         data = subject.own.config.data
         return _Classes(subject.own.class_names, _fit(data, subject.own.image_size))
-    dataset = load_subject_data(subject)
-    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.images.shape[-1]))
+    dataset = _with_names_alone(subject) or load_subject_data(subject.with_streamed_data())
+    return _Classes(dataset.class_names, _fit(subject.config.data, dataset.test.image_shape[-1]))
+
+
+def _with_names_alone(subject: "Subject") -> "Dataset | None":
+    """A data set of black images, whose class names need no image; None where more is asked of it."""
+    import torch
+
+    from bncli.cli.named_network import MEASURED, fit_to_data
+    from bncli.config import ImageFolderConfig
+    from bncli.data import Dataset
+    from bncli.data.class_order import read_class_order
+    from bncli.data.imagefolder import TRAIN, class_names, find_splits
+    from bncli.data.user_path import user_path
+    from bncli.determinism.fixed_shape import without_fixed_shape
+    from bncli.indexed import InMemory
+
+    data = subject.config.data
+    if subject.named is None or not isinstance(data, ImageFolderConfig):
+        return None
+    named = subject.named[0]
+    if (named.normalization or named.default_normalization) == MEASURED:
+        return None
+    if data.classes is not None:
+        names = read_class_order(data.classes).names
+    else:
+        root, _ = find_splits(user_path(data.root, "data.root"))
+        names = class_names(root / TRAIN)
+    black = InMemory(torch.zeros((2, 3, data.image_size, data.image_size), dtype=torch.uint8), None)
+    network = without_fixed_shape(subject.model)
+    return fit_to_data(
+        network, named, Dataset("imagefolder", black, black, names), subject.runtime, subject.path
+    )
 
 
 def _fit(data: "DataConfig", image_size: int) -> "Fit":

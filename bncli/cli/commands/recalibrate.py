@@ -26,7 +26,7 @@ from bncli.cli.options import (
     check_writable,
 )
 from bncli.cli.overrides import effective_overrides
-from bncli.errors import BncliError, ConfigError
+from bncli.errors import BncliError, ConfigError, NoClassifierError
 from bncli.wording import list_names
 
 if TYPE_CHECKING:
@@ -104,6 +104,15 @@ def recalibrate_into_file(
             rich_help_panel=COMPUTED,
         ),
     ] = None,
+    no_evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--no-evaluate",
+            help="Do not evaluate before and after: for networks that are no classifiers, and images without"
+            " labels.",
+            rich_help_panel=COMPUTED,
+        ),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -147,8 +156,9 @@ def recalibrate_into_file(
     named = named_network(model, model_args, key, partial, normalization, logits)
     subject = open_subject(checkpoint, overrides, command="recalibrate", named=named)
     if output is not None:
-        _check_container(subject)
-    dataset = load_subject_data(subject)
+        _check_container(subject, layers)
+    evaluate = output is not None and not no_evaluate
+    dataset = _load_data(subject, evaluate=evaluate)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:
         found = _verify(subject, dataset, how, max_error)
@@ -157,7 +167,7 @@ def recalibrate_into_file(
         else:
             show_verification(str(checkpoint), found)
         return 0 if found.self_consistent else 1
-    made = _recalibrate(checkpoint, output, subject, dataset, how)
+    made = _recalibrate(checkpoint, output, subject, dataset, how, evaluate=evaluate)
     verification = None
     if verify:  # the new checkpoint as any other command will see it, on the images that it records
         again = Calibration() if named is None else how
@@ -192,14 +202,30 @@ def _check_options(
     check_writable(output)
 
 
-def _check_container(subject: "Subject") -> None:
-    """Raise before the work begins where the file is of a kind that is not written."""
-    if subject.named is not None and subject.named[1].kind.endswith("index"):
+def _check_container(subject: "Subject", layers: str | None) -> None:
+    """Raise before the work begins where new statistics could not be written into the file."""
+    if subject.named is None:
+        return
+    from bncli.batchnorm.population.selection import select_layers
+    from bncli.checkpoints import check_rewritable, statistics_in_file
+
+    loaded = subject.named[1]
+    if loaded.kind.endswith("index"):
         raise BncliError(f"{subject.path}: an index of several files, which are not written; save it as one")
+    chosen = select_layers(subject.model, layers).layers
+    check_rewritable(subject.path, statistics_in_file(subject.model, loaded, chosen), loaded.key)
+
+
+def _load_data(subject: "Subject", *, evaluate: bool) -> "Dataset":
+    try:
+        return load_subject_data(subject, classifies=evaluate)
+    except NoClassifierError as error:
+        fix = "--no-evaluate recalibrates a network that is no classifier of these images"
+        raise NoClassifierError(f"{error}; {fix}") from None
 
 
 def _recalibrate(
-    path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration"
+    path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration", *, evaluate: bool
 ) -> "RecalibratedNetwork":
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.cli.progress import ProgressReporter
@@ -209,7 +235,13 @@ def _recalibrate(
     with ProgressReporter() as progress:
         if subject.named is not None:
             made = recalibrate_network(
-                subject.model, dataset, subject.runtime, how, eval_batch_size=size, progress=progress
+                subject.model,
+                dataset,
+                subject.runtime,
+                how,
+                eval_batch_size=size,
+                evaluate=evaluate,
+                progress=progress,
             )
             write = bind(_rewrite, subject, subject.named[1], made, output)
         else:
@@ -221,6 +253,7 @@ def _recalibrate(
                 how,
                 source=source,
                 eval_batch_size=size,
+                evaluate=evaluate,
                 progress=progress,
             )
             write = bind(save_checkpoint, own.checkpoint, output)
@@ -275,7 +308,8 @@ def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_erro
 def _reopen(path: Path, subject: "Subject", dataset: "Dataset") -> "Subject":
     """The new checkpoint as any other command will see it."""
     if subject.named is not None:
-        return open_again(subject, path, dataset)
+        return open_again(subject, path, dataset, classifies=False)  # verified, not evaluated
     from bncli.checkpoints import load_checkpoint
 
-    return replace(subject, path=path, own=load_checkpoint(path))
+    name = subject.checkpoint.config.model.name
+    return replace(subject, path=path, own=load_checkpoint(path, model=name))

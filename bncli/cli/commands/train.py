@@ -13,7 +13,7 @@ from bncli.cli.messages import print_note
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
-from bncli.errors import ConfigError, StoppedError
+from bncli.errors import ConfigError, RunError, StoppedError
 
 if TYPE_CHECKING:
     from bncli.config import Config, DataConfig
@@ -77,6 +77,7 @@ def train_config(
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
+    from bncli.config import ConvNetConfig
     from bncli.config_file import load_config
 
     overrides = effective_overrides("train", overrides, device=device, data_root=data_root)
@@ -95,7 +96,9 @@ def train_config(
 
     if resume is not None and followed is not None:
         loaded = _with_recorded_root(resume, followed)
-    effect = describe_large_momentum(loaded.model.batch_norm.momentum)
+    effect = None
+    if isinstance(loaded.model, ConvNetConfig):
+        effect = describe_large_momentum(loaded.model.batch_norm.momentum)
     if effect is not None:
         print_note(
             f"warning: model.batch_norm.momentum: {effect}; in PyTorch momentum is the weight of the new"
@@ -140,6 +143,7 @@ def train_config(
 def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
     """The configuration of a run, but for the places in it: a run directory may come from a stranger."""
     from bncli.config_file import load_config
+    from bncli.network_name import is_inside, runs_foreign_code
     from bncli.recorded_config import follow_run
     from bncli.training.run_dir import find_config
 
@@ -147,6 +151,12 @@ def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
     followed = follow_run(load_config(path), overrides, source=str(path))
     for note in followed.notes.values():
         print_note(note)
+    name = followed.config.model.name
+    if runs_foreign_code(name) and is_inside(name, run_dir) and not followed.is_named("model.name"):
+        raise RunError(
+            f"{path}: its network is made by {name}, code inside the run directory, where `bncli train` puts"
+            f" none; if you trust it: --set {shlex.quote(f'model.name={name}')}"
+        )
     return followed
 
 

@@ -2,7 +2,8 @@
 
 A topic is a Markdown file beside this one, whose heading is its name and what it is about. Its code blocks of
 `sh` hold commands that work as printed where `last.pt` is a checkpoint; those of `python` run. A rule's topic
-is made from its page. Each fits one screen: 22 lines of 80 columns.
+is made from its page. Each fits one screen: 22 lines of 80 columns, without
+the table of frameworks.
 """
 
 import difflib

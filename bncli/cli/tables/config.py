@@ -28,9 +28,15 @@ def explained_keys_text(keys: Sequence[ExplainedKey]) -> str:
     """A paragraph for each key: its name, what is allowed, the default, and the meaning."""
     paragraphs = []
     for key in keys:
-        where = f" ({key.data_set})" if key.data_set else ""
+        kind = key.data_set or key.network
+        where = f" ({kind})" if kind else ""
+        default = (
+            ""
+            if key.default is None and "null" not in key.allowed
+            else f"; default {dump_value(key.default)}"
+        )
         lines = [
-            *wrapped(f"{key.key}{where}: {key.allowed}; default {dump_value(key.default)}", MAX_WIDTH),
+            *wrapped(f"{key.key}{where}: {key.allowed}{default}", MAX_WIDTH),
             *wrapped(key.meaning, MAX_WIDTH, first="  "),
         ]
         paragraphs.append("\n".join(lines))

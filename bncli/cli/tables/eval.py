@@ -98,6 +98,8 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     console.print(
         f"accuracy {evaluation.accuracy:.2%} of {num_test} in eval mode (loss {evaluation.loss:.4f})"
     )
+    if found.is_confident_at_chance:
+        print_wrapped(console, _chance_notice(report), style="bold")
     if (tta := found.tta) is not None:
         console.print(
             f"accuracy {tta.accuracy:.2%} averaged over {tta.num_views} views of each image"
@@ -133,6 +135,21 @@ def _show_answer(console: Console, report: EvalReport) -> None:
     if not certificate.deterministic and certificate.num_batch_norm_layers:
         command = f"bncli inspect-stats {one_line(report.checkpoint)}"
         console.print(f"What is wrong with its BatchNorm layers: {command}")
+
+
+def _chance_notice(report: EvalReport) -> str:
+    """Likely reasons, the likeliest first; a checkpoint of `bncli train` records classes and pixels."""
+    likely = "Likely: its running statistics are wrong (bncli inspect-stats, bncli eval --gap)"
+    if report.network:
+        likely = (
+            "Likely causes, in order: its classes are in another order than those of the images"
+            " (data.classes); pixels are normalised otherwise than in training (--normalization); its"
+            " running statistics are wrong (bncli inspect-stats, bncli eval --gap)"
+        )
+    return (
+        f"That is chance ({report.found.chance:.2%}), yet the network is sure of its answers"
+        f" (mean top probability {report.found.evaluation.confidence:.0%}). {likely}."
+    )
 
 
 def _notes(certificate: Certificate) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bncli.batchnorm.population.selection import by_reason
 from bncli.cli.messages import after_epoch
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import (
@@ -61,16 +62,19 @@ def show_recalibrate(report: RecalibrateReport) -> None:
         "checkpoint": f"{report.input}{after_epoch(report.epoch)}, unchanged",
         "new": report.output,
         "method": measured,
-        "test split": f"{plural(made.difference.num_images, 'image')} in eval mode",
+        "test split": "not evaluated"
+        if made.scores is None
+        else f"{plural(made.scores.difference.num_images, 'image')} in eval mode",
         "runtime": runtime_line(report.runtime),
     }
     show_lines(console, lines)
     console.print()
-    table = table_of(None, "", "accuracy", "loss", left=1)
-    for when, score in (("before", made.before), ("after", made.after)):
-        table.add_row(when, f"{score.accuracy:.2%}", f"{score.loss:.4f}")
-    console.print(table)
-    console.print()
+    if made.scores is not None:
+        table = table_of(None, "", "accuracy", "loss", left=1)
+        for when, score in (("before", made.scores.before), ("after", made.scores.after)):
+            table.add_row(when, f"{score.accuracy:.2%}", f"{score.loss:.4f}")
+        console.print(table)
+        console.print()
     console.print("How far the old statistics were off", style="bold")
     columns = {
         "mean shift": [number(layer.mean_shift_in_new_deviations) for layer in done.layers],
@@ -87,12 +91,12 @@ def show_recalibrate(report: RecalibrateReport) -> None:
         "standard error": "uncertainty of the new mean from these images, in standard deviations",
     }
     show_lines(console, {name: text for name, text in meanings.items() if name in columns})
-    for one in done.skipped:
-        print_wrapped(console, f"left unchanged: {one.name} {one.reason}")
+    for sentence in by_reason(done.skipped):
+        print_wrapped(console, f"left unchanged: {sentence}")
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
-    _show_verdict(console, made.difference.verdict)
+    _show_verdict(console, made.verdict)
 
 
 def verification_document(checkpoint: str, found: Verification) -> dict[str, Any]:

@@ -69,6 +69,8 @@ def show_training(result: "TrainResult") -> None:
     width = max(map(len, numbers))
     for key, value in files.items():
         _print_whole(console, f"{key:<{width}}  ", value)
+    if result.num_batch_norm_layers == 0:
+        print_wrapped(console, "The network has no BatchNorm layers: there is nothing to inspect in it.")
     if result.agreement is not None:
         _show_agreement(console, result.agreement, result.checkpoint)
 

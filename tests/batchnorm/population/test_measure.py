@@ -379,7 +379,7 @@ def test_resnet18_costs_a_few_forward_passes_for_20_layers(trials: dict[Restarts
     assert result.num_passes == 17  # 20 layers, of which 3 shortcuts share a pass
     assert len(result.layers) == 20
     (tried,) = trials.values()
-    assert 2 < result.forward_passes - tried / 40 < 3.2
+    assert 1.4 < result.forward_passes - tried / 40 < 1.7  # 0.5 is the first look
     really = (count() - one_pass) / one_pass
     assert result.forward_passes - 0.1 < really < result.forward_passes + 0.1
     assert max(one.max_relative_error for one in verify_fixed_point(model, data.split([20, 19, 1]))) < 1e-6

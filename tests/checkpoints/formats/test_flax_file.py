@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from bncli.batchnorm.conventions import FLAX
+from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError, NoBatchNormError
 from tests.checkpoints.formats.corpus import (
     FILES,
@@ -138,6 +139,8 @@ def test_parameters_are_found_beside_the_statistics_and_around_them(tmp_path: Pa
     path.write_bytes(tree(params={"bn": {"scale": array(np.ones(4, "f4"))}}, batch_stats={"bn": STATISTICS}))
     (layer,) = opened(path)[1]
     assert layer.weight is None  # of another length: not its own
+    with open_checkpoint(path) as checkpoint:
+        assert "params.bn.scale" in checkpoint.tensors
 
 
 def test_two_networks_in_a_file_keep_their_names_apart(tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_a_changed_file_is_refused_or_read(tmp_path: Path, file: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ANSWERS)
+@pytest.mark.parametrize("file", ["sorted.msgpack", "chunked.msgpack"])
 def test_many_changed_files_are_refused_or_read(tmp_path: Path, file: str) -> None:
     assert mutations(tmp_path, FOLDER / file, 500) > 20
 

@@ -67,7 +67,10 @@ def test_output_goes_to_a_new_file_only(bncli: Bncli, tmp_path: Path) -> None:
 
 def test_a_key_is_explained_with_its_range_and_default(bncli: Bncli) -> None:
     outcome = bncli("config", "momentum")
-    assert "model.batch_norm.momentum: number, at least 0, at most 1, or null; default 0.1\n" in outcome.out
+    assert (
+        "model.batch_norm.momentum (convnet): number, at least 0, at most 1, or null;\ndefault 0.1\n"
+        in outcome.out
+    )
     assert "train.momentum: number, at least 0, below 1; default 0.9\n" in outcome.out
     (key,) = bncli("config", "train.epochs", "--json").json["keys"]
     assert (key["key"], key["default"]) == ("train.epochs", 5)

@@ -38,7 +38,7 @@ class Answers(nn.Module):
         self.net = make()
 
     def forward(self, images):
-        return {"logits": self.net(images)}
+        return {"scores": self.net(images)}
 
 
 def twice():
@@ -215,6 +215,7 @@ def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, da
     known = {
         "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         "half": ((0.5,) * 3, (0.5,) * 3),
+        "none": ((0.0,) * 3, (1.0,) * 3),
         "measured": (images.mean((0, 2, 3)).tolist(), images.std((0, 2, 3), correction=0).tolist()),
     }
     for name, (mean, std) in known.items():
@@ -229,7 +230,7 @@ def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, da
     for wrong in ("imagnet", "0.5/0.5", "1,2,3/4,5,6", "0,0,0/0,1,1", "nan,0,0/1,1,1"):
         outcome = bncli(*command, "--normalization", wrong)
         assert (outcome.code, outcome.out) == (2, "")
-        assert "--normalization: expected imagenet, half, measured, or means" in outcome.err
+        assert "--normalization: expected imagenet, half, none, measured, or means" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, da
         ),
         (
             ("--model", "net.py:Answers"),
-            "model net.py:Answers: expected logits of shape (N, classes), found dict",
+            "model net.py:Answers: expected logits of shape (N, classes), found a dict with scores; --logits",
         ),
         (
             ("--model", "net.py:make", "--model-arg", "num_classes=7"),

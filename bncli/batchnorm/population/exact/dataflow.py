@@ -6,15 +6,16 @@ outputs. Where in doubt the answer is "depends", which costs a pass and is never
 storage share their sources, and once a value leaves the tensors (`.item()`, a comparison in an `if`)
 everything after it depends on it. What is not seen: data that leave through `.numpy()` or `.tolist()`.
 
-The same look finds cuts: ends of a module's call after which nothing of what was computed before is taken
-but that call's output. Whoever has kept that output can start there (`restart.py`).
+The same look finds cuts: moments at which all that is still going to be taken are outputs of modules' calls:
+in a residual block, what went into the block and the latest convolution's output. Whoever has kept those can
+start there (`restart.py`).
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from math import inf
 from typing import Any
 
@@ -42,14 +43,34 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """A call of a module that divides a forward pass: what follows takes only its output, a tensor."""
+class Value:
+    """What a module's call returned, one tensor, as it was then."""
 
     module: str
     number: int  # of this call among the module's, from 0
+    bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The end of a module's call that divides a forward pass: what follows takes only these values."""
+
+    module: str
+    number: int  # of this call among the module's, from 0
+    values: tuple[Value, ...]  # in order of execution
+    next_uses: tuple[float, ...]  # the cost of everything computed before each is taken next
     num_layer_calls: int  # calls of BatchNorm layers before the end of this one
     cost: float  # of everything computed up to its end, as a fraction of the whole forward pass
-    bytes_per_image: float  # of its output
+
+    @property
+    def bytes_per_image(self) -> float:
+        """Of all values."""
+        return sum(value.bytes_per_image for value in self.values)
+
+    def needed(self, until: float) -> tuple[Value, ...]:
+        """The values that are taken before so much is computed."""
+        uses = zip(self.values, self.next_uses, strict=True)
+        return tuple(value for value, next_use in uses if next_use <= until)
 
 
 @dataclass(frozen=True)
@@ -58,6 +79,8 @@ class DataFlow:
 
     calls: tuple[Call, ...]
     cuts: tuple[Cut, ...]
+    cost_per_image: float  # of the whole forward pass, counted as `trace_flow` says
+    input_bytes_per_image: float
 
 
 def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm]) -> DataFlow:
@@ -76,28 +99,46 @@ def trace_flow(model: nn.Module, inputs: Tensor, layers: Mapping[str, _BatchNorm
             model(inputs)
     whole = max(flow.cost, 1.0)
     calls = tuple(Call(name, sources, cost / whole) for name, sources, cost in made)
-    spans, num_live = flow.all_spans(), flow.num_live()
-    cuts = []
-    for end in ends:
-        alone = num_live[end.time] == 1 and any(
-            span.storage == end.storage and span.crosses(end.time) for span in spans
+    cuts = tuple(_cuts(flow, ends, whole, len(inputs)))
+    return DataFlow(calls, cuts, whole / len(inputs), inputs.nbytes / len(inputs))
+
+
+def _cuts(flow: "_Flow", ends: Sequence["_CallEnd"], whole: float, num_images: int) -> Iterator[Cut]:
+    spans = flow.all_spans()
+    by_storage: dict[int, list[_CallEnd]] = {}
+    for end, following in zip_longest(ends, ends[1:]):
+        if end.time >= flow.left_at:
+            return
+        if end.storage is not None:
+            by_storage.setdefault(end.storage, []).append(end)
+        if following is not None and following.time == end.time:
+            continue  # the same moment
+        live = [span for span in spans if span.crosses(end.time)]
+        made = [span.made_by(by_storage.get(span.storage, ()), end.time) for span in live]
+        found = [(one, span) for one, span in zip(made, live, strict=True) if one is not None]
+        if len(found) < len(live) or not live:
+            continue
+        found.sort(key=lambda pair: pair[0].time)
+        yield Cut(
+            end.module,
+            end.number,
+            tuple(Value(one.module, one.number, one.num_bytes / num_images) for one, _ in found),
+            tuple(span.next_use(end.time) / whole for _, span in found),
+            end.num_layer_calls,
+            end.cost / whole,
         )
-        if alone and end.time < flow.left_at:
-            size = end.num_bytes / len(inputs)
-            cuts.append(Cut(end.module, end.number, end.num_layer_calls, end.cost / whole, size))
-    return DataFlow(calls, tuple(cuts))
 
 
 @dataclass(frozen=True)
 class _CallEnd:
-    """The end of a module's call that returned one tensor."""
+    """The end of a module's call."""
 
     module: str
     number: int
     num_layer_calls: int
     cost: float
     time: int  # operations so far
-    storage: int
+    storage: int | None  # of what it returned, if that was one tensor
     num_bytes: int
 
 
@@ -109,15 +150,13 @@ def _call_ends(
     handles = []
 
     def note(name: str) -> Callable[..., None]:
-        def after(_module: nn.Module, _args: object, output: object) -> None:
+        def after(_module: nn.Module, _args: object, output: Any) -> None:
             number = num_calls[name]
             num_calls[name] += 1
-            if type(output) is not Tensor:
-                return
-            storage = _storage(output)
-            if storage is not None:
-                num_bytes = output.numel() * output.element_size()
-                ends.append(_CallEnd(name, number, len(made), flow.cost, flow.time, storage, num_bytes))
+            is_tensor = type(output) is Tensor
+            storage = _storage(output) if is_tensor else None
+            num_bytes = output.numel() * output.element_size() if is_tensor else 0
+            ends.append(_CallEnd(name, number, len(made), flow.cost, flow.time, storage, num_bytes))
 
         return after
 
@@ -162,10 +201,21 @@ class _Span:
     storage: int
     first: int
     last: int
+    writes: list[int] = field(default_factory=list)  # the operations that wrote to it later on
+    uses: list[tuple[int, float]] = field(default_factory=list)  # what took it, and the cost before that
 
     def crosses(self, time: int) -> bool:
         """Whether something after that many operations takes what was there before."""
         return self.first <= time < self.last
+
+    def made_by(self, ends: Sequence[_CallEnd], time: int) -> _CallEnd | None:
+        """The first of these calls that returned what was there at that time."""
+        since = max([self.first, *(one for one in self.writes if one <= time)])
+        return next((end for end in ends if end.time >= since), None)
+
+    def next_use(self, time: int) -> float:
+        """The cost of everything before it is taken after that time."""
+        return next(cost for one, cost in self.uses if one > time)
 
 
 class _Flow(TorchDispatchMode):
@@ -188,14 +238,6 @@ class _Flow(TorchDispatchMode):
     def all_spans(self) -> list[_Span]:
         """Of every storage that was made or written to."""
         return [*self._ended, *self._spans.values()]
-
-    def num_live(self) -> list[int]:
-        """After every operation, from none: how many storages cross to what follows."""
-        changes = [0] * (self.time + 2)
-        for span in self.all_spans():
-            changes[span.first] += 1
-            changes[span.last] -= 1
-        return list(accumulate(changes))
 
     def sources_of(self, values: object) -> frozenset[str]:
         """The layers that any tensor in there was made from."""
@@ -232,7 +274,11 @@ class _Flow(TorchDispatchMode):
         if func._schema.is_mutable:
             for value in inputs:
                 self._put(value, sources)
-                if _storage(value) not in self._spans:  # a constant that is none
+            for value in _written(func, args, kwargs):
+                storage = _storage(value)
+                if storage in self._spans:
+                    self._spans[storage].writes.append(self.time)
+                else:  # a constant that is none
                     self._begin_span(value)
         self.cost += self._cost_of(func, args, kwargs, output)
         return output
@@ -250,6 +296,7 @@ class _Flow(TorchDispatchMode):
         for storage in storages:
             if storage in self._spans:
                 self._spans[storage].last = self.time
+                self._spans[storage].uses.append((self.time, self.cost))
 
     def _put(self, tensor: Tensor, sources: frozenset[str]) -> None:
         storage = _storage(tensor)
@@ -266,6 +313,14 @@ class _Flow(TorchDispatchMode):
         if func.is_view:
             return 0.0
         return float(sum(value.numel() for value in tree_leaves(output) if isinstance(value, Tensor)))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes to."""
+    given = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
+    aliases = {one.name: one.alias_info for one in func._schema.arguments}
+    written = [value for name, value in given.items() if aliases[name] and aliases[name].is_write]
+    return [value for value in tree_leaves(written) if isinstance(value, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int | None:

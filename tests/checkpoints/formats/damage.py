@@ -1,0 +1,63 @@
+"""Damage files and see that reading them ends soon, with a CheckpointError or a result and nothing else."""
+
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bncli.checkpoints import open_checkpoint
+from bncli.errors import CheckpointError
+
+SECONDS = 10  # a sound file of the corpus takes a tenth of one
+
+
+class TooSlowError(BaseException):
+    """No Exception, so that no reader takes it for damage of the file."""
+
+
+@contextmanager
+def time_limit(seconds: int = SECONDS) -> Iterator[None]:
+    """Raise where it takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TooSlowError(f"more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def read_or_refuse(source: Path) -> str | None:
+    """What is said instead of reading it; all else but a CheckpointError is a fault of ours."""
+    with time_limit():
+        try:
+            with open_checkpoint(source) as checkpoint:
+                checkpoint.layers()
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            return str(error)
+    return None
+
+
+def cuts(content: bytes) -> Iterator[bytes]:
+    """Every twentieth of it, from the beginning."""
+    for part in range(20):
+        yield content[: len(content) * part // 20]
+
+
+def flips(content: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """With 1 to 8 other bytes, half of them among the first 4 KiB, where what describes the rest lies."""
+    generator = random.Random(seed)
+    for _ in range(count):
+        damaged = bytearray(content)
+        for _ in range(generator.randint(1, 8)):
+            end = min(len(content), 4096) if generator.random() < 0.5 else len(content)
+            damaged[generator.randrange(end)] = generator.choice(
+                (0, 1, 127, 128, 255, generator.randrange(256))
+            )
+        yield bytes(damaged)

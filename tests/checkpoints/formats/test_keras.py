@@ -1,0 +1,56 @@
+"""Files of Keras 3 and tf.keras 2, compared with what Keras says of them (tests/frameworks/make_*.py)."""
+
+import pytest
+
+from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
+from tests.checkpoints.formats.framework_corpus import (
+    Corpus,
+    check_output,
+    check_values,
+    file_names,
+    pair,
+    unpack,
+)
+
+FRAMEWORKS = ("keras", "tf_keras")
+FILES = [(framework, name) for framework in FRAMEWORKS for name in file_names(framework)]
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
+    return {framework: unpack(framework, tmp_path_factory.mktemp(framework)) for framework in FRAMEWORKS}
+
+
+@pytest.mark.parametrize(("framework", "name"), FILES)
+def test_arrays_are_those_of_keras_bit_for_bit(corpora: dict[str, Corpus], framework: str, name: str) -> None:
+    corpus = corpora[framework]
+    checkpoint, layers = corpus.open(name)
+    for layer, answer in pair(layers, corpus.answers(name)):
+        if corpus.files[name].get("ambiguous") and ("gamma" in answer) != ("beta" in answer):
+            assert (layer.weight, layer.bias) == (None, None)
+            assert layer.name in " ".join(checkpoint.notes)
+            continue
+        check_values(layer, answer)
+        check_output(layer, answer, eps=answer["epsilon"])
+
+
+@pytest.mark.parametrize(("framework", "name"), FILES)
+def test_order_names_and_hyperparameters_are_those_of_keras_where_the_file_has_them(
+    corpora: dict[str, Corpus], framework: str, name: str
+) -> None:
+    corpus = corpora[framework]
+    told = corpus.files[name]
+    _, layers = corpus.open(name)
+    pairs = pair(layers, corpus.answers(name))
+    if told["ordered"]:
+        assert [layer.name for layer in layers] == [layer.name for layer, _ in pairs]
+    for layer, answer in pairs:
+        if told["named"]:
+            assert layer.name.rpartition(".")[2].partition("#")[0] == answer["name"]
+        if told["configured"]:
+            assert layer.eps == answer["epsilon"]
+            assert layer.momentum == pytest.approx(1 - answer["momentum"], abs=1e-12)
+        elif layer.eps is not None:  # those of somebody's class may not be described, others are
+            assert layer.eps == answer["epsilon"]
+        ours = (KERAS_3, KERAS_2_OR_3) if framework == "keras" else (KERAS_2, KERAS_2_OR_3, TENSORFLOW_1)
+        assert layer.convention in ours

@@ -1,0 +1,111 @@
+"""What TensorFlow's checkpoints make hard: which file is meant, whose a variable is, what is in no file."""
+
+import struct
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from bncli.checkpoints import open_checkpoint
+from bncli.checkpoints.byte_source import open_source
+from bncli.checkpoints.formats.tensorflow_bundle import table_entries
+from tests.checkpoints.formats.framework_corpus import Corpus, unpack
+from tests.checkpoints.formats.test_damaged_keras import HEADER, block, entry, table
+from tests.conftest import Bncli
+
+
+@pytest.fixture(scope="module")
+def keras_2(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return unpack("tf_keras", tmp_path_factory.mktemp("tf_keras"))
+
+
+@pytest.fixture(scope="module")
+def keras_3(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return unpack("keras", tmp_path_factory.mktemp("keras"))
+
+
+def test_a_checkpoint_is_found_by_directory_index_and_prefix_alike(keras_3: Corpus) -> None:
+    means = set()
+    for name in ("checkpoints", "checkpoints/ck-1.index", "checkpoints/ck-1"):
+        _, layers = keras_3.open(name)
+        means.add(str([layer.running_mean for layer in layers]))
+    assert len(means) == 1
+
+
+def test_a_saved_model_is_found_by_directory_and_by_its_pb(keras_2: Corpus) -> None:
+    for name in ("nested_saved", "nested_saved/saved_model.pb"):
+        checkpoint, layers = keras_2.open(name)
+        assert checkpoint.kind == "tensorflow savedmodel"
+        assert {layer.eps for layer in layers} == {0.02, 1e-3, 0.03}  # from keras_metadata.pb
+
+
+def test_a_saved_model_at_a_url_is_read_with_the_files_beside_it(keras_2: Corpus) -> None:
+    folder = keras_2.folder / "nested_saved"
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with fsspec.open(f"memory://saved/{path.relative_to(folder).as_posix()}", "wb") as file:
+                file.write(path.read_bytes())
+    with open_checkpoint("memory://saved/saved_model.pb") as checkpoint:
+        assert [layer.eps for layer in checkpoint.layers()] == [0.02, 1e-3, 0.03]
+
+
+def test_gamma_under_the_optimizers_keys_is_the_layers(keras_3: Corpus) -> None:
+    """The corpus has that trap: after fit, gamma of the nested layer has no key of the layer's."""
+    with open_source(str(keras_3.folder / "checkpoints" / "ck-1.index")) as index:
+        keys = [key.decode() for key, _, _ in table_entries(index)]
+    assert sum("_operations" in key and "/moving_mean/" in key for key in keys) == 5
+    assert sum("_operations" in key and "/gamma/" in key for key in keys) < 5
+    _, layers = keras_3.open("checkpoints/ck-1.index")
+    assert all(layer.weight is not None for layer in layers)
+
+
+def test_exported_variables_are_stored_twice_and_read_once(keras_3: Corpus) -> None:
+    with open_source(str(keras_3.folder / "nested_export" / "variables" / "variables.index")) as index:
+        keys = [key.decode() for key, _, _ in table_entries(index)]
+    assert sum(key.startswith("_all_variables/") for key in keys) == sum(
+        key.startswith("variables/") for key in keys
+    )
+    checkpoint, layers = keras_3.open("nested_export")
+    assert len(layers) == len({layer.name for layer in layers}) == 5
+    assert len(checkpoint.tensors) == sum(key.startswith("variables/") for key in keys)
+
+
+def test_numbers_may_lie_in_several_files(keras_2: Corpus) -> None:
+    files = sorted(path.name for path in (keras_2.folder / "v1_sharded").glob("*.data-*"))
+    assert files == ["model.ckpt.data-00000-of-00002", "model.ckpt.data-00001-of-00002"]
+    (keras_2.folder / "v1_sharded" / files[1]).rename(keras_2.folder / "away")
+    with pytest.raises(Exception, match=files[1]):
+        keras_2.open("v1_sharded/model.ckpt.index")
+    (keras_2.folder / "away").rename(keras_2.folder / "v1_sharded" / files[1])
+
+
+def test_the_order_of_tensorflow_1_is_that_of_its_graph(keras_2: Corpus, tmp_path: Path) -> None:
+    _, layers = keras_2.open("v1/model.ckpt")
+    assert [layer.name for layer in layers] == ["zz", "block/a_10", "block/a_2"]  # as they were made
+    for path in (keras_2.folder / "v1").glob("model.ckpt.[id]*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open_checkpoint(tmp_path / "model.ckpt.index") as checkpoint:  # without the graph
+        assert checkpoint.layer_names == ("block/a_2", "block/a_10", "zz")
+        assert "in the order of their names" in checkpoint.notes[0]
+
+
+def test_a_moving_average_beside_the_arrays_is_told(tmp_path: Path) -> None:
+    leaves = ("beta", "gamma", "moving_mean", "moving_variance")
+    keys = [f"bn/{leaf}{end}".encode() for leaf in leaves for end in ("", "/ExponentialMovingAverage")]
+    (tmp_path / "m.index").write_bytes(
+        table(block([HEADER, *((0, key, entry(8, 2, offset=8 * place)) for place, key in enumerate(keys))]))
+    )
+    numbers = struct.pack("<16f", *range(1, 17))
+    (tmp_path / "m.data-00000-of-00001").write_bytes(numbers)
+    with open_checkpoint(tmp_path / "m.index") as checkpoint:
+        (layer,) = checkpoint.layers()
+    assert layer.running_mean is not None
+    assert layer.running_mean.tolist() == [9, 10]
+    assert any("4 of these arrays have a moving average" in note for note in checkpoint.notes)
+
+
+def test_what_no_file_of_the_checkpoint_has_is_said_to_be_unknown(bncli: Bncli, keras_3: Corpus) -> None:
+    outcome = bncli("inspect-stats", keras_3.folder / "checkpoints", "--json")
+    assert outcome.code in (0, 1)
+    assert "momentum" in bncli("inspect-stats", keras_3.folder / "checkpoints").out
+    assert all(layer["eps"] is None for layer in outcome.json["layers"])

@@ -1,0 +1,173 @@
+"""`bncli convert` and `bncli compare` on files of Keras, with Keras' own answers as the oracle."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.checkpoints.formats.framework_corpus import Corpus, unpack
+from tests.conftest import Bncli
+
+
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return unpack("keras", tmp_path_factory.mktemp("keras"))
+
+
+def loaded(path: Path, name: str, answer: dict[str, object]) -> nn.BatchNorm1d:
+    """The layer, loaded strictly into PyTorch's own."""
+    state = torch.load(path, weights_only=True)
+    own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    layer = nn.BatchNorm1d(
+        len(own["running_mean"]), eps=float(str(answer["epsilon"])), affine="weight" in own
+    )
+    layer.load_state_dict(own)
+    return layer
+
+
+def test_what_is_written_is_what_keras_says(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
+    outcome = bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt", "--json")
+    assert outcome.code == 0, outcome.err
+    written = {layer["name"]: layer for layer in json.loads(outcome.out)["layers"]}
+    for answer in keras.answers("flat.keras"):
+        layer = loaded(tmp_path / "new.pt", str(answer["name"]), answer)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        assert layer.running_mean.tolist() == pytest.approx(answer["moving_mean"], rel=1e-6)
+        assert layer.running_var.tolist() == pytest.approx(answer["moving_variance"], rel=1e-6)
+        told = written[answer["name"]]
+        assert told["momentum"] == pytest.approx(1 - answer["momentum"])
+        assert told["eps"] == pytest.approx(answer["epsilon"])
+        assert (1 - told["momentum"]) ** told["num_batches_tracked"] <= 1e-3
+
+
+def test_a_counter_keeps_the_statistics_from_being_wiped(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
+    assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
+    answer = keras.answers("flat.keras")[0]
+    layer = loaded(tmp_path / "new.pt", str(answer["name"]), answer)
+    layer.momentum = None
+    assert layer.running_mean is not None
+    before = layer.running_mean.clone()
+    layer(torch.randn(16, len(before)) + 100)
+    assert bool(((layer.running_mean - before).abs() < 10).all())
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_other_containers_hold_the_same(bncli: Bncli, keras: Corpus, tmp_path: Path, suffix: str) -> None:
+    for name in ("new.pt", f"new.{suffix}"):
+        assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / name).code == 0
+    state = torch.load(tmp_path / "new.pt", weights_only=True)
+    if suffix == "npz":
+        with np.load(tmp_path / "new.npz") as archive:
+            other = {name: torch.from_numpy(archive[name]) for name in archive.files}
+    else:
+        from safetensors.torch import load_file
+
+        other = load_file(tmp_path / "new.safetensors")
+    assert other.keys() == state.keys()
+    assert all(torch.equal(other[name], state[name]) for name in state)
+
+
+def test_variances_are_corrected_by_a_stated_n(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("corrected", ("--values-per-channel", "8"))):
+        assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / f"{name}.pt", *more).code == 0
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("plain", "corrected"))
+    for name, value in one.items():
+        factor = 8 / 7 if name.endswith("running_var") else 1
+        torch.testing.assert_close(two[name], value * factor if factor != 1 else value)
+    outcome = bncli("compare", tmp_path / "plain.pt", tmp_path / "corrected.pt")
+    assert outcome.code == 1
+    assert "with n = 8 values per channel" in " ".join(outcome.out.split())
+
+
+def test_compare_finds_the_same_layers_across_frameworks(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
+    assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
+    outcome = bncli("compare", keras.folder / "flat.keras", tmp_path / "new.pt")
+    text = " ".join(outcome.out.split())
+    assert outcome.code == 0, outcome.out
+    assert "The same in Keras 3 and PyTorch" in text
+    assert "(assumed) in the second: with equal statistics, outputs differ by up to" in text
+
+
+def test_compare_names_each_mistake_of_a_conversion(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
+    assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
+    state = torch.load(tmp_path / "new.pt", weights_only=True)
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+    wrong = {f"other.{key}": value for key, value in state.items() if not key.startswith(f"{names[2]}.")}
+    first, second = f"other.{names[0]}", f"other.{names[1]}"
+    wrong[f"{first}.running_mean"], wrong[f"{first}.running_var"] = (
+        wrong[f"{first}.running_var"], wrong[f"{first}.running_mean"],
+    )  # fmt: skip
+    wrong[f"{second}.running_var"] = wrong[f"{second}.running_var"] * (64 / 63)
+    torch.save(wrong, tmp_path / "wrong.pt")
+    outcome = bncli("compare", keras.folder / "flat.keras", tmp_path / "wrong.pt", "--json")
+    assert outcome.code == 1
+    found = json.loads(outcome.out)
+    kinds = {layer["name"]: layer["relation"] for layer in found["layers"]}
+    assert found["matched_by"] == "values"
+    assert found["only_in_first"] == [names[2]]
+    assert kinds[names[0]] == "swapped"
+    assert kinds[names[1]] == "bessel"
+    assert {kind for name, kind in kinds.items() if name not in names[:2]} == {"equal"}
+
+
+def test_what_is_assumed_is_taken_only_where_the_file_is_silent(bncli: Bncli, keras: Corpus) -> None:
+    for name, momentum, eps in (("flat.weights.h5", 0.25, 0.5), ("flat.keras", 0.1, 0.01)):
+        outcome = bncli(
+            "inspect-stats", keras.folder / name, "--assume", "momentum=0.25,eps=0.5", "--json",
+            "--fail-on", "never",
+        )  # fmt: skip
+        first = json.loads(outcome.out)["layers"][0]
+        assert (first["momentum"], first["eps"]) == pytest.approx((momentum, eps))
+        assert first["framework"] == "Keras 3"
+        assert first["variance"] == "biased"
+
+
+@pytest.mark.parametrize("text", ["eps", "eps=0", "momentum=2", "decay=0.1", "eps=nan"])
+def test_assumptions_that_cannot_be_are_refused(bncli: Bncli, keras: Corpus, text: str) -> None:
+    outcome = bncli("inspect-stats", keras.folder / "flat.keras", "--assume", text)
+    assert outcome.code == 2
+    assert outcome.err.startswith("bncli: error: --assume: expected")
+
+
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(
+    bncli: Bncli, keras: Corpus, tmp_path: Path
+) -> None:
+    source, new = keras.folder / "flat.keras", tmp_path / "new.pt"
+    cases = {
+        "says what to write": ["convert", source, "-o", tmp_path / "new.onnx"],
+        "has a weight or a bias, and": ["convert", keras.folder / "flat.weights.h5", "-o", new],
+        "are not those of torchvision:resnet18": [
+            "convert", source, "-o", new, "--model", "torchvision:resnet18",
+        ],
+        "there is no directory": ["convert", source, "-o", tmp_path / "none" / "new.pt"],
+        "NumPy has no bfloat16": ["convert", keras.folder / "bfloat16.keras", "-o", tmp_path / "new.npz"],
+    }  # fmt: skip
+    for said, command in cases.items():
+        outcome = bncli(*command)
+        assert outcome.code == 2, command
+        assert said in outcome.err
+        assert not list(tmp_path.iterdir())
+
+
+def test_layers_take_the_names_of_a_network(bncli: Bncli, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))\n"
+    )
+    torch.save({f"anything.{key}": value for key, value in nn.BatchNorm2d(4).state_dict().items()},
+               tmp_path / "old.pt")  # fmt: skip
+    new, network = tmp_path / "new.pt", f"{tmp_path / 'net.py'}:make"
+    outcome = bncli("convert", tmp_path / "old.pt", "-o", new, "--model", network)
+    assert outcome.code == 0, outcome.err
+    assert {key.rpartition(".")[0] for key in torch.load(new, weights_only=True)} == {"1"}
+
+
+def test_unbiased_variances_are_not_corrected_again(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    outcome = bncli(
+        "convert", finished_run / "last.pt", "-o", tmp_path / "new.pt", "--values-per-channel", "64"
+    )
+    assert outcome.code == 2
+    assert "the variances of PyTorch are unbiased already" in outcome.err
