@@ -23,7 +23,8 @@ def main():
     np.random.seed(0)
     net = nn.SequentialCell(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.BatchNorm2d(4, affine=False, momentum=0.8, eps=1e-3), nn.Flatten(), nn.Dense(256, 5), nn.BatchNorm1d(5),
+        nn.BatchNorm2d(4, affine=False, momentum=0.8, eps=1e-3), nn.Flatten(), nn.Dense(256, 5),
+        nn.BatchNorm1d(5),
     )  # fmt: skip
     net[1].gamma.set_data(ms.Tensor(np.linspace(0.5, 2, 4).astype("f4")))
     net.set_train()

@@ -61,12 +61,15 @@ def of_mxnet():
     files = {
         "gluon.params": {
             "framework": "MXNet",
-            "layers": [said_of_gluon(norm, name, False) for norm, name in zip(norms, "14")],
+            "layers": [said_of_gluon(norm, name, False) for norm, name in zip(norms, "14", strict=True)],
             "notes": [],
         },
         "net-0000.params": {
             "framework": "MXNet",
-            "layers": [said_of_gluon(norm, p.removesuffix("_fwd"), True) for norm, p in zip(norms, prefixes)],
+            "layers": [
+                said_of_gluon(norm, p.removesuffix("_fwd"), True)
+                for norm, p in zip(norms, prefixes, strict=True)
+            ],
             "notes": ["gamma is ignored (fix_gamma)"],
         },
     }
@@ -133,7 +136,8 @@ def of_chainer():
                     output=norm(probe(4)).array,
                 )
                 for name, norm in (
-                    ("blocks.0", net.blocks[0]), ("blocks.1", net.blocks[1]), ("bn", net.bn), ("plain", net.plain)
+                    ("blocks.0", net.blocks[0]), ("blocks.1", net.blocks[1]),
+                    ("bn", net.bn), ("plain", net.plain)
                 )
             ]  # fmt: skip
         files[file] = {"framework": "Chainer", "layers": layers, "notes": ["no order of layers"]}

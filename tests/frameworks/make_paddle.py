@@ -23,7 +23,7 @@ def numbers(tensor):
 
 def said(net, names, in_file, keys=None):
     found = []
-    for name, key in zip(names, keys or names):
+    for name, key in zip(names, keys or names, strict=True):
         norm = net._sub_layers[name]
         x = probe(norm._num_features)
         fresh = nn.BatchNorm1D(norm._num_features, epsilon=norm._epsilon)
@@ -53,7 +53,8 @@ def main():
     plain = {"weight_attr": False, "bias_attr": False}
     net = nn.Sequential(
         nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4), nn.ReLU(),
-        nn.BatchNorm2D(4, momentum=0.8, epsilon=1e-3, **plain), nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1D(5),
+        nn.BatchNorm2D(4, momentum=0.8, epsilon=1e-3, **plain), nn.Flatten(), nn.Linear(144, 5),
+        nn.BatchNorm1D(5),
     )  # fmt: skip
     optimizer = paddle.optimizer.SGD(0.1, parameters=net.parameters())
     for _ in range(3):

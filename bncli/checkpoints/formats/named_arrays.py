@@ -5,6 +5,7 @@ layer's name and four arrays, such as eps, is not there.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from bncli.batchnorm.conventions import CHAINER, MINDSPORE, PADDLE, Convention
 from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, natural
@@ -66,9 +67,15 @@ def with_dots(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
 
 
 def in_order(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """As they are, or sorted by name where the arrays of one layer lie apart: MLX's come in no order."""
-    layers = [name.rpartition(".")[0] for name in tensors]
+    """As they are, or sorted by name where they have no order, as in what MLX writes.
+
+    It shows in arrays of one layer that lie apart, or not as every network has them.
+    """
+    parts = [name.rpartition(".") for name in tensors]
+    layers = [layer for layer, _, _ in parts]
     runs = [layer for layer, before in zip(layers, [None, *layers], strict=False) if layer != before]
-    if len(runs) == len(set(runs)):
+    places = [(layer, LEAVES.index(leaf)) for layer, _, leaf in parts if leaf in LEAVES]
+    are_usual = all(one[0] != two[0] or one[1] < two[1] for one, two in pairwise(places))
+    if are_usual and len(runs) == len(set(runs)):
         return dict(tensors)
     return dict(sorted(tensors.items(), key=lambda one: natural(one[0])))

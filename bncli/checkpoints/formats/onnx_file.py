@@ -1,8 +1,8 @@
 """ONNX models: the BatchNormalization nodes that are left, and what tells of those that are not.
 
-What an array is shows in where a node takes it in, not in its name: PyTorch's exporter merges arrays of
-equal content, so that a mean of zeros may be called as another layer's bias. The layer's name is in the node's
-metadata, else in its own. Reference: onnx/onnx.proto; the fields are read by position, arrays where they lie.
+What an array is shows in where a node takes it in, not in its name: PyTorch merges arrays of equal content,
+so that a mean of zeros may be called as another layer's bias. The layer's name is in the node's metadata, else
+in its own. Reference: onnx/onnx.proto; the fields are read by position, arrays where they lie.
 """
 
 import re
@@ -315,7 +315,7 @@ class _Model:
         return name if same else None
 
     def _layer_name(self, node: _Node) -> str:
-        scopes = [one or other for one, other in _QUOTED.findall(node.metadata.get(_SCOPES, ""))]
+        scopes: list[str] = [one or other for one, other in _QUOTED.findall(node.metadata.get(_SCOPES, ""))]
         if len(scopes) >= 2 and scopes[-2]:
             return scopes[-2]
         name = node.name or (node.outputs[0] if node.outputs else "") or "BatchNormalization"

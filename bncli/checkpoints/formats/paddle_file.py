@@ -59,11 +59,12 @@ def read_if_paddle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     norms: list[Mapping[str, Any]] = []
     for operation in _operations(parse_json(content).get("program"), 0):
         _note(operation, parameters, norms)
-    tensors = dict(zip(sorted(parameters.values()), _tensors(file), strict=False))
-    if len(tensors) != len(parameters):
+    stored, names = list(_tensors(file)), sorted(parameters.values())
+    if len(stored) != len(names):
         raise UnreadableFileError(
-            f"it holds {len(tensors):,} tensors where its program has {len(parameters):,}: of another export?"
+            f"it holds {len(stored):,} tensors where its program has {len(names):,}: of another export?"
         )
+    tensors = dict(zip(names, stored, strict=True))
     return "paddle", _network(tensors, parameters, norms)
 
 

@@ -3,11 +3,18 @@
 The files are made by tests/frameworks/make_paddle.py, make_mxnet.py, make_mindspore.py and make_mlx.py.
 """
 
+import json
+import pickle
 import shutil
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from bncli.checkpoints import open_checkpoint
+from bncli.errors import CheckpointError
 from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
 from tests.frameworks.recorded import FILES
 
@@ -29,3 +36,89 @@ def test_damage_is_said_in_one_line(tmp_path: Path, framework: str, file: str, n
     content = (FILES / framework / file).read_bytes()
     read = [survives(tmp_path / file, data) for data in damaged(content, num_flipped)]
     assert not all(read[:20])
+
+
+def network() -> dict[str, np.ndarray]:
+    """As detectron2 calls them."""
+    return {
+        f"{layer}.norm.{leaf}": np.array([value, 2], "f4")
+        for layer in ("stem.conv1", "res2.0.conv1", "res2.10.conv1")
+        for value, leaf in enumerate(("weight", "bias", "running_mean", "running_var"))
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_of_detectron2_is_read_and_not_unpickled(tmp_path: Path, protocol: int) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "was executed",)
+
+    content = {"model": network(), "__author__": "x", "matching_heuristics": True, "evil": Evil()}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        layers = checkpoint.layers()
+    assert [layer.name for layer in layers] == [
+        "stem.conv1.norm", "res2.0.conv1.norm", "res2.10.conv1.norm"
+    ]  # fmt: skip
+    assert layers[1].running_var.tolist() == [3, 2]
+    assert not (tmp_path / "was executed").exists()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("sign", [".", "/"])
+def test_arrays_of_numpy_are_read_with_dots_and_slashes(tmp_path: Path, save: object, sign: str) -> None:
+    arrays = {name.replace(".", sign): array for name, array in network().items()}
+    save(tmp_path / "a.npz", **arrays, objects=np.array([{}, 1], dtype=object))  # type: ignore[operator]
+    with open_checkpoint(tmp_path / "a.npz") as checkpoint:
+        layers = checkpoint.layers()
+        assert "objects" not in checkpoint.tensors
+    assert [layer.name for layer in layers][2] == "res2.10.conv1.norm"
+    assert layers[2].running_mean.tolist() == [2, 2]
+
+
+def test_what_has_no_order_is_sorted_as_a_person_would(tmp_path: Path) -> None:
+    names = list(network())
+    np.savez(tmp_path / "a.npz", **{name: network()[name] for name in reversed(names)})
+    with open_checkpoint(tmp_path / "a.npz") as checkpoint:
+        found = [layer.name for layer in checkpoint.layers()]
+    assert found == ["res2.0.conv1.norm", "res2.10.conv1.norm", "stem.conv1.norm"]
+
+
+def test_bare_sixteen_bits_of_paddle_are_bfloat16() -> None:
+    with open_checkpoint(FILES / "paddle" / "bfloat16.pdparams") as checkpoint:
+        assert {layer.running_mean.dtype for layer in checkpoint.layers()} == {torch.bfloat16}
+
+
+def test_an_export_of_paddle_needs_its_own_program(tmp_path: Path) -> None:
+    shutil.copy(FILES / "paddle" / "net.pdiparams", tmp_path)
+    with pytest.raises(CheckpointError, match=r"put its program net\.json beside it"):
+        open_checkpoint(tmp_path / "net.pdiparams").__enter__()
+    program = json.loads((FILES / "paddle" / "net.json").read_text())
+    del program["program"]["regions"][0]["blocks"][0]["ops"][0]
+    (tmp_path / "net.json").write_text(json.dumps(program))
+    with pytest.raises(CheckpointError, match="of another export"):
+        open_checkpoint(tmp_path / "net.pdiparams").__enter__()
+
+
+def test_a_gamma_that_mxnet_ignores_is_one_and_stays_where_nothing_tells(tmp_path: Path) -> None:
+    shutil.copy(FILES / "mxnet" / "raw-0007.params", tmp_path)
+    with open_checkpoint(tmp_path / "raw-0007.params") as checkpoint:
+        (layer,) = checkpoint.layers()
+        assert "fix_gamma" in checkpoint.notes[0]
+    assert layer.weight.tolist() == [5, 5, 5]
+    shutil.copy(FILES / "mxnet" / "raw-symbol.json", tmp_path)
+    with open_checkpoint(tmp_path / "raw-0007.params") as checkpoint:
+        assert checkpoint.layers()[0].weight.tolist() == [1, 1, 1]
+
+
+def test_mxnet_claims_are_bounded(tmp_path: Path) -> None:
+    head = struct.pack("<QQ", 0x112, 0)
+    array = struct.pack("<IiI", 0xF993FAC9, 0, 2)
+    for content in (
+        head + struct.pack("<Q", 2**63),
+        head + struct.pack("<Q", 1) + array + struct.pack("<QQiii", 2**40, 2**40, 1, 0, 0),
+        head + struct.pack("<Q", 1) + array[:8] + struct.pack("<I", 2**31),
+    ):
+        (tmp_path / "a.params").write_bytes(content + bytes(64))
+        with pytest.raises(CheckpointError, match="damaged"):
+            open_checkpoint(tmp_path / "a.params").__enter__()
