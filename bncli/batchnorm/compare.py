@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm.bits import bitwise_equal
+from bncli.batchnorm.conventions import PYTORCH
 from bncli.batchnorm.conversion import (
     Relation,
     eps_matters,
@@ -92,6 +93,7 @@ class Comparison:
     identical: bool  # every tensor in every bit, and every hyperparameter that both know
     matched_by: Literal["name", "order", "values"]
     frameworks: tuple[str, str]  # whose conventions the files follow
+    only_batch_norm: bool  # other tensors were not compared, as between frameworks
     conversion: tuple[str, ...]  # what was done on the way from the first to the second, a sentence each
     order_known: bool  # whether a file keeps the order of registration
     layers: tuple[LayerComparison, ...]
@@ -107,7 +109,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What differs, in a sentence or two."""
-        if self.frameworks[0] != self.frameworks[1]:
+        if self.only_batch_norm:
             return self._verdict_across()
         if self.identical:
             return f"Identical: all {self.num_tensors:,} tensors agree in every bit."
@@ -134,7 +136,7 @@ class Comparison:
         largest = max(differences, default=0.0)
         within = f"within rounding (at most {largest:.2g})" if largest else "in every bit"
         if self.identical:
-            return f"The same in {' and '.join(self.frameworks)}: {layers}, {within}."
+            return f"The same in {' and '.join(dict.fromkeys(self.frameworks))}: {layers}, {within}."
         parts = [f"{num_same:,} the same {within}"] if num_same else []
         parts += [f"{count:,} {_IN_WORDS[kind]}" for kind, count in kinds.items()]
         lone = len(self.only_in_first) + len(self.only_in_second)
@@ -153,6 +155,7 @@ class Comparison:
             "verdict": self.verdict,
             "matched_by": self.matched_by,
             "frameworks": self.frameworks,
+            "only_batch_norm": self.only_batch_norm,
             "conversion": self.conversion,
             "order_known": self.order_known,
             "num_layers": len(self.layers),
@@ -287,10 +290,13 @@ def compare(first: Contents, second: Contents) -> Comparison:
     moves = _WeightMoves(changed, known, feeding)
     lone = _lone(layers[0], pairs, side=0), _lone(layers[1], pairs, side=1)
     fitting = [(one, two) for one, two in pairs if one.num_features == two.num_features]
-    across = frameworks[0] != frameworks[1]
+    # other tensors than those of BatchNorm have other names and shapes there
+    across = frameworks[0] != frameworks[1] or (
+        frameworks[0] != PYTORCH.framework and first.tensors.keys() != second.tensors.keys()
+    )
     compared = tuple(_compare_layer(one, two, None if across else moves) for one, two in fitting)
     conversion = _describe_conversion(fitting, compared, always=across or matched_by == "values")
-    if across:  # tensors of other layers have other names and shapes there
+    if across:
         differing = not all(layer.relation.kind in ("equal", "rounded") for layer in compared)
     else:
         differing = any(changed.values())
@@ -299,6 +305,7 @@ def compare(first: Contents, second: Contents) -> Comparison:
         identical=not differing and lone == ((), ()),
         matched_by=matched_by,
         frameworks=frameworks,
+        only_batch_norm=across,
         conversion=conversion,
         order_known=order is not None,
         layers=compared,

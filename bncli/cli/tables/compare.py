@@ -39,7 +39,7 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     layers = list(comparison.layers)
     if layers:
         console.print()
-        across = comparison.frameworks[0] != comparison.frameworks[1]
+        across = comparison.only_batch_norm
         _show_layers(console, layers, across=across)
         console.print()
         _show_legend(console, layers, across=across)
@@ -97,7 +97,7 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
         console.print()
         text = "The files name their layers differently: they were matched by their values."
         print_wrapped(console, text)
-    if comparison.frameworks[0] != comparison.frameworks[1]:
+    if comparison.only_batch_norm:
         _show_groups(console, comparison)
         return
     if not comparison.order_known:

@@ -150,6 +150,13 @@ def _show_shared(console: Console, shared: Mapping[str, _Shared]) -> None:
             print_wrapped(console, f"In most layers: {name} {one.value} (but {others})")
 
 
+_VARIANCES = {
+    "biased": "running_var averages biased variances",
+    "unbiased for images": "running_var averages unbiased variances of images, biased ones of vectors",
+    "biased or unbiased": "running_var averages biased or unbiased variances, which the file does not say",
+}
+
+
 def _describe_conventions(layers: Sequence[LayerStats]) -> list[str]:
     """What the numbers of other frameworks mean beside PyTorch's, a line for each framework."""
     lines = []
@@ -158,13 +165,15 @@ def _describe_conventions(layers: Sequence[LayerStats]) -> list[str]:
             continue
         parts = []
         if convention.momentum_weighs == "old average":
-            known = {layer.momentum for layer in layers if layer.convention is convention} - {None}
-            example = next(iter(known)) if len(known) == 1 else convention.new_batch_weight
-            assert example is not None
-            written = f"{convention.momentum_name} {convention.as_written(example):g}"
-            parts.append(f"its {written} is momentum {example:g} here")
-        if convention.variance != "unbiased":
-            parts.append(f"running_var averages {convention.variance} variances")
+            own = [layer for layer in layers if layer.convention is convention]
+            known = {layer.momentum for layer in own if layer.hyperparameters_known} - {None}
+            if len(known) == 1 and (momentum := known.pop()) is not None:
+                text = f"{convention.as_written(momentum):g} is {momentum:g} here"
+            else:
+                text = "is 1 minus the one here"
+            parts.append(f"its {convention.momentum_name} {text}")
+        if convention.variance in _VARIANCES:
+            parts.append(_VARIANCES[convention.variance])
         lines.append(f"From {convention.framework}" + (f": {'; '.join(parts)}" if parts else ""))
     return lines
 
