@@ -1,8 +1,8 @@
 """ONNX models: the BatchNormalization nodes that are left, and what tells of those that are not.
 
 What an array is shows in where a node takes it in, not in its name: PyTorch merges arrays of equal content,
-so that a mean of zeros may be called as another layer's bias. The layer's name is in the node's metadata, else
-in its own. Reference: onnx/onnx.proto; the fields are read by position, arrays where they lie.
+so that a mean of zeros may be called as another layer's bias. The layer's name is in the node's metadata,
+else in its own. Reference: onnx/onnx.proto; the fields are read by position, arrays where they lie.
 """
 
 import re
