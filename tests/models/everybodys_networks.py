@@ -163,7 +163,7 @@ def examine_network(case: Case, folder: Path) -> Row:
     images, labels = make_images(root, case.size, 2 * case.batch)
     mean, std = (0.0, 1.0) if case.normalizes else MEAN_STD
     x = (images.float() - mean * 255) / (std * 255)
-    kind = KINDS[int(hashlib.sha256(case.name.encode()).hexdigest(), 16) % len(KINDS)]
+    kind = KINDS[int(hashlib.sha256(case.short.encode()).hexdigest(), 16) % len(KINDS)]
     if case.needs == "lightning":
         kind = "real lightning"
     old, new = (folder / f"{name}.{case.short}" for name in ("old", "new"))
