@@ -80,6 +80,7 @@ class TrainResult:
     images_per_second: float  # of all epochs, evaluation and checkpoints included
     ema_epochs: float | None  # over which the weights of `checkpoint` are averaged; None: they are not
     recalibration: dict[str, Any] | None  # how `checkpoint` was made from last.pt; None: it is last.pt
+    model: str  # the network's name
     num_batch_norm_layers: int
     agreement: "Agreement | None"  # of its running statistics with batch statistics; None: it has none
 
@@ -280,6 +281,7 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
         images_per_second=last.epoch * run.setup.plan.num_images_per_epoch / last.seconds,
         ema_epochs=run.setup.config.train.ema_epochs,
         recalibration=last.recalibration if recalibrated else None,
+        model=run.setup.config.model.name,
         num_batch_norm_layers=len(batch_norm_layers(run.model)),
         agreement=measure_agreement(last, run.setup, stop),
     )

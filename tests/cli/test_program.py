@@ -130,7 +130,7 @@ def test_names_with_escape_sequences_do_not_reach_the_terminal(bncli: Bncli) -> 
 def test_an_unforeseen_error_is_one_line_too_unless_its_traceback_is_asked_for(
     bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("first\nsecond")
 
     monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)
@@ -221,7 +221,7 @@ def test_a_full_disk_is_called_so(finished_run: Path, words: tuple[str, ...]) ->
 def test_what_the_operating_system_refuses_is_not_called_a_bug(
     bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", "/some/file")
 
     monkeypatch.setattr("bncli.checkpoints.load_checkpoint", fail)

@@ -77,7 +77,6 @@ TORCHVISION = {  # the smallest of each family that has BatchNorm, and the side 
     "efficientnet_b0": 64,
     "efficientnet_v2_s": 32,
     "googlenet": 64,
-    "inception_v3": 128,
     "maxvit_t": 224,
     "mnasnet0_5": 64,
     "mobilenet_v2": 64,
@@ -105,9 +104,12 @@ TIMM = {
     "xcit_nano_12_p16_224": 224,
     "skresnet18": 64,
 }
+# its auxiliary head, which train mode computes, takes images of 299 pixels
+INCEPTION = Case("torchvision:inception_v3", 128, ("num_classes=4", "aux_logits=false"))
 OWN = f"{own_networks.__file__}:"
 CASES = [
     *(Case(f"torchvision:{name}", size) for name, size in TORCHVISION.items()),
+    INCEPTION,
     *(Case(f"timm:{name}", size, needs="timm") for name, size in TIMM.items()),
     Case(f"{OWN}timm_frozen", needs="timm"),
     Case("torchvision:lraspp_mobilenet_v3_large", classifies=False),  # segmentation
@@ -161,7 +163,7 @@ def examine_network(case: Case, folder: Path) -> Row:
     images, labels = make_images(root, case.size, 2 * case.batch)
     mean, std = (0.0, 1.0) if case.normalizes else MEAN_STD
     x = (images.float() - mean * 255) / (std * 255)
-    kind = KINDS[int(hashlib.sha256(case.name.encode()).hexdigest(), 16) % len(KINDS)]
+    kind = KINDS[int(hashlib.sha256(case.short.encode()).hexdigest(), 16) % len(KINDS)]
     if case.needs == "lightning":
         kind = "real lightning"
     old, new = (folder / f"{name}.{case.short}" for name in ("old", "new"))

@@ -20,7 +20,7 @@ SLOW = {  # one of each kind; all are in the table
     "fcos_resnet50_fpn",
     "lightning_module",
 }
-AUXILIARY = {"googlenet": "aux", "inception_v3": "Aux"}  # heads that eval mode skips
+AUXILIARY = {"googlenet": "aux"}  # heads that eval mode skips
 FROZEN = {"frozen": 1, "timm_frozen": 8}
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from bncli.data import parse_normalization
 from bncli.data.decode import Fit, decode
 from bncli.models import build_network
 from bncli.models.normalized import IMAGENET
@@ -72,10 +73,16 @@ def test_a_detector_is_given_pixels_that_only_it_normalises(name: str) -> None:
     assert torch.equal((pixels - mean) / std, expected)
 
 
-def test_its_normalization_reads_back() -> None:
-    from bncli.cli.named_network import _parse_normalization
-
-    assert _parse_normalization("none") == ((0, 0, 0), (1, 1, 1))
-    assert Preset(224, 256, "bilinear", *IMAGENET).normalization == "imagenet"
-    other = Preset(224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert _parse_normalization(other.normalization) == (other.mean, other.std)
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        (Preset(224, 256, "bilinear", *IMAGENET), "imagenet"),
+        (Preset(None, None, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "none"),
+        (Preset(224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), "0.1,0.2,0.3/0.4,0.5,0.6"),
+    ],
+)
+def test_its_normalization_reads_back(preset: Preset, name: str) -> None:
+    assert preset.normalization == name
+    found = parse_normalization(name)
+    assert found is not None
+    assert (found.mean, found.std) == (preset.mean, preset.std)

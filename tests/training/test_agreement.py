@@ -54,6 +54,8 @@ def test_stale_statistics_are_named_and_the_command_that_is_printed_repairs_them
     show_training(stale_run)
     text = " ".join(capfd.readouterr().out.split())
     assert "Running statistics (momentum 0.001, 120 updates) are behind batch statistics: accuracy" in text
+    show_training(replace(stale_run, model="/a b/net.py:net"))  # whose code a checkpoint may not name
+    assert capfd.readouterr().out.endswith(" --model '/a b/net.py:net'\n")
     command = text.partition("To measure them anew: bncli ")[2]
     assert command
     assert bncli(*shlex.split(command)).code == 0

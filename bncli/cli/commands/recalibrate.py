@@ -26,7 +26,7 @@ from bncli.cli.options import (
     check_writable,
 )
 from bncli.cli.overrides import effective_overrides
-from bncli.errors import BncliError, ConfigError, NoClassifierError
+from bncli.errors import BncliError, ConfigError, DataError, NoClassifierError
 from bncli.wording import list_names
 
 if TYPE_CHECKING:
@@ -218,10 +218,13 @@ def _check_container(subject: "Subject", layers: str | None) -> None:
 
 def _load_data(subject: "Subject", *, evaluate: bool) -> "Dataset":
     try:
-        return load_subject_data(subject, classifies=evaluate)
+        dataset = load_subject_data(subject, classifies=evaluate)
     except NoClassifierError as error:
         fix = "--no-evaluate recalibrates a network that is no classifier of these images"
         raise NoClassifierError(f"{error}; {fix}") from None
+    if evaluate and dataset.test.labels is None:
+        raise DataError(f"{dataset.name}: the images have no labels; --no-evaluate recalibrates without any")
+    return dataset
 
 
 def _recalibrate(

@@ -96,6 +96,8 @@ def show_recalibrate(report: RecalibrateReport) -> None:
     if report.verification is not None:
         console.print()
         _show_consistency(console, report.verification)
+    if report.verification is not None and made.scores is None:
+        _show_verdict(console, report.verification.verdict)
     _show_verdict(console, made.verdict)
 
 

@@ -1,7 +1,6 @@
 """The output of `bncli train` and `train --dry-run`."""
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -9,6 +8,7 @@ from rich.console import Console
 from bncli.cli.messages import one_line
 from bncli.cli.tables.table import console_for_results, print_wrapped, runtime_line, show_lines, table_of
 from bncli.config_file import dump_config
+from bncli.network_name import runs_foreign_code
 from bncli.training.run_dir import RECALIBRATED
 
 if TYPE_CHECKING:
@@ -72,22 +72,23 @@ def show_training(result: "TrainResult") -> None:
     if result.num_batch_norm_layers == 0:
         print_wrapped(console, "The network has no BatchNorm layers: there is nothing to inspect in it.")
     if result.agreement is not None:
-        _show_agreement(console, result.agreement, result.checkpoint)
+        _show_agreement(console, result.agreement, result)
 
 
-def _show_agreement(console: Console, agreement: "Agreement", checkpoint: Path) -> None:
+def _show_agreement(console: Console, agreement: "Agreement", result: "TrainResult") -> None:
     """Whether running and batch statistics agree, and what to do if eval mode is behind."""
     if not agreement.eval_mode_is_behind:
         print_wrapped(console, agreement.verdict)
         return
-    file = shlex.quote(str(checkpoint))
+    file = shlex.quote(str(result.checkpoint))
+    named = f" --model {shlex.quote(result.model)}" if runs_foreign_code(result.model) else ""
     if agreement.recalibrated:  # then the training images are not what the test images are like
         print_wrapped(console, f"{agreement.verdict} To see why:")
-        _print_whole(console, "  ", f"bncli eval {file} --gap")
+        _print_whole(console, "  ", f"bncli eval {file} --gap{named}")
     else:
         print_wrapped(console, f"{agreement.verdict} To measure them anew:")
-        new = shlex.quote(str(checkpoint.with_name(RECALIBRATED)))
-        _print_whole(console, "  ", f"bncli recalibrate {file} -o {new}")
+        new = shlex.quote(str(result.checkpoint.with_name(RECALIBRATED)))
+        _print_whole(console, "  ", f"bncli recalibrate {file} -o {new}{named}")
 
 
 def _print_whole(console: Console, start: str, text: str) -> None:

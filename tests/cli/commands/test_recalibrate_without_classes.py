@@ -237,3 +237,49 @@ def test_a_file_that_cannot_be_rewritten_is_refused_before_anything_is_measured(
     # what is not written does not matter
     outcome = bncli("recalibrate", "a.pt", *command, "--layers", "decoder.*")
     assert outcome.code == 0, outcome.err
+
+
+DATA_SETS = """
+import torch
+from torch.utils.data import Dataset
+
+
+class Spectra(Dataset):
+    def __init__(self, split):
+        self.first = 100 * (split == "test")
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return torch.rand(7, 50, generator=torch.Generator().manual_seed(self.first + index))
+
+
+def lines(classes=False):
+    layers = [torch.nn.Conv1d(7, 4, 3), torch.nn.BatchNorm1d(4)]
+    pool = [torch.nn.AdaptiveAvgPool1d(1), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, *(pool if classes else []))
+"""
+
+
+def test_inputs_need_be_neither_images_nor_labelled(bncli: Bncli, folder: Path) -> None:
+    (folder / "nets.py").write_text(DATA_SETS)
+    network = build_network("nets.py:lines")
+    torch.save(network.state_dict(), "a.pt")
+    command = ("recalibrate", "a.pt", "-o", "new.pt", "--set", "data.name=nets.py:Spectra", *COMPUTED)
+    outcome = bncli(*command, "--model", "nets.py:lines", "--no-evaluate", "--verify")
+    assert outcome.code == 0, outcome.err
+    assert "Self-consistent: no mean or variance differs" in outcome.out
+    assert outcome.out.splitlines()[-1] == "The network was not evaluated."
+    generators = (torch.Generator().manual_seed(index) for index in range(30))
+    with torch.no_grad():
+        values = network[0](torch.stack([torch.rand(7, 50, generator=one) for one in generators])).double()
+    var, mean = torch.var_mean(values, (0, 2), correction=0)
+    new = torch.load("new.pt", weights_only=True)
+    torch.testing.assert_close(new["1.running_mean"].double(), mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(new["1.running_var"].double(), var, rtol=1e-6, atol=0)
+    Path("new.pt").unlink()
+    outcome = bncli(*command, "--model", "nets.py:lines", "--model-arg", "classes=true")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "the images have no labels; --no-evaluate recalibrates without any" in outcome.err.splitlines()[-1]
+    assert not Path("new.pt").exists()

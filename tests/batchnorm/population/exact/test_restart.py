@@ -82,6 +82,34 @@ def test_a_cut_is_where_nothing_else_goes_on() -> None:
     assert cuts_of(Twins(), data) == []
 
 
+class Overwritten(nn.Module):
+    """What the first convolution put out is doubled in place, and taken as it is then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        z = self.norm(y)
+        y.mul_(2)
+        return self.two(z) + y
+
+
+def test_what_was_written_to_is_no_longer_what_a_module_returned() -> None:
+    assert cuts_of(Overwritten(), images()) == [("one", 0, 0), ("norm", 0, 1)]
+
+
+def test_a_value_is_needed_from_the_layer_on_that_takes_it() -> None:
+    model = Residual()
+    flow = trace_flow(model, images(), dict(batch_norm_layers(model)))
+    short = flow.cuts[0]
+    (shortcut_norm,) = (call for call in flow.calls if call.layer == "bn3")
+    assert [value.module for value in short.needed(shortcut_norm.cost)] == ["short"]
+    assert [value.module for value in short.needed(1.0)] == ["bn2", "short"]
+
+
 def test_a_cut_knows_its_cost_and_what_it_takes_to_keep_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1, bias=False))
     first, second = trace_flow(model, images(6), dict(batch_norm_layers(model))).cuts
