@@ -10,6 +10,8 @@ from bncli.cli.help_page import CHECKED, SHOWN
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bncli.batchnorm import Finding, LayerStats
 
 FailOn = Literal["error", "warning", "never"]
@@ -164,6 +166,8 @@ def assume(layers: "Sequence[LayerStats]", assumed: Mapping[str, float]) -> "lis
     """The layers, with what is assumed where their file says nothing."""
     from dataclasses import replace
 
+    from bncli.batchnorm.conventions import EQUINOX
+
     changed = []
     for layer in layers:
         new: dict[str, Any] = {}
@@ -171,8 +175,18 @@ def assume(layers: "Sequence[LayerStats]", assumed: Mapping[str, float]) -> "lis
             new["eps"] = assumed["eps"]
         if "momentum" in assumed and not layer.hyperparameters_known and not layer.is_frozen:
             new |= {"momentum": assumed["momentum"], "hyperparameters_known": True}
+            if layer.convention == EQUINOX and layer.num_batches_tracked:
+                new |= _divided_by(layer, assumed["momentum"])
         changed.append(replace(layer, **new) if new else layer)
     return changed
+
+
+def _divided_by(layer: "LayerStats", momentum: float) -> "dict[str, Tensor]":
+    """Equinox evaluates with its averages divided by 1 - (old average's weight)^count: by this one's now."""
+    count = layer.num_batches_tracked or 0
+    factor = (1 - (1 - layer.convention.new_batch_weight) ** count) / (1 - (1 - momentum) ** count or 1)
+    tensors = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    return {name: tensor * factor for name, tensor in tensors.items() if tensor is not None}
 
 
 def fails(findings: "Sequence[Finding]", fail_on: FailOn) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoints.formats.framework_corpus import Corpus, unpack
+from tests.checkpoints.formats.framework_corpus import FILES, Corpus, unpack
 from tests.conftest import Bncli
 
 
@@ -171,3 +171,15 @@ def test_unbiased_variances_are_not_corrected_again(bncli: Bncli, finished_run: 
     )
     assert outcome.code == 2
     assert "the variances of PyTorch are unbiased already" in outcome.err
+
+
+def test_what_equinox_evaluates_with_follows_the_assumed_momentum(bncli: Bncli, tmp_path: Path) -> None:
+    """It divides its averages by 1 - m^t: with m = 0.9 and t = 40 by 0.985, by its default's 0.331 else."""
+    source = FILES / "equinox" / "batch-40.eqx"
+    for name, more in (("default", ()), ("assumed", ("--assume", "momentum=0.1"))):
+        assert bncli("convert", source, "-o", tmp_path / f"{name}.pt", *more).code == 0
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("default", "assumed"))
+    for leaf in ("running_mean", "running_var"):
+        stored = one[f"batch_norm_0.{leaf}"].double() * (1 - 0.99**40)
+        torch.testing.assert_close(two[f"batch_norm_0.{leaf}"].double(), stored / (1 - 0.9**40))
+    assert torch.equal(one["batch_norm_0.weight"], two["batch_norm_0.weight"])
