@@ -45,7 +45,7 @@ def compare_checkpoints(
     key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show how far running statistics and weights moved, or what a conversion did to them.
+    """Show how far statistics moved, or what a conversion did.
 
     The files are only read; they need not be files of bncli, nor both of one framework. Exit code 1 if
     anything differs between the two networks, also where --layer leaves it out.

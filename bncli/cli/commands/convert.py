@@ -58,7 +58,7 @@ def convert_checkpoint(
     assumed: AssumeOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Write BatchNorm layers of any framework as a state dict of PyTorch.
+    """Write BatchNorm layers of any framework for PyTorch.
 
     Momentum, variances and names are translated; eps and momentum, for which a state dict has no place, are
     printed. With --model the layers get the names of that network's. CHECKPOINT is only read.
