@@ -33,14 +33,10 @@ class Convention:
     @property
     def new_batch_weight(self) -> float:
         """The default momentum in PyTorch's meaning."""
-        return self.as_new_batch_weight(self.default_momentum)
+        return self.translate_momentum(self.default_momentum)
 
-    def as_new_batch_weight(self, momentum: float) -> float:
-        """A momentum as the framework writes it, in PyTorch's meaning; 0.99 becomes 0.01 without rounding."""
-        return momentum if self.momentum_weighs == "new batch" else complement(momentum)
-
-    def as_written(self, momentum: float) -> float:
-        """A momentum in PyTorch's meaning, as the framework writes it."""
+    def translate_momentum(self, momentum: float) -> float:
+        """A momentum of the framework in PyTorch's meaning, or the other way: 1 - m is its own inverse."""
         return momentum if self.momentum_weighs == "new batch" else complement(momentum)
 
 

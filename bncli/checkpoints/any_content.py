@@ -56,7 +56,6 @@ FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ..
     mxnet_file.read_if_mxnet,
     mindspore_file.read_if_mindspore,
     paddle_file.read_if_paddle,
-    haiku_file.read_if_pickle,
     numpy_arrays.read_if_pickle,
 )
 # of formats of several files: what is called opens one beside the file, by its plain name

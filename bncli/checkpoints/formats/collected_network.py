@@ -43,7 +43,7 @@ class Collected:
         self.layers[name] = Hyperparameters(
             num_features=features,
             eps=eps,
-            momentum=None if momentum is None else convention.as_new_batch_weight(momentum),
+            momentum=None if momentum is None else convention.translate_momentum(momentum),
             momentum_known=momentum is not None,
             convention=convention,
         )

@@ -8,13 +8,15 @@ A reader for one of these formats is a file beside this one; its row here then g
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import Global, walk
 from bncli.checkpoints.formats.tensorflow_bundle import is_table
+from bncli.checkpoints.formats.wire_format import BYTES, VARINT, Field, Wire
 
 READ = "bncli does not read it"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported
@@ -90,7 +92,6 @@ _SIGNATURES = (
     (0, b"\x7fELF", Format("a compiled library or program (ELF)", ORIGIN)),
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_Field = tuple[int, int, tuple[int, int]]  # of a protocol buffer: number, wire type, start and end
 
 
 def recognise_file(source: ByteSource) -> Format | None:
@@ -291,18 +292,19 @@ def _json(text: str, *, whole: bool) -> Format | None:
 
 
 def _protocol_buffer(source: ByteSource) -> Format | None:
-    """ONNX, Core ML, TensorFlow, Caffe, MindSpore and Paddle: each by the numbers of its first fields."""
+    """Core ML, TensorFlow, Caffe and Paddle: each by the numbers of its first fields."""
     try:
-        fields = list(_fields(source, 0, source.size))
-        if not fields or fields[0][0] != 1:
+        fields = _fields(source, 0, source.size)
+        if not fields or fields[0].number != 1:
             return None
-        numbers = {number for number, _, _ in fields}
-        _, wire, (start, end) = fields[0]
-        if wire == 0:
-            return _of_version(numbers) if 1 <= start <= 100 else None
-        if wire == 2 and 100 in numbers and _is_name(source, start, end):
+        numbers, first = {field.number for field in fields}, fields[0]
+        if first.kind == VARINT:
+            return _of_version(numbers) if 1 <= first.value <= 100 else None
+        if first.kind != BYTES:
+            return None
+        if 100 in numbers and _is_name(source, first):
             return Format("a network of Caffe (.caffemodel)", ARRAYS)
-        return _of_first_message(source, list(_fields(source, start, end))[:2]) if wire == 2 else None
+        return _of_first_message(source, _fields(source, first.start, first.end)[:2])
     except UnreadableFileError:
         return None
 
@@ -318,60 +320,30 @@ def _of_version(numbers: set[int]) -> Format | None:
     )
 
 
-def _of_first_message(source: ByteSource, fields: list[_Field]) -> Format | None:
+def _of_first_message(source: ByteSource, fields: list[Field]) -> Format | None:
     """A message that begins with another one: which, by the first two fields of that."""
-    kinds = [(number, wire) for number, wire, _ in fields]
-    if kinds == [(1, 0), (2, 0)]:
+    kinds = [(field.number, field.kind) for field in fields]
+    if kinds == [(1, VARINT), (2, VARINT)]:
         return Format("a program of Paddle (.pdmodel), without numbers", _OF_PADDLE_PROGRAM)
-    if kinds != [(1, 2), (2, 2)] or not _is_name(source, *fields[0][2]):
+    if kinds != [(1, BYTES), (2, BYTES)] or not _is_name(source, fields[0]):
         return None
-    return Format("a graph of TensorFlow (.pb)", ORIGIN) if _is_name(source, *fields[1][2]) else None
+    return Format("a graph of TensorFlow (.pb)", ORIGIN) if _is_name(source, fields[1]) else None
 
 
-def _fields(source: ByteSource, start: int, end: int) -> Iterator[_Field]:
-    """Number, wire type and place of the first fields; of a varint, its value in the place of its start.
+def _fields(source: ByteSource, start: int, end: int) -> list[Field]:
+    """The first fields of a message.
 
     Raises:
         UnreadableFileError: what stands there is no message of a protocol buffer.
     """
-    position = start
-    for _ in range(MAX_FIELDS):
-        if position >= end:
-            return
-        head = source.read_at(position, min(20, end - position))
-        tag, size = _varint(head, 0)
-        number, wire = tag >> 3, tag & 7
-        if number == 0 or wire not in (0, 1, 2, 5):
-            raise UnreadableFileError("no message of a protocol buffer")
-        if wire in (0, 2):
-            value, size = _varint(head, size)
-            place = (value, value) if wire == 0 else (position + size, position + size + value)
-        else:
-            place = (position + size, position + size + (8 if wire == 1 else 4))
-        position = position + size if wire == 0 else place[1]
-        if position > end:
-            raise UnreadableFileError("no message of a protocol buffer")
-        yield number, wire, place
+    return list(islice(Wire(source).fields(start, end), MAX_FIELDS))
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number of a protocol buffer, and where it ends."""
-    value = 0
-    for index in range(10):
-        if position + index >= len(data):
-            break
-        byte = data[position + index]
-        value |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            return value, position + index + 1
-    raise UnreadableFileError("no message of a protocol buffer")
-
-
-def _is_name(source: ByteSource, start: int, end: int) -> bool:
+def _is_name(source: ByteSource, field: Field) -> bool:
     """Whether a field is a name: printable, not empty, not long."""
-    if not 0 < end - start <= 1000:
+    if not 0 < field.size <= 1000:
         return False
-    data = source.read_at(start, end - start)
+    data = source.read_at(field.start, field.size)
     return data.isascii() and data.decode("ascii").isprintable()
 
 

@@ -18,27 +18,10 @@ from bncli.checkpoints.formats.torch_zip import ZipArchive
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor
 
 MAX_PICKLED = 16  # dicts in one archive
-_MAGIC_OF_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 # what the names of Haiku and of Flax have in them, whatever is between the keys
 _HAIKU = re.compile(r"/~/mean_ema(?P<sign>[^A-Za-z0-9_]+|__)(?:average|hidden|counter)$")
 _FLAX = re.compile(r"(?:^|[/.])batch_stats(?P<sign>[/.])")
 _COLLECTION = re.compile(r"((?:\w+_)?(?:params|state|ema))(?:[/.|:]+|__)(.+)")
-
-
-def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] | None:
-    """A pickle with a tree of Haiku or Flax; None for another, and for one that is damaged.
-
-    Raises:
-        UnreadableFileError: on damage of its arrays.
-    """
-    if start[:1] != b"\x80" or len(start) < 2 or not 2 <= start[1] <= 5 or start.startswith(_MAGIC_OF_TORCH):
-        return None
-    with file.stream() as stream:
-        try:
-            leaves = dict(read_arrays(stream, file.read_at))
-        except UnreadableFileError:
-            return None
-    return _network(leaves, "pickle")
 
 
 def read_if_npy(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] | None:
@@ -50,7 +33,7 @@ def read_if_npy(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] | 
         return None
     read = partial(_read_from, file, header.length)
     with file.stream(header.length) as stream:
-        return _network(dict(read_arrays(stream, read)), "npy")
+        return network_of(dict(read_arrays(stream, read)), "npy")
 
 
 def _read_from(file: ByteSource, start: int, position: int, size: int) -> bytes:
@@ -75,7 +58,7 @@ def read_if_npz(archive: ZipArchive) -> tuple[str, ForeignNetwork] | None:
     for key in keys:
         path = _haiku_path(key, sign) if sign else tuple(key.split(flax)) if flax else (key,)
         leaves |= {(*path, *inner): tensor for inner, tensor in _entry(archive, f"{key}.npy")}
-    return _network(leaves, "npz")
+    return network_of(leaves, "npz")
 
 
 def _are_objects(archive: ZipArchive, names: list[str]) -> bool:
@@ -111,7 +94,7 @@ def _entry(archive: ZipArchive, name: str) -> Iterator[tuple[Path, StoredTensor]
         yield (), tensor
 
 
-def _network(leaves: dict[Path, StoredTensor], container: str) -> tuple[str, ForeignNetwork] | None:
+def network_of(leaves: dict[Path, StoredTensor], container: str) -> tuple[str, ForeignNetwork] | None:
     """What the arrays are; None where no BatchNorm of Haiku or Flax is among them."""
     network = read_tree(leaves)
     is_flax = any(STATISTICS in path for path in leaves)

@@ -93,7 +93,7 @@ class Found:
         self.layers[name] = Hyperparameters(
             num_features=roles["moving_mean"].num_elements,
             eps=layer.number("epsilon") if layer else None,
-            momentum=None if momentum is None else convention.as_new_batch_weight(momentum),
+            momentum=None if momentum is None else convention.translate_momentum(momentum),
             momentum_known=momentum is not None,
             convention=convention,
         )

@@ -11,6 +11,7 @@ import torch
 
 from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.formats import haiku_file
 from bncli.checkpoints.formats.named_arrays import in_order, recognise, with_dots
 from bncli.checkpoints.formats.npy import array_tensor, read_header
 from bncli.checkpoints.formats.numpy_pickle import read_arrays
@@ -55,7 +56,9 @@ def _entry(archive: ZipArchive, info: zipfile.ZipInfo) -> StoredTensor | None:
 
 
 def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
-    """A pickle with named arrays and BatchNorm among them; None for another, and for one that is damaged.
+    """A pickle with arrays and BatchNorm among them; None for another, and for one that is damaged.
+
+    The trees of Haiku and Flax are looked for first: the names in them say more.
 
     Raises:
         UnreadableFileError: on damage of its arrays.
@@ -67,6 +70,9 @@ def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
             leaves = list(read_arrays(stream, file.read_at))
         except UnreadableFileError:
             return None
+    tree = haiku_file.network_of(dict(leaves), "pickle")
+    if tree is not None:
+        return tree
     places: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
     for path, tensor in leaves:
         # PaddlePaddle keeps (name, array) in what is nested

@@ -1,6 +1,6 @@
 """`bncli convert SOURCE -o NEW`: BatchNorm layers of any framework as a state dict of PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -97,10 +97,10 @@ def convert_checkpoint(
     return 0
 
 
-def _check_whole(source: str, tensors: object, layers: "Sequence[LayerStats]") -> None:
+def _check_whole(source: str, tensors: Container[str], layers: "Sequence[LayerStats]") -> None:
     """Raise BncliError where an array is there, and what it is is not known."""
     for layer in layers:
-        if f"{layer.name}.weight_or_bias" in tensors:  # type: ignore[operator]
+        if f"{layer.name}.weight_or_bias" in tensors:
             raise BncliError(
                 f"{source}: {layer.name} has a weight or a bias, and the file does not say which; convert the"
                 " .keras file"

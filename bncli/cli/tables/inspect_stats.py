@@ -168,7 +168,7 @@ def _describe_conventions(layers: Sequence[LayerStats]) -> list[str]:
             own = [layer for layer in layers if layer.convention is convention]
             known = {layer.momentum for layer in own if layer.hyperparameters_known} - {None}
             if len(known) == 1 and (momentum := known.pop()) is not None:
-                text = f"{convention.as_written(momentum):g} is {momentum:g} here"
+                text = f"{convention.translate_momentum(momentum):g} is {momentum:g} here"
             else:
                 text = "is 1 minus the one here"
             parts.append(f"its {convention.momentum_name} {text}")
