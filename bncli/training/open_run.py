@@ -25,6 +25,7 @@ CHANGEABLE = (
     "train.epochs",
     "train.checkpoint_every",
     "train.checkpoint_unit",
+    "train.keep_epochs",
     "train.recalibrate",
 )
 
