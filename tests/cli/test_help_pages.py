@@ -145,7 +145,9 @@ def test_every_example_can_be_parsed(example: str, command: Any) -> None:
 @pytest.fixture
 def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the examples speak of."""
-    shutil.copytree(finished_run, tmp_path / "runs" / "first")
+    run = shutil.copytree(finished_run, tmp_path / "runs" / "first")
+    for epoch in (1, 2):
+        shutil.copy(run / "last.pt", run / f"epoch-000{epoch}.pt")
     (tmp_path / "images").mkdir()
     for name in ("photo.png", "images/one.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / name)
@@ -158,7 +160,8 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "net.py").write_text(NET)
     namespace: dict[str, Any] = {}
     exec(NET, namespace)
-    torch.save(namespace["Net"]().state_dict(), tmp_path / "a.pt")
+    for name in ("a.pt", "b.pt"):
+        torch.save(namespace["Net"]().state_dict(), tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -138,7 +138,7 @@ def average_into_file(
     Examples:
     bncli average runs/first/best.pt runs/first/last.pt -o average.pt
     bncli average --of runs/first --last 3 -o average.pt
-    bncli average runs/first/best.pt runs/first/last.pt -o a.pt --statistics pooled
+    bncli average a.pt b.pt -o new.pt --statistics pooled
     """
     from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.average import AverageReport, show_average
