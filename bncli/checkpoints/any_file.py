@@ -14,6 +14,7 @@ from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
 from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.formats.foreign import recognise_shard
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.locate import (
@@ -102,6 +103,8 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             found = state_dicts_of(kind, content, source)
             chosen = strip_prefixes(choose(found, key))
             notes = content.notes if isinstance(content, ForeignNetwork) else ()
+            if kind == distributed_folder.KIND:
+                notes = distributed_folder.describe_ranks(chosen.tensors, chosen.layer_names)
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
         yield OpenCheckpoint(

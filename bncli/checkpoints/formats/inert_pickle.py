@@ -64,6 +64,13 @@ class Inert:
         return state if isinstance(state, dict) else {}
 
 
+class OddKey(str):
+    """The text that stands for a key of a dict that is neither text nor a small number, and the key itself."""
+
+    __slots__ = ("value",)
+    value: object
+
+
 class PickleMeanings(Protocol):
     """What calls and persistent ids mean; both only make values, or give `Inert`."""
 
@@ -143,7 +150,9 @@ class Machine:
         if type(value) is int and -(2**63) <= value < 2**63:
             return str(value)
         self.num_odd_keys += 1
-        return f"<{type(value).__name__} {self.num_odd_keys}>"
+        key = OddKey(f"<{type(value).__name__} {self.num_odd_keys}>")
+        key.value = value
+        return key
 
     def set_items(self, target: object, items: list[Any]) -> None:
         """Put keys and values, in turns, into a dict or an object."""
@@ -204,8 +213,8 @@ def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings
     """The next pickle of a stream, which afterwards stands behind it.
 
     Dicts, ordered dicts and lists, tuples, text and numbers are themselves; sets are lists; the keys of
-    dicts are text or numbers below 2^31, others being replaced by a text that stands for them; bytes are
-    `Inert`.
+    dicts are text or numbers below 2^31, others being replaced by a text that stands for them (`OddKey`);
+    bytes are `Inert`.
 
     Raises:
         UnreadableFileError: on a damaged pickle, and on one that exceeds the limits.
