@@ -37,5 +37,8 @@ from .population.recalibrate import recalibrate as recalibrate
 from .population.selection import SkippedLayer as SkippedLayer
 from .population.verify import LayerConsistency as LayerConsistency
 from .population.verify import verify_fixed_point as verify_fixed_point
+from .ranks import PooledLayer as PooledLayer
+from .ranks import RankComparison as RankComparison
+from .ranks import compare_ranks as compare_ranks
 from .tracking import EpochStatistics as EpochStatistics
 from .tracking import LayerEpoch as LayerEpoch

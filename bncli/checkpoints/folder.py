@@ -40,7 +40,8 @@ class Folder:
         links = sorted(self._found[1])
         if not links:
             return ""
-        return f"; {plural(len(links), 'link')} in it not followed, such as {links[0][:100]}, which leads elsewhere"
+        listed = f"{plural(len(links), 'link')} in it not followed, such as {links[0][:100]}"
+        return f"; {listed}, which leads elsewhere"
 
     @cached_property
     def _found(self) -> tuple[frozenset[str], frozenset[str]]:

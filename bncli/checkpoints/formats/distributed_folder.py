@@ -2,8 +2,8 @@
 
 `.metadata` is a pickle: every tensor's type, size and chunks, and in which file each chunk lies. A chunk in
 `__RANK_NUMBER.distcp` is a whole file of `torch.save`. With `use_collectives=False` each rank writes a
-`__RANK.metadata` and a network of its own. Written as safetensors (HuggingFaceStorageWriter), every file tells
-in its header where in the whole its tensors belong.
+`__RANK.metadata` and a network of its own. Written as safetensors (HuggingFaceStorageWriter), every file
+tells in its header where in the whole its tensors belong.
 
 What all ranks hold alike, as BatchNorm's buffers under DDP and FSDP2, is written once, and shared out among
 ranks by size. So the running statistics of one network may be those of different ranks.
@@ -50,38 +50,27 @@ def read_if_distributed(folder: Folder) -> tuple[str, object] | None:
 
 
 def describe_ranks(tensors: Mapping[str, StoredTensor], layers: Iterable[str]) -> tuple[str, ...]:
-    """Of which ranks the running statistics are, where they are not all of one; by layer, in a sentence."""
-    ranks: dict[tuple[int, ...], list[str]] = {}
+    """Whose running statistics they are, where they are those of several ranks: a sentence, or none."""
+    layers_of: dict[int, list[str]] = {}
     for layer in layers:
         path = f"{layer}." if layer else ""
-        found = {
-            rank
-            for leaf in ("running_mean", "running_var")
-            if (tensor := tensors.get(f"{path}{leaf}")) is not None
-            for rank in _ranks_of(tensor)
-        }
-        ranks.setdefault(tuple(sorted(found)), []).append(layer)
-    if len(ranks) <= 1 and all(len(found) == 1 for found in ranks):
+        found = (tensors.get(f"{path}{leaf}") for leaf in ("running_mean", "running_var"))
+        for rank in sorted({rank for tensor in found if tensor is not None for rank in _rank_of(tensor)}):
+            layers_of.setdefault(rank, []).append(layer or "the top")
+    if len(layers_of) < 2:
         return ()
-    parts = [
-        f"{' and '.join(map(str, found))} in {list_names(names, 4)}"
-        for found, names in sorted(ranks.items())
-        if found
-    ]
-    if not parts:
-        return ()
+    parts = [f"of rank {rank} in {list_names(names, 4)}" for rank, names in sorted(layers_of.items())]
     return (
-        f"The running statistics are those of several ranks: of rank {'; of rank '.join(parts)}."
-        " torch.distributed.checkpoint shares out by size what all ranks hold, and running statistics differ"
-        " between ranks unless they were made equal before it was saved",
+        f"running statistics of different ranks: {'; '.join(parts)}. What all ranks hold is shared out among"
+        " them by size, and their running statistics differ unless they were made equal before saving",
     )
 
 
-def _ranks_of(tensor: StoredTensor) -> Iterator[int]:
-    for place in tensor.storage.name.split(" "):
-        match = _RANK.match(place)
-        if match:
-            yield int(match[1] or int(match[2]) - 1)  # safetensors files count from 1
+def _rank_of(tensor: StoredTensor) -> Iterator[int]:
+    """The rank that wrote a tensor; none of one that was cut into pieces on purpose."""
+    match = _RANK.match(tensor.storage.name)
+    if match and " " not in tensor.storage.name:
+        yield int(match[1] or int(match[2]) - 1)  # safetensors files count from 1
 
 
 # ---- .metadata and .distcp
@@ -168,7 +157,9 @@ class _Shards:
         file = self._files[name]
         if start + length > file.size:
             raise UnreadableFileError(f"a damaged or truncated file: {name[:80]} ends before what it holds")
-        part = ByteSource(f"{file.name}@{start}", length, lambda first, size: file.read_at(start + first, size))
+        part = ByteSource(
+            f"{file.name}@{start}", length, lambda first, size: file.read_at(start + first, size)
+        )
         _, content = read_torch_archive(ZipArchive(part, strictly=False))
         if not isinstance(content, StoredTensor):
             raise UnreadableFileError(f"a damaged file: {name[:80]} holds no tensor where it should")
@@ -255,7 +246,9 @@ def _read_safetensors(folder: Folder) -> tuple[str, object] | None:
             pieces.setdefault(key, []).append(chunk)
     joined = {}
     for key, chunks in pieces.items():
-        ends = [[offset + size for offset, size in zip(one.offsets, one.sizes, strict=True)] for one in chunks]
+        ends = [
+            [offset + size for offset, size in zip(one.offsets, one.sizes, strict=True)] for one in chunks
+        ]
         if len({len(end) for end in ends}) != 1:
             raise _damaged(key)
         joined[key] = join(tuple(map(max, zip(*ends, strict=True))), kinds[key], chunks)

@@ -65,7 +65,7 @@ class Inert:
 
 
 class OddKey(str):
-    """The text that stands for a key of a dict that is neither text nor a small number, and the key itself."""
+    """The text that stands for a key of a dict that is no text and no small number, and that key."""
 
     __slots__ = ("value",)
     value: object

@@ -51,7 +51,9 @@ def join(shape: tuple[int, ...], dtype: torch.dtype, chunks: Sequence[Chunk]) ->
         for chunk in own.values()
     )
     if not fits or sum(math.prod(chunk.sizes) for chunk in own.values()) != math.prod(shape):
-        raise UnreadableFileError(f"a damaged file: the pieces of a tensor of shape {shape} do not make it up")
+        raise UnreadableFileError(
+            f"a damaged file: the pieces of a tensor of shape {shape} do not make it up"
+        )
     found = tuple(own.values())
     read = partial(_read_whole, dtype) if len(found) == 1 else partial(_read_parts, shape, dtype)
     storage = Storage(
@@ -81,9 +83,7 @@ def _read_parts(
         if begin >= end:
             continue
         own_row = math.prod(chunk.sizes[1:]) * dtype.itemsize
-        data = _bytes_of(
-            _opened(chunk, dtype), (begin - chunk.offsets[0]) * own_row, (end - begin) * own_row
-        )
+        data = _bytes_of(_opened(chunk, dtype), (begin - chunk.offsets[0]) * own_row, (end - begin) * own_row)
         place = (
             slice(begin - first, end - first),
             *(
@@ -102,7 +102,9 @@ def _read_parts(
 def _opened(chunk: Chunk, dtype: torch.dtype) -> StoredTensor:
     tensor = chunk.open()
     if (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
-        raise UnreadableFileError("a damaged file: a piece of a tensor has another shape or type than is said")
+        raise UnreadableFileError(
+            "a damaged file: a piece of a tensor has another shape or type than is said"
+        )
     return tensor
 
 
