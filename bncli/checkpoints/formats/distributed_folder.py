@@ -51,15 +51,21 @@ def read_if_distributed(folder: Folder) -> tuple[str, object] | None:
 
 def describe_ranks(tensors: Mapping[str, StoredTensor], layers: Iterable[str]) -> tuple[str, ...]:
     """Whose running statistics they are, where they are those of several ranks: a sentence, or none."""
-    layers_of: dict[int, list[str]] = {}
+    layers_of: dict[tuple[int, ...], list[str]] = {}
     for layer in layers:
         path = f"{layer}." if layer else ""
         found = (tensors.get(f"{path}{leaf}") for leaf in ("running_mean", "running_var"))
-        for rank in sorted({rank for tensor in found if tensor is not None for rank in _rank_of(tensor)}):
-            layers_of.setdefault(rank, []).append(layer or "the top")
-    if len(layers_of) < 2:
+        ranks = tuple(rank for tensor in found if tensor is not None for rank in _rank_of(tensor))
+        if ranks:
+            own = ranks[:1] if len(set(ranks)) == 1 else ranks
+            layers_of.setdefault(own, []).append(layer or "the top")
+    if len(layers_of) < 2 and all(len(own) == 1 for own in layers_of):
         return ()
-    parts = [f"of rank {rank} in {list_names(names, 4)}" for rank, names in sorted(layers_of.items())]
+    parts = [
+        f"{f'of rank {own[0]}' if len(own) == 1 else f'mean of rank {own[0]}, variance of {own[1]}'} in"
+        f" {list_names(names, 4)}"
+        for own, names in sorted(layers_of.items(), key=lambda one: (len(one[0]), one[0]))
+    ]
     return (
         f"running statistics of different ranks: {'; '.join(parts)}. What all ranks hold is shared out among"
         " them by size, and their running statistics differ unless they were made equal before saving",
