@@ -41,7 +41,7 @@ class Folder:
         if not links:
             return ""
         listed = f"{plural(len(links), 'link')} in it not followed, such as {links[0][:100]}"
-        return f"; {listed}, which leads elsewhere"
+        return f"; {listed}, which leads elsewhere or nowhere"
 
     @cached_property
     def _found(self) -> tuple[frozenset[str], frozenset[str]]:

@@ -40,10 +40,7 @@ _OPENVINO = (
     "BatchNorm was folded into convolutions, or is one multiplication and one addition, of which mean and"
     f" variance can no longer be told. {ORIGIN}"
 )
-JOIN = (
-    'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into a file'
-    " that bncli reads"
-)
+GIVE_DIRECTORY = "give its directory, with .metadata and all shards in it"
 _OF_SAVED_MODEL = "its numbers lie in variables/ beside it, which is missing"
 GIVE_INDEX = "give the .index file, with the .data files beside it"
 _OF_PADDLE_PROGRAM = f"{READ}; its numbers lie in the .pdiparams file beside it"
@@ -135,8 +132,9 @@ def recognise_directory(names: Collection[str]) -> Format | None:
     """What a directory is, by the names in it and in the directories in it (`0/_METADATA`)."""
     suffixes = {name.rpartition(".")[2] for name in names}
     leaves = {name.rpartition("/")[2] for name in names}
-    if ".metadata" in names and "distcp" in suffixes:
-        return Format("a directory of torch.distributed.checkpoint", JOIN)
+    if "distcp" in suffixes:
+        advice = ".metadata, which says what lies where, is missing; it is written when all ranks are done"
+        return Format("shards of torch.distributed.checkpoint", advice)
     if {"saved_model.pb", "saved_model.pbtxt"} & set(names):
         return Format("a SavedModel of TensorFlow without variables", ORIGIN)
     if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & leaves:
@@ -213,9 +211,7 @@ def recognise_pickle(content: object, file_name: str) -> Format | None:
     """What a pickle is that torch.save did not write; `content` is what `read_pickle` made of it."""
     kinds = {node for node in walk(content) if isinstance(node, Global)}
     if any(kind.module.startswith("torch.distributed.checkpoint") for kind in kinds):
-        return Format(
-            "the metadata of torch.distributed.checkpoint", JOIN.replace("joins it", "joins the shards")
-        )
+        return Format("the metadata of torch.distributed.checkpoint", GIVE_DIRECTORY)
     if isinstance(content, dict) and "StructuredToParameterName@@" in content:
         return Format("a parameter file of Paddle (.pdparams)", ARRAYS)
     if any(kind.module.startswith("torch") for kind in kinds):
@@ -354,10 +350,7 @@ def _tensorflow_table(source: ByteSource) -> Format | None:
 
 # suffix of the name: where the bytes do not tell
 _NAMES = (
-    (
-        ".distcp",
-        Format("a shard of torch.distributed.checkpoint", JOIN.replace("it into", "the shards into")),
-    ),
+    (".distcp", Format("a shard of torch.distributed.checkpoint", GIVE_DIRECTORY)),
     (".engine", Format("an engine of TensorRT", ORIGIN)),
     (".plan", Format("an engine of TensorRT", ORIGIN)),
     (".trt", Format("an engine of TensorRT", ORIGIN)),
