@@ -21,6 +21,7 @@ from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats import (
     distributed_folder,
     equinox_file,
+    exported_program,
     flax_file,
     haiku_file,
     keras_file,
@@ -45,6 +46,7 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 # None for all else, which it must not raise for.
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
+    exported_program.read_if_exported,
     haiku_file.read_if_npz,
     numpy_arrays.read_if_npz,
 )

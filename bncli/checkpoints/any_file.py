@@ -16,7 +16,6 @@ from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.formats.foreign import recognise_shard
-from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.locate import (
     Candidate,
     NothingToReadError,
@@ -102,9 +101,9 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             kind, content = read_source(source, stack)
             found = state_dicts_of(kind, content, source)
             chosen = strip_prefixes(choose(found, key))
-            notes = content.notes if isinstance(content, ForeignNetwork) else ()
+            notes = chosen.notes
             if kind == distributed_folder.KIND:
-                notes = distributed_folder.describe_ranks(chosen.tensors, chosen.layer_names)
+                notes += distributed_folder.describe_ranks(chosen.tensors, chosen.layer_names)
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
         yield OpenCheckpoint(

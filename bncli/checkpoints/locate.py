@@ -58,6 +58,7 @@ class StateDict:
     hyperparameters: dict[str, Hyperparameters] = field(default_factory=dict)
     is_whole_module: bool = False
     prefix: str = ""  # what every name in the file has before those here
+    notes: tuple[str, ...] = ()  # as in OpenCheckpoint
 
     @property
     def candidate(self) -> Candidate:
@@ -71,9 +72,6 @@ def find_state_dicts(content: object) -> list[StateDict]:
     Raises:
         UnreadableFileError: where a pickled module grows without bounds.
     """
-    if isinstance(content, ForeignNetwork):
-        layers = dict(content.layers)
-        return [StateDict("", dict(content.tensors), list(layers), layers, is_whole_module=True)]
     found = []
     seen: set[int] = set()
     level = [("", content)]
@@ -83,6 +81,11 @@ def find_state_dicts(content: object) -> list[StateDict]:
             if id(value) in seen or len(seen) > MAX_CONTAINERS:
                 continue
             seen.add(id(value))
+            if isinstance(value, ForeignNetwork):
+                layers = dict(value.layers)
+                tensors = dict(value.tensors)
+                found.append(StateDict(key, tensors, list(layers), layers, True, notes=value.notes))
+                continue
             if isinstance(value, Inert) and is_module(value):
                 module = _from_module(key, value)
                 found += [module] if module.tensors or module.layer_names else []
@@ -111,7 +114,7 @@ def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]
     containers = (
         (f"{key}.{name}" if key else name, part)
         for name, part in parts
-        if isinstance(part, dict | list | tuple | Inert) and id(part) not in seen and len(name) <= MAX_KEY
+        if isinstance(part, dict | list | tuple | Inert | ForeignNetwork) and id(part) not in seen and len(name) <= MAX_KEY
     )
     return list(islice(containers, MAX_CONTAINERS))
 

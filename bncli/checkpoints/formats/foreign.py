@@ -160,8 +160,6 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
     below = {name.partition("/")[2] for name in names}
     if names and all(name.endswith(".npy") for name in names):
         return Format("NumPy arrays (.npz)", ARRAYS)
-    if {"archive_format", "models/model.json"} & below or "serialized_exported_program.json" in names:
-        return Format("an exported program of torch.export (.pt2)", _OF_EXPORTED_PROGRAM)
     if {".data/extern_modules", ".data/python_version"} & below:
         return Format(
             "a package of torch.package", "load it there and save model.state_dict() with torch.save"
@@ -188,7 +186,6 @@ _CHECKPOINT_SUFFIXES = {
     ".onnx",
     ".npz",
 }
-_OF_EXPORTED_PROGRAM = 'save its numbers with torch.save(torch.export.load("FILE.pt2").state_dict, "FILE.pt")'
 
 
 def recognise_json(content: dict[str, object]) -> Format | None:
