@@ -114,7 +114,9 @@ def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]
     containers = (
         (f"{key}.{name}" if key else name, part)
         for name, part in parts
-        if isinstance(part, dict | list | tuple | Inert | ForeignNetwork) and id(part) not in seen and len(name) <= MAX_KEY
+        if isinstance(part, dict | list | tuple | Inert | ForeignNetwork)
+        and id(part) not in seen
+        and len(name) <= MAX_KEY
     )
     return list(islice(containers, MAX_CONTAINERS))
 

@@ -1,9 +1,10 @@
-"""Programs of torch.export (`.pt2`): a zip archive with tensors, and in JSON the graph that computes with them.
+"""Programs of torch.export (`.pt2`): a zip archive with tensors, and in JSON the graph that computes them.
 
-Three layouts: `data/weights/NAME_weights_config.json` tells for each tensor its file, a raw storage that it may
-be a view of (torch 2.9 and later); `data/weights/NAME.pt` is one state dict (2.8); `serialized_state_dict.pt`
-lies beside `serialized_exported_program.json` (before). Types have numbers of their own. The graph holds eps and
-momentum of every call of BatchNorm, and tells it from what only has the same names.
+Three layouts: `data/weights/NAME_weights_config.json` tells for each tensor its file, a raw storage that it
+may be a view of (torch 2.9 and later); `data/weights/NAME.pt` is one state dict (2.8);
+`serialized_state_dict.pt` lies beside `serialized_exported_program.json` (before). Types have numbers of
+their own. The graph holds eps and momentum of every call of BatchNorm, and tells it from what only has the
+same names.
 """
 
 from collections.abc import Iterator, Mapping
@@ -99,8 +100,8 @@ def _legacy(archive: ZipArchive) -> ForeignNetwork:
     state = "serialized_state_dict.pt"
     if state not in archive.entries:
         raise ForeignFileError(
-            "a program of torch.export of an early version; load it with the torch that wrote it, and save its"
-            " state_dict"
+            "a program of torch.export of an early version; load it with the torch that wrote it, and save"
+            " its state_dict"
         )
     return _network(_state_dict(archive, state), _graph(archive, _LEGACY))
 
@@ -184,7 +185,7 @@ def _network(tensors: Mapping[str, StoredTensor], module: Mapping[str, Any]) -> 
     for target, inputs in _normalizations(module):
         found = {leaf: names.get(str(inputs.get(leaf))) for leaf in _TENSORS}
         known = next((name for name in found.values() if name is not None), None)
-        if known is None or found["running_mean"] is None and found["weight"] is None:
+        if known is None or (found["running_mean"] is None and found["weight"] is None):
             continue
         layer = known.rpartition(".")[0]
         if "instance_norm" in target:
@@ -216,8 +217,9 @@ def _notes(module: Mapping[str, Any], unused: list[str], cumulative: list[str]) 
         yield "its graph is too large to be read here: momentum and eps stay unknown"
     elif unused:
         yield (
-            f"{plural(len(unused), 'layer')} ({list_names(unused, 4)}): no batch_norm of its graph takes in these"
-            " statistics. They were folded into other layers, or belong to a frozen layer"
+            f"{plural(len(unused), 'layer')} ({list_names(unused, 4)}): no batch_norm of its graph takes in"
+            " these statistics. They were folded into other layers, or are those of another kind of layer"
+            " (frozen, InstanceNorm)"
         )
     if cumulative:
         yield (
