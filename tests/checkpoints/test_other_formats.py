@@ -80,19 +80,6 @@ def test_a_frozen_torchscript_is_named(tmp_path: Path, how: str) -> None:
         assert len(checkpoint.layer_names) == 1
 
 
-def test_an_exported_program_is_named_and_its_advice_works(tmp_path: Path) -> None:
-    model = network()
-    exported = torch.export.export(model, (torch.zeros(1, 3, 8, 8),))
-    torch.export.save(exported, tmp_path / "model.pt2")
-    assert refusal(tmp_path / "model.pt2").startswith("an exported program of torch.export (.pt2); ")
-    assert 'torch.save(torch.export.load("FILE.pt2").state_dict, "FILE.pt")' in refusal(
-        tmp_path / "model.pt2"
-    )
-    torch.save(torch.export.load(tmp_path / "model.pt2").state_dict, tmp_path / "model.pt")
-    with open_checkpoint(tmp_path / "model.pt") as checkpoint:
-        assert [layer.name for layer in checkpoint.layers()] == ["1"]
-
-
 def test_arrays_of_numpy_are_named_and_the_advice_for_all_arrays_works(tmp_path: Path) -> None:
     mean, var = np.arange(4, dtype="f4"), np.full(4, 2, dtype="f4")
     np.savez(tmp_path / "a.npz", mean=mean, var=var)

@@ -2,8 +2,8 @@
 
 python -m tests.frameworks.make_exported  (torch 2.13.0; no other package)
 
-torch 2.13 writes the newest layout only. The two before are made of what it serialises, packed as torch 2.8 and
-2.7 did; that torch.export.load of 2.13 still reads them is checked here.
+torch 2.13 writes the newest layout only. The two before are made of what it serialises, packed as torch 2.8
+and 2.7 did; that torch.export.load of 2.13 still reads them is checked here.
 """
 
 import io
@@ -76,7 +76,7 @@ def repack(source: Path, target: Path) -> None:
     torch.save({}, constants)
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
-            folder, _, rest = name.partition("/")
+            _, _, rest = name.partition("/")
             if not rest.startswith(("data/weights/", "data/constants/")):
                 new.writestr(f"{target.stem}/{rest}", old.read(name))
         new.writestr(f"{target.stem}/data/weights/model.pt", state.getvalue())

@@ -256,9 +256,11 @@ def _names_in_graph(module: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for spec in specs if isinstance(specs, list) else ():
         for kind in ("parameter", "buffer"):
             about = spec.get(kind) if isinstance(spec, dict) else None
-            argument = about.get("arg") if isinstance(about, dict) else None
-            if isinstance(argument, dict) and isinstance(about.get(f"{kind}_name"), str):
-                yield str(argument.get("name")), about[f"{kind}_name"]
+            if not isinstance(about, dict):
+                continue
+            argument, name = about.get("arg"), about.get(f"{kind}_name")
+            if isinstance(argument, dict) and isinstance(name, str):
+                yield str(argument.get("name")), name
 
 
 def _normalizations(module: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
