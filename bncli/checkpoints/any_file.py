@@ -27,7 +27,7 @@ from bncli.checkpoints.locate import (
 )
 from bncli.checkpoints.own_config import own_hyperparameters
 from bncli.checkpoints.stored_tensor import StoredTensor
-from bncli.wording import plural
+from bncli.wording import list_names, plural
 
 # Of all BatchNorm layers together: 8 million channels, where a network has thousands. Read, copied and
 # judged they take several times that.
@@ -102,6 +102,9 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             found = state_dicts_of(kind, content, source)
             chosen = strip_prefixes(choose(found, key))
             notes = chosen.notes
+            if chosen.uninitialised:
+                listed = list_names(chosen.uninitialised, 4)
+                notes += (f"not yet initialised, as they are lazy and have seen no batch: {listed}",)
             if kind == distributed_folder.KIND:
                 notes += distributed_folder.describe_ranks(chosen.tensors, chosen.layer_names)
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
