@@ -15,6 +15,7 @@ import torch
 
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError
+from tests.checkpoints.formats.corpus import check_refused_or_read, mutated
 from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
 from tests.frameworks.recorded import FILES
 
@@ -30,8 +31,8 @@ def test_layers_are_those_of_the_framework(framework: str, file: str) -> None:
 @pytest.mark.parametrize("num_flipped", [60, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("framework", "file"), ALL)
 def test_damage_is_said_in_one_line(tmp_path: Path, framework: str, file: str, num_flipped: int) -> None:
-    for path in (FILES / framework).glob("*.json"):
-        if path.name != "expected.json":
+    for path in (FILES / framework).iterdir():
+        if path.suffix in (".json", ".pdmodel") and path.name != "expected.json":
             shutil.copy(path, tmp_path)
     content = (FILES / framework / file).read_bytes()
     read = [survives(tmp_path / file, data) for data in damaged(content, num_flipped)]
@@ -91,13 +92,25 @@ def test_bare_sixteen_bits_of_paddle_are_bfloat16() -> None:
 
 def test_an_export_of_paddle_needs_its_own_program(tmp_path: Path) -> None:
     shutil.copy(FILES / "paddle" / "net.pdiparams", tmp_path)
-    with pytest.raises(CheckpointError, match=r"put its program net\.json beside it"):
+    with pytest.raises(CheckpointError, match=r"program beside it, net\.json or net\.pdmodel"):
         open_checkpoint(tmp_path / "net.pdiparams").__enter__()
     program = json.loads((FILES / "paddle" / "net.json").read_text())
     del program["program"]["regions"][0]["blocks"][0]["ops"][0]
     (tmp_path / "net.json").write_text(json.dumps(program))
     with pytest.raises(CheckpointError, match="of another export"):
         open_checkpoint(tmp_path / "net.pdiparams").__enter__()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_damage_of_a_program_before_paddle_3_is_said_in_one_line(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copy(FILES / "paddle" / "old.pdiparams", tmp_path / "a" / "net.pdiparams")
+    program = (FILES / "paddle" / "old.pdmodel").read_bytes()
+    refused = 0
+    for number in range(count):
+        (tmp_path / "a" / "net.pdmodel").write_bytes(mutated(program, number))
+        refused += check_refused_or_read(tmp_path / "a" / "net.pdiparams")
+    assert refused > 0
 
 
 def test_a_gamma_that_mxnet_ignores_is_one_and_stays_where_nothing_tells(tmp_path: Path) -> None:
