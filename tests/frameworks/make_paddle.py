@@ -110,9 +110,8 @@ def main():
     exported = ["batch_norm2d_0", "batch_norm2d_1", "batch_norm1d_0"]
     note("net.pdiparams", True, exported)
     # which of both programs is written is settled when Paddle is imported
-    subprocess.run(
-        [sys.executable, __file__, OLD], env={**os.environ, "FLAGS_enable_pir_api": "0"}, check=True
-    )
+    environment = {**os.environ, "FLAGS_enable_pir_api": "0"}
+    subprocess.run([sys.executable, __file__, OLD], env=environment, check=True)
     note("old.pdiparams", True, exported)
     net.bfloat16()
     paddle.save(net.state_dict(), str(PLACE / "bfloat16.pdparams"))

@@ -21,6 +21,7 @@ from bncli.checkpoints.byte_source import UnreadableFileError
 # 140 bytes (an entry of the memo), which bounds memory to 560 MB.
 MAX_OPERATIONS = 4_000_000
 MAX_TEXT = 32 * 2**20  # characters in all
+MAX_TEXT_OF_PYTHON_2 = 2**12  # bytes: what is longer are the numbers of an array, as bytes are since
 MAX_LINE = 2**16
 MAX_LONG = 1024  # bytes of a whole number
 MAX_WALKED = 100_000  # objects
@@ -292,12 +293,20 @@ def _text(machine: Machine, code: bytes) -> None:
 
 @_operation(*_TEXT_OF_PYTHON_2)
 def _text_of_python_2(machine: Machine, code: bytes) -> None:
-    machine.stack.append(machine.text(machine.take_length(_TEXT_OF_PYTHON_2[code]), "latin-1"))
+    size = machine.take_length(_TEXT_OF_PYTHON_2[code])
+    if size > MAX_TEXT_OF_PYTHON_2:
+        _skip(machine, size)
+    else:
+        machine.stack.append(machine.text(size, "latin-1"))
 
 
 @_operation(*_BYTES)
 def _bytes(machine: Machine, code: bytes) -> None:
-    size = machine.take_length(_BYTES[code])
+    _skip(machine, machine.take_length(_BYTES[code]))
+
+
+def _skip(machine: Machine, size: int) -> None:
+    """Pass over bytes; what is on the stack then tells where they lie."""
     if size >= 2**62:
         raise UnreadableFileError("a damaged pickle: bytes without bounds")
     start = machine.stream.tell()

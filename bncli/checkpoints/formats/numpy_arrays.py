@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from bncli.batchnorm.state_dict import batch_norm_names
-from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import haiku_file
-from bncli.checkpoints.formats.named_arrays import in_order, recognise, with_dots
+from bncli.checkpoints.formats.named_arrays import in_order, is_merged_by_caffe2, recognise, with_dots
 from bncli.checkpoints.formats.npy import array_tensor, read_header
 from bncli.checkpoints.formats.numpy_pickle import read_arrays
 from bncli.checkpoints.formats.torch_zip import ZipArchive
@@ -82,6 +82,11 @@ def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     found = [(place, _network(tensors, "pickle")) for place, tensors in places.items()]
     known = [(place, network) for place, network in found if network is not None]
     if not known:
+        if any(is_merged_by_caffe2(tensors) for tensors in places.values()):
+            raise ForeignFileError(
+                "a pickle of Caffe2 (Detectron) in which BatchNorm is only a scale and a bias of each"
+                " channel: mean and variance were multiplied into them, and can no longer be told"
+            )
         return None
     if len(known) == 1:
         return known[0][1]

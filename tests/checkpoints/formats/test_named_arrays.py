@@ -135,3 +135,51 @@ def test_mxnet_claims_are_bounded(tmp_path: Path) -> None:
         (tmp_path / "a.params").write_bytes(content + bytes(64))
         with pytest.raises(CheckpointError, match="damaged"):
             open_checkpoint(tmp_path / "a.params").__enter__()
+
+
+def caffe2(names: tuple[str, ...], layer: str = "res2_0_branch2a_bn") -> dict[str, np.ndarray]:
+    arrays = {f"{layer}_{name}": np.arange(3, dtype="f4") + index for index, name in enumerate(names)}
+    return {"conv1_w": np.ones((3, 1, 1, 1), "f4"), **arrays, "lr": np.float32(0.1)}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("names", [("s", "b", "rm", "riv"), ("gamma", "beta", "running_mean", "running_var")])
+def test_the_names_of_caffe2_in_pickles_of_detectron(
+    tmp_path: Path, names: tuple[str, ...], protocol: int
+) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": caffe2(names)}, protocol))
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        (layer,) = checkpoint.layers()
+    assert (layer.name, layer.convention.framework, layer.eps) == ("res2_0_branch2a_bn", "Caffe2", None)
+    found = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    assert [tensor.tolist() for tensor in found] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+class PicklerOfPython2(pickle._Pickler):  # type: ignore[name-defined]
+    """Writes bytes as the text that they were in Python 2."""
+
+    def save_bytes(self, content: bytes) -> None:
+        size = len(content)
+        self.write(b"U" + bytes([size]) if size < 256 else b"T" + struct.pack("<I", size))
+        self.write(content)
+        self.memoize(content)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[attr-defined]  # noqa: RUF012
+
+
+@pytest.mark.parametrize("channels", [3, 64, 512, 4096])
+def test_arrays_of_python_2_are_read_wherever_they_lie(tmp_path: Path, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"a_bn_{name}": rng.random(channels, dtype="f4") for name in ("s", "b", "rm", "riv")}
+    with (tmp_path / "a.pkl").open("wb") as file:
+        PicklerOfPython2(file, 2).dump({"blobs": arrays | {"fc_w": rng.random((99, 999))}})
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        (layer,) = checkpoint.layers()
+    for found, name in ((layer.running_mean, "rm"), (layer.running_var, "riv"), (layer.weight, "s")):
+        assert found.tolist() == arrays[f"a_bn_{name}"].tolist()
+
+
+def test_statistics_that_detectron_merged_are_said_to_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": caffe2(("s", "b"))}, 2))
+    with pytest.raises(CheckpointError, match="mean and variance were multiplied into them"):
+        open_checkpoint(tmp_path / "a.pkl").__enter__()
