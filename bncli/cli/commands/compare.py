@@ -33,7 +33,8 @@ def compare_checkpoints(
     first: Annotated[str, typer.Argument(metavar="FIRST", help=ANY_CHECKPOINT)],
     second: Annotated[str, typer.Argument(metavar="SECOND", help="Another checkpoint of the same network.")],
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="CHECKPOINT...", help="With --ranks: the files of more ranks.")
+        list[str] | None,
+        typer.Argument(metavar="CHECKPOINT...", help="With --ranks: the files of more ranks."),
     ] = None,
     ranks: Annotated[
         bool,
