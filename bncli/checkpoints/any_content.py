@@ -47,7 +47,6 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
     exported_program.read_if_exported,
-    haiku_file.read_if_npz,
     numpy_arrays.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (

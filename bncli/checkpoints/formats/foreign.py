@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import Global, walk
+from bncli.checkpoints.formats.protobuf import BYTES, VARINT, Field, Wire
 from bncli.checkpoints.formats.tensorflow_bundle import is_table
-from bncli.checkpoints.formats.wire_format import BYTES, VARINT, Field, Wire
 
 READ = "bncli does not read it"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported

@@ -25,12 +25,17 @@ _HEAD = 4096  # bytes of a compressed array that are unpacked to see its header
 def read_if_npz(archive: ZipArchive) -> tuple[str, object] | None:
     """Named arrays with BatchNorm among them; None for another archive.
 
+    The trees of Haiku and Flax are looked for first: the names in them say more.
+
     Raises:
         UnreadableFileError: on damage.
     """
     names = list(archive.entries)
     if not names or not all(name.endswith(".npy") for name in names):
         return None
+    tree = haiku_file.read_npz(archive, names)
+    if tree is not None:
+        return tree
     tensors = {}
     for name in names:
         tensor = _entry(archive, archive.entries[name])
@@ -58,7 +63,7 @@ def _entry(archive: ZipArchive, info: zipfile.ZipInfo) -> StoredTensor | None:
 def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     """A pickle with arrays and BatchNorm among them; None for another, and for one that is damaged.
 
-    The trees of Haiku and Flax are looked for first: the names in them say more.
+    The trees of Haiku and Flax are looked for first here too.
 
     Raises:
         UnreadableFileError: on damage of its arrays.

@@ -15,9 +15,8 @@ from bncli.batchnorm.conventions import PADDLE
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.beside import read_beside
 from bncli.checkpoints.formats.collected_network import Collected, are_statistics, contiguous, from_float32
-from bncli.checkpoints.formats.protobuf import fields, inside, text
+from bncli.checkpoints.formats.protobuf import Wire, fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
-from bncli.checkpoints.formats.wire_format import Wire
 from bncli.checkpoints.stored_tensor import MAX_DIMENSIONS, Storage, StoredTensor
 
 MAX_PROGRAM = 32 * 2**20  # bytes
