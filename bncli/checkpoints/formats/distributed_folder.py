@@ -142,7 +142,17 @@ def _places(stored: Mapping[Any, object]) -> dict[tuple[str, tuple[int, ...]], P
                 " bncli does not read"
             )
         found[name, _sizes(offsets)] = place
+    _check_apart(found.values())  # type: ignore[arg-type]
     return found  # type: ignore[return-value]
+
+
+def _check_apart(places: Iterable[Place]) -> None:
+    """Raise UnreadableFileError for pieces that share bytes: a few of them could be read for ever."""
+    end, last = 0, ""
+    for name, start, length in sorted(places):
+        if name == last and start < end:
+            raise UnreadableFileError(f"a damaged file: pieces in {name[:80]} overlap")
+        last, end = name, start + length
 
 
 class _Shards:
