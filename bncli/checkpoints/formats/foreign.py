@@ -40,6 +40,7 @@ _OPENVINO = (
     "BatchNorm was folded into convolutions, or is one multiplication and one addition, of which mean and"
     f" variance can no longer be told. {ORIGIN}"
 )
+JOIN = 'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into one'
 GIVE_DIRECTORY = "give its directory, with .metadata and all shards in it"
 _OF_SAVED_MODEL = "its numbers lie in variables/ beside it, which is missing"
 GIVE_INDEX = "give the .index file, with the .data files beside it"
@@ -132,6 +133,8 @@ def recognise_directory(names: Collection[str]) -> Format | None:
     """What a directory is, by the names in it and in the directories in it (`0/_METADATA`)."""
     suffixes = {name.rpartition(".")[2] for name in names}
     leaves = {name.rpartition("/")[2] for name in names}
+    if ".metadata" in names and "distcp" in suffixes:
+        return Format("a directory of torch.distributed.checkpoint, where a file was expected", JOIN)
     if "distcp" in suffixes:
         advice = ".metadata, which says what lies where, is missing; it is written when all ranks are done"
         return Format("shards of torch.distributed.checkpoint", advice)

@@ -15,6 +15,7 @@ LEGEND = {
     "pooled": "running_var of all ranks' images together: the mean variance, and the variance"
     " between the ranks' means",
 }
+MAX_RANKS = 16  # whose files are listed
 _COLUMNS = ("running_mean", "running_var", "averaged_var", "mean_range", "var_ratio", "lost_share")
 
 
@@ -42,8 +43,10 @@ def rank_rows(comparison: RankComparison, *, channels: bool) -> Iterator[Row]:
 def show_ranks(sources: Sequence[str], comparison: RankComparison) -> None:
     """One row per layer in the order of the network, then what does not match, and the sum."""
     console = console_for_results()
-    for rank, source in enumerate(sources):
+    for rank, source in enumerate(sources[:MAX_RANKS]):
         print_wrapped(console, source, mark=f"rank {rank}  ", style="bold")
+    if len(sources) > MAX_RANKS:
+        console.print(f"... ({len(sources):,} in all)")
     console.print()
     layers = comparison.layers
     columns = {

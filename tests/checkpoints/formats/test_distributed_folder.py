@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from bncli import load_weights
 from bncli.batchnorm import compare, compare_ranks
 from bncli.checkpoints import open_checkpoint
+from bncli.checkpoints.rewrite import rewrite
 from bncli.errors import CheckpointError
 from tests.checkpoints.formats.corpus import FILES, mutations
 
@@ -261,3 +262,8 @@ def test_a_pickle_that_is_a_program_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cut", "ddp_each", "fsdp2_safetensors"])
 def test_damage_is_said_in_one_line(corpus: Path, tmp_path: Path, name: str, count: int) -> None:
     assert mutations(tmp_path, corpus / name, count) > 0
+
+
+def test_a_directory_is_not_rewritten_and_it_is_said_what_joins_it(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="dcp_to_torch_save"):
+        rewrite(corpus / "ddp", tmp_path / "a.pt", {"model.module.1.running_mean": torch.zeros(5)})

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bncli.checkpoints import open_checkpoint
+from bncli.checkpoints.rewrite import rewrite
 from bncli.errors import CheckpointError
 from tests.checkpoints.formats.corpus import FILES, mutations
 
@@ -155,6 +156,13 @@ def test_packages_of_compiled_code_and_of_several_networks(corpus: Path, tmp_pat
             assert checkpoint.hyperparameters["deep.1"].momentum == (0.25 if name == "train" else None)
             for key, tensor in checkpoint.tensors.items():
                 assert torch.equal(tensor.read(), expected[key])
+
+
+def test_a_program_is_not_rewritten(corpus: Path, tmp_path: Path) -> None:
+    for name in ("eval", "layout_2_8", "layout_2_7"):
+        with pytest.raises(CheckpointError, match=r"a program of torch\.export, which is only read"):
+            rewrite(corpus / f"{name}.pt2", tmp_path / "a.pt2", {"bn.running_mean": torch.zeros(4)})
+    assert not (tmp_path / "a.pt2").exists()
 
 
 def test_a_program_of_an_early_version_is_named(tmp_path: Path) -> None:
