@@ -21,7 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, pack
+from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, pack, record_ten_steps
 
 TARGET = Path(__file__).parent / "files" / "keras"
 L = keras.layers
@@ -246,6 +246,7 @@ def main() -> None:
     hostile(folder / "hostile")
     pack(folder, TARGET, corpus.answers)
     shutil.rmtree(folder)
+    record_ten_steps(keras, "keras")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """Files of PaddlePaddle, for tests/checkpoints/formats/test_named_arrays.py.
 
 python3.11 -m venv /tmp/v && /tmp/v/bin/pip install paddlepaddle==3.3.1
-/tmp/v/bin/python tests/frameworks/make_paddle.py
+/tmp/v/bin/python -m tests.frameworks.make_paddle
 """
-
-import sys
-from pathlib import Path
 
 import paddle
 from paddle import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 PLACE = FILES / "paddle"
-PLACE.mkdir(parents=True, exist_ok=True)
 
 
 def numbers(tensor):
@@ -48,7 +44,34 @@ def said(net, names, in_file, keys=None):
     return found
 
 
+def record_ten_steps():
+    net = nn.Sequential(
+        nn.BatchNorm2D(3, momentum=0.875, epsilon=0.01), nn.Flatten(), nn.Linear(12, 5),
+        nn.BatchNorm1D(5, momentum=0.75, epsilon=0.02),
+    )  # fmt: skip
+    layers = [("0", net[0], ten_steps.IMAGES), ("3", net[3], ten_steps.FEATURES)]
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape in layers:
+                norm(paddle.to_tensor(ten_steps.batch(step, shape)))
+
+    train(ten_steps.BEFORE)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    paddle.save(net.state_dict(), str(ten_steps.FOLDER / "paddle.pdparams"))
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=numbers(norm._mean), var=numbers(norm._variance),
+            momentum=1 - norm._momentum, eps=norm._epsilon,
+        )
+        for name, norm, shape in layers
+    ]  # fmt: skip
+    ten_steps.write("paddle", "paddle.pdparams", told)
+
+
 def main():
+    PLACE.mkdir(parents=True, exist_ok=True)
     paddle.seed(0)
     plain = {"weight_attr": False, "bias_attr": False}
     net = nn.Sequential(
@@ -81,6 +104,8 @@ def main():
     paddle.save(net.state_dict(), str(PLACE / "bfloat16.pdparams"))
     note("bfloat16.pdparams", False, None, "uint16 in it is read as bfloat16")
     write("paddle", files)
+    record_ten_steps()
 
 
-main()
+if __name__ == "__main__":
+    main()

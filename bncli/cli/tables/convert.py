@@ -18,6 +18,7 @@ def conversion_document(source: str, output: str, conversion: Conversion, left: 
         "framework": conversion.framework,
         "num_tensors": len(conversion.state_dict),
         "layers": [asdict(layer) for layer in conversion.layers],
+        "notes": conversion.notes,
         "tensors_left_out": left,
     }
 
@@ -59,6 +60,8 @@ def show_conversion(source: str, output: str, conversion: Conversion, left: list
     factors = {layer.variance_factor for layer in conversion.layers}
     if factors != {1.0}:
         print_wrapped(console, f"Every variance was multiplied by {factors.pop():.9g}, Bessel's correction.")
+    for note in conversion.notes:
+        print_wrapped(console, note)
     if filled := [f"{leaf} of {layer.name}" for layer in conversion.layers for leaf in layer.filled]:
         print_wrapped(console, f"Written as 1 or 0, as the layer has none: {list_names(filled)}.")
     if left:
