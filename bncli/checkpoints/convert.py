@@ -86,6 +86,11 @@ def _notes(framework: str, layers: Sequence[ConvertedLayer]) -> Iterator[str]:
             f"{framework} averages biased variances, PyTorch those times n / (n - 1), with n values per"
             " channel: before further training give --values-per-channel N."
         )
+    if "biased or unbiased" in uncorrected:
+        yield (
+            "The file does not say whether its variances are biased: where they are, before further training"
+            " give --values-per-channel N, as PyTorch averages n / (n - 1) times as much."
+        )
     if any(layer.variance == "unbiased for images" for layer in layers):
         yield (
             f"{framework} averages PyTorch's variances behind layers with pixels, and biased ones behind"
