@@ -50,7 +50,11 @@ class Conversion:
     framework: str
     state_dict: dict[str, Tensor]  # CPU, in PyTorch's names; bfloat16 and float16 as they were
     layers: tuple[ConvertedLayer, ...]
-    notes: tuple[str, ...]  # where further training in PyTorch differs from the framework's, a sentence each
+    notes: tuple[str, ...]  # how it was done, and where further training differs: a sentence each
+    used: frozenset[str] = (
+        frozenset()
+    )  # tensors of the file that are none of BatchNorm, and were converted too
+    missing: tuple[str, ...] = ()  # tensors of the network that the file had nothing for
 
 
 def convert_layers(

@@ -30,9 +30,7 @@ def converted(
     new = tmp_path / "new.pt"
     new.unlink(missing_ok=True)
     assumed = f"eps={layer['eps']},momentum={layer['momentum']}"  # used where the file has none
-    outcome = bncli(
-        "convert", FOLDER / SAID[name]["file"], "-o", new, "--assume", assumed, "--json", *more
-    )
+    outcome = bncli("convert", FOLDER / SAID[name]["file"], "-o", new, "--assume", assumed, "--json", *more)
     assert outcome.code == 0, outcome.err
     document = json.loads(outcome.out)
     (told,) = [one for one in document["layers"] if one["name"] == layer["name"]]

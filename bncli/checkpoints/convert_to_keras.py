@@ -1,0 +1,109 @@
+"""BatchNorm layers of any framework, or a whole network of PyTorch, as arrays that a Keras network takes.
+
+The arrays are called `LAYER/VARIABLE` as Keras calls its variables, so that five lines assign them. The layers
+of a ResNet of torchvision have the names of Keras applications, all others the names that they had.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bncli.batchnorm import LayerStats
+from bncli.batchnorm.conventions import KERAS_3
+from bncli.checkpoints.convert import Conversion, convert_layers
+from bncli.checkpoints.convert_network import kernel_layers
+from bncli.checkpoints.kernel_axes import is_grouped, of_keras
+from bncli.checkpoints.resnet_names import keras_names, note_strides
+from bncli.wording import list_names
+
+LEAVES = {
+    "weight": "gamma",
+    "bias": "beta",
+    "running_mean": "moving_mean",
+    "running_var": "moving_variance",
+}
+RECIPE = """\
+saved = numpy.load("{path}")
+for layer in model.layers:
+    for variable in layer.weights:
+        variable.assign(saved[f"{{layer.name}}/{{variable.name}}"])"""
+
+
+def convert_to_keras(
+    layers: Sequence[LayerStats],
+    network: nn.Module | None = None,
+    *,
+    values_per_channel: float | None = None,
+) -> Conversion:
+    """Translate layers, and with `network` its convolutions and linear layers, whose weights are loaded.
+
+    `values_per_channel` is the n of a training batch by which PyTorch's unbiased variances are made the biased
+    ones that Keras averages. Convolutions and linear layers without bias get one of 0, as Keras' have one
+    unless `use_bias=False`.
+
+    Raises:
+        CheckpointError: for a layer without running statistics.
+    """
+    modules = [] if network is None else kernel_layers(network)
+    names = {layer.name: layer.name for layer in layers} | {name: name for name, _ in modules}
+    known = None if network is None else keras_names(names)
+    names |= known or {}
+    factor = 1.0 if values_per_channel is None else (values_per_channel - 1) / values_per_channel
+    translated = convert_layers(layers, names=[names[layer.name] for layer in layers])
+    arrays: dict[str, Tensor] = {}
+    for layer in layers:
+        for leaf, role in LEAVES.items():
+            tensor: Tensor | None = getattr(layer, leaf)
+            if tensor is not None:
+                scaled = leaf == "running_var" and factor != 1
+                arrays[f"{names[layer.name]}/{role}"] = (
+                    (tensor.double() * factor).to(tensor.dtype) if scaled else tensor
+                )
+    used, channels = set[str](), 0  # channels of the images before a dense layer
+    for name, module in modules:
+        if is_grouped(module):
+            continue
+        leaf_name, kernel = of_keras(module, channels)
+        channels = module.out_channels if isinstance(module, _ConvNd) else 0
+        arrays[f"{names[name]}/{leaf_name}"] = kernel
+        bias = torch.zeros(_outputs(module)) if module.bias is None else module.bias.detach()
+        arrays[f"{names[name]}/bias"] = bias
+        used |= {f"{name}.weight", f"{name}.bias"}
+    strides = note_strides(network, [name for name, _ in modules]) if network and known else None
+    return replace(
+        translated,
+        state_dict=arrays,
+        layers=tuple(
+            replace(
+                one,
+                momentum=KERAS_3.translate_momentum(0.1 if one.momentum is None else one.momentum),
+                variance_factor=factor,
+                filled=(),
+            )
+            for one in translated.layers
+        ),
+        notes=tuple(_notes(layers, factor, strides)),
+        used=frozenset(used),
+    )
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
+
+
+def _notes(layers: Sequence[LayerStats], factor: float, strides: str | None) -> list[str]:
+    notes = [] if strides is None else [strides]
+    if factor == 1 and any(layer.convention.variance == "unbiased" for layer in layers):
+        notes.append(
+            "Keras averages biased variances, (n - 1) / n of these, with n values per channel: before further"
+            " training give --values-per-channel N."
+        )
+    cumulative = [layer.name for layer in layers if layer.hyperparameters_known and layer.momentum is None]
+    if cumulative:
+        notes.append(
+            f"Keras has no cumulative average: momentum 0.9 is put in its place ({list_names(cumulative)})."
+        )
+    return notes

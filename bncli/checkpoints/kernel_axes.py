@@ -1,0 +1,57 @@
+"""The weights of convolutions and dense layers in PyTorch's order of axes and in Keras'.
+
+PyTorch has (out, in, height, width), Keras (height, width, in, out), depthwise (height, width, in, multiplier)
+with PyTorch's (in x multiplier, 1, height, width), dense (in, out) with (out, in). A dense layer behind images
+that were laid flat has its inputs by (height, width, channel) in Keras and (channel, height, width) in PyTorch.
+"""
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+KernelLayer = _ConvNd | nn.Linear
+Leaf = Literal["kernel", "depthwise_kernel"]
+
+
+def is_depthwise(module: KernelLayer) -> bool:
+    """Whether each channel is convolved by itself."""
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
+
+
+def of_pytorch(module: KernelLayer, kernel: Tensor, channels: int) -> Tensor | None:
+    """Keras' array as the weight of a module; None where it cannot be that.
+
+    `channels` are those of the images that a dense layer was given flat; 0 for one that was not.
+    """
+    if kernel.dim() != module.weight.dim():
+        return None
+    if isinstance(module, nn.Linear):
+        weight = kernel.T
+        pixels, rest = divmod(len(kernel), channels) if channels else (1, 0)
+        if pixels > 1 and not rest:
+            weight = weight.unflatten(1, (pixels, channels)).transpose(1, 2).flatten(1)
+    else:
+        weight = kernel.movedim((-1, -2), (0, 1))  # a transposed one has its two the other way in both
+        if is_depthwise(module):
+            weight = kernel.movedim((-2, -1), (0, 1)).flatten(0, 1).unsqueeze(1)
+    return weight.contiguous() if weight.shape == module.weight.shape else None
+
+
+def of_keras(module: KernelLayer, channels: int) -> tuple[Leaf, Tensor]:
+    """A module's weight as Keras' array, with what Keras calls it; `channels` as for `of_pytorch`."""
+    weight = module.weight.detach()
+    if isinstance(module, nn.Linear):
+        pixels, rest = divmod(module.in_features, channels) if channels else (1, 0)
+        if pixels > 1 and not rest:
+            weight = weight.unflatten(1, (channels, pixels)).transpose(1, 2).flatten(1)
+        return "kernel", weight.T.contiguous()
+    if is_depthwise(module):
+        split = weight.squeeze(1).unflatten(0, (module.in_channels, -1))
+        return "depthwise_kernel", split.movedim((0, 1), (-2, -1)).contiguous()
+    return "kernel", weight.movedim((0, 1), (-1, -2)).contiguous()
+
+
+def is_grouped(module: KernelLayer) -> bool:
+    """Whether it is transposed and in groups, which Keras has not."""
+    return isinstance(module, _ConvTransposeNd) and module.groups > 1
