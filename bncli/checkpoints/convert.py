@@ -51,9 +51,7 @@ class Conversion:
     state_dict: dict[str, Tensor]  # CPU, in PyTorch's names; bfloat16 and float16 as they were
     layers: tuple[ConvertedLayer, ...]
     notes: tuple[str, ...]  # how it was done, and where further training differs: a sentence each
-    used: frozenset[str] = (
-        frozenset()
-    )  # tensors of the file that are none of BatchNorm, and were converted too
+    used: frozenset[str] = frozenset()  # of the file, that were converted beside those of BatchNorm
     missing: tuple[str, ...] = ()  # tensors of the network that the file had nothing for
 
 

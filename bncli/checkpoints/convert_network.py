@@ -48,8 +48,9 @@ def convert_network(
     *,
     values_per_channel: float | None = None,
 ) -> Conversion:
-    """Translate a file of Keras for a network; `norm_behind` has the BatchNorm layer behind a convolution, by name.
+    """Translate a file of Keras for a network.
 
+    `norm_behind` has, by the name of a convolution, that of the BatchNorm layer that takes all of its output.
     Where other layers do not map one to one, BatchNorm layers alone are translated; `missing` tells what the
     network has beside them.
 
@@ -104,13 +105,14 @@ def _convert(
             folded.append(name)
         elif bias is not None:
             continue  # it has no place: listed as left out
-        used |= {source.bias} - {None}
+        if source.bias is not None:
+            used.add(source.bias)
     if weights is None:
         notes.append("Other layers do not map one to one, so BatchNorm layers alone were converted.")
     if folded:
         notes.append(
             f"{plural(len(folded), 'bias', 'biases')} of convolutions that have none in the network"
-            f" ({list_names(folded, 3)}): taken off the running mean behind, which is exact in eval mode."
+            f" ({list_names(folded, 3)}): taken off the running mean behind, which changes no output."
         )
     strides = note_strides(network, [name for name, _ in modules]) if known else None
     wanted = network.state_dict()
@@ -131,9 +133,9 @@ def _kernels_of(tensors: Mapping[str, StoredTensor], norms: set[str]) -> dict[st
         if owner not in norms:
             leaves.setdefault(owner, {})[leaf] = name
     found = {}
-    for owner, named in leaves.items():
-        kernels = [full for leaf, full in named.items() if leaf in _KERNELS]
-        biases = [full for leaf, full in named.items() if leaf in _BIASES]
+    for owner, own in leaves.items():
+        kernels = [full for leaf, full in own.items() if leaf in _KERNELS]
+        biases = [full for leaf, full in own.items() if leaf in _BIASES]
         is_kernel = len(kernels) == 1 and len(tensors[kernels[0]].shape) > 1
         if is_kernel and all(len(tensors[bias].shape) == 1 for bias in biases):
             found[owner] = _Kernel(kernels[0], biases[0] if biases else None)

@@ -1,7 +1,7 @@
 """BatchNorm layers of any framework, or a whole network of PyTorch, as arrays that a Keras network takes.
 
-The arrays are called `LAYER/VARIABLE` as Keras calls its variables, so that five lines assign them. The layers
-of a ResNet of torchvision have the names of Keras applications, all others the names that they had.
+The arrays are called `LAYER/VARIABLE` as Keras calls its variables, so that four lines assign them. The
+layers of a ResNet of torchvision get their names in Keras applications, all others keep theirs.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ def convert_to_keras(
 ) -> Conversion:
     """Translate layers, and with `network` its convolutions and linear layers, whose weights are loaded.
 
-    `values_per_channel` is the n of a training batch by which PyTorch's unbiased variances are made the biased
-    ones that Keras averages. Convolutions and linear layers without bias get one of 0, as Keras' have one
+    `values_per_channel` is the n of a training batch by which PyTorch's unbiased variances are made biased,
+    as Keras averages them. Convolutions and linear layers without bias get one of 0, as Keras' have one
     unless `use_bias=False`.
 
     Raises:
@@ -103,7 +103,6 @@ def _notes(layers: Sequence[LayerStats], factor: float, strides: str | None) -> 
         )
     cumulative = [layer.name for layer in layers if layer.hyperparameters_known and layer.momentum is None]
     if cumulative:
-        notes.append(
-            f"Keras has no cumulative average: momentum 0.9 is put in its place ({list_names(cumulative)})."
-        )
+        names = list_names(cumulative)
+        notes.append(f"Keras has no cumulative average: momentum 0.9 is put in its place ({names}).")
     return notes

@@ -1,8 +1,8 @@
 """The weights of convolutions and dense layers in PyTorch's order of axes and in Keras'.
 
-PyTorch has (out, in, height, width), Keras (height, width, in, out), depthwise (height, width, in, multiplier)
-with PyTorch's (in x multiplier, 1, height, width), dense (in, out) with (out, in). A dense layer behind images
-that were laid flat has its inputs by (height, width, channel) in Keras and (channel, height, width) in PyTorch.
+PyTorch's (out, in, height, width) is Keras' (height, width, in, out), a depthwise one's (in x multiplier, 1,
+height, width) is (height, width, in, multiplier), and a linear layer's (out, in) is (in, out). Behind images
+that were laid flat, the inputs are (channel, height, width) in PyTorch and (height, width, channel) in Keras.
 """
 
 from typing import Literal

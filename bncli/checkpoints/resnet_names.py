@@ -41,6 +41,6 @@ def note_strides(network: nn.Module, modules: Sequence[str]) -> str | None:
     if not halving:
         return None
     return (
-        f"Keras' ResNet halves images in the first convolution of a block, this network in the second: outputs"
+        "Keras' ResNet halves images in the first convolution of a block, this network in the second: outputs"
         f" differ until {', '.join(halving)} have conv1.stride (2, 2) and conv2.stride (1, 1)."
     )

@@ -18,7 +18,7 @@ N_OF = {"images": 32, "features": 8}  # values of a channel in them
 
 
 def batch(step: int, shape: tuple[int, ...]) -> Any:
-    """A float32 batch (N, C, ...) whose channels have other means and spreads, and other ones in each step."""
+    """A float32 batch (N, C, ...): channels and steps have means and spreads of their own."""
     size = int(np.prod(shape))
     numbers = (np.arange(size) * 7919 + step * 104729) % 1009 / 1009  # even in [0, 1), by a formula
     channel = np.arange(shape[1]).reshape(1, -1, *[1] * (len(shape) - 2))

@@ -82,7 +82,7 @@ def test_ten_steps_of_pytorch_give_the_statistics_of_the_framework(
 def test_batch_renormalisation_goes_on_with_its_mean_alone(bncli: Bncli, tmp_path: Path, name: str) -> None:
     """Its variance is the square of an averaged deviation, which PyTorch has not; convert says so."""
     (layer,) = [layer for layer in SAID[name]["layers"] if layer["name"] == "renormed"]
-    module, told = converted(bncli, tmp_path, name, layer)
+    module, _ = converted(bncli, tmp_path, name, layer)
     assert module.running_mean is not None
     assert module.running_var is not None
     m, eps = layer["momentum"], layer["eps"]
