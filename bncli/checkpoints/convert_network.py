@@ -18,7 +18,8 @@ from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
 from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.convert import Conversion, convert_layers
-from bncli.checkpoints.kernel_axes import KernelLayer, of_pytorch
+from bncli.checkpoints.flat_images import flat_pixels
+from bncli.checkpoints.kernel_axes import KernelLayer, flat_of_pytorch, of_pytorch
 from bncli.checkpoints.resnet_names import keras_names, note_strides
 from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.wording import list_names, plural
@@ -88,7 +89,14 @@ def _convert(
         ordered, values_per_channel=values_per_channel, names=[name for name, _ in norms]
     )
     state, used, notes = dict(conversion.state_dict), set[str](), [f"Layers were matched {how}."]
-    weights = _weights_of(tensors, found, modules, chosen)
+    pixels = flat_pixels(network)
+    weights = None if pixels is None else _weights_of(tensors, found, modules, chosen, pixels)
+    for name, _ in norms:
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            if f"{name}.{leaf}" in state:
+                state[f"{name}.{leaf}"] = flat_of_pytorch(
+                    state[f"{name}.{leaf}"], (pixels or {}).get(name, 1)
+                )
     folded = []
     for name, module in modules:
         if weights is None:
@@ -108,7 +116,12 @@ def _convert(
         if source.bias is not None:
             used.add(source.bias)
     if weights is None:
-        notes.append("Other layers do not map one to one, so BatchNorm layers alone were converted.")
+        why = (
+            "do not map one to one"
+            if pixels is not None
+            else "are not known, as the network could not be run"
+        )
+        notes.append(f"Other layers {why}, so BatchNorm layers alone were converted.")
     if folded:
         notes.append(
             f"{plural(len(folded), 'bias', 'biases')} of convolutions that have none in the network"
@@ -147,17 +160,18 @@ def _weights_of(
     found: Mapping[str, _Kernel],
     modules: Sequence[tuple[str, KernelLayer]],
     chosen: Mapping[str, str],
+    pixels: Mapping[str, int],
 ) -> dict[str, Tensor] | None:
     """The weights of all modules in PyTorch's axes; None where one of them has no fitting kernel."""
     weights = {}
-    channels = 0  # of the images before a dense layer
     for name, module in modules:
         source = found.get(chosen.get(name, ""))
-        weight = None if source is None else of_pytorch(module, tensors[source.kernel].read(), channels)
+        weight = (
+            None if source is None else of_pytorch(module, tensors[source.kernel].read(), pixels.get(name, 1))
+        )
         if weight is None:
             return None
         weights[name] = weight
-        channels = module.out_channels if isinstance(module, _ConvNd) else 0
     return weights
 
 

@@ -15,8 +15,10 @@ from bncli.batchnorm import LayerStats
 from bncli.batchnorm.conventions import KERAS_3
 from bncli.checkpoints.convert import Conversion, convert_layers
 from bncli.checkpoints.convert_network import kernel_layers
-from bncli.checkpoints.kernel_axes import is_grouped, of_keras
+from bncli.checkpoints.flat_images import flat_pixels
+from bncli.checkpoints.kernel_axes import flat_of_keras, is_grouped, of_keras
 from bncli.checkpoints.resnet_names import keras_names, note_strides
+from bncli.errors import CheckpointError
 from bncli.wording import list_names
 
 LEAVES = {
@@ -45,7 +47,7 @@ def convert_to_keras(
     unless `use_bias=False`.
 
     Raises:
-        CheckpointError: for a layer without running statistics.
+        CheckpointError: for a layer without running statistics, and a network that cannot be run.
     """
     modules = [] if network is None else kernel_layers(network)
     names = {layer.name: layer.name for layer in layers} | {name: name for name, _ in modules}
@@ -53,21 +55,24 @@ def convert_to_keras(
     names |= known or {}
     factor = 1.0 if values_per_channel is None else (values_per_channel - 1) / values_per_channel
     translated = convert_layers(layers, names=[names[layer.name] for layer in layers])
+    pixels = {} if network is None else flat_pixels(network)
+    if pixels is None:
+        raise CheckpointError(
+            "the network could not be run on an image of any usual size to see what it lays flat"
+        )
     arrays: dict[str, Tensor] = {}
     for layer in layers:
         for leaf, role in LEAVES.items():
             tensor: Tensor | None = getattr(layer, leaf)
             if tensor is not None:
                 scaled = leaf == "running_var" and factor != 1
-                arrays[f"{names[layer.name]}/{role}"] = (
-                    (tensor.double() * factor).to(tensor.dtype) if scaled else tensor
-                )
-    used, channels = set[str](), 0  # channels of the images before a dense layer
+                values = (tensor.double() * factor).to(tensor.dtype) if scaled else tensor
+                arrays[f"{names[layer.name]}/{role}"] = flat_of_keras(values, pixels.get(layer.name, 1))
+    used = set[str]()
     for name, module in modules:
         if is_grouped(module):
             continue
-        leaf_name, kernel = of_keras(module, channels)
-        channels = module.out_channels if isinstance(module, _ConvNd) else 0
+        leaf_name, kernel = of_keras(module, pixels.get(name, 1))
         arrays[f"{names[name]}/{leaf_name}"] = kernel
         bias = torch.zeros(_outputs(module)) if module.bias is None else module.bias.detach()
         arrays[f"{names[name]}/bias"] = bias

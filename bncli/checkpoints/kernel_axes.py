@@ -19,18 +19,15 @@ def is_depthwise(module: KernelLayer) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
-def of_pytorch(module: KernelLayer, kernel: Tensor, channels: int) -> Tensor | None:
+def of_pytorch(module: KernelLayer, kernel: Tensor, pixels: int = 1) -> Tensor | None:
     """Keras' array as the weight of a module; None where it cannot be that.
 
-    `channels` are those of the images that a dense layer was given flat; 0 for one that was not.
+    `pixels` has each channel of the images that a dense layer is given flat.
     """
     if kernel.dim() != module.weight.dim():
         return None
     if isinstance(module, nn.Linear):
-        weight = kernel.T
-        pixels, rest = divmod(len(kernel), channels) if channels else (1, 0)
-        if pixels > 1 and not rest:
-            weight = weight.unflatten(1, (pixels, channels)).transpose(1, 2).flatten(1)
+        weight = flat_of_pytorch(kernel, pixels).T
     else:
         weight = kernel.movedim((-1, -2), (0, 1))  # a transposed one has its two the other way in both
         if is_depthwise(module):
@@ -38,18 +35,25 @@ def of_pytorch(module: KernelLayer, kernel: Tensor, channels: int) -> Tensor | N
     return weight.contiguous() if weight.shape == module.weight.shape else None
 
 
-def of_keras(module: KernelLayer, channels: int) -> tuple[Leaf, Tensor]:
-    """A module's weight as Keras' array, with what Keras calls it; `channels` as for `of_pytorch`."""
+def of_keras(module: KernelLayer, pixels: int = 1) -> tuple[Leaf, Tensor]:
+    """A module's weight as Keras' array, with what Keras calls it; `pixels` as for `of_pytorch`."""
     weight = module.weight.detach()
     if isinstance(module, nn.Linear):
-        pixels, rest = divmod(module.in_features, channels) if channels else (1, 0)
-        if pixels > 1 and not rest:
-            weight = weight.unflatten(1, (channels, pixels)).transpose(1, 2).flatten(1)
-        return "kernel", weight.T.contiguous()
+        return "kernel", flat_of_keras(weight.T, pixels).contiguous()
     if is_depthwise(module):
         split = weight.squeeze(1).unflatten(0, (module.in_channels, -1))
         return "depthwise_kernel", split.movedim((0, 1), (-2, -1)).contiguous()
     return "kernel", weight.movedim((0, 1), (-1, -2)).contiguous()
+
+
+def flat_of_pytorch(values: Tensor, pixels: int) -> Tensor:
+    """Numbers of flat images along the first axis, from Keras' order to PyTorch's."""
+    return values if pixels == 1 else values.unflatten(0, (pixels, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def flat_of_keras(values: Tensor, pixels: int) -> Tensor:
+    """Numbers of flat images along the first axis, from PyTorch's order to Keras'."""
+    return values if pixels == 1 else values.unflatten(0, (-1, pixels)).transpose(0, 1).flatten(0, 1)
 
 
 def is_grouped(module: KernelLayer) -> bool:
