@@ -5,14 +5,16 @@ order and shapes. The bias of a convolution whose output goes into BatchNorm alo
 none, is taken off the running mean: `conv + bias - mean` is `conv - (mean - bias)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
+from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
@@ -25,6 +27,7 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.wording import list_names, plural
 
 _KERNELS = ("0", "kernel", "depthwise_kernel")  # as `.keras` and as `.h5` call them
+_KERAS = (KERAS_2, KERAS_3, KERAS_2_OR_3)
 _BIASES = ("1", "bias")
 
 
@@ -69,40 +72,22 @@ def _convert(
     norm_behind: Mapping[str, str],
     values_per_channel: float | None,
 ) -> Conversion:
-    modules, norms = kernel_layers(network), batch_norm_layers(network)
-    known = keras_names([name for name, _ in (*modules, *norms)])
-    found = _kernels_of(tensors, {layer.name for layer in layers})
-    sources = {layer.name: layer for layer in layers}
-    by_last = {name.rpartition(".")[2]: name for name in (*found, *sources)}
-    if known is not None and set(known.values()) <= set(by_last):
-        chosen = {name: by_last[other] for name, other in known.items()}
-        how = "by their names in Keras applications"
-    else:
-        _check_channels(layers, norms)
-        chosen = {name: layer.name for (name, _), layer in zip(norms, layers, strict=True)}
-        if len(found) == len(modules):
-            chosen |= {name: source for (name, _), source in zip(modules, found, strict=True)}
-        how = "by their order, shapes and numbers of channels"
-        known = None
-    ordered = [sources[chosen[name]] for name, _ in norms]
-    conversion = convert_layers(
-        ordered, values_per_channel=values_per_channel, names=[name for name, _ in norms]
-    )
-    state, used, notes = dict(conversion.state_dict), set[str](), [f"Layers were matched {how}."]
+    modules, norms = kernel_layers(network), [name for name, _ in batch_norm_layers(network)]
+    is_keras = all(layer.convention in _KERAS for layer in layers)
+    found = _kernels_of(tensors, {layer.name for layer in layers}) if is_keras else {}
+    chosen, notes = _counterparts(found, layers, network)
     pixels = flat_pixels(network)
     weights = None if pixels is None else _weights_of(tensors, found, modules, chosen, pixels)
-    for name, _ in norms:
-        for leaf in ("weight", "bias", "running_mean", "running_var"):
-            if f"{name}.{leaf}" in state:
-                state[f"{name}.{leaf}"] = flat_of_pytorch(
-                    state[f"{name}.{leaf}"], (pixels or {}).get(name, 1)
-                )
-    folded = []
-    for name, module in modules:
-        if weights is None:
-            break
+    by_name = {layer.name: layer for layer in layers}
+    conversion = convert_layers(
+        [_in_order(by_name[chosen[name]], (pixels or {}).get(name, 1)) for name in norms],
+        values_per_channel=values_per_channel,
+        names=norms,
+    )
+    state, used, folded = dict(conversion.state_dict), set[str](), list[str]()
+    for name, module in modules if weights is not None else ():
         source = found[chosen[name]]
-        state[f"{name}.weight"] = weights[name]
+        state[f"{name}.weight"] = weights[name]  # type: ignore[index]
         used.add(source.kernel)
         bias = None if source.bias is None else tensors[source.bias].read()
         if module.bias is not None:
@@ -111,31 +96,67 @@ def _convert(
             mean = f"{norm_behind[name]}.running_mean"
             state[mean] = (state[mean].double() - bias.double()).to(state[mean].dtype)
             folded.append(name)
-        elif bias is not None:
-            continue  # it has no place: listed as left out
-        if source.bias is not None:
+        if source.bias is not None and (module.bias is not None or name in norm_behind):
             used.add(source.bias)
-    if weights is None:
-        why = (
-            "do not map one to one"
-            if pixels is not None
-            else "are not known, as the network could not be run"
-        )
-        notes.append(f"Other layers {why}, so BatchNorm layers alone were converted.")
+    if not is_keras:
+        notes.append("BatchNorm layers alone were converted: whole networks are converted from Keras only.")
+    elif pixels is None:
+        notes.append("BatchNorm layers alone were converted, as the network could not be run.")
+    elif weights is None:
+        notes.append("BatchNorm layers alone were converted: others do not map one to one.")
     if folded:
+        biases, names = plural(len(folded), "bias", "biases"), list_names(folded, 3)
         notes.append(
-            f"{plural(len(folded), 'bias', 'biases')} of convolutions that have none in the network"
-            f" ({list_names(folded, 3)}): taken off the running mean behind, which changes no output."
+            f"{biases} of convolutions that have none in the network ({names}): taken off the running mean"
+            " behind, which changes no output."
         )
-    strides = note_strides(network, [name for name, _ in modules]) if known else None
     wanted = network.state_dict()
     return replace(
         conversion,
         state_dict={name: state[name] for name in wanted if name in state},
-        notes=(*notes, *([strides] if strides else []), *conversion.notes),
+        notes=(*notes, *conversion.notes),
         used=frozenset(used),
         missing=tuple(name for name in wanted if name not in state),
     )
+
+
+def _counterparts(
+    found: Collection[str], layers: Sequence[LayerStats], network: nn.Module
+) -> tuple[dict[str, str], list[str]]:
+    """By module of the network the file's layer, and in words how they were matched, and what is to be set.
+
+    Raises:
+        UnreadableFileError: where the BatchNorm layers are not those of the network.
+    """
+    modules, norms = kernel_layers(network), batch_norm_layers(network)
+    known = keras_names([name for name, _ in (*modules, *norms)])
+    by_last = {name.rpartition(".")[2]: name for name in (*found, *(layer.name for layer in layers))}
+    if known is not None and set(known.values()) <= set(by_last):
+        chosen = {name: by_last[other] for name, other in known.items()}
+        strides = note_strides(network, [name for name, _ in modules])
+        return chosen, [
+            "Layers were matched by their names in Keras applications.",
+            *([strides] if strides else []),
+        ]
+    _check_channels(layers, [(name, norm.num_features) for name, norm in norms])
+    chosen = {name: layer.name for (name, _), layer in zip(norms, layers, strict=True)}
+    if len(found) == len(modules):
+        chosen |= {name: source for (name, _), source in zip(modules, found, strict=True)}
+    return chosen, [
+        "Layers were matched by their order, shapes and numbers of channels: compare an output with that of"
+        f" {layers[0].convention.framework}, as padding, strides and activations are in no state dict."
+    ]
+
+
+def _in_order(layer: LayerStats, pixels: int) -> LayerStats:
+    """A layer behind images that were laid flat, with its features in PyTorch's order."""
+    if pixels == 1:
+        return layer
+    tensors = {leaf: getattr(layer, leaf) for leaf in ("weight", "bias", "running_mean", "running_var")}
+    moved: dict[str, Any] = {
+        leaf: flat_of_pytorch(tensor, pixels) for leaf, tensor in tensors.items() if tensor is not None
+    }
+    return replace(layer, **moved)
 
 
 def _kernels_of(tensors: Mapping[str, StoredTensor], norms: set[str]) -> dict[str, _Kernel]:
@@ -175,9 +196,9 @@ def _weights_of(
     return weights
 
 
-def _check_channels(layers: Sequence[LayerStats], norms: Sequence[tuple[str, nn.Module]]) -> None:
+def _check_channels(layers: Sequence[LayerStats], norms: Sequence[tuple[str, int]]) -> None:
     """Raise UnreadableFileError where the two do not have the same numbers of channels in order."""
-    sizes = [layer.num_features for layer in layers], [int(norm.num_features) for _, norm in norms]  # type: ignore[arg-type]
+    sizes = [layer.num_features for layer in layers], [channels for _, channels in norms]
     if sizes[0] != sizes[1]:
         place = next(
             (index for index, (one, two) in enumerate(zip(*sizes, strict=False)) if one != two),

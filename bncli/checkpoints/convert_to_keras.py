@@ -58,7 +58,7 @@ def convert_to_keras(
     pixels = {} if network is None else flat_pixels(network)
     if pixels is None:
         raise CheckpointError(
-            "the network could not be run on an image of any usual size to see what it lays flat"
+            "--model: the network could not be run on an image of any usual size to see what it lays flat"
         )
     arrays: dict[str, Tensor] = {}
     for layer in layers:
@@ -72,12 +72,13 @@ def convert_to_keras(
     for name, module in modules:
         if is_grouped(module):
             continue
-        leaf_name, kernel = of_keras(module, pixels.get(name, 1))
-        arrays[f"{names[name]}/{leaf_name}"] = kernel
+        arrays[f"{names[name]}/kernel"] = of_keras(module, pixels.get(name, 1))
         bias = torch.zeros(_outputs(module)) if module.bias is None else module.bias.detach()
         arrays[f"{names[name]}/bias"] = bias
         used |= {f"{name}.weight", f"{name}.bias"}
-    strides = note_strides(network, [name for name, _ in modules]) if network and known else None
+    strides = None
+    if network is not None and known:
+        strides = note_strides(network, [name for name, _ in modules], for_keras=True)
     return replace(
         translated,
         state_dict=arrays,

@@ -5,13 +5,10 @@ height, width) is (height, width, in, multiplier), and a linear layer's (out, in
 that were laid flat, the inputs are (channel, height, width) in PyTorch and (height, width, channel) in Keras.
 """
 
-from typing import Literal
-
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 KernelLayer = _ConvNd | nn.Linear
-Leaf = Literal["kernel", "depthwise_kernel"]
 
 
 def is_depthwise(module: KernelLayer) -> bool:
@@ -35,15 +32,15 @@ def of_pytorch(module: KernelLayer, kernel: Tensor, pixels: int = 1) -> Tensor |
     return weight.contiguous() if weight.shape == module.weight.shape else None
 
 
-def of_keras(module: KernelLayer, pixels: int = 1) -> tuple[Leaf, Tensor]:
-    """A module's weight as Keras' array, with what Keras calls it; `pixels` as for `of_pytorch`."""
-    weight = module.weight.detach()
+def of_keras(module: KernelLayer, pixels: int = 1) -> Tensor:
+    """A module's weight as Keras' array; `pixels` as for `of_pytorch`."""
+    weight: Tensor = module.weight.detach()
     if isinstance(module, nn.Linear):
-        return "kernel", flat_of_keras(weight.T, pixels).contiguous()
+        return flat_of_keras(weight.T, pixels).contiguous()
     if is_depthwise(module):
         split = weight.squeeze(1).unflatten(0, (module.in_channels, -1))
-        return "depthwise_kernel", split.movedim((0, 1), (-2, -1)).contiguous()
-    return "kernel", weight.movedim((0, 1), (-1, -2)).contiguous()
+        return split.movedim((0, 1), (-2, -1)).contiguous()
+    return weight.movedim((0, 1), (-1, -2)).contiguous()
 
 
 def flat_of_pytorch(values: Tensor, pixels: int) -> Tensor:

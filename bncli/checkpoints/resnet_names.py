@@ -29,8 +29,11 @@ def _keras_name(name: str) -> str | None:
     return f"conv{int(stage) + 1}_block{int(block) + 1}_{number or 0}_{_PART[part or of_shortcut]}"
 
 
-def note_strides(network: nn.Module, modules: Sequence[str]) -> str | None:
-    """What makes the outputs equal: Keras halves the image in another convolution of a block."""
+def note_strides(network: nn.Module, modules: Sequence[str], *, for_keras: bool = False) -> str | None:
+    """What makes the outputs equal: Keras halves the image in another convolution. None where it does not.
+
+    `same` padding of Keras is on the right and below alone where a convolution of stride 2 needs one row.
+    """
     blocks = [name.removesuffix(".conv1") for name in modules if re.fullmatch(r"layer[2-9]\.0\.conv1", name)]
     halving = [
         name
@@ -40,6 +43,12 @@ def note_strides(network: nn.Module, modules: Sequence[str]) -> str | None:
     ]
     if not halving:
         return None
+    if for_keras:
+        return (
+            "Keras' ResNet halves images in the first convolution of a block, this network in the second:"
+            " outputs differ until, in conv3_block1, conv4_block1 and conv5_block1, 1_conv has strides 1 and"
+            " 2_conv strides 2 with padding 'valid' behind ZeroPadding2D(1)."
+        )
     return (
         "Keras' ResNet halves images in the first convolution of a block, this network in the second: outputs"
         f" differ until {', '.join(halving)} have conv1.stride (2, 2) and conv2.stride (1, 1)."

@@ -140,7 +140,7 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(
     cases = {
         "says what to write": ["convert", source, "-o", tmp_path / "new.onnx"],
         "has a weight or a bias, and": ["convert", keras.folder / "flat.weights.h5", "-o", new],
-        "are not those of torchvision:resnet18": [
+        "are not those of the network, which has 20": [
             "convert", source, "-o", new, "--model", "torchvision:resnet18",
         ],
         "there is no directory": ["convert", source, "-o", tmp_path / "none" / "new.pt"],
