@@ -34,13 +34,15 @@ def of_pytorch(module: KernelLayer, kernel: Tensor, pixels: int = 1) -> Tensor |
 
 def of_keras(module: KernelLayer, pixels: int = 1) -> Tensor:
     """A module's weight as Keras' array; `pixels` as for `of_pytorch`."""
-    weight: Tensor = module.weight.detach()
+    weight = module.weight.detach()
     if isinstance(module, nn.Linear):
         return flat_of_keras(weight.T, pixels).contiguous()
     if is_depthwise(module):
         split = weight.squeeze(1).unflatten(0, (module.in_channels, -1))
-        return split.movedim((0, 1), (-2, -1)).contiguous()
-    return weight.movedim((0, 1), (-1, -2)).contiguous()
+        moved: Tensor = split.movedim((0, 1), (-2, -1))
+        return moved.contiguous()
+    moved = weight.movedim((0, 1), (-1, -2))
+    return moved.contiguous()
 
 
 def flat_of_pytorch(values: Tensor, pixels: int) -> Tensor:

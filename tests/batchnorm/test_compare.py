@@ -247,6 +247,44 @@ def test_other_names_are_matched_by_order_and_that_is_said() -> None:
     assert compare(Contents(state()), Contents(state())).matched_by == "name"
 
 
+def named(*names: str) -> Contents:
+    """A network with so many layers, each with numbers of its own; a name twice is one layer."""
+    made = {}
+    for name in names:
+        torch.manual_seed(sum(map(ord, name.rpartition(".")[2])))
+        layer = nn.BatchNorm2d(4)
+        layer.running_mean.normal_()
+        made |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
+    return Contents(made)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "matched_by", "pairs"),
+    [
+        # one export names the network around a layer, the other does not
+        ("stem block.bn", "stem bn", "name", "stem:stem block.bn:bn"),
+        ("stem bn", "stem block.bn", "name", "stem:stem bn:block.bn"),
+        ("stem a.bn b.bn", "stem bn", "name", "stem:stem"),  # either could be meant
+        ("stem bn", "stem a.bn b.bn", "name", "stem:stem"),
+        ("stem xbn", "stem bn", "name", "stem:stem"),  # no part of the name
+        ("stem a.bn", "stem b.bn", "name", "stem:stem"),
+        ("a.one a.two a.three", "three two one", "name", "a.one:one a.two:two a.three:three"),
+        ("a.one a.two a.three", "one two three", "order", "a.one:one a.two:two a.three:three"),
+        ("a.one a.two a.three", "two three", "name", "a.two:two a.three:three"),
+        ("one two x.three", "p.two q.three", "values", "two:p.two x.three:q.three"),
+        ("x.one x.two", "y.zero y.one y.two", "values", "x.one:y.one x.two:y.two"),
+    ],
+)
+def test_layers_are_counterparts_where_one_name_ends_in_the_other(
+    first: str, second: str, matched_by: str, pairs: str
+) -> None:
+    found = compare(named(*first.split()), named(*second.split()))
+    assert found.matched_by == matched_by
+    assert " ".join(f"{layer.name}:{layer.name_in_second}" for layer in found.layers) == pairs
+    assert {layer.relation.kind for layer in found.layers} == {"equal"}
+    assert found.num_tensors_changed == 0
+
+
 def test_nothing_in_common_is_refused() -> None:
     other = Contents({f"x.{name}": tensor for name, tensor in nn.BatchNorm2d(3).state_dict().items()})
     with pytest.raises(IncomparableError, match="1 with 4, 3 with 6"):

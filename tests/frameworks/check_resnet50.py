@@ -1,4 +1,4 @@
-"""The real ResNet-50 of Keras and of torchvision through `bncli convert`, both ways. Outside the suite and CI.
+"""The real ResNet-50 of Keras and of torchvision through `bncli convert`, both ways. Outside the suite.
 
     python3 -m venv /tmp/keras && /tmp/keras/bin/pip install keras==3.15.1 tensorflow-cpu==2.21.0 . pyfive
     /tmp/keras/bin/python -m tests.frameworks.check_resnet50

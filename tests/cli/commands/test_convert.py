@@ -96,8 +96,8 @@ def test_compare_names_each_mistake_of_a_conversion(bncli: Bncli, keras: Corpus,
     assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
     state = torch.load(tmp_path / "new.pt", weights_only=True)
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
-    wrong = {f"other.{key}": value for key, value in state.items() if not key.startswith(f"{names[2]}.")}
-    first, second = f"other.{names[0]}", f"other.{names[1]}"
+    wrong = {f"other_{key}": value for key, value in state.items() if not key.startswith(f"{names[2]}.")}
+    first, second = f"other_{names[0]}", f"other_{names[1]}"
     wrong[f"{first}.running_mean"], wrong[f"{first}.running_var"] = (
         wrong[f"{first}.running_var"], wrong[f"{first}.running_mean"],
     )  # fmt: skip
