@@ -15,7 +15,8 @@ import torch
 
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
+from tests.checkpoints.formats.damage import damaged, is_read
+from tests.checkpoints.formats.framework_answers import check_answers, files_of
 from tests.frameworks.recorded import FILES
 
 FRAMEWORKS = [name for name in ("paddle", "mxnet", "chainer", "mindspore", "mlx") if (FILES / name).is_dir()]
@@ -34,7 +35,7 @@ def test_damage_is_said_in_one_line(tmp_path: Path, framework: str, file: str, n
         if path.name != "expected.json":
             shutil.copy(path, tmp_path)
     content = (FILES / framework / file).read_bytes()
-    read = [survives(tmp_path / file, data) for data in damaged(content, num_flipped)]
+    read = [is_read(tmp_path / file, data) for data in damaged(content, num_flipped)]
     assert not all(read[:20])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoints.formats.framework_corpus import FILES, Corpus, unpack
+from tests.checkpoints.formats.framework_answers import FILES, Corpus, unpack
 from tests.conftest import Bncli
 
 

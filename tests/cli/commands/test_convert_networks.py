@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoints.formats.framework_corpus import input_of
+from tests.checkpoints.formats.framework_answers import input_of
 from tests.conftest import Bncli
 from tests.frameworks import keras_twins
 from tests.frameworks.recorded import FILES
