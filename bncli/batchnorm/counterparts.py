@@ -1,15 +1,16 @@
 """Which layer of one checkpoint is which of another.
 
 Those of one name belong together. So do those of which one name ends in the other, as `block.bn` in `bn`, if
-no third one could be meant: files of one network may name what is around a layer or not. Where no layer has
-a namesake, the order of all counts, or what their values say.
+no third one could be meant: files of one network may name what is around a layer or not. What is left then
+belongs together where one layer has the numbers of one other, and of no third. Where no layer has a namesake,
+the order of all counts, or what their values say.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from bncli.batchnorm.conversion import pair_by_values, relate
+from bncli.batchnorm.conversion import MAX_PAIRS, pair_by_values, relate
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import IncomparableError
 
@@ -23,21 +24,24 @@ def match_layers(first: Sequence[LayerStats], second: Sequence[LayerStats]) -> t
     Raises:
         IncomparableError: where no layer has a counterpart.
     """
-    pairs = _by_name(first, second)
-    by_end = _by_end_of_name(first, second, pairs)
+    named = {layer.name: layer for layer in second}
+    pairs = [(layer, named[layer.name]) for layer in first if layer.name in named]
     if pairs:
+        for belong in (_end_alike, _have_one_origin):
+            pairs += _only_pairs(_without(first, pairs), _without(second, pairs), belong)
         place = {layer.name: index for index, layer in enumerate(first)}
-        return "name", sorted([*pairs, *by_end], key=lambda pair: place[pair[0].name])
+        return "name", sorted(pairs, key=lambda pair: place[pair[0].name])
+    by_end = _only_pairs(first, second, _end_alike)
     in_order = list(zip(first, second, strict=False))
     if len(first) == len(second) and all(one.num_features == two.num_features for one, two in in_order):
         if len(by_end) == len(first) and by_end != in_order:
             return "name", by_end
         num_copies = sum(relate(one, two).is_copy for one, two in in_order)
-        by_values = [] if num_copies == len(in_order) else pair_by_values(first, second)
+        by_values = [] if num_copies == len(in_order) else _by_values(first, second)
         if first and len(by_values) <= num_copies:
             return "order", in_order
     else:
-        by_values = pair_by_values(first, second)
+        by_values = _by_values(first, second)
     if by_end and len(by_end) >= len(by_values):
         return "name", by_end
     if by_values:
@@ -48,47 +52,47 @@ def match_layers(first: Sequence[LayerStats], second: Sequence[LayerStats]) -> t
     )
 
 
-def _by_name(first: Sequence[LayerStats], second: Sequence[LayerStats]) -> Pairs:
-    named = {layer.name: layer for layer in second}
-    return [(layer, named[layer.name]) for layer in first if layer.name in named]
+def _by_values(first: Sequence[LayerStats], second: Sequence[LayerStats]) -> Pairs:
+    """Copies in the order of both, or those in any order if there are more of them."""
+    in_order = pair_by_values(first, second)
+    if len(in_order) == min(len(first), len(second)):
+        return in_order
+    return max(in_order, _only_pairs(first, second, _have_one_origin), key=len)
 
 
-def _by_end_of_name(first: Sequence[LayerStats], second: Sequence[LayerStats], known: Pairs) -> Pairs:
-    """Layers without a namesake whose names end alike up to the beginning of one of them, and no other's."""
-    taken = {layer.name for pair in known for layer in pair}
-    lone = [[layer for layer in layers if layer.name not in taken] for layers in (first, second)]
-    candidates = {
-        (one.name, two.name): (one, two)
-        for longer, shorter, turned in ((lone[0], lone[1], False), (lone[1], lone[0], True))
-        for pair in _ends(longer, shorter)
-        for one, two in (reversed(pair) if turned else pair,)
-    }
-    partners: dict[tuple[int, str], set[str]] = defaultdict(set)
-    for one_name, two_name in candidates:
-        partners[0, one_name].add(two_name)
-        partners[1, two_name].add(one_name)
-    place = {layer.name: index for index, layer in enumerate(first)}
-    return sorted(
-        (
-            pair
-            for (one_name, two_name), pair in candidates.items()
-            if len(partners[0, one_name]) == 1 and len(partners[1, two_name]) == 1
-        ),
-        key=lambda pair: place[pair[0].name],
-    )
+def _without(layers: Sequence[LayerStats], pairs: Pairs) -> list[LayerStats]:
+    taken = {id(layer) for pair in pairs for layer in pair}
+    return [layer for layer in layers if id(layer) not in taken]
 
 
-def _ends(longer: Iterable[LayerStats], shorter: Iterable[LayerStats]) -> Pairs:
-    """Pairs where the longer name ends in a dot and the shorter one."""
-    named = {layer.name: layer for layer in shorter if layer.name}
-    pairs = []
-    for layer in longer:
-        rest = layer.name
-        while rest:
-            rest = rest.partition(".")[2]
-            if rest in named and named[rest].num_features == layer.num_features:
-                pairs.append((layer, named[rest]))
-    return pairs
+def _only_pairs(
+    first: Sequence[LayerStats],
+    second: Sequence[LayerStats],
+    belong: Callable[[LayerStats, LayerStats], bool],
+) -> Pairs:
+    """Pairs that belong together of which neither belongs to a third."""
+    if len(first) * len(second) > MAX_PAIRS:
+        return []
+    pairs = [
+        (one, two)
+        for one in first
+        for two in second
+        if one.num_features == two.num_features and belong(one, two)
+    ]
+    counts = Counter(id(layer) for pair in pairs for layer in pair)
+    return [pair for pair in pairs if counts[id(pair[0])] == counts[id(pair[1])] == 1]
+
+
+def _end_alike(one: LayerStats, two: LayerStats) -> bool:
+    """Whether one name is the end of the other, behind a dot."""
+    shorter, longer = sorted((one.name, two.name), key=len)
+    return shorter != "" and longer.endswith(f".{shorter}")
+
+
+def _have_one_origin(one: LayerStats, two: LayerStats) -> bool:
+    """Whether the second was made from the first; an untrained layer has the numbers of any other."""
+    mean = one.running_mean
+    return mean is not None and bool((mean != mean[0]).any()) and relate(one, two).is_copy
 
 
 def _examples(layers: Sequence[LayerStats]) -> str:

@@ -92,6 +92,26 @@ def test_compare_finds_the_same_layers_across_frameworks(bncli: Bncli, keras: Co
     assert "(assumed) in the second: with equal statistics, outputs differ by up to" in text
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("nested.keras", "nested.weights.h5"),
+        ("nested.h5", "nested_export"),
+        ("nested.keras", "checkpoints/ck-1"),
+        ("wrapped.keras", "wrapped.weights.h5"),
+        ("subclassed.keras", "subclassed_export/variables/variables.index"),
+    ],
+)
+def test_exports_of_one_network_are_the_same_whatever_they_call_its_layers(
+    bncli: Bncli, keras: Corpus, first: str, second: str
+) -> None:
+    outcome = bncli("compare", keras.folder / first, keras.folder / second, "--json")
+    found = json.loads(outcome.out)
+    assert (found["only_in_first"], found["only_in_second"]) == ([], [])
+    assert {layer["relation"] for layer in found["layers"]} == {"equal"}
+    assert found["num_layers"] == len(keras.answers(first))
+
+
 def test_compare_names_each_mistake_of_a_conversion(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
     assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
     state = torch.load(tmp_path / "new.pt", weights_only=True)
