@@ -1,6 +1,6 @@
 """BatchNorm layers of any framework, or a whole network of PyTorch, as arrays that a Keras network takes.
 
-The arrays are called `LAYER/VARIABLE` as Keras calls its variables, so that four lines assign them. The
+The arrays are called `LAYER/VARIABLE` as Keras calls its variables, so that a few lines assign them. The
 layers of a ResNet of torchvision get their names in Keras applications, all others keep theirs.
 """
 
@@ -27,11 +27,15 @@ LEAVES = {
     "running_mean": "moving_mean",
     "running_var": "moving_variance",
 }
-RECIPE = """\
-saved = numpy.load("{path}")
-for layer in model.layers:
-    for variable in layer.weights:
-        variable.assign(saved[f"{{layer.name}}/{{variable.name}}"])"""
+_LOOPS = ("for layer in model.layers:", "    for variable in layer.weights:")
+_ONLY_NORMS = "if isinstance(layer, keras.layers.BatchNormalization):"
+_ASSIGN = 'variable.assign(saved[f"{layer.name}/{variable.name}"])'
+
+
+def loading_lines(path: str, conversion: Conversion) -> list[str]:
+    """The lines that put the arrays of a file into a Keras network called `model`."""
+    deepest = (_ASSIGN,) if conversion.used else (_ONLY_NORMS, f"    {_ASSIGN}")
+    return [f'saved = numpy.load("{path}")', *_LOOPS, *(f"        {line}" for line in deepest)]
 
 
 def convert_to_keras(

@@ -149,6 +149,10 @@ def _to_keras(
     from bncli.checkpoints.convert_to_keras import convert_to_keras
 
     if network is not None:
+        framework = layers[0].convention.framework
+        if framework != "PyTorch":
+            problem = f"with --to keras it goes with a checkpoint of PyTorch; this one is of {framework}"
+            raise ConfigError("--model", [problem])
         load_weights(network, checkpoint)
     return convert_to_keras(layers, network, values_per_channel=values_per_channel)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from bncli.checkpoints.convert import Conversion, ConvertedLayer
-from bncli.checkpoints.convert_to_keras import RECIPE
+from bncli.checkpoints.convert_to_keras import loading_lines
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import console_for_results, print_wrapped
 from bncli.wording import list_names, plural
@@ -89,7 +89,7 @@ def _show_what_to_set(console: Console, output: str, conversion: Conversion, to:
         text = f"The file holds no epsilon and no momentum: build {which} as keras.layers.{how}."
         print_wrapped(console, text)
         console.print("Load it with:\n")
-        for line in RECIPE.format(path=output).splitlines():
+        for line in loading_lines(output, conversion):
             console.print(f"    {line}", soft_wrap=True, markup=False, highlight=False)
         console.print()
         return

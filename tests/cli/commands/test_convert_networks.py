@@ -6,6 +6,7 @@ ResNet-50 and the real Keras, both ways.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,46 @@ def test_a_bias_with_no_batch_norm_behind_it_is_left_out(bncli: Bncli, tmp_path:
     outcome = bncli("convert", FOLDER / "mixed.keras", "-o", new, "--model", network, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["tensors_left_out"] == ["d.1"]
+
+
+def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:
+    twin = ("--to", "keras", "--model", f"{TWINS}:Mixed")
+    outcome = bncli("convert", FOLDER / "mixed.keras", "-o", tmp_path / "new.npz", *twin)
+    assert outcome.code == 2
+    assert "--model: with --to keras it goes with a checkpoint of PyTorch" in outcome.err
+
+
+def test_the_lines_that_load_it_do_so(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    """They are run as they are printed, with a stand-in for a network of Keras."""
+    new = tmp_path / "new.npz"
+    outcome = bncli("convert", finished_run / "last.pt", "-o", new, "--to", "keras")
+    lines = [line.removeprefix("    ") for line in outcome.out.splitlines() if line.startswith("    ")]
+    state = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]
+    names = [key.removesuffix(".running_mean") for key in state if key.endswith(".running_mean")]
+
+    class Variable:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def assign(self, value: Any) -> None:
+            self.value = value
+
+    class Layer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.weights = [Variable(one) for one in ("gamma", "beta", "moving_mean", "moving_variance")]
+
+    class Convolution:
+        name, weights = "conv", (Variable("kernel"),)
+
+    model = SimpleNamespace(layers=[Convolution(), *map(Layer, names)])
+    keras = SimpleNamespace(layers=SimpleNamespace(BatchNormalization=Layer))
+    exec("\n".join(lines), {"numpy": np, "model": model, "keras": keras})
+    for layer in model.layers[1:]:
+        for variable, leaf in zip(
+            layer.weights, ("weight", "bias", "running_mean", "running_var"), strict=True
+        ):
+            assert np.array_equal(variable.value, state[f"{layer.name}.{leaf}"].numpy())
 
 
 def test_for_keras_the_file_is_an_npz(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
