@@ -1,23 +1,21 @@
 """Files of PaddlePaddle, for tests/checkpoints/formats/test_named_arrays.py.
 
 python3.11 -m venv /tmp/v && /tmp/v/bin/pip install paddlepaddle==3.3.1
-/tmp/v/bin/python tests/frameworks/make_paddle.py
+/tmp/v/bin/python -m tests.frameworks.make_paddle
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import paddle
 from paddle import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 OLD = "old"
 PLACE = FILES / "paddle"
-PLACE.mkdir(parents=True, exist_ok=True)
 
 
 def numbers(tensor):
@@ -49,6 +47,32 @@ def said(net, names, in_file, keys=None):
             )
         )
     return found
+
+
+def record_ten_steps():
+    net = nn.Sequential(
+        nn.BatchNorm2D(3, momentum=0.875, epsilon=0.01), nn.Flatten(), nn.Linear(12, 5),
+        nn.BatchNorm1D(5, momentum=0.75, epsilon=0.02),
+    )  # fmt: skip
+    layers = [("0", net[0], ten_steps.IMAGES), ("3", net[3], ten_steps.FEATURES)]
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape in layers:
+                norm(paddle.to_tensor(ten_steps.batch(step, shape)))
+
+    train(ten_steps.BEFORE)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    paddle.save(net.state_dict(), str(ten_steps.FOLDER / "paddle.pdparams"))
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=numbers(norm._mean), var=numbers(norm._variance),
+            momentum=1 - norm._momentum, eps=norm._epsilon,
+        )
+        for name, norm, shape in layers
+    ]  # fmt: skip
+    ten_steps.write("paddle", "paddle.pdparams", told)
 
 
 def network():
@@ -85,6 +109,7 @@ def export_as_before_paddle_3():
 
 
 def main():
+    PLACE.mkdir(parents=True, exist_ok=True)
     paddle.seed(0)
     net = network()
     optimizer = paddle.optimizer.SGD(0.1, parameters=net.parameters())
@@ -111,15 +136,17 @@ def main():
     note("net.pdiparams", True, exported)
     # which of both programs is written is settled when Paddle is imported
     environment = {**os.environ, "FLAGS_enable_pir_api": "0"}
-    subprocess.run([sys.executable, __file__, OLD], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "tests.frameworks.make_paddle", OLD], env=environment, check=True)
     note("old.pdiparams", True, exported)
     net.bfloat16()
     paddle.save(net.state_dict(), str(PLACE / "bfloat16.pdparams"))
     note("bfloat16.pdparams", False, None, "uint16 in it is read as bfloat16")
     write("paddle", files)
+    record_ten_steps()
 
 
-if sys.argv[1:] == [OLD]:
-    export_as_before_paddle_3()
-else:
-    main()
+if __name__ == "__main__":
+    if sys.argv[1:] == [OLD]:
+        export_as_before_paddle_3()
+    else:
+        main()

@@ -20,7 +20,8 @@ from bncli.batchnorm import compare, compare_ranks
 from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.rewrite import rewrite
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.corpus import FILES, mutations
+from tests.checkpoints.formats.damage import mutations
+from tests.frameworks.recorded import FILES
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch
 from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.rewrite import rewrite
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.corpus import FILES, mutations
+from tests.checkpoints.formats.damage import mutations
+from tests.frameworks.recorded import FILES
 
 STATE = {"eval": "eval", "layout_2_8": "eval", "layout_2_7": "eval", "train": "train",
          "decomposed": "train", "bfloat16": "bfloat16"}  # fmt: skip

@@ -15,8 +15,8 @@ import torch
 
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.corpus import check_refused_or_read, mutated
-from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
+from tests.checkpoints.formats.damage import damaged, flips, is_read, is_refused
+from tests.checkpoints.formats.framework_answers import check_answers, files_of
 from tests.frameworks.recorded import FILES
 
 FRAMEWORKS = [name for name in ("paddle", "mxnet", "chainer", "mindspore", "mlx") if (FILES / name).is_dir()]
@@ -35,7 +35,7 @@ def test_damage_is_said_in_one_line(tmp_path: Path, framework: str, file: str, n
         if path.suffix in (".json", ".pdmodel") and path.name != "expected.json":
             shutil.copy(path, tmp_path)
     content = (FILES / framework / file).read_bytes()
-    read = [survives(tmp_path / file, data) for data in damaged(content, num_flipped)]
+    read = [is_read(tmp_path / file, data) for data in damaged(content, num_flipped)]
     assert not all(read[:20])
 
 
@@ -107,9 +107,9 @@ def test_damage_of_a_program_before_paddle_3_is_said_in_one_line(tmp_path: Path,
     shutil.copy(FILES / "paddle" / "old.pdiparams", tmp_path / "a" / "net.pdiparams")
     program = (FILES / "paddle" / "old.pdmodel").read_bytes()
     refused = 0
-    for number in range(count):
-        (tmp_path / "a" / "net.pdmodel").write_bytes(mutated(program, number))
-        refused += check_refused_or_read(tmp_path / "a" / "net.pdiparams")
+    for changed in flips(program, count, seed=0):
+        (tmp_path / "a" / "net.pdmodel").write_bytes(changed)
+        refused += is_refused(tmp_path / "a" / "net.pdiparams")
     assert refused > 0
 
 

@@ -10,7 +10,7 @@ from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.byte_source import open_source
 from bncli.checkpoints.formats.tensorflow_bundle import table_entries
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.framework_corpus import Corpus, unpack
+from tests.checkpoints.formats.framework_answers import Corpus, unpack
 from tests.checkpoints.formats.test_damaged_keras import BN, HEADER, block, entry, table
 from tests.conftest import Bncli
 
