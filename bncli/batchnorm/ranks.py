@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm.bits import bitwise_equal
-from bncli.batchnorm.compare import Contents, ReadableTensor, owner
+from bncli.batchnorm.compare import Contents, ReadableTensor
+from bncli.batchnorm.feeding import owner
 from bncli.batchnorm.layers import LayerStats, summarize
 from bncli.batchnorm.population.moments import Moments, pooled
 from bncli.errors import IncomparableError
