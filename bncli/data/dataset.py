@@ -9,8 +9,8 @@ from torch import Tensor
 from bncli.errors import DataError
 from bncli.indexed import Indexed, InMemory
 
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(what, done, total)`, always in the thread that loads."""
+Progress = Callable[[str, int, int | None], None]
+"""Called as `progress(what, done, total)`, always in the thread that loads; None: nobody knows the total."""
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def test_a_dry_run_tells_what_training_would_tell_of_the_data(
     sets = ("data.name=own.py:images", "model.widths=[4]", "train.batch_size=4", "train.epochs=1")
     words = [word for one in (*sets, "runtime.threads=1") for word in ("--set", one)]
     dry, real = bncli("train", *words, "--dry-run"), bncli("train", *words, "--run-dir", "run")
-    note = "takes neither train nor split: its samples are both splits"
+    note = "has no argument train or split: the test samples are the training"
     assert (dry.code, real.code, note in real.err, note in dry.err) == (0, 0, True, True)
 
 
