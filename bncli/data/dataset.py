@@ -51,6 +51,10 @@ class Dataset:
     notes: tuple[str, ...] = ()  # what its user should be told, each one sentence
 
 
+NO_IMAGES = Dataset("no data set", InMemory(torch.empty(0), None), InMemory(torch.empty(0), None), ())
+"""For what is computed from a checkpoint alone."""
+
+
 def numbered_classes(*splits: Indexed) -> tuple[str, ...]:
     """Names of classes that have none: their numbers, as far as labels go."""
     highest = max((int(split.labels.max()) for split in splits if split.labels is not None), default=-1)
