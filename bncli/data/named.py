@@ -67,7 +67,10 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
             factory, arguments = _find(config)
             made = [_call(factory, arguments, is_training=is_training) for is_training in (True, False)]
     except UnusableError as error:
-        raise DataError(f"data {config.name}: {error}") from None
+        # what torchvision says of it is for Python
+        missing = "download=True" in str(error) and "download" not in config.arguments
+        fix = "; here that is --set data.arguments.download=true" if missing else ""
+        raise DataError(f"data {config.name}: {error}{fix}") from None
     notes = []
     if made[1] is None:
         made[1] = made[0]

@@ -163,6 +163,7 @@ def test_torchvisions_that_are_not_there_say_so_and_nothing_is_fetched(name, tmp
     root = tmp_path / "none"
     message = refusal(f"torchvision:{name}", root=str(root))
     assert "making the data set failed: RuntimeError: Dataset not found" in message
+    assert message.endswith("; here that is --set data.arguments.download=true")
     assert not list(root.rglob("*")) if root.exists() else True
 
 
