@@ -107,6 +107,8 @@ def train_config(
     if dry_run:
         with ProgressReporter() as progress:
             setup = prepare(loaded, progress=progress, may_download=resume is None)
+        for note in setup.dataset.notes:
+            print_note(note)
         description = describe_setup(setup)
         print_json(description) if as_json else show_dry_run(description)
         return 0

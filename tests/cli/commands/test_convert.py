@@ -153,6 +153,15 @@ def test_assumptions_that_cannot_be_are_refused(bncli: Bncli, keras: Corpus, tex
     assert outcome.err.startswith("bncli: error: --assume: expected")
 
 
+def test_a_momentum_that_keras_would_write_is_answered_with_its_complement(
+    bncli: Bncli, keras: Corpus
+) -> None:
+    file = keras.folder / "flat.keras"
+    outcome = bncli("inspect-stats", file, "--assume", "momentum=0.99")
+    assert "as in Keras and Flax, give momentum=0.01\n" in outcome.err
+    assert "--assume" not in bncli("inspect-stats", file, "--assume", "momentum=0.1").err
+
+
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(
     bncli: Bncli, keras: Corpus, tmp_path: Path
 ) -> None:
