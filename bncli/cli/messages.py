@@ -6,18 +6,10 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from bncli.wording import expected_value
+from bncli.wording import one_line as one_line
 
 if TYPE_CHECKING:
     from bncli.runtime import Runtime
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and with control characters made visible.
-
-    File and layer names come from strangers; an escape sequence in them must not reach the terminal.
-    """
-    flat = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in flat)
 
 
 def shorten(text: str, length: int) -> str:

@@ -18,9 +18,7 @@ class DrawingLibrary:
     def __init__(self) -> None:
         """Raises BncliError where the package is missing."""
         if find_spec("vl_convert") is None:
-            raise BncliError(
-                'a report is drawn with vl-convert-python, which is not installed: pip install "bncli[report]"'
-            )
+            raise BncliError('a report needs vl-convert-python, which draws it: pip install "bncli[report]"')
         self._script = ""
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._make, name="drawing library", daemon=True)

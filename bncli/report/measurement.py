@@ -1,6 +1,6 @@
-"""What a report computes with a network and its images: accuracy by batch size, the gap, one layer's input."""
+"""What a report computes with a network and its images: accuracy by batch size, the gap, a layer's input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +65,9 @@ def measure(
     size = min(max(2, batch_size), len(sample))
     whole = len(sample) - (1 if len(sample) % size == 1 else 0)  # one image may have no variance
 
-    def batches() -> list[tuple[Tensor, Tensor]]:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(whole).split(size)
-        return [(place(part), labels) for part, labels in sample.batches_of(order)]
+        return ((place(part), labels) for part, labels in sample.batches_of(order))
 
     gap = measure_gap(model, batches, training, progress=progress)
     sweep = sweep_batch_sizes(
