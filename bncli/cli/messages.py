@@ -5,11 +5,14 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from bncli import wording
 from bncli.wording import expected_value
-from bncli.wording import one_line as one_line
 
 if TYPE_CHECKING:
     from bncli.runtime import Runtime
+
+
+one_line = wording.one_line  # here for all that is printed
 
 
 def shorten(text: str, length: int) -> str:

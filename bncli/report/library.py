@@ -6,6 +6,7 @@ checkpoint is read. About 900 kB; Plotly's smallest bundle that draws all of the
 larger, and neither draws SVG that follows the page's colours.
 """
 
+import re
 import threading
 from importlib.util import find_spec
 
@@ -38,7 +39,7 @@ class DrawingLibrary:
         try:
             import vl_convert
 
-            # inside JavaScript's strings \/ is /
-            self._script = vl_convert.javascript_bundle().replace("</", "<\\/")
+            # inside JavaScript's strings, where alone it can be, \/ is /
+            self._script = re.sub(r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle())
         except Exception as error:  # whatever the thread meets is told where the script is asked for
             self._error = error

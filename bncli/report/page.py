@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from bncli.batchnorm import Finding
 from bncli.batchnorm.audit.rule_pages import find_page
@@ -45,6 +45,7 @@ def render_page(content: Content, library: DrawingLibrary) -> str:
         "rules": data.pop("rules"),
         "num_shown_channels": len(data["channels"]["layers"]),
         "gap_sources": SOURCES,
+        "configuration": _lines(content.configuration or ""),
         "data": Markup(_in_script(data)),
         "style": Markup(_asset("page.css")),
     }
@@ -52,6 +53,12 @@ def render_page(content: Content, library: DrawingLibrary) -> str:
     parts["scripts"] = [Markup(script) for script in scripts]
     parts["allowed"] = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     return _template().render(parts)
+
+
+def _lines(text: str) -> Markup:
+    """The text with its line breaks and margins, and without other control characters."""
+    lines = [line[: len(line) - len(line.lstrip(" "))] + one_line(line) for line in text.splitlines()]
+    return escape("\n".join(lines))
 
 
 @cache
