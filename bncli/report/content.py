@@ -1,7 +1,7 @@
 """What a report is about: everything that was read or measured, each part only where it exists."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bncli.batchnorm import Comparison, Finding, LayerStats
@@ -40,5 +40,13 @@ class Content:
     measurement: Measurement | None = None
     facts: tuple[Fact, ...] = ()  # the machine, versions, digests
     configuration: str | None = None  # YAML
-    notes: tuple[str, ...] = field(default=())  # what the file's format leaves open, a sentence each
+    notes: tuple[str, ...] = ()  # what the file's format leaves open, a sentence each
     how_to_measure: str = ""  # the command that adds what needs the network's images
+
+    def of_layers(self, names: Collection[str]) -> "Content":
+        """The same of these layers only."""
+        return replace(
+            self,
+            layers=[layer for layer in self.layers if layer.name in names],
+            findings=[finding for finding in self.findings if finding.layer in names],
+        )
