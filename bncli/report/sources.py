@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,6 @@ def read_content(names: Sequence[str], key: str | None = None) -> Content:
             for source, file, digest in zip(sources, read.files, digests, strict=False)
             for fact in _facts(source, file, digest)
         ]
-    machine = [Fact(f"this report: {name}", str(value)) for name, value in describe_machine().items()]
     return Content(
         title=names[0] if len(names) == 1 else f"{names[0]} and {names[1]}",
         sources=tuple(names),
@@ -87,7 +86,7 @@ def read_content(names: Sequence[str], key: str | None = None) -> Content:
         training=training,
         convergence=None if run_dir is None or training is None else _convergence(run_dir, training),
         comparison=read.comparison,
-        facts=(*facts, *machine),
+        facts=(*facts, Fact("report made on", _listed(describe_machine()))),
         configuration=None if run_dir is None else _configuration(run_dir),
         notes=read.notes,
         how_to_measure=_how_to_measure(names, run_dir),
@@ -137,10 +136,14 @@ def _facts(source: Source, file: OpenCheckpoint, digest: "Future[str | None]") -
                 "trained", f"{plural(own.epoch, 'epoch')}, {plural(own.step, 'step')}, {own.seconds:,.1f} s"
             ),
             Fact("data", f"{own.config.data.name}, SHA-256 {own.data_digest}"),
-            *(Fact(f"trained with: {name}", str(value)) for name, value in own.runtime.items()),
-            *(Fact(f"trained on: {name}", str(value)) for name, value in own.machine.items()),
+            Fact("computed with", _listed(own.runtime)),
+            Fact("trained on", _listed(own.machine)),
         ]
     return facts
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _configuration(run_dir: Path) -> str | None:

@@ -61,19 +61,22 @@ def _state(content: Content) -> list[str]:
         sentences.append(content.convergence.verdict)
     if not content.layers:
         return sentences
-    sentences.append(_findings(grave, content.num_rules))
-    if grave:
-        return sentences
-    if measured is not None and not measured.gap.batch_norm_is_to_blame:
-        sentences.append("There is nothing to repair.")
-    elif measured is None and content.how_to_measure:
-        sentences.append("Whether they fit the images, only the images can tell: see below.")
+    sentences.append(_findings(grave, content.num_rules, is_right=_is_right(content)))
     return sentences
 
 
-def _findings(grave: Sequence[Finding], num_rules: int) -> str:
+def _is_right(content: Content) -> bool | None:
+    """Whether eval mode computes as well as it can; None where no images were computed."""
+    found = content.measurement
+    return None if found is None else not found.gap.batch_norm_is_to_blame
+
+
+def _findings(grave: Sequence[Finding], num_rules: int, *, is_right: bool | None) -> str:
     if not grave:
-        return f"The stored numbers look sound: {plural(num_rules, 'rule')} found no error and no warning."
+        sound = f"{plural(num_rules, 'rule')} found no error and no warning in the stored numbers"
+        if is_right is None:
+            return f"{sound}; whether they fit the images, --measure tells."
+        return f"{sound}: there is nothing to repair." if is_right else f"{sound}, only the images show it."
     number = Counter(finding.severity for finding in grave)
     counts = " and ".join(
         plural(number[severity], severity) for severity in ("error", "warning") if number[severity]

@@ -8,7 +8,7 @@ const find = (selector, root = document) => root.querySelector(selector);
 
 const asNumber = value => (value === null ? NaN : Number(value)); // also of the words NaN and Infinity
 
-function short(value) {
+function short(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   const number = Number(value);
   if (Number.isNaN(number)) return typeof value === "number" || value === "NaN" ? "NaN" : String(value);
@@ -16,9 +16,9 @@ function short(value) {
   const size = Math.abs(number);
   const text =
     number === 0 ? "0"
-    : size >= 1e6 || size < 1e-3 ? number.toExponential(2)
+    : size >= 1e6 || size < 1e-3 ? number.toExponential(digits - 2)
     : Number.isInteger(number) ? number.toLocaleString("en")
-    : String(Number(number.toPrecision(4)));
+    : String(Number(number.toPrecision(digits)));
   return text.replace("-", "−");
 }
 
@@ -190,15 +190,15 @@ function sweepFigure(place) {
   draw(place, (width, colours) => {
     const shared = {
       x: { field: "size", type: "quantitative", scale: { type: "log", base: 2, nice: false }, axis: { values: sizes, grid: false, format: "d", title: "images in a batch" } },
-      color: { field: "mode", type: "nominal", scale: { domain: MODES, range: [colours.one, colours.two] } },
+      color: { field: "mode", type: "nominal", legend: null, scale: { domain: MODES, range: [colours.one, colours.two] } },
     };
     return {
       width, height: 260, autosize: { type: "fit", contains: "padding" },
       data: { values: rows },
       layer: [
         { mark: { type: "area", opacity: 0.18 }, encoding: { ...shared, y: { field: "low", type: "quantitative", axis: { format: ".0%", title: "test accuracy", tickCount: 5 }, scale: { domain: [0, 1] } }, y2: { field: "high" } } },
-        { mark: { type: "line" }, encoding: { ...shared, y: { field: "value", type: "quantitative" }, strokeDash: { field: "mode", type: "nominal", scale: { domain: MODES, range: [[1, 0], [7, 4]] } } } },
-        { mark: { type: "point", filled: true, size: 55, opacity: 1 }, encoding: { ...shared, y: { field: "value", type: "quantitative" }, shape: { field: "mode", type: "nominal", scale: { domain: MODES, range: ["circle", "square"] } }, tooltip: [{ field: "size", title: "images in a batch" }, { field: "mode" }, { field: "value", format: ".2%", title: "accuracy" }] } },
+        { mark: { type: "line" }, encoding: { ...shared, y: { field: "value", type: "quantitative" }, strokeDash: { field: "mode", type: "nominal", legend: null, scale: { domain: MODES, range: [[1, 0], [7, 4]] } } } },
+        { mark: { type: "point", filled: true, size: 55, opacity: 1 }, encoding: { ...shared, y: { field: "value", type: "quantitative" }, shape: { field: "mode", type: "nominal", legend: null, scale: { domain: MODES, range: ["circle", "square"] } }, tooltip: [{ field: "size", title: "images in a batch" }, { field: "mode" }, { field: "value", format: ".2%", title: "accuracy" }] } },
       ],
     };
   });
@@ -208,7 +208,7 @@ function sweepFigure(place) {
 
 function scoresFigure(place) {
   draw(place, (width, colours) => ({
-    width, height: { step: 34 }, autosize: { type: "fit-x", contains: "padding" },
+    width, height: 34 * data.gap.scores.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: data.gap.scores },
     encoding: {
       y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(120, width / 2.6), ticks: false, domain: false } },
@@ -229,7 +229,7 @@ function guiltFigure(place) {
   const rows = [...all].sort((a, b) => (b.name === data.gap.worst) - (a.name === data.gap.worst) || b.score - a.score).slice(0, MAX_BARS);
   rows.sort((a, b) => a.index - b.index);
   draw(place, (width, colours) => ({
-    width, height: { step: 24 }, autosize: { type: "fit-x", contains: "padding" },
+    width, height: 24 * rows.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points` })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
@@ -252,10 +252,10 @@ const transposed = columns => (Object.values(columns)[0] ?? []).map((_, at) => O
 
 function trainingFigure(place) {
   const epochs = transposed(data.training);
-  const series = ["training, batch statistics", "test, eval mode"];
+  const series = ["test", "training"];
   const rows = epochs.flatMap(epoch => [
-    { epoch: epoch.epoch, series: series[0], value: epoch.train_accuracy },
-    { epoch: epoch.epoch, series: series[1], value: epoch.test_accuracy },
+    { epoch: epoch.epoch, series: series[0], value: epoch.test_accuracy },
+    { epoch: epoch.epoch, series: series[1], value: epoch.train_accuracy },
   ]).filter(row => row.value !== null);
   draw(place, (width, colours) => ({
     width, height: 240, autosize: { type: "fit", contains: "padding" },
@@ -263,8 +263,8 @@ function trainingFigure(place) {
     encoding: {
       x: { field: "epoch", type: "quantitative", axis: { tickMinStep: 1, grid: false, title: "epoch", format: "d" }, scale: { nice: false, zero: false } },
       y: { field: "value", type: "quantitative", axis: { format: ".0%", title: "accuracy", tickCount: 5 }, scale: { zero: true } },
-      color: { field: "series", type: "nominal", scale: { domain: series, range: [colours.two, colours.one] } },
-      strokeDash: { field: "series", type: "nominal", scale: { domain: series, range: [[7, 4], [1, 0]] } },
+      color: { field: "series", type: "nominal", legend: null, scale: { domain: series, range: [colours.one, colours.two] } },
+      strokeDash: { field: "series", type: "nominal", legend: null, scale: { domain: series, range: [[1, 0], [7, 4]] } },
     },
     layer: [
       { mark: "line" },
@@ -328,7 +328,7 @@ function comparisonFigure(place) {
   const kinds = ["statistics alone", "statistics and weights", "unchanged"];
   const kind = row => (row.statistics ? (row.weights ? kinds[1] : kinds[0]) : kinds[2]);
   draw(place, (width, colours) => ({
-    width, height: { step: 24 }, autosize: { type: "fit-x", contains: "padding" },
+    width, height: 24 * rows.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: rows.map(row => ({ ...row, kind: kind(row) })) },
     mark: { type: "bar", height: 13 },
     encoding: {
@@ -419,7 +419,7 @@ function drawStrips(place, layer, marked = [], chosen = null) {
             y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, format: "~g" }, scale },
             color: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: [colours.one, colours.mark, colours.two] } },
             shape: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: ["circle", "triangle-up", "diamond"] } },
-            size: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: [22, 90, 140] } },
+            size: { condition: [{ test: "datum.kind === 'chosen'", value: 140 }, { test: "datum.kind === 'found'", value: 90 }], value: 22 },
             tooltip: [{ field: "number", title: "channel" }, { field: "value", format: ".4g", title: name }],
           },
         },
@@ -504,7 +504,7 @@ function drawMap(place, form, choose) {
   const nameOf = Object.fromEntries(rows.map((layer, row) => [row, layers.name[layer]]));
   const lookup = rows.map((layer, row) => ({ row, name: layers.name[layer] }));
   draw(place, (width, colours) => ({
-    width, height: { step: 15 }, autosize: { type: "fit-x", contains: "padding" },
+    width, height: 15 * rows.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: cells },
     transform: [{ lookup: "row", from: { data: { values: lookup }, key: "row", fields: ["name"] } }],
     mark: { type: "rect", stroke: null, invalid: null },
@@ -593,10 +593,10 @@ function explorer() {
     const shown = state.order.slice(0, state.listed);
     const worst = at => layers.error[at] + layers.warning[at] > 0;
     const button = at => firstOf.has(at) ? element("button", { type: "button", onclick: () => { choose(at, 0); find(".panel", section).scrollIntoView({ block: "nearest" }); } }, layers.name[at]) : layers.name[at];
-    const three = name => at => [layers[`${name}_min`][at], layers[`${name}_median`][at], layers[`${name}_max`][at]].map(short).join("  /  ");
+    const three = name => at => [layers[`${name}_min`][at], layers[`${name}_median`][at], layers[`${name}_max`][at]].map(value => short(value, 3)).join(" / ");
     fill(table, `${shown.length.toLocaleString("en")} of ${plural(numLayers, "layer")}`, [
-      ["Layer", button], ["Channels", at => short(layers.channels[at])], ["Batches tracked", at => short(layers.tracked[at])], ["Momentum", at => short(layers.momentum[at])],
-      ["running_mean min / median / max", three("running_mean")], ["running_var min / median / max", three("running_var")],
+      ["Layer", button], ["Channels", at => short(layers.channels[at])], ["Batches", at => short(layers.tracked[at])], ["Momentum", at => short(layers.momentum[at])],
+      ["running_mean, min / median / max", three("running_mean")], ["running_var, min / median / max", three("running_var")],
       ["Largest gain", at => short(layers.gain_max[at])], ["Findings", at => short(layers.error[at] + layers.warning[at] + layers.info[at])],
     ], shown, { flagged: worst });
     more.replaceChildren(...(shown.length < state.order.length ? [
@@ -746,7 +746,7 @@ function histogramFigure(place) {
     width, height: 300, autosize: { type: "fit", contains: "padding" },
     layer: [
       { data: { values: values.map(value => ({ value })) }, mark: { type: "bar", color: colours.line, binSpacing: 1 }, encoding: { x: { field: "value", bin: { maxbins: 30 }, type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 5 } }, y: { aggregate: "count", type: "quantitative", axis: { title: "images", tickCount: 4 } } } },
-      { data: { values: lines }, mark: { type: "rule", strokeWidth: 2.5 }, encoding: { x: { field: "value", type: "quantitative" }, color: { field: "what", type: "nominal", scale: { domain: lines.map(line => line.what), range: [colours.three, colours.two] }, legend: { orient: "top", columns: 1 } }, strokeDash: { field: "what", type: "nominal", scale: { domain: lines.map(line => line.what), range: [[1, 0], [6, 4]] } }, tooltip: [{ field: "what" }, { field: "value", format: ".4g" }] } },
+      { data: { values: lines }, mark: { type: "rule", strokeWidth: 2.5 }, encoding: { x: { field: "value", type: "quantitative" }, color: { field: "what", type: "nominal", scale: { domain: lines.map(line => line.what), range: [colours.three, colours.two] }, legend: null }, strokeDash: { field: "what", type: "nominal", legend: null, scale: { domain: lines.map(line => line.what), range: [[6, 4], [1, 0]] } }, tooltip: [{ field: "what" }, { field: "value", format: ".4g" }] } },
     ],
   }), { label: `Histogram of ${values.length} values; the population’s mean is ${short(population)}, the file’s running_mean ${short(running)}.` });
 }
@@ -755,13 +755,13 @@ function averageFigure(place, rows, { single }) {
   const channel = data.channel;
   const truth = single ? spread(channel.values) : { mean: channel.population_mean, variance: channel.population_variance };
   const series = ["one batch", "running average", "population"];
-  const panel = (title, batch, running, level, width, colours, isLast, legend) => ({
+  const panel = (title, batch, running, level, width, colours, isLast) => ({
     width, height: 118,
     encoding: { x: { field: "step", type: "quantitative", axis: isLast ? { title: "batches", grid: false, tickCount: 6 } : { title: null, labels: false, grid: false, ticks: false }, scale: { domain: [0, STEPS], nice: false } } },
     layer: [
-      { transform: [{ filter: `isValid(datum.${batch})` }, { calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, format: "~g" }, scale: { zero: false } }, color: colour(colours, series, legend), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } },
-      { transform: [{ calculate: "'running average'", as: "series" }], mark: { type: "line", strokeWidth: 2.5 }, encoding: { y: { field: running, type: "quantitative" }, color: colour(colours, series, legend) } },
-      { data: { values: [{ value: level, series: "population" }] }, mark: { type: "rule", strokeWidth: 2, strokeDash: [6, 4] }, encoding: { x: null, y: { field: "value", type: "quantitative" }, color: colour(colours, series, legend) } },
+      { transform: [{ filter: `isValid(datum.${batch})` }, { calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, format: "~g" }, scale: { zero: false } }, color: colour(colours, series), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } },
+      { transform: [{ calculate: "'running average'", as: "series" }], mark: { type: "line", strokeWidth: 2.5 }, encoding: { y: { field: running, type: "quantitative" }, color: colour(colours, series) } },
+      { data: { values: [{ value: level, series: "population" }] }, mark: { type: "rule", strokeWidth: 2, strokeDash: [6, 4] }, encoding: { x: null, y: { field: "value", type: "quantitative" }, color: colour(colours, series) } },
     ],
   });
   const last = rows.at(-1);
@@ -769,13 +769,13 @@ function averageFigure(place, rows, { single }) {
     data: { values: rows },
     spacing: 8,
     vconcat: [
-      panel("mean", "batchMean", "mean", truth.mean, width - 66, colours, false, true),
-      panel("variance", "batchVariance", "variance", truth.variance, width - 66, colours, true, true),
+      panel("mean", "batchMean", "mean", truth.mean, width - 66, colours, false),
+      panel("variance", "batchVariance", "variance", truth.variance, width - 66, colours, true),
     ],
   }), { label: `Mean and variance of ${rows.length} batches with their running averages. At the end the running mean is ${short(last.mean)} and the running variance ${short(last.variance)}; the population’s are ${short(truth.mean)} and ${short(truth.variance)}.` });
 }
 
-const colour = (colours, series) => ({ field: "series", type: "nominal", scale: { domain: series, range: [colours.one, colours.two, colours.three] }, legend: { orient: "top" } });
+const colour = (colours, series) => ({ field: "series", type: "nominal", legend: null, scale: { domain: series, range: [colours.one, colours.two, colours.three] } });
 
 // ---------------------------------------------------------------- start
 
