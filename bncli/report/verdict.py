@@ -76,7 +76,7 @@ def _findings(grave: Sequence[Finding], num_rules: int, *, is_right: bool | None
         sound = f"{plural(num_rules, 'rule')} found no error and no warning in the stored numbers"
         if is_right is None:
             return f"{sound}; whether they fit the images, --measure tells."
-        return f"{sound}: there is nothing to repair." if is_right else f"{sound}, only the images show it."
+        return f"{sound}: there is nothing to repair." if is_right else f"{sound}: only the images show it."
     number = Counter(finding.severity for finding in grave)
     counts = " and ".join(
         plural(number[severity], severity) for severity in ("error", "warning") if number[severity]

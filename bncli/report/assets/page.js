@@ -457,7 +457,8 @@ function findingCards() {
 
 // ---------------------------------------------------------------- the map and the chooser
 
-const ROWS = 40;
+const ROWS = 60;
+const DIGITS = 3; // of a row's place
 const QUANTITIES = {
   deviations: ["running_mean in deviations", one => one.deviations, true],
   variance: ["log10 running_var", one => Math.log10(one.running_var), false],
@@ -488,11 +489,13 @@ function drawMap(place, form, choose) {
   state.page = Math.min(state.page, pages - 1);
   const rows = drawable.slice(state.page * ROWS, (state.page + 1) * ROWS);
   const [title, value, diverges] = QUANTITIES[form.elements.quantity.value];
+  // the place in the row leads, so that two layers of one name are two rows; it is not shown
+  const places = rows.map((layer, row) => String(row).padStart(DIGITS, "0") + shortName(layers.name[layer]));
   const cells = [];
   rows.forEach((layer, row) => {
     for (const one of channelsOf(layer)) {
       const number = value(one);
-      cells.push({ row, layer, number: one.number, start: one.number / layers.channels[layer], end: (one.number + 1) / layers.channels[layer], value: Number.isFinite(number) ? number : null });
+      cells.push({ row: places[row], name: layers.name[layer], layer, number: one.number, start: one.number / layers.channels[layer], end: (one.number + 1) / layers.channels[layer], value: Number.isFinite(number) ? number : null });
     }
   });
   const sorted = cells.map(cell => cell.value).filter(one => one !== null).sort((a, b) => a - b);
@@ -501,16 +504,12 @@ function drawMap(place, form, choose) {
   const reach = Math.max(Math.abs(at(0.005)), Math.abs(at(0.995))) || 1;
   const domain = diverges ? [-reach, 0, reach] : [at(0.005), at(0.995)];
   if (!diverges && domain[0] === domain[1]) domain[1] += 1;
-  const nameOf = Object.fromEntries(rows.map((layer, row) => [row, layers.name[layer]]));
-  const lookup = rows.map((layer, row) => ({ row, name: layers.name[layer] }));
   draw(place, (width, colours) => ({
     width, height: 15 * rows.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: cells },
-    transform: [{ lookup: "row", from: { data: { values: lookup }, key: "row", fields: ["name"] } }],
     mark: { type: "rect", stroke: null, invalid: null },
     encoding: {
-      // the place in the row leads, so that two layers of one name are two rows
-      y: { field: "row", type: "ordinal", axis: { title: null, ticks: false, domain: false, labelLimit: Math.max(90, width / 3.5), labelExpr: labelOf(nameOf), labelOverlap: false }, scale: { paddingInner: 0.12 } },
+      y: { field: "row", type: "ordinal", sort: null, axis: { title: null, ticks: false, domain: false, labelLimit: Math.max(90, width / 3.5), labelExpr: `slice(datum.value, ${DIGITS})`, labelOverlap: false }, scale: { paddingInner: 0.12 } },
       x: { field: "start", type: "quantitative", axis: null, scale: { domain: [0, 1] } },
       x2: { field: "end" },
       color: {
@@ -527,13 +526,15 @@ function drawMap(place, form, choose) {
   return { pages, num: rows.length, drawable: drawable.length };
 }
 
-// names become values in an array, never code: JSON is a literal of Vega's expressions
-function labelOf(nameOf) {
-  const names = Object.keys(nameOf).map(row => shortName(nameOf[row]));
-  return `${JSON.stringify(names)}[datum.value]`;
-}
-
 const shortName = name => (name.length > 34 ? `…${name.slice(-33)}` : name);
+
+// the one that costs accuracy, else the first one that a rule found, else the network's first
+function startingChannel() {
+  const guilty = data.gap?.worst ? layers.name.indexOf(data.gap.worst) : -1;
+  if (firstOf.has(guilty)) return { layer: guilty, number: data.channel.layer === data.gap.worst ? data.channel.channel : 0 };
+  const found = data.findings.flat().find(one => firstOf.has(one.layer));
+  return found ? { layer: found.layer, number: found.channels[0] ?? 0 } : { layer: data.channels.layers[0], number: 0 };
+}
 
 function explorer() {
   const section = document.getElementById("layers");
@@ -544,7 +545,7 @@ function explorer() {
   const { layer: pickLayer, number, range } = chooser.elements;
   const map = find("[data-figure='map']", section);
   const strips = find(".panel [data-strips]", section);
-  let current = { layer: data.channels.layers[0], number: 0 };
+  let current = startingChannel();
 
   pickLayer.append(...data.channels.layers.map(at => element("option", { value: at }, layers.name[at])));
   const readout = () => {
@@ -623,8 +624,8 @@ function explorer() {
   for (const input of [number, range]) input.addEventListener("input", () => choose(current.layer, Number(input.value)));
   whenSeen(map, showMap);
   update();
-  whenSeen(strips, () => data.channels.layers.length && choose(current.layer, 0));
-  if (data.channels.layers.length === 0) find(".panel", section).hidden = true;
+  if (data.channels.layers.length) whenSeen(strips, () => choose(current.layer, current.number));
+  else find(".panel", section).hidden = true;
 }
 
 // ---------------------------------------------------------------- try it
