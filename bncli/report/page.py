@@ -71,7 +71,11 @@ def _template() -> jinja2.Template:
         loader=jinja2.FunctionLoader(_asset),
         finalize=lambda value: one_line(value) if type(value) is str else value,
     )
-    environment.filters |= {"percent": lambda value: f"{value:.2%}", "plural": plural}
+    environment.filters |= {
+        "percent": lambda value: f"{value:.2%}",
+        "plural": plural,
+        "sentence": lambda text: text[:1].upper() + text[1:],
+    }
     return environment.get_template("page.html")
 
 

@@ -383,10 +383,14 @@ function channelOf(layer, number) {
 
 const channelsOf = layer => Array.from({ length: layers.channels[layer] }, (_, number) => channelOf(layer, number));
 
+// Math.max takes no more arguments than the stack holds
+const largestOf = values => values.reduce((most, value) => (value > most ? value : most), -Infinity);
+
 const STRIPS = [
-  ["running_mean", "running_mean", false], ["running_var", "running_var (log scale)", true],
-  ["weight", "weight", false], ["gain", "gain of eval mode: |weight| ÷ √(running_var + eps) (log scale)", true],
+  ["running_mean", "running_mean", false], ["running_var", "running_var", true],
+  ["weight", "weight", false], ["gain", "gain: |weight| ÷ √(running_var + eps)", true],
 ];
+const WIDE = 30; // largest over smallest from which a log scale reads better
 
 // four charts of a layer's channels; `marked` are found by a rule, `chosen` is pointed at
 function drawStrips(place, layer, marked = [], chosen = null) {
@@ -399,15 +403,17 @@ function drawStrips(place, layer, marked = [], chosen = null) {
   while (place.children.length !== STRIPS.length || place.firstElementChild?.tagName !== "FIGURE") {
     place.replaceChildren(...STRIPS.map(([, title]) => element("figure", {}, element("figcaption", {}, title))));
   }
-  STRIPS.forEach(([name, title, isLog], at) => {
+  STRIPS.forEach(([name, quantity, mayBeLog], at) => {
+    const sizes = mayBeLog ? all.map(one => one[name]).filter(size => Number.isFinite(size) && size > 0) : [];
+    const isLog = sizes.length > 0 && largestOf(sizes) / -largestOf(sizes.map(size => -size)) > WIDE;
+    const title = `${quantity}${isLog ? " (log scale)" : ""}`;
+    find("figcaption", place.children[at]).textContent = title;
     const usable = all.filter(one => Number.isFinite(one[name]) && (!isLog || one[name] > 0));
     const broken = all.filter(one => !usable.includes(one));
-    const values = usable.map(one => one[name]);
-    // a log scale that spans less than one order of magnitude reads worse than a plain one
-    const scale = isLog && values.length ? { type: "log", nice: true } : { zero: false, nice: true };
+    const scale = isLog ? { type: "log", nice: true } : { zero: false, nice: true };
     const kinds = ["other channels", "found", "chosen"];
     const rows = usable.map(one => ({ number: one.number, value: one[name], kind: one.number === chosen ? kinds[2] : isMarked.has(one.number) ? kinds[1] : kinds[0] }));
-    const words = broken.length ? `${plural(broken.length, "channel")} not drawn (NaN, infinite, or not positive on a log scale): ${broken.slice(0, 8).map(one => one.number).join(", ")}${broken.length > 8 ? ", …" : ""}.` : "";
+    const words = broken.length ? `${plural(broken.length, "channel")} not drawn (NaN, infinite${isLog ? ", or not positive on a log scale" : ""}): ${broken.slice(0, 8).map(one => one.number).join(", ")}${broken.length > 8 ? ", …" : ""}.` : "";
     draw(place.children[at], (width, colours) => ({
       width, height: 110, autosize: { type: "fit", contains: "padding" },
       layer: [
@@ -443,7 +449,7 @@ function findingCards() {
     const pick = find("[data-pick]", card);
     const show = () => {
       const one = found[pick ? Number(pick.value) : 0];
-      find("[data-message]", card).textContent = `${one.message}.`;
+      find("[data-message]", card).textContent = `${one.message[0].toUpperCase()}${one.message.slice(1)}.`;
       find("[data-advice]", card).textContent = one.advice;
       drawStrips(place, one.layer, one.channels);
     };
