@@ -1,6 +1,5 @@
 """`bncli report`: a page about a network's BatchNorm layers that one opens in a browser."""
 
-import webbrowser
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,13 +27,13 @@ from bncli.cli.options import (
     matching_layers,
 )
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.report_file import NAME, open_in_browser, save_report
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
-    from bncli.report import Content, DrawingLibrary, Measurement
+    from bncli.report import Measurement
 
-NAME = "report.html"
 DEFAULT_NUM_IMAGES = 1_000
 
 
@@ -151,23 +150,6 @@ def write_report(
             print_wrapped(console, sentence)
         print(f"report         {target}")
     return 0
-
-
-def save_report(content: "Content", library: "DrawingLibrary", path: Path) -> int:
-    """Write the page, whole or not at all; its size in bytes. Raises BncliError."""
-    from bncli.cli.result_file import result_file
-    from bncli.report import render_page
-
-    page = render_page(content, library).encode()
-    with result_file(path, "the report") as file:
-        file.write(page)
-    return len(page)
-
-
-def open_in_browser(path: Path) -> None:
-    """Ask the desktop to show it; where there is none, say where it is."""
-    if not webbrowser.open(path.resolve().as_uri()):
-        print_note(f"no browser was found; open {path} in one")
 
 
 def _default_output(sources: list[str]) -> Path:
