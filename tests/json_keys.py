@@ -45,6 +45,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli average", "average run/last.pt run/new.pt -o run/average.pt --num-images 100"),
     ("bncli convert", "convert run/last.pt -o run/layers.npz"),
     ("bncli history", "history run"),
+    ("bncli report", "report run"),
     ("bncli config", "config"),
     ("bncli config KEY", "config train.momentum"),
     ("bncli explain", "explain"),

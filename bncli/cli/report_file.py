@@ -31,6 +31,12 @@ def open_in_browser(path: Path) -> None:
         print_note(f"no browser was found; open {path} in one")
 
 
+def _start_library() -> "DrawingLibrary":
+    from bncli.report import DrawingLibrary
+
+    return DrawingLibrary()
+
+
 class RunReport:
     """The page of a run that is going on, at any moment a whole one; nothing where it is not wanted.
 
@@ -42,11 +48,7 @@ class RunReport:
         self._path = run_dir / NAME
         self._opens = opens
         self._failure = ""
-        self._library: DrawingLibrary | None = None
-        if wanted:
-            from bncli.report import DrawingLibrary
-
-            self._library = DrawingLibrary()
+        self._library = _start_library() if wanted else None
 
     def update(self, event: object) -> None:
         """After an epoch, write it anew from what the run has saved; the first time, open it if asked to."""

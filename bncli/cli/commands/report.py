@@ -49,8 +49,8 @@ def write_report(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
             "-o",
+            "--output",
             metavar="FILE",
             help=f"The file to write.  [default: {NAME} in the folder of the run, else in this one]",
             rich_help_panel=OUTPUT,
@@ -96,7 +96,7 @@ def write_report(
 
     Examples:
     bncli report runs/first
-    bncli report runs/first --measure --open
+    bncli report runs/first --measure --num-images 500
     bncli report runs/first/best.pt runs/first/last.pt -o moved.html
     """
     if len(sources) > 2:

@@ -206,16 +206,19 @@ function sweepFigure(place) {
 
 // ---------------------------------------------------------------- the gap
 
+const SHORT = ["running (eval mode)", "batch", "population, precise", "population, exact"]; // in the data's order
+
 function scoresFigure(place) {
+  const scores = data.gap.scores.map((score, at) => ({ ...score, label: SHORT[at], inUse: at === 0 }));
   draw(place, (width, colours) => ({
-    width, height: 34 * data.gap.scores.length, autosize: { type: "fit-x", contains: "padding" },
-    data: { values: data.gap.scores },
+    width, height: 34 * scores.length, autosize: { type: "fit-x", contains: "padding" },
+    data: { values: scores },
     encoding: {
-      y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(120, width / 2.6), ticks: false, domain: false } },
+      y: { field: "label", type: "nominal", sort: null, axis: { title: null, labelLimit: 0, ticks: false, domain: false } },
       x: { field: "accuracy", type: "quantitative", scale: { domain: [0, 1] }, axis: { format: ".0%", title: "test accuracy", tickCount: 5 } },
     },
     layer: [
-      { mark: { type: "bar", height: 16, tooltip: true }, encoding: { color: { condition: { test: "datum.name === 'running statistics, as in eval mode'", value: colours.two }, value: colours.one } } },
+      { mark: { type: "bar", height: 16 }, encoding: { tooltip: [{ field: "name", title: "statistics" }, { field: "accuracy", format: ".2%" }], color: { condition: { test: "datum.inUse", value: colours.two }, value: colours.one } } },
       { mark: { type: "text", align: "right", dx: -6, color: colours.card, fontWeight: 600 }, transform: [{ filter: "datum.accuracy > 0.2" }], encoding: { text: { field: "accuracy", format: ".1%" } } },
       { mark: { type: "text", align: "left", dx: 5 }, transform: [{ filter: "datum.accuracy <= 0.2" }], encoding: { text: { field: "accuracy", format: ".1%" } } },
     ],
@@ -233,7 +236,7 @@ function guiltFigure(place) {
     data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points` })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
-      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance from the layer’s input, in deviations", tickCount: 5 } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
+      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in deviations", tickCount: 5 } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
       { mark: { type: "text", align: "left", dx: 5 }, encoding: { x: { field: "score", type: "quantitative" }, text: { field: "gain" } } },
     ],
   }), { label: `Bar chart of ${rows.length} layers${data.gap.worst ? `; ${data.gap.worst} is to blame` : ""}. The numbers are in the table below.` });
@@ -522,7 +525,7 @@ function drawMap(place, form, choose) {
         condition: { test: "!isValid(datum.value)", value: colours.mark },
         field: "value", type: "quantitative",
         scale: diverges ? { domain, range: ["#2166ac", "#f2f2f2", "#b35806"], clamp: true, interpolate: "lab" } : { domain, scheme: "cividis", clamp: true },
-        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: "left", tickCount: 4, format: "~g" },
+        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, format: "~g" },
       },
       tooltip: [{ field: "name", title: "layer" }, { field: "number", title: "channel" }, { field: "value", title, format: ".4g" }],
     },
