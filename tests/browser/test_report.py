@@ -15,6 +15,7 @@ from tests.browser.conftest import Opener, Tab
 
 pytestmark = pytest.mark.browser
 
+SLOW = pytest.mark.slow
 RUINED = "stages.1.0.norm"
 HOSTILE = (
     "</script><script>document.title = 'taken'</script>",
@@ -41,20 +42,29 @@ def ruin(run: Path, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("reports")
 
 
 @pytest.fixture(scope="module")
-def measured(finished_run: Path, folder: Path) -> Path:
+def trained(tiny_config: Path, folder: Path) -> Path:
+    """A run that has learned enough to lose something."""
+    more = ("data.num_train=1500", "train.epochs=4", "train.learning_rate=0.3")
+    sets = [word for value in more for word in ("--set", value)]
+    assert main(["train", str(tiny_config), "--run-dir", str(folder / "run"), *sets]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Path, folder: Path) -> Path:
     path = folder / "run.html"
-    report(finished_run, "--measure", "--num-images", 100, "-o", path)
+    report(trained, "--measure", "--num-images", 100, "-o", path)
     return path
 
 
 @pytest.fixture(scope="module")
-def ruined(finished_run: Path, folder: Path) -> Path:
-    ruin(finished_run, folder / "ruined.pt")
+def ruined(trained: Path, folder: Path) -> Path:
+    ruin(trained, folder / "ruined.pt")
     path = folder / "ruined.html"
     report(folder / "ruined.pt", "--measure", "--num-images", 120, "-o", path)
     return path
@@ -98,8 +108,13 @@ def hostile(folder: Path) -> Path:
 ALL = ("measured", "ruined", "foreign", "two", "hostile")
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ALL)
+def pages(*quick: tuple[str, object], others: tuple[object, object]) -> list[object]:
+    """Every page with both of the others; all but the quick ones are slow."""
+    both = [(name, other) for name in ALL for other in others]
+    return [pytest.param(*one, marks=() if one in quick else SLOW) for one in both]
+
+
+@pytest.mark.parametrize(("name", "width"), pages(("ruined", 390), others=(1280, 390)))
 def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
     request: pytest.FixtureRequest, open_page: Opener, name: str, width: int
 ) -> None:
@@ -113,8 +128,7 @@ def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
     assert "NaN" not in "".join(path.get_attribute("d") or "" for path in tab.page.query_selector_all("path"))
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "scheme"), pages(("ruined", "light"), others=("light", "dark")))
 def test_axe_finds_no_serious_violation(
     request: pytest.FixtureRequest, open_page: Opener, name: str, scheme: str
 ) -> None:
@@ -142,8 +156,8 @@ def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(open_page: Ope
     assert tab.text("[data-reading]").startswith(f"{RUINED}, channel")
 
 
-def test_the_sliders_move_what_they_should(open_page: Opener, measured: Path) -> None:
-    tab = open_page(measured)
+def test_the_sliders_move_what_they_should(open_page: Opener, ruined: Path) -> None:
+    tab = open_page(ruined)
     tab.scroll_through()
     page = tab.page
     # the file's slider has 13 momenta: the last is 1, where the average is the newest batch
@@ -170,6 +184,7 @@ def test_the_sliders_move_what_they_should(open_page: Opener, measured: Path) ->
     assert "A batch of a single value has no variance" in tab.text("[data-lesson]")
 
 
+@SLOW
 def test_batches_follow_the_recorded_images(open_page: Opener, measured: Path) -> None:
     """A batch of all images has the population's mean and its unbiased variance, whatever was drawn."""
     tab = open_page(measured)
@@ -221,6 +236,7 @@ def test_filters_and_orders_change_map_and_table(open_page: Opener, foreign: Pat
     assert "layer3.1.bn2" in table_names(tab)[:1]
 
 
+@SLOW
 def test_a_channel_is_read_by_number_by_slider_and_by_pointing(open_page: Opener, foreign: Path) -> None:
     tab = open_page(foreign)
     tab.scroll_through()
@@ -248,6 +264,7 @@ def test_a_channel_is_read_by_number_by_slider_and_by_pointing(open_page: Opener
     assert re.match(r"bn1, channel 6[0-3]: ", tab.text("[data-reading]"))
 
 
+@SLOW
 def test_every_control_is_reached_by_keyboard(open_page: Opener, measured: Path) -> None:
     tab = open_page(measured)
     tab.scroll_through()
@@ -279,6 +296,7 @@ def test_hostile_names_are_text(open_page: Opener, hostile: Path) -> None:
     assert names[3:] == list(HOSTILE[3:])
 
 
+@SLOW
 def test_the_page_on_paper_has_its_figures_and_no_controls(open_page: Opener, measured: Path) -> None:
     tab = open_page(measured, scheme="dark")
     tab.page.emulate_media(media="print")
@@ -292,6 +310,7 @@ def test_the_page_on_paper_has_its_figures_and_no_controls(open_page: Opener, me
     assert len(tab.page.pdf()) > 20_000
 
 
+@SLOW
 def test_ten_thousand_layers_open_within_seconds(open_page: Opener, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {

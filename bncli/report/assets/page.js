@@ -769,7 +769,7 @@ function averageFigure(place, rows, { single }) {
     width, height: 118,
     encoding: { x: { field: "step", type: "quantitative", axis: isLast ? { title: "batches", grid: false, tickCount: 6 } : { title: null, labels: false, grid: false, ticks: false }, scale: { domain: [0, STEPS], nice: false } } },
     layer: [
-      { transform: [{ filter: `isValid(datum.${batch})` }, { calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, format: "~g" }, scale: { zero: false } }, color: colour(colours, series), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } },
+      ...(rows[0][batch] === null ? [] : [{ transform: [{ calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, format: "~g" }, scale: { zero: false } }, color: colour(colours, series), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } }]), // a single value has no variance
       { transform: [{ calculate: "'running average'", as: "series" }], mark: { type: "line", strokeWidth: 2.5 }, encoding: { y: { field: running, type: "quantitative" }, color: colour(colours, series) } },
       { data: { values: [{ value: level, series: "population" }] }, mark: { type: "rule", strokeWidth: 2, strokeDash: [6, 4] }, encoding: { x: null, y: { field: "value", type: "quantitative" }, color: colour(colours, series) } },
     ],
