@@ -17,7 +17,7 @@ from bncli.batchnorm.layers import batch_norm_layers, float64_statistics
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.batchnorm.population.hooks import input_of_call
 from bncli.errors import BncliError
-from bncli.forward import forward
+from bncli.forward import model_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def _record(
         try:
             for inputs in inputs_of(batches):
                 seen.clear()
-                forward(model, inputs)
+                model(inputs.to(model_device(model), non_blocking=True))
                 for x in seen:
                     flat = x.double().cpu().flatten(2) if x.ndim > 2 else x.double().cpu().unsqueeze(2)
                     positions = flat.shape[2]

@@ -198,7 +198,7 @@ def test_batches_follow_the_recorded_images(open_page: Opener, measured: Path) -
     tab.scroll_through()
     tab.page.locator("details:has([data-table=average]) summary").click()
     cells = tab.page.locator("[data-table=average] tbody tr").first.locator("td").all_inner_texts()
-    mean, variance = float(cells[0].replace("−", "-")), float(cells[2])
+    mean, variance = float(cells[0].replace("\N{MINUS SIGN}", "-")), float(cells[2])
     assert variance == pytest.approx(channel["population_variance"], rel=0.2)
     assert mean == pytest.approx(channel["population_mean"], abs=0.3 * variance**0.5)
 
