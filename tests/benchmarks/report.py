@@ -1,4 +1,4 @@
-"""`bncli report` on a file of 10,000 layers beside `inspect-stats --json`, and how soon a browser has the page.
+"""`bncli report` on 10,000 layers beside `inspect-stats --json`, and how soon a browser has the page.
 
 The two commands take turns, each in a process of its own. The page is opened by Chromium where there is one,
 each time in a new window.
