@@ -148,12 +148,13 @@ def test_a_named_python_that_is_too_old_or_missing_is_refused_by_its_name(machin
 def test_make_run_installs_what_running_needs_and_make_test_the_rest(machine: Machine) -> None:
     machine.add_python("python3", (3, 11))
     assert machine.make("run").returncode == 0
-    made, installed, train, evaluate, inspect = machine.calls()
+    made, installed, train, evaluate, inspect, report = machine.calls()
     assert (made, installed) == (venv("python3"), pip("tested,report"))
     words = train.split()
     assert words[:4] == [".venv/bin/bncli", "train", "quickstart", "--run-dir"]
     assert evaluate == f".venv/bin/bncli eval {words[4]}/last.pt"
     assert inspect == f".venv/bin/bncli inspect-stats {words[4]}/last.pt"
+    assert report == f".venv/bin/bncli report {words[4]} --measure"
     assert machine.make("test").returncode == 0
     assert machine.calls() == [
         pip("tested,dev"),

@@ -61,22 +61,22 @@ def _state(content: Content) -> list[str]:
         sentences.append(content.convergence.verdict)
     if not content.layers:
         return sentences
-    sentences.append(_findings(grave, content.num_rules, is_right=_is_right(content)))
+    sentences.append(_findings(content, grave))
     return sentences
 
 
-def _is_right(content: Content) -> bool | None:
-    """Whether eval mode computes as well as it can; None where no images were computed."""
-    found = content.measurement
-    return None if found is None else not found.gap.batch_norm_is_to_blame
-
-
-def _findings(grave: Sequence[Finding], num_rules: int, *, is_right: bool | None) -> str:
+def _findings(content: Content, grave: Sequence[Finding]) -> str:
     if not grave:
-        sound = f"{plural(num_rules, 'rule')} found no error and no warning in the stored numbers"
-        if is_right is None:
-            return f"{sound}; whether they fit the images, --measure tells."
-        return f"{sound}: there is nothing to repair." if is_right else f"{sound}: only the images show it."
+        rules = plural(content.num_rules, "rule")
+        sound = f"{rules} found no error and no warning in the stored numbers"
+        if content.measurement is not None:
+            is_stale = content.measurement.gap.batch_norm_is_to_blame
+            return f"{sound}: {'only the images show it' if is_stale else 'there is nothing to repair'}."
+        return (
+            f"{sound}; whether they fit the images, --measure tells."
+            if content.how_to_measure
+            else f"{sound}."
+        )
     number = Counter(finding.severity for finding in grave)
     counts = " and ".join(
         plural(number[severity], severity) for severity in ("error", "warning") if number[severity]

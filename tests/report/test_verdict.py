@@ -10,13 +10,14 @@ from tests.report.conftest import layers_of
 
 
 def test_of_a_sound_file_there_is_nothing_to_do_but_to_measure(content: Callable[..., Content]) -> None:
-    made = content(layers_of({"a": 3, "b": 5}))
+    made = content(layers_of({"a": 3, "b": 5}), how_to_measure="bncli report model.pt --measure")
     assert judge(made) == (
         "model.pt has 2 BatchNorm layers with 8 channels.",
         "15 rules found no error and no warning in the stored numbers; whether they fit the images,"
         " --measure tells.",
     )
     assert not is_bad(made)
+    assert judge(content(layers_of({"a": 3})))[-1].endswith("no warning in the stored numbers.")
 
 
 def test_the_gravest_finding_is_named_with_its_layer_and_the_advice(content: Callable[..., Content]) -> None:

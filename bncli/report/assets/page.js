@@ -231,12 +231,14 @@ function guiltFigure(place) {
   const all = data.gap.layers.map((layer, index) => ({ ...layer, index, score: asNumber(layer.score) }));
   const rows = [...all].sort((a, b) => (b.name === data.gap.worst) - (a.name === data.gap.worst) || b.score - a.score).slice(0, MAX_BARS);
   rows.sort((a, b) => a.index - b.index);
+  const farthest = largestOf(rows.map(row => row.score).filter(Number.isFinite));
+  const room = width => Math.max(40, width - Math.min(Math.max(110, width / 3), 7 * largestOf(rows.map(row => row.name.length))));
   draw(place, (width, colours) => ({
     width, height: 24 * rows.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points` })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
-      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in deviations", tickCount: 5 } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
+      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in deviations", tickCount: 5 }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 125 / Math.max(30, room(width) - 125))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
       { mark: { type: "text", align: "left", dx: 5 }, encoding: { x: { field: "score", type: "quantitative" }, text: { field: "gain" } } },
     ],
   }), { label: `Bar chart of ${rows.length} layers${data.gap.worst ? `; ${data.gap.worst} is to blame` : ""}. The numbers are in the table below.` });
@@ -537,12 +539,21 @@ function drawMap(place, form, choose) {
 
 const shortName = name => (name.length > 34 ? `…${name.slice(-33)}` : name);
 
-// the one that costs accuracy, else the first one that a rule found, else the network's first
+// the one that costs accuracy, else the one that moved farthest, else the first that a rule found, else the
+// network's first
 function startingChannel() {
   const guilty = data.gap?.worst ? layers.name.indexOf(data.gap.worst) : -1;
   if (firstOf.has(guilty)) return { layer: guilty, number: data.channel.layer === data.gap.worst ? data.channel.channel : 0 };
+  const moved = data.comparison ? transposed(data.comparison).sort((a, b) => asNumber(b.kl) - asNumber(a.kl))[0] : undefined;
+  const farthest = moved ? layers.name.indexOf(moved.name) : -1;
+  if (firstOf.has(farthest) && moved.kl > 0) return { layer: farthest, number: moved.channel ?? 0 };
   const found = data.findings.flat().find(one => firstOf.has(one.layer));
   return found ? { layer: found.layer, number: found.channels[0] ?? 0 } : { layer: data.channels.layers[0], number: 0 };
+}
+
+function isVarianceToBlame() {
+  const guilty = data.gap?.layers.find(layer => layer.name === data.gap.worst);
+  return guilty !== undefined && Math.abs(Math.log(asNumber(guilty.ratio))) > asNumber(guilty.shift);
 }
 
 function explorer() {
@@ -555,6 +566,7 @@ function explorer() {
   const map = find("[data-figure='map']", section);
   const strips = find(".panel [data-strips]", section);
   let current = startingChannel();
+  if (isVarianceToBlame()) form.elements.quantity.value = "variance";
 
   pickLayer.append(...data.channels.layers.map(at => element("option", { value: at }, layers.name[at])));
   const readout = () => {
@@ -755,7 +767,7 @@ function histogramFigure(place) {
   draw(place, (width, colours) => ({
     width, height: 300, autosize: { type: "fit", contains: "padding" },
     layer: [
-      { data: { values: values.map(value => ({ value })) }, mark: { type: "bar", color: colours.line, binSpacing: 1 }, encoding: { x: { field: "value", bin: { maxbins: 30 }, type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 5 } }, y: { aggregate: "count", type: "quantitative", axis: { title: "images", tickCount: 4 } } } },
+      { data: { values: values.map(value => ({ value })) }, mark: { type: "bar", color: colours.soft, opacity: 0.55, binSpacing: 1 }, encoding: { x: { field: "value", bin: { maxbins: 30 }, type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 5 } }, y: { aggregate: "count", type: "quantitative", axis: { title: "images", tickCount: 4 } } } },
       { data: { values: lines }, mark: { type: "rule", strokeWidth: 2.5 }, encoding: { x: { field: "value", type: "quantitative" }, color: { field: "what", type: "nominal", scale: { domain: lines.map(line => line.what), range: [colours.three, colours.two] }, legend: null }, strokeDash: { field: "what", type: "nominal", legend: null, scale: { domain: lines.map(line => line.what), range: [[6, 4], [1, 0]] } }, tooltip: [{ field: "what" }, { field: "value", format: ".4g" }] } },
     ],
   }), { label: `Histogram of ${values.length} values; the population’s mean is ${short(population)}, the file’s running_mean ${short(running)}.` });
