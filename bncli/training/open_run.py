@@ -26,6 +26,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.checkpoint_unit",
     "train.keep_epochs",
+    "train.log",
     "train.recalibrate",
 )
 
