@@ -5,17 +5,16 @@ the layer's name behind a slash. They lie in the folder `tensorboard` of the run
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bncli.errors import ConfigError
 from bncli.training.run_dir import writing
 
-if TYPE_CHECKING:
-    from bncli.training.loop import Report
+Report = Callable[[Any], None]  # that of `train`, which imports this module
 
 TENSORBOARD = "tensorboard"
 
@@ -29,7 +28,7 @@ def check_log(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def logged(report: "Report", names: Sequence[str], run_dir: Path, first_step: int) -> Iterator["Report"]:
+def logged(report: Report, names: Sequence[str], run_dir: Path, first_step: int) -> Iterator[Report]:
     """A `report` that also writes what `train.log` names; what a run wrote after `first_step` is hidden.
 
     Raises RunError when the files cannot be written.
@@ -39,17 +38,16 @@ def logged(report: "Report", names: Sequence[str], run_dir: Path, first_step: in
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    from bncli.training.loop import EpochDone
-
     with writing(run_dir):
         purge = first_step + 1 if first_step else None
         writer = SummaryWriter(run_dir / TENSORBOARD, purge_step=purge)
 
     def tell(event: Any) -> None:
-        if isinstance(event, EpochDone):
+        metrics = getattr(event, "metrics", None)  # an epoch alone has them
+        if metrics is not None:
             with writing(run_dir):
-                for name, value in scalars_of(event.metrics):
-                    writer.add_scalar(name, value, event.metrics["step"])
+                for name, value in scalars_of(metrics):
+                    writer.add_scalar(name, value, metrics["step"])
                 writer.flush()
         report(event)
 
