@@ -449,6 +449,11 @@ class TrainConfig(Section):
         description="How many of the last evaluated epochs keep their network, as epoch-0005.pt: `bncli"
         " average` averages them.",
     )
+    log: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
+        (),
+        description="Where the numbers of every epoch are written beside metrics.jsonl: [tensorboard] puts"
+        " event files into the folder tensorboard of the run.",
+    )
     recalibrate: Literal["none", "precise", "exact"] = Field(
         "none",
         description="How the training split's population statistics are measured at the end, for the file"

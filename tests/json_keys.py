@@ -46,6 +46,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli compare --ranks", "compare --ranks run/last.pt run/new.pt"),
     ("bncli convert", "convert run/last.pt -o run/layers.npz"),
     ("bncli history", "history run"),
+    ("bncli report", "report run"),
     ("bncli config", "config"),
     ("bncli config KEY", "config train.momentum"),
     ("bncli explain", "explain"),

@@ -25,6 +25,7 @@ from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
+from bncli.cli.commands.report import write_report
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
 from bncli.cli.messages import print_error, usage_error
@@ -84,6 +85,7 @@ app.command(
 app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_checkpoints)
 app.command("convert", cls=CommandPage, rich_help_panel=STATISTICS)(convert_checkpoint)
 app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
+app.command("report", cls=CommandPage, rich_help_panel=STATISTICS)(write_report)
 app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
 app.command("average", cls=CommandPage, rich_help_panel=STATISTICS)(average_into_file)
 app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)

@@ -35,6 +35,7 @@ _ALL = ("data", "augment", "model", "train", "runtime")
 EFFECTIVE = {
     "train": _ALL,
     "eval": _EVALUATING,
+    "report": _EVALUATING,
     "predict": _COMPUTING,
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
     "recalibrate": _EVALUATING,

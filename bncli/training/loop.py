@@ -22,6 +22,7 @@ from bncli.data import micro_batches
 from bncli.errors import CompileError, DivergedError, StoppedError
 from bncli.runtime import short_compile_errors
 from bncli.training.bad_numbers import find_origin
+from bncli.training.event_log import check_log, logged
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.losses import loss_and_logits
 from bncli.training.open_run import open_run
@@ -114,11 +115,15 @@ def train(
         BncliError: on a configuration, data or directory that cannot be used.
     """
     run_dir = Path(run_dir)
-    with open_run(run_dir, config, resume=resume, data_progress=data_progress) as run:
-        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
+    check_log(config.train.log)
+    with (
+        open_run(run_dir, config, resume=resume, data_progress=data_progress) as run,
+        logged(report, config.train.log, run_dir, run.step) as tell,
+    ):
+        tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
         last_good = LastGoodStep(run)
         try:
-            _train_to_the_end(run, last_good, run_dir, report, stop)
+            _train_to_the_end(run, last_good, run_dir, tell, stop)
             return _result_of(run, run_dir, stop)
         except (StoppedError, CompileError) as error:
             _save_last_step(run, last_good, run_dir)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.builtin_configs import DEFAULT_NAME
-from bncli.cli.help_page import RUN
+from bncli.cli.help_page import OUTPUT, RUN
 from bncli.cli.messages import print_note
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.report_file import RunReport
 from bncli.cli.stop_signals import StopSignals
 from bncli.errors import ConfigError, RunError, StoppedError
 
@@ -57,6 +58,18 @@ def train_config(
             help="Show the network, the data and the number of steps, and train nothing.",
             rich_help_panel=RUN,
         ),
+    ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Keep a page in the folder of the run, report.html, up to date after every epoch.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    open_report: Annotated[
+        bool,
+        typer.Option("--open", help="Like --report, and open it in the browser.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -114,19 +127,21 @@ def train_config(
         return 0
 
     target = resume or run_dir or default_run_dir(config)
+    page = RunReport(target, wanted=report or open_report, opens=open_report)
     with TrainReporter() as reporter, StopSignals() as signals:
 
-        def report(event: Started | StepDone | EpochDone) -> None:
+        def tell(event: Started | StepDone | EpochDone) -> None:
             if isinstance(event, Started):
                 signals.defer()  # from here on a stop saves
             reporter(event)
+            page.update(event)
 
         try:
             result = train(
                 loaded,
                 target,
                 resume=bool(resume),
-                report=report,
+                report=tell,
                 stop=signals.stop_requested,
                 data_progress=reporter.data,
             )
@@ -139,6 +154,7 @@ def train_config(
             print_note(f"interrupted{hint}")
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
+    page.finish(silent=as_json)
     return 0
 
 
