@@ -233,7 +233,7 @@ def _open_own(
     try:
         checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
-        if command not in ("eval", "recalibrate", "predict"):
+        if command not in ("eval", "recalibrate", "predict", "export"):
             raise
         raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))

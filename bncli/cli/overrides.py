@@ -37,6 +37,7 @@ EFFECTIVE = {
     "eval": _EVALUATING,
     "predict": _COMPUTING,
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
+    "export": ("data", "runtime.threads"),  # plain float32 on the CPU
     "recalibrate": _EVALUATING,
     "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),
