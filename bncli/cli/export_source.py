@@ -94,9 +94,7 @@ class ExportSource:
         }
 
 
-def open_export_source(
-    path: Path, overrides: list[str], named: "NamedNetwork | None"
-) -> ExportSource:
+def open_export_source(path: Path, overrides: list[str], named: "NamedNetwork | None") -> ExportSource:
     """Read the checkpoint. Raises CheckpointError, ConfigError, and DataError where images are named."""
     if named is None:
         return _own(path, overrides)
@@ -105,7 +103,9 @@ def open_export_source(
     data = override_values(overrides).get("data")
     if isinstance(data, dict) and {"root", "name"} & data.keys():
         return _with_data(open_subject(path, [*overrides, *_PLAIN], command="export", named=named))
-    subject = open_subject(path, ["data.name=imagefolder", *overrides, *_PLAIN], command="export", named=named)
+    subject = open_subject(
+        path, ["data.name=imagefolder", *overrides, *_PLAIN], command="export", named=named
+    )
     return _without_data(subject)
 
 
@@ -163,7 +163,9 @@ def _without_data(subject: Subject) -> ExportSource:
     assert isinstance(data, ImageFolderConfig)
     if (named.normalization or named.default_normalization) == MEASURED:
         ways = "--normalization NAME, or --data-root FOLDER to measure it on the training images"
-        raise ConfigError("bncli export --model", [f"how are pixels normalised? Nothing says it; give {ways}"])
+        raise ConfigError(
+            "bncli export --model", [f"how are pixels normalised? Nothing says it; give {ways}"]
+        )
     shape = (3, data.image_size, data.image_size)
     black = InMemory(torch.zeros((2, *shape), dtype=torch.uint8), None)
     names = read_class_order(data.classes).names if data.classes is not None else ()
@@ -252,7 +254,9 @@ def _images_of(source: ExportSource, folder: Path, num_images: int) -> "Tensor":
     if not source.is_pixels or len(source.image_shape) != 3:
         raise ConfigError("--images", ["the network takes no images; leave it out"])
     data = source.subject.config.data
-    fit = Fit(source.image_shape[-1], getattr(data, "resize", None), getattr(data, "interpolation", "bilinear"))
+    fit = Fit(
+        source.image_shape[-1], getattr(data, "resize", None), getattr(data, "interpolation", "bilinear")
+    )
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     images = []

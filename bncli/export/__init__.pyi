@@ -1,8 +1,8 @@
 from .engine_network import EngineNetwork as EngineNetwork
-from .engine_network import open_engine as open_engine
 from .engines import MissingEngineError as MissingEngineError
 from .exported_file import ExportedFile as ExportedFile
 from .exported_file import exported_file as exported_file
+from .open_engine import open_engine as open_engine
 from .prepared import prepare as prepare
 from .prepared import problems_of as problems_of
 from .record import ExportRecord as ExportRecord

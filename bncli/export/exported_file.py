@@ -16,7 +16,11 @@ from bncli.errors import CheckpointError
 from bncli.export.record import KEY, MAX_BYTES, ExportRecord
 
 Kind = Literal["onnx", "openvino", "pt2"]
-NAMES: dict[Kind, str] = {"onnx": "an ONNX model", "openvino": "an OpenVINO model", "pt2": "a torch.export file"}
+NAMES: dict[Kind, str] = {
+    "onnx": "an ONNX model",
+    "openvino": "an OpenVINO model",
+    "pt2": "a torch.export file",
+}
 _PROPERTIES = 14  # the field of an ONNX model that holds its metadata
 
 

@@ -49,9 +49,7 @@ def _layers(findings: list[Finding]) -> str:
     return list_names(list(dict.fromkeys(finding.layer for finding in findings)))
 
 
-def prepare(
-    model: nn.Module, *, fold: bool, precision: torch.dtype, casts: bool = True
-) -> Folding:
+def prepare(model: nn.Module, *, fold: bool, precision: torch.dtype, casts: bool = True) -> Folding:
     """A copy of the network for export; `model` is left alone.
 
     Convolutions and linear layers hold their weights in `precision` and, with `casts`, take inputs in it; BatchNorm

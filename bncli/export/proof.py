@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
 from bncli.errors import BncliError
-from bncli.export.engine_network import EngineNetwork, open_engine
+from bncli.export.engine_network import EngineNetwork
 from bncli.export.exported_file import exported_file
+from bncli.export.open_engine import open_engine
 from bncli.export.record import Precision
 
 # of the largest output of an image: what differs by more is no rounding

@@ -67,7 +67,9 @@ class ExportRecord:
                 raise CheckpointError(f"{source}: exported by a newer bncli; upgrade bncli")
             return cls(**_checked(values))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{source}: what `bncli export` wrote about it is damaged: {error}") from None
+            raise CheckpointError(
+                f"{source}: what `bncli export` wrote about it is damaged: {error}"
+            ) from None
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -107,7 +109,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("image_shape is no shape")
     if not all(type(name) is str for name in names):
         raise ValueError("class_names are no names")
-    if not all(type(pair) is list and len(pair) == 2 and {type(one) for one in pair} == {str} for pair in pairs):
+    if not all(
+        type(pair) is list and len(pair) == 2 and {type(one) for one in pair} == {str} for pair in pairs
+    ):
         raise ValueError("its BatchNorm layers have no names")
     return {
         **{name: values[name] for name in _KINDS},

@@ -41,7 +41,9 @@ def format_of(path: Path) -> Format:
     """What the name asks for. Raises ConfigError for another ending."""
     found = FORMATS.get(path.suffix.lower())
     if found is None:
-        raise ConfigError("--output", [f"expected a name that ends in {', '.join(FORMATS)}, found {path.name!r}"])
+        raise ConfigError(
+            "--output", [f"expected a name that ends in {', '.join(FORMATS)}, found {path.name!r}"]
+        )
     return found
 
 
@@ -54,9 +56,7 @@ def require_writer(kind: Format) -> None:
 
 
 @contextmanager
-def written(
-    network: nn.Module, example: Tensor, path: Path, record: ExportRecord
-) -> Iterator[Path]:
+def written(network: nn.Module, example: Tensor, path: Path, record: ExportRecord) -> Iterator[Path]:
     """Write the network, and give the file's path in a folder that is gone after the block.
 
     `example` are two inputs. Raises BncliError for a network that cannot be exported, OSError where the disk
@@ -149,7 +149,9 @@ def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> byt
     model.metadata_props[KEY] = record.to_json()
     proto = made.model_proto
     if proto.ByteSize() > MAX_ONNX:
-        raise BncliError("the network is larger than the 2 GB that one ONNX file can hold; write .pt2 or .xml")
+        raise BncliError(
+            "the network is larger than the 2 GB that one ONNX file can hold; write .pt2 or .xml"
+        )
     content: bytes = proto.SerializeToString()
     return content
 
@@ -207,7 +209,13 @@ def _unsupported(error: BaseException, program: torch.export.ExportedProgram) ->
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep exporters from printing, logging and warning; what is wrong they raise."""
-    names = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "torch.fx.experimental.symbolic_shapes")
+    names = (
+        "torch.onnx",
+        "torch.export",
+        "torch._export",
+        "torch.fx",
+        "torch.fx.experimental.symbolic_shapes",
+    )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     sink = io.StringIO()

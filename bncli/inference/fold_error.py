@@ -120,7 +120,8 @@ def _as_float64(model: nn.Module) -> nn.Module:
 
 def _widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in inputs
     )
 
 
@@ -136,7 +137,12 @@ def _run(
 ) -> _Seen:
     """Compute the images once; what `given` says goes into a layer in place of what reaches it."""
     seen = _Seen({}, defaultdict(list), defaultdict(list))
-    with eval_mode(model), preserved_buffers(model), torch.no_grad(), _watching(model, watched, seen, given or {}):
+    with (
+        eval_mode(model),
+        preserved_buffers(model),
+        torch.no_grad(),
+        _watching(model, watched, seen, given or {}),
+    ):
         model(images)
     return seen
 
@@ -150,7 +156,9 @@ def _watching(
         for name in watched | set(given):
             module = model.get_submodule(name)
             # the first to see the input, before what casts it
-            handles.append(module.register_forward_pre_hook(_before(name, seen, given.get(name)), prepend=True))
+            handles.append(
+                module.register_forward_pre_hook(_before(name, seen, given.get(name)), prepend=True)
+            )
             handles.append(module.register_forward_hook(_after(name, seen)))
         yield
     finally:

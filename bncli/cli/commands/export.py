@@ -86,7 +86,9 @@ def export_checkpoint(
     ] = 256,
     images: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Prove it on the images of this folder.", rich_help_panel=CHECKED),
+        typer.Option(
+            metavar="FOLDER", help="Prove it on the images of this folder.", rich_help_panel=CHECKED
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
@@ -128,7 +130,9 @@ def export_checkpoint(
 
     kind = format_of(output)
     if kind == "onnx" and precision == "bfloat16":
-        raise ConfigError("--precision", ["ONNX Runtime has no convolution in bfloat16; take float16, or .xml"])
+        raise ConfigError(
+            "--precision", ["ONNX Runtime has no convolution in bfloat16; take float16, or .xml"]
+        )
     if tolerance is not None and not tolerance >= 0:
         raise ConfigError("--tolerance", [f"expected a number of 0 or more, found {tolerance:g}"])
     require_writer(kind)

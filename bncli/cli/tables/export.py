@@ -23,7 +23,9 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     record, proof = found.record, found.proof
     files = list_names([file.name for file in found.files])
     size = f"{found.num_bytes / 1e6:,.2f} MB"
-    print_wrapped(console, f"{checkpoint}: {f'written to {output}' if files else 'NOT written'}", style="bold")
+    print_wrapped(
+        console, f"{checkpoint}: {f'written to {output}' if files else 'NOT written'}", style="bold"
+    )
     changed = proof.predictions_changed
     lines = {
         "file": f"{size}, {record.precision}" + (f" ({files})" if len(found.files) > 1 else ""),
@@ -51,12 +53,18 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     console.print()
     print_wrapped(console, proof.verdict, style="bold")
     if not found.files:
-        print_wrapped(console, "Nothing was written; --tolerance X allows more, --force writes it all the same.")
+        print_wrapped(
+            console, "Nothing was written; --tolerance X allows more, --force writes it all the same."
+        )
 
 
 def _takes(record: "ExportRecord") -> str:
     shape = ", ".join(map(str, record.image_shape))
-    scale = "" if record.normalization is None else (" from 0 to 255" if record.pixels == "uint8" else " from 0 to 1")
+    scale = (
+        ""
+        if record.normalization is None
+        else (" from 0 to 255" if record.pixels == "uint8" else " from 0 to 1")
+    )
     return f"{record.pixels} (N, {shape}){scale}"
 
 
@@ -79,6 +87,4 @@ def _show_layers(console: Any, found: "Exported", *, details: bool) -> None:
     show_layer_table(console, [layer.name for layer in shown], columns)
     more = len(layers) - len(shown)
     end = f"; {plural(more, 'layer')} with smaller ones: --details" if more else ""
-    print_wrapped(
-        console, f"Largest error beside float64, in root mean squares of the layer's output{end}."
-    )
+    print_wrapped(console, f"Largest error beside float64, in root mean squares of the layer's output{end}.")
