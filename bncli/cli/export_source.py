@@ -1,4 +1,4 @@
-"""What `bncli export` exports: a checkpoint's network on the CPU, what it takes, and images to prove it with."""
+"""What `bncli export` exports: a checkpoint's network, what it takes, and images to prove it with."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,8 +211,8 @@ def _class_names(
         return names
     if names:
         print_note(
-            f"the network has {outputs.shape[1]:,} classes, the images have {len(names):,}: numbered, not named"
-            " (data.classes names a file with all of them, in order)"
+            f"the network has {outputs.shape[1]:,} classes, the images have {len(names):,}: they are numbered,"
+            " not named (data.classes names a file with all of them, in order)"
         )
     return tuple(map(str, range(outputs.shape[1])))
 

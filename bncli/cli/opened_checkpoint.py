@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bncli.cli.named_network import NamedNetwork
     from bncli.config import Config, DataConfig
     from bncli.data import Dataset, Progress
-    from bncli.export import ExportRecord
     from bncli.data.recorded_root import DataRecord
+    from bncli.export import ExportRecord
     from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime

@@ -37,7 +37,10 @@ def refuse(path: Path, options: Mapping[str, object], why: str = "the exported f
 def open_exported(
     exported: "ExportedFile", overrides: list[str], *, batch_invariant: bool = False
 ) -> "Subject":
-    """Open the engine, and follow what the file records of its data. Raises CheckpointError or ConfigError."""
+    """Open the engine, and follow what the file records of its data.
+
+    Raises CheckpointError or ConfigError.
+    """
     from bncli.cli.opened_checkpoint import Subject
     from bncli.config_file import config_from_dict
     from bncli.determinism import FixedShape

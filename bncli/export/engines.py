@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO as functions from images to outputs, numpy arrays both. PyTorch is not imported."""
+"""ONNX Runtime and OpenVINO as functions of numpy arrays: images to outputs. PyTorch is not imported."""
 
 import importlib
 import importlib.util
@@ -89,7 +89,7 @@ class OpenVino:
 
     @classmethod
     def open(cls, path: Path, threads: int | None = None, precision: Precision = "float32") -> "OpenVino":
-        """The same; in float32 unless the record says bfloat16, which OpenVINO would take where it is fast."""
+        """The same; in float32, unless `precision` is bfloat16: OpenVINO itself would take what is fast."""
         require("openvino")
         engine: Any = importlib.import_module("openvino")
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"}

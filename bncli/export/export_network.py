@@ -66,7 +66,7 @@ def export_network(
 ) -> Exported:
     """Write `model`, in float32 on the CPU, to `path`, and prove it on `images` (N, ...), which are `what`.
 
-    `record` says in which precision, and which pixels the file takes; what became of BatchNorm is added to it.
+    `record` says in which precision, and which pixels the file takes; what became of BatchNorm is added.
     The model is left as it was. With `force` the file is kept whatever the proof says.
 
     Raises BncliError for a network that cannot be exported, or a file that cannot be opened again;

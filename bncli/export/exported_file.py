@@ -1,10 +1,11 @@
 """Exported files, recognised by their first bytes, and the record in them; nothing in them is computed.
 
-ONNX holds it in `metadata_props`, OpenVINO in the `rt_info` of its .xml, PyTorch's .pt2 among its extra files.
-No PyTorch and no engine is imported.
+ONNX holds it in `metadata_props`, OpenVINO in the `rt_info` of its .xml, torch.export's .pt2 among its extra
+files. No PyTorch and no engine is imported.
 """
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,8 +38,8 @@ class ExportedFile:
         """The record. Raises CheckpointError where there is none."""
         if self.record is None:
             raise CheckpointError(
-                f"{self.path}: {NAMES[self.kind]} that `bncli export` did not write, so nothing says which images"
-                " it takes and what its outputs mean; export the checkpoint that it was made from"
+                f"{self.path}: {NAMES[self.kind]} that `bncli export` did not write, so nothing says which"
+                " images it takes and what its outputs mean; export the checkpoint that it was made from"
             )
         return self.record
 
@@ -53,14 +54,15 @@ def exported_file(path: Path) -> ExportedFile | None:
             start = opened.read(300)
     except OSError:
         return None
-    read = None
+    kind: Kind
+    read: Callable[[Path], str | None]
     if start[:1] == b"\x08":
         kind, read = "onnx", _text_of_onnx
     elif start.lstrip()[:5] == b"<?xml" or start.lstrip()[:4] == b"<net":
         kind, read = "openvino", _text_of_xml
     elif start[:4] == b"PK\x03\x04":
         kind, read = "pt2", _text_of_pt2
-    if read is None:
+    else:
         return None
     found = read(path)
     if found is None:
@@ -93,7 +95,7 @@ def _text_of_xml(path: Path) -> str | None:
     """The same of OpenVINO's: <net> with <rt_info><bncli value="..."/></rt_info> directly below."""
     found: list[str] = []
     way: list[str] = []
-    is_net = []
+    is_net: list[bool] = []
 
     def begin(name: str, attributes: dict[str, str]) -> None:
         way.append(name)

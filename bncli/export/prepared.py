@@ -52,8 +52,8 @@ def _layers(findings: list[Finding]) -> str:
 def prepare(model: nn.Module, *, fold: bool, precision: torch.dtype, casts: bool = True) -> Folding:
     """A copy of the network for export; `model` is left alone.
 
-    Convolutions and linear layers hold their weights in `precision` and, with `casts`, take inputs in it; BatchNorm
-    that is left, and what the network adds by itself, keeps its type.
+    With `casts` convolutions and linear layers hold their weights in `precision`, and take inputs in it.
+    BatchNorm that is left, and what the network adds by itself, keeps its type. Outputs are float32.
 
     Raises BncliError for a model that cannot be copied.
     """

@@ -44,8 +44,8 @@ class Proof:
         if self.holds:
             return "The file computes what the checkpoint does, but for rounding."
         return (
-            f"The file does NOT compute what the checkpoint does: an output differs by {self.max_rel_diff:.2g} of"
-            f" the largest, {self.tolerance:g} is allowed."
+            f"The file does NOT compute what the checkpoint does: an output differs by {self.max_rel_diff:.2g}"
+            f" of the largest, {self.tolerance:g} is allowed."
         )
 
 
@@ -72,7 +72,8 @@ def prove(
             right, found = model(batch).double(), other(batch).double()
             if right.shape != found.shape:
                 raise BncliError(
-                    f"the file returns {tuple(found.shape)} for {len(batch)} images, the network {tuple(right.shape)}"
+                    f"the file returns {tuple(found.shape)} for {len(batch)} images, the network"
+                    f" {tuple(right.shape)}"
                 )
             difference = _difference(right, found)
             most = max(most, float(difference.max()))

@@ -60,7 +60,10 @@ class ExportRecord:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> "ExportRecord":
-        """Read the text in the file `source`. Raises CheckpointError where it is damaged or of a newer bncli."""
+        """Read the text in the file `source`.
+
+        Raises CheckpointError where it is damaged, or a newer bncli wrote it.
+        """
         try:
             values = json.loads(text)
             if values.pop("version") != VERSION:

@@ -7,6 +7,7 @@ proved.
 import importlib
 import io
 import logging
+import os
 import re
 import tempfile
 import warnings
@@ -50,7 +51,7 @@ def format_of(path: Path) -> Format:
 def require_writer(kind: Format) -> None:
     """Raise MissingEngineError where a package is missing that writes the format, or computes it."""
     if kind in ("onnx", "openvino"):
-        require(kind)  # type: ignore[arg-type]
+        require(kind)
     elif kind == "safetensors" and importlib.util.find_spec("safetensors") is None:
         raise BncliError("safetensors is not installed: pip install safetensors")
 
@@ -85,17 +86,11 @@ def move_into_place(file: Path, path: Path) -> tuple[Path, ...]:
     for one in (*beside, file):
         target = path.parent / one.name
         with one.open("rb") as opened:
-            _flush(opened.fileno())
+            os.fsync(opened.fileno())
         one.replace(target)
         targets.append(target)
     sync_directory(path.parent)
     return tuple(targets)
-
-
-def _flush(handle: int) -> None:
-    import os
-
-    os.fsync(handle)
 
 
 def _exported(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -109,7 +104,7 @@ def _exported(network: nn.Module, example: Tensor) -> torch.export.ExportedProgr
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     outputs = program.graph.output_node().args[0]
-    if len(outputs) != 1:  # type: ignore[arg-type]
+    if len(outputs) != 1:
         raise BncliError(
             "the network cannot be exported: it returns several outputs; --logits NAME takes one of them"
         )
@@ -206,17 +201,19 @@ def _unsupported(error: BaseException, program: torch.export.ExportedProgram) ->
     return f"no such operator there: {found[1]}.{name}"
 
 
+_TALKATIVE = (
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch.fx",
+    "torch.fx.experimental.symbolic_shapes",
+)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep exporters from printing, logging and warning; what is wrong they raise."""
-    names = (
-        "torch.onnx",
-        "torch.export",
-        "torch._export",
-        "torch.fx",
-        "torch.fx.experimental.symbolic_shapes",
-    )
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     sink = io.StringIO()
     with warnings.catch_warnings(), redirect_stdout(sink), redirect_stderr(sink):

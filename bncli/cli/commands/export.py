@@ -1,4 +1,4 @@
-"""`bncli export`: a checkpoint's network as a file for an engine, with the proof that it computes the same."""
+"""`bncli export`: a checkpoint's network as a file for an engine, with the proof that it is right."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal

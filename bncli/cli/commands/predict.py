@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bncli.config import DataConfig
     from bncli.data import Dataset
     from bncli.data.decode import Fit
+    from bncli.export.engines import Array
     from bncli.export.exported_file import ExportedFile
 
 STDIN = "-"
@@ -130,7 +131,7 @@ Best = Callable[[bytes], list[dict[str, Any]]]  # the content of an image file t
 def _exported_answers(
     exported: "ExportedFile", overrides: list[str] | None, top: int, *, batch_invariant: bool
 ) -> tuple[Best, dict[str, Any]]:
-    """Answers of an engine. PyTorch, whose import takes most of the time, is imported for its own files alone."""
+    """Answers of an engine. PyTorch, which takes long to import, is imported for its own files alone."""
     import numpy as np
 
     from bncli.data.decode import Fit, read_pixels
@@ -145,7 +146,7 @@ def _exported_answers(
     rows = _fixed_rows() if batch_invariant else 1
 
     def best_of(content: bytes) -> list[dict[str, Any]]:
-        images = np.repeat(read_pixels(content, fit)[None], rows, axis=0)
+        images: Array = np.repeat(read_pixels(content, fit)[None], rows, axis=0)
         if record.pixels == "float32":
             images = images.astype(np.float32) / np.float32(255)
         scores = engine(images)[0].astype(np.float64)  # (num_classes,)

@@ -33,8 +33,8 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
         "BatchNorm": record.sentence.replace(" BatchNorm", ""),
         "engine": proof.engine,
         "compared on": proof.images,
-        "largest difference": f"{number(proof.max_abs_diff)}, that is {number(proof.max_rel_diff)} of the image's"
-        f" largest output ({proof.tolerance:g} is allowed)",
+        "largest difference": f"{number(proof.max_abs_diff)}, that is {number(proof.max_rel_diff)} of the"
+        f" image's largest output ({proof.tolerance:g} is allowed)",
         "predictions changed": "-" if changed is None else f"{changed:,} of {proof.num_images:,}",
     }
     show_lines(console, lines)
@@ -47,8 +47,8 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     for layer in found.beyond_precision:
         print_wrapped(
             console,
-            f"{layer.name}: its gain, {layer.gain:.3g}, is {layer.gain_per_median:.3g} times its layer's median and"
-            f" more than {record.precision} can carry: it multiplies rounding (bncli explain BN007).",
+            f"{layer.name}: its gain, {layer.gain:.3g}, is {layer.gain_per_median:.3g} times its layer's median"
+            f" and more than {record.precision} can carry: it multiplies rounding (bncli explain BN007).",
         )
     console.print()
     print_wrapped(console, proof.verdict, style="bold")
