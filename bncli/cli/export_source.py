@@ -211,8 +211,8 @@ def _class_names(
         return names
     if names:
         print_note(
-            f"the network has {outputs.shape[1]:,} classes, the images have {len(names):,}: they are numbered,"
-            " not named (data.classes names a file with all of them, in order)"
+            f"the network has {outputs.shape[1]:,} classes, the images have {len(names):,}: they are"
+            " numbered, not named (data.classes names a file with all of them, in order)"
         )
     return tuple(map(str, range(outputs.shape[1])))
 

@@ -44,8 +44,8 @@ class Proof:
         if self.holds:
             return "The file computes what the checkpoint does, but for rounding."
         return (
-            f"The file does NOT compute what the checkpoint does: an output differs by {self.max_rel_diff:.2g}"
-            f" of the largest, {self.tolerance:g} is allowed."
+            f"The file does NOT compute what the checkpoint does: an output differs by"
+            f" {self.max_rel_diff:.2g} of the largest, {self.tolerance:g} is allowed."
         )
 
 

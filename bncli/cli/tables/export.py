@@ -47,8 +47,9 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     for layer in found.beyond_precision:
         print_wrapped(
             console,
-            f"{layer.name}: its gain, {layer.gain:.3g}, is {layer.gain_per_median:.3g} times its layer's median"
-            f" and more than {record.precision} can carry: it multiplies rounding (bncli explain BN007).",
+            f"{layer.name}: its gain, {layer.gain:.3g}, is {layer.gain_per_median:.3g} times its layer's"
+            f" median and more than {record.precision} can carry: it multiplies rounding (bncli explain"
+            " BN007).",
         )
     console.print()
     print_wrapped(console, proof.verdict, style="bold")
