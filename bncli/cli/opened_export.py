@@ -27,7 +27,7 @@ def find_export(path: Path) -> "ExportedFile | None":
     return found
 
 
-def refuse(path: Path, options: Mapping[str, object], why: str = "the exported file records it") -> None:
+def refuse(path: Path, options: Mapping[str, object], why: str = "it records that itself") -> None:
     """Raise ConfigError for an option that is given and means nothing for an exported file."""
     for option, value in options.items():
         if value:

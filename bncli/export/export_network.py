@@ -100,5 +100,8 @@ def export_network(
         num_bytes = sum(one.stat().st_size for one in file.parent.iterdir())
         keeps = proof.holds or force
         files = move_into_place(file, path) if keeps else ()
-    layers = fold_errors(model, folding.model, folding.folded, images[:MAX_MEASURED], precision)
+    measured = folding.model
+    if kind == "openvino" and record.precision != "float32":  # what it does to the graph, done by PyTorch
+        measured = prepare(model, fold=fold, precision=precision).model
+    layers = fold_errors(model, measured, folding.folded, images[:MAX_MEASURED], precision)
     return Exported(files, num_bytes, record, proof, layers)

@@ -4,6 +4,7 @@ ONNX holds it in `metadata_props`, OpenVINO in the `rt_info` of its .xml, torch.
 files. No PyTorch and no engine is imported.
 """
 
+import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ NAMES: dict[Kind, str] = {
     "openvino": "an OpenVINO model",
     "pt2": "a torch.export file",
 }
+MAX_HEADER = 100_000_000  # bytes of safetensors' own limit
 _PROPERTIES = 14  # the field of an ONNX model that holds its metadata
 
 
@@ -68,6 +70,31 @@ def exported_file(path: Path) -> ExportedFile | None:
     if found is None:
         return None
     return ExportedFile(path, kind, ExportRecord.from_json(found, str(path)) if found else None)
+
+
+def exported_record(path: Path) -> ExportRecord | None:
+    """The record in a file of `bncli export`, .safetensors included; None in all others.
+
+    Raises CheckpointError for a damaged one.
+    """
+    text = _text_of_safetensors(path)
+    if text is not None:
+        return ExportRecord.from_json(text, str(path))
+    found = exported_file(path)
+    return None if found is None else found.record
+
+
+def _text_of_safetensors(path: Path) -> str | None:
+    """A header of JSON behind its length; its metadata are texts."""
+    try:
+        with path.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = opened.read(size) if size <= MAX_HEADER else b""
+        content = json.loads(header) if header[:1] == b"{" else {}
+        text = content.get("__metadata__", {}).get(KEY)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _text_of_onnx(path: Path) -> str | None:

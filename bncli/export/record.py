@@ -54,6 +54,12 @@ class ExportRecord:
             return f"all {num_layers:,} BatchNorm layers are kept"
         return f"{len(self.folded):,} of {num_layers:,} BatchNorm layers were folded away"
 
+    @property
+    def origin(self) -> str:
+        """The file that it was exported from, as far as is known."""
+        sha256 = self.source.get("sha256")
+        return f"{self.source.get('file')}" + (f" (SHA-256 {str(sha256)[:12]}...)" if sha256 else "")
+
     def to_json(self) -> str:
         """The text."""
         return json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False)

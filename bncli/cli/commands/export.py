@@ -122,10 +122,11 @@ def export_checkpoint(
     Examples:
     bncli export runs/first/last.pt -o net.pt2
     bncli export runs/first/last.pt -o folded.safetensors --fold --details
-    bncli export net.pt --model torchvision:resnet18 -o resnet18.onnx
+    bncli export runs/first/last.pt -o half.pt2 --precision bfloat16
     """
     from bncli.cli.tables.export import export_document, show_export
     from bncli.cli.tables.table import print_json
+    from bncli.export.exported_file import exported_file
     from bncli.export.write import format_of, require_writer
 
     kind = format_of(output)
@@ -137,6 +138,10 @@ def export_checkpoint(
         raise ConfigError("--tolerance", [f"expected a number of 0 or more, found {tolerance:g}"])
     require_writer(kind)
     check_output(output, checkpoint)
+    if exported_file(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint}: is an exported file; export the checkpoint that it was made from"
+        )
     named = named_network(model, model_args, key, partial, normalization, logits)
     overrides = effective_overrides("export", overrides, data_root=data_root)
     source = open_export_source(checkpoint, overrides, named)

@@ -29,7 +29,7 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     changed = proof.predictions_changed
     lines = {
         "file": f"{size}, {record.precision}" + (f" ({files})" if len(found.files) > 1 else ""),
-        "takes": _takes(record),
+        **({} if output.endswith(".safetensors") else {"takes": _takes(record)}),
         "BatchNorm": record.sentence.replace(" BatchNorm", ""),
         "engine": proof.engine,
         "compared on": proof.images,
