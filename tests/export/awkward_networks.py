@@ -5,9 +5,7 @@ from torch import Tensor, nn
 
 
 class Awkward(nn.Module):
-    """BatchNorm before a padded and an unpadded convolution, after ReLU, behind pooling, without weights, behind
-    grouped and transposed convolutions, and as BatchNorm1d behind a linear layer.
-    """
+    """BatchNorm before, behind and between all that it can be folded into, and one layer that it cannot."""
 
     def __init__(self, num_classes: int = 5) -> None:
         super().__init__()

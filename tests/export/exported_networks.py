@@ -3,10 +3,10 @@
     python -m tests.export.exported_networks                      prints a row for each, on one thread
     python -m tests.export.exported_networks onnx resnet18 dla34   as .onnx, and these alone
 
-Each network's statistics are those of a few batches of noise, and no weight is as it was drawn. It is saved as a
-state dict, and `bncli export` does the rest. `float64` is the largest difference that folding makes where all
-is computed in float64, and `file` the one that the file makes in float32; both in parts of the image's largest
-output. `kept` are BatchNorm layers that cannot be folded, with the reason for the first.
+Each network's statistics are those of a few batches of noise, and no weight of BatchNorm is as it was drawn.
+It is saved as a state dict, and `bncli export` does the rest. `float64` is the largest difference that
+folding makes where all is computed in float64, and `file` the one that the file makes in float32; both in
+parts of the image's largest output. `kept` are layers that cannot be folded, with the first one's reason.
 """
 
 import contextlib

@@ -138,8 +138,8 @@ def _tell_exported(source: str) -> None:
     which = list_names([f"{name} into {into}" for name, into in record.folded], 3)
     if not record.kept:
         raise NoBatchNormError(
-            f"{source}: `bncli export` folded all {plural(len(record.folded), 'BatchNorm layer')} away ({which});"
-            f" give {record.origin}, which it was exported from"
+            f"{source}: `bncli export` folded all {plural(len(record.folded), 'BatchNorm layer')} away"
+            f" ({which}); give {record.origin}, which it was exported from"
         )
     print_note(f"{source}: {record.sentence} by `bncli export` ({which})")
 

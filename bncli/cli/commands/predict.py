@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bncli.cli.help_page import SHOWN
-from bncli.cli.messages import one_line, print_error, wrapped
+from bncli.cli.messages import MAX_WIDTH, one_line, print_error, wrapped
 from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.opened_export import find_export, refuse
@@ -264,8 +264,6 @@ def _answer(
     if as_json:
         answers.append({"image": source, **best[0], "top": best})
     else:
-        from bncli.cli.tables.table import MAX_WIDTH
-
         found = ", ".join(f"{one_line(str(item['class']))} {item['probability']:.1%}" for item in best)
         lines = [f"{one_line(source)}: {found}"]
         if top > 1 and len(lines[0]) > MAX_WIDTH:  # a path stays whole, so that it can be copied
