@@ -140,7 +140,7 @@ def export_checkpoint(
     check_output(output, checkpoint)
     if exported_file(checkpoint) is not None:
         raise CheckpointError(
-            f"{checkpoint}: is an exported file; export the checkpoint that it was made from"
+            f"{checkpoint}: is an exported file already; export the checkpoint that it was made from"
         )
     named = named_network(model, model_args, key, partial, normalization, logits)
     overrides = effective_overrides("export", overrides, data_root=data_root)
