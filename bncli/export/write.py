@@ -166,7 +166,15 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: E
         with _quiet():
             openvino.save_model(model, str(file), compress_to_fp16=record.precision == "float16")
     except Exception as error:
+        _try_disk(file, program)
         raise BncliError(f"{file.name}: OpenVINO cannot write it: {in_one_line(error)}") from None
+
+
+def _try_disk(file: Path, program: torch.export.ExportedProgram) -> None:
+    """Raise the OSError that another program met and does not name, a full disk say."""
+    tensors = program.state_dict.values()
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    file.with_suffix(".bin").write_bytes(bytes(num_bytes))
 
 
 def _as_safetensors(network: nn.Module, record: ExportRecord) -> bytes:

@@ -377,7 +377,10 @@ def full_disk() -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".safetensors", ".onnx", ".xml"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".pt2", ".safetensors", *(pytest.param(one, marks=pytest.mark.slow) for one in (".onnx", ".xml"))],
+)
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
     bncli: Bncli, finished_run: Path, tmp_path: Path, full_disk: None, suffix: str
 ) -> None:
