@@ -151,7 +151,13 @@ def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> byt
     return content
 
 
-def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: ExportRecord) -> None:
+def openvino_file(network: nn.Module, example: Tensor, file: Path) -> Path:
+    """The network as OpenVINO's .xml and .bin, without a record: for who computes it at once."""
+    _write_openvino(_exported(network, example), file, None)
+    return file
+
+
+def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: ExportRecord | None) -> None:
     openvino: Any = importlib.import_module("openvino")
     try:
         with _quiet():
@@ -159,12 +165,14 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: E
     except Exception as error:
         reason = _unsupported(error, program)
         raise BncliError(f"the network cannot be written for OpenVINO: {reason}") from None
+    is_narrow = record is not None and record.precision == "float16"
     model.inputs[0].get_tensor().set_names({IMAGES})
     model.outputs[0].get_tensor().set_names({LOGITS})
-    model.set_rt_info(record.to_json(), [KEY])
+    if record is not None:
+        model.set_rt_info(record.to_json(), [KEY])
     try:
         with _quiet():
-            openvino.save_model(model, str(file), compress_to_fp16=record.precision == "float16")
+            openvino.save_model(model, str(file), compress_to_fp16=is_narrow)
     except Exception as error:
         _try_disk(file, program)
         raise BncliError(f"{file.name}: OpenVINO cannot write it: {in_one_line(error)}") from None
