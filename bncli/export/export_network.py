@@ -82,7 +82,6 @@ def export_network(
         folded=tuple((layer.name, layer.into) for layer in folding.folded),
         kept=tuple((layer.name, layer.reason) for layer in folding.kept),
     )
-    progress("writing the file", 0, 1)
     example = images[:1].expand(2, *images.shape[1:]).contiguous()
     with written(folding.model, example, path, record) as file:
         network, engine = opened_again(file, folding.model, threads)

@@ -128,11 +128,13 @@ def _as_pt2(program: torch.export.ExportedProgram, record: ExportRecord) -> byte
 
 
 def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> bytes:
+    # the exporter's own optimisation folds BatchNorm as well, where it is behind a convolution
+    keeps = bool(record.kept) and not record.folded
     try:
         with _quiet():
             made: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=[IMAGES], output_names=[LOGITS],
-                verbose=False,
+                verbose=False, optimize=not keeps,
             )  # fmt: skip
     except Exception as error:
         raise BncliError(f"the network cannot be written as ONNX: {_unsupported(error, program)}") from None

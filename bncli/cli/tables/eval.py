@@ -51,13 +51,18 @@ class EvalReport:
     exported: ExportRecord | None = None  # of a file that an engine computes, in eval mode alone
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document."""
+        """The JSON document; of an exported file without what train mode would do."""
+        found = self.found.to_dict(self.class_names)
+        if self.exported is not None:
+            found["determinism"]["train_mode"] = None
+            for point in found["sample_sweep"]:
+                point["batch_statistics_accuracy"] = point["batch_statistics_interval"] = None
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
             **self.network,
             "dataset": self.dataset,
-            **self.found.to_dict(self.class_names),
+            **found,
             "runtime": self.runtime,
             "machine": self.machine,
         }

@@ -73,6 +73,7 @@ def test_eval_of_the_file_finds_what_eval_of_the_checkpoint_does(
         assert theirs[key] == ours[key]
     assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
     assert theirs["tta"]["accuracy"] == ours["tta"]["accuracy"]
+    assert theirs["determinism"]["train_mode"] is None
     assert theirs["runtime"]["engine"].startswith("torch.export ")
     shown = bncli("eval", exported["path"], *few[:-1])
     assert shown.code == 0
@@ -172,6 +173,11 @@ def test_engines_evaluate_and_predict(
     made = bncli("export", finished_run / "last.pt", "-o", output, *options, "--json")
     assert made.code == 0, made.err
     assert len(made.json["layers"]) == (0 if "--keep-batch-norm" in options else 2)
+    if "--keep-batch-norm" in options and suffix == ".onnx":
+        layers = {layer["name"]: layer for layer in bncli("inspect-stats", output, "--json").json["layers"]}
+        own = bncli("inspect-stats", finished_run / "last.pt", "--json").json["layers"]
+        for layer in own:
+            assert layers[layer["name"]]["running_var"] == layer["running_var"]
     found = bncli("eval", output, "--num-images", 8, "--batch-sizes", 2, "--json").json
     ours = bncli("eval", finished_run / "last.pt", "--num-images", 8, "--batch-sizes", 2, "--json").json
     assert abs(found["accuracy"] - ours["accuracy"]) <= (0.02 if "float16" in options else 0)
@@ -307,6 +313,7 @@ def test_networks_that_cannot_be_exported_are_refused_in_one_line(
     assert not [one for one in tmp_path.iterdir() if "out" in one.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 def test_an_operator_that_the_engine_lacks_is_named_with_its_layer(
     bncli: Bncli, tmp_path: Path, suffix: str
