@@ -13,7 +13,7 @@ from typing import Literal
 from xml.parsers import expat
 
 from bncli.checkpoints.byte_source import UnreadableFileError, open_source
-from bncli.checkpoints.formats.wire_format import BYTES, VARINT, Wire
+from bncli.checkpoints.formats.protobuf import BYTES, VARINT, Wire
 from bncli.errors import CheckpointError
 from bncli.export.record import KEY, MAX_BYTES, ExportRecord
 
