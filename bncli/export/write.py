@@ -101,8 +101,9 @@ def _exported(network: nn.Module, example: Tensor) -> torch.export.ExportedProgr
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # whatever its code may raise
         raise BncliError(f"the network cannot be exported: {_reason(error)}") from None
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+    for module in program.graph_module.modules():  # those below hold what runs without autocast, say
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of this machine
     outputs = program.graph.output_node().args[0]
     if len(outputs) != 1:
         raise BncliError(
