@@ -12,7 +12,7 @@ from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
-    CheckpointArgument,
+    ComputedArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_checkpoint(
-    checkpoint: CheckpointArgument,
+    checkpoint: ComputedArgument,
     model: ModelOption = None,
     model_args: ModelArgOption = None,
     key: KeyOption = None,

@@ -16,7 +16,7 @@ from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.opened_export import find_export, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
-    CheckpointArgument,
+    ComputedArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
@@ -44,7 +44,7 @@ STDIN = "-"
 
 
 def predict_images(
-    checkpoint: CheckpointArgument,
+    checkpoint: ComputedArgument,
     images: Annotated[
         list[str],
         typer.Argument(
