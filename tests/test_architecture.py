@@ -16,7 +16,7 @@ LAYERS = [
     {"cli"},
     {"bench", "demo", "report"},
     {"training", "lightning"},
-    {"evaluation", "audit", "before_validation"},
+    {"evaluation", "audit", "before_validation", "export"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "foreign_code", "recorded_config", "explained_config"},

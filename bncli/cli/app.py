@@ -21,6 +21,7 @@ from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
 from bncli.cli.commands.explain import explain_topic
+from bncli.cli.commands.export import export_checkpoint
 from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
@@ -74,6 +75,7 @@ TRAIN, STATISTICS, LEARN, MACHINE = (
 app.command("train", cls=CommandPage, rich_help_panel=TRAIN)(train_config)
 app.command("config", cls=CommandPage, rich_help_panel=TRAIN)(show_config)
 app.command("eval", cls=CommandPage, rich_help_panel=TRAIN)(evaluate_checkpoint)
+app.command("export", cls=CommandPage, rich_help_panel=TRAIN)(export_checkpoint)
 app.command("predict", cls=CommandPage, rich_help_panel=TRAIN)(predict_images)
 app.command(
     "inspect-stats",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from bncli import wording
 from bncli.wording import expected_value
 
+MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
+
 if TYPE_CHECKING:
     from bncli.runtime import Runtime
 

@@ -36,8 +36,11 @@ EFFECTIVE = {
     "train": _ALL,
     "eval": _EVALUATING,
     "report": _EVALUATING,
+    "eval of an exported file": ("data", "runtime.threads", "runtime.eval_batch_size"),
     "predict": _COMPUTING,
+    "predict with an exported file": ("runtime.threads",),
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
+    "export": ("data", "runtime.threads"),  # plain float32 on the CPU
     "recalibrate": _EVALUATING,
     "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),

@@ -9,9 +9,10 @@ from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
-    CheckpointArgument,
+    ComputedArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_checkpoint(
-    checkpoint: CheckpointArgument,
+    checkpoint: ComputedArgument,
     model: ModelOption = None,
     model_args: ModelArgOption = None,
     key: KeyOption = None,
@@ -150,11 +151,21 @@ def evaluate_checkpoint(
             "--tta", ["cannot be combined with --batch-invariant, --sweep or --gap; leave them out"]
         )
     _check_outputs(save, plot, checkpoint, sweep=sweep is not None, gap=gap)
-    overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
-    named = named_network(model, model_args, key, partial, normalization, logits)
-    subject = open_subject(
-        checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
-    )
+    exported = find_export(checkpoint)
+    if exported is not None:
+        given = {"--model": model, "--model-arg": model_args, "--key": key, "--partial": partial}
+        given |= {"--normalization": normalization, "--logits": logits}
+        refuse(checkpoint, given)
+        refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        refuse(checkpoint, {"--gap": gap, "--sweep": sweep}, "it has no train mode")
+        overrides = effective_overrides("eval of an exported file", overrides, data_root=data_root)
+        subject = open_exported(exported, overrides, batch_invariant=batch_invariant)
+    else:
+        overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
+        named = named_network(model, model_args, key, partial, normalization, logits)
+        subject = open_subject(
+            checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
+        )
     calibration = num_calibration_images if gap else None
     report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
     if save is not None:
@@ -228,8 +239,9 @@ def _examine(
         dataset=dataset.name,
         class_names=dataset.class_names,
         found=found,
-        runtime=runtime.describe(),
+        runtime=subject.describe_runtime(),
         machine=describe_machine(),
+        exported=subject.exported,
     )
 
 
