@@ -1,0 +1,5 @@
+from .last_words import LastWords as LastWords
+from .launch import Launch as Launch
+from .launch import launched as launched
+from .processes import Processes as Processes
+from .processes import processes as processes
