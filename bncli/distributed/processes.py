@@ -7,9 +7,10 @@ between GPUs. Every one of them ends within the timeout, and where a process die
 import contextlib
 import hashlib
 import json
+import pickle
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -31,12 +32,13 @@ TIMEOUT = 600.0  # seconds, where none is configured
 class Processes:
     """All processes of a launch, as one of them sees them: `rank` of `num_ranks`."""
 
-    def __init__(self, launch: Launch, device: torch.device, store: Any, timeout: float) -> None:
-        self.launch = launch
+    def __init__(self, words: LastWords, device: torch.device, timeout: float) -> None:
+        self.words, self.launch = words, words.launch
+        launch = self.launch
         self.rank, self.num_ranks = launch.rank, launch.num_ranks
         self.device = device  # where tensors are exchanged
         self.timeout = timeout  # seconds
-        self.store = store
+        self.store = words.store()
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +71,26 @@ class Processes:
         with self.exchanging():
             dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
+
+    def told_by_main(self, find: Callable[[], _Value]) -> _Value:
+        """What rank 0 finds, in every process; the others wait as long as it takes, and compute nothing.
+
+        Raises:
+            PeerLostError: when rank 0 is gone.
+        """
+        key = "bncli/told"
+        if self.is_main:
+            value = find()
+            with self.exchanging():
+                self.store.set(key, pickle.dumps(value))
+            return value
+        with self.exchanging():
+            while not self.store.check([key]):
+                if self.words.taken():
+                    raise PeerLostError("rank 0 has ended")
+                time.sleep(0.1)
+            told: _Value = pickle.loads(self.store.get(key))  # of our own process
+            return told
 
     @torch.no_grad()
     def copy_from_main(self, tensors: list[Tensor]) -> None:
@@ -134,7 +156,7 @@ def processes(
         raise PeerLostError(
             f"the process group cannot be made: {' '.join(str(error).split())[:200]}"
         ) from None
-    yield Processes(launch, device, store, timeout)
+    yield Processes(words, device, timeout)
     # not after an error, when others may be gone: then the process ends as it is
     dist.destroy_process_group()
     words.end()

@@ -10,9 +10,11 @@ import typer
 from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import RUN
 from bncli.cli.messages import print_note
+from bncli.cli.one_voice import last_words
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.stop_signals import StopSignals
+from bncli.distributed.launch import launched
 from bncli.errors import ConfigError, RunError, StoppedError
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def train_config(
 
     The folder of the run holds its configuration (config.yaml), the numbers of every epoch (metrics.jsonl),
     and two checkpoints: last.pt, of the last epoch, and best.pt, of the epoch with the best accuracy.
+    Several processes train together under torchrun: see `bncli explain many-processes`.
 
     Examples:
     bncli train --run-dir runs/first
@@ -77,6 +80,12 @@ def train_config(
     if resume is not None and run_dir is not None:
         raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
 
+    launch = launched()
+    if launch is not None and launch.max_restarts > 0 and run_dir is None and resume is None:
+        raise ConfigError(
+            "bncli train", ["with --max-restarts it needs --run-dir, where a restart finds what was begun"]
+        )
+
     from bncli.config import ConvNetConfig
     from bncli.config_file import load_config
 
@@ -85,7 +94,8 @@ def train_config(
         print_note(f"no CONFIG given: training {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
-    _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
+    if launch is None or launch.local_rank == 0:
+        _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
     from bncli.batchnorm.audit.rules import describe_large_momentum
     from bncli.cli.progress import ProgressReporter, TrainReporter
@@ -112,7 +122,8 @@ def train_config(
         return 0
 
     target = resume or run_dir or default_run_dir(config)
-    with TrainReporter() as reporter, StopSignals() as signals:
+    begun = launch is not None and launch.restarts > 0 and (target / "config.yaml").is_file()
+    with TrainReporter() as reporter, StopSignals(only_first=last_words() is not None) as signals:
 
         def report(event: Started | StepDone | EpochDone) -> None:
             if isinstance(event, Started):
@@ -123,17 +134,18 @@ def train_config(
             result = train(
                 loaded,
                 target,
-                resume=bool(resume),
+                resume=bool(resume) or begun,
                 report=report,
                 stop=signals.stop_requested,
                 data_progress=reporter.data,
+                words=last_words(),
             )
         except StoppedError as stopped:
             print_note(str(stopped))
             return signals.exit_code
         except KeyboardInterrupt:
-            begun = (target / "config.yaml").is_file()
-            hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if begun else ""
+            is_there = (target / "config.yaml").is_file()
+            hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if is_there else ""
             print_note(f"interrupted{hint}")
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
