@@ -27,6 +27,7 @@ class LastWords:
         self._store: Any = None
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
+        self._num_groups = 0
 
     def store(self, timeout: timedelta = _CONNECT) -> Any:
         """The store of this launch and restart; imports torch.
@@ -40,9 +41,15 @@ class LastWords:
             self._store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
         return self._store
 
+    def next_group(self) -> str:
+        """The name of the next process group, the same in all processes."""
+        self._num_groups += 1
+        return f"bncli/group/{self._num_groups}"
+
     def live(self) -> None:
         """Leave signs of life from now on."""
         if self._beating is None:
+            self._stop.clear()
             own = self.store().clone()  # a connection of its own: this one may be waiting
             self._beating = threading.Thread(
                 target=self._beat, args=(own,), daemon=True, name="signs-of-life"

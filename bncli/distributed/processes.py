@@ -32,13 +32,13 @@ TIMEOUT = 600.0  # seconds, where none is configured
 class Processes:
     """All processes of a launch, as one of them sees them: `rank` of `num_ranks`."""
 
-    def __init__(self, words: LastWords, device: torch.device, timeout: float) -> None:
+    def __init__(self, words: LastWords, store: Any, device: torch.device, timeout: float) -> None:
         self.words, self.launch = words, words.launch
         launch = self.launch
         self.rank, self.num_ranks = launch.rank, launch.num_ranks
         self.device = device  # where tensors are exchanged
         self.timeout = timeout  # seconds
-        self.store = words.store()
+        self.store = store
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +78,7 @@ class Processes:
         Raises:
             PeerLostError: when rank 0 is gone.
         """
-        key = "bncli/told"
+        key = "told"
         if self.is_main:
             value = find()
             with self.exchanging():
@@ -140,7 +140,7 @@ def processes(
     launch, timeout = words.launch, timeout or TIMEOUT
     duration = timedelta(seconds=timeout)
     try:
-        store = words.store(duration)
+        store = dist.PrefixStore(words.next_group(), words.store(duration))  # type: ignore[attr-defined]
         words.live()
         _agree(words, store, {**common_facts(), **(facts or {})}, timeout)
         if device.type == "cuda":
@@ -156,7 +156,7 @@ def processes(
         raise PeerLostError(
             f"the process group cannot be made: {' '.join(str(error).split())[:200]}"
         ) from None
-    yield Processes(words, device, timeout)
+    yield Processes(words, store, device, timeout)
     # not after an error, when others may be gone: then the process ends as it is
     dist.destroy_process_group()
     words.end()
@@ -189,7 +189,7 @@ def common_facts() -> dict[str, object]:
 def _agree(words: LastWords, store: Any, facts: dict[str, object], timeout: float) -> None:
     """Wait for all processes, and compare their facts with rank 0's."""
     launch = words.launch
-    keys = [f"bncli/facts/{rank}" for rank in range(launch.num_ranks)]
+    keys = [f"facts/{rank}" for rank in range(launch.num_ranks)]
     store.set(keys[launch.rank], json.dumps(facts))
     deadline = time.monotonic() + timeout
     while not store.check(keys):  # not `wait`, in which Python hears no signal

@@ -63,7 +63,8 @@ def _forward(layer: _BatchNorm, inputs: Tensor, processes: Processes) -> Tensor:
     if layer.bias is not None:
         outputs = outputs + layer.bias.view(shape)
     _follow(layer, mean.detach(), m2.detach() / (count - 1))
-    return outputs.to(inputs.dtype)
+    narrow: Tensor = outputs.to(inputs.dtype)
+    return narrow
 
 
 @torch.no_grad()

@@ -73,18 +73,8 @@ def train_config(
     bncli train --resume runs/first
     bncli train cifar10 --data-root data --set train.epochs=5
     """
-    if config is not None and resume is not None:
-        raise ConfigError(
-            "bncli train", ["--resume continues with the run's own configuration; leave CONFIG out"]
-        )
-    if resume is not None and run_dir is not None:
-        raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
-
+    _check_options(config, run_dir, resume)
     launch = launched()
-    if launch is not None and launch.max_restarts > 0 and run_dir is None and resume is None:
-        raise ConfigError(
-            "bncli train", ["with --max-restarts it needs --run-dir, where a restart finds what was begun"]
-        )
 
     from bncli.config import ConvNetConfig
     from bncli.config_file import load_config
@@ -150,6 +140,19 @@ def train_config(
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
     return 0
+
+
+def _check_options(config: Path | None, run_dir: Path | None, resume: Path | None) -> None:
+    """Raise ConfigError for options that contradict each other."""
+    launch, problem = launched(), None
+    if config is not None and resume is not None:
+        problem = "--resume continues with the run's own configuration; leave CONFIG out"
+    elif resume is not None and run_dir is not None:
+        problem = "--resume continues in its own directory; leave --run-dir out"
+    elif launch is not None and launch.max_restarts > 0 and run_dir is None and resume is None:
+        problem = "with --max-restarts it needs --run-dir, where a restart finds what was begun"
+    if problem is not None:
+        raise ConfigError("bncli train", [problem])
 
 
 def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":
