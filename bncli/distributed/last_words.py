@@ -36,9 +36,13 @@ class LastWords:
             RuntimeError: when it cannot be reached, one of PyTorch's errors.
         """
         if self._store is None:
+            import torch.distributed as dist
             from torch.distributed.rendezvous import rendezvous
 
-            self._store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+            store, _, _ = next(iter(rendezvous("env://", timeout=timeout)))
+            # torchrun may keep the store over a restart, with what was said before it
+            attempt = f"bncli/attempt/{self.launch.restarts}"
+            self._store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
         return self._store
 
     def next_group(self) -> str:

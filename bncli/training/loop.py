@@ -45,6 +45,7 @@ class Started:
     epoch: int  # epochs finished already: 0, or more in a resumed run
     step: int  # steps finished already
     former_threads: int | None  # of the run that is resumed; None: of a new one, or not recorded
+    former_processes: int | None = None  # of the run that is resumed; None: of a new one
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def train(
         run = stack.enter_context(
             open_run(run_dir, config, resume=resume, data_progress=data_progress, processes=team, stop=stop)
         )
-        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
+        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, report, stop)

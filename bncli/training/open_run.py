@@ -96,7 +96,9 @@ def _resumed(
         run = Run.restore(setup, last, stop) if last else Run.start(setup, stop)
     except (CheckpointError, RunError) as error:
         raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
-    run.former_processes = int(last.runtime.get("processes", 1)) if last else setup.runtime.processes
+    if last is not None:
+        processes_before = last.runtime.get("processes", 1)
+        run.former_processes = processes_before if isinstance(processes_before, int) else None
     return run
 
 

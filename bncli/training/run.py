@@ -50,7 +50,7 @@ class Run:
     seconds: float = 0.0  # of training, evaluation and checkpoints, over all sessions
     saved_step: int = -1  # the step that last.pt holds
     former_threads: int | None = None  # that the resumed run had, where it is recorded
-    former_processes: int = 1  # that it had
+    former_processes: int | None = None  # that it had
     # False while a step or the end of an epoch is under way, when saving would save half of it
     is_whole: bool = True
     last_tick: float = field(default_factory=time.perf_counter)
