@@ -435,6 +435,13 @@ class TrainConfig(Section):
         description="Unit of checkpoint_every: `epochs`, or `steps` (and last.pt is also written at the end"
         " of every epoch).",
     )
+    keep_epochs: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="How many of the last evaluated epochs keep their network, as epoch-0005.pt: `bncli"
+        " average` averages them.",
+    )
     recalibrate: Literal["none", "precise", "exact"] = Field(
         "none",
         description="How the training split's population statistics are measured at the end, for the file"

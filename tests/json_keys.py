@@ -42,6 +42,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli recalibrate", "recalibrate run/last.pt -o run/new.pt --num-images 100 --verify"),
     ("bncli recalibrate --verify", "recalibrate run/last.pt --verify --num-images 100"),
     ("bncli compare", "compare run/last.pt run/new.pt"),
+    ("bncli average", "average run/last.pt run/new.pt -o run/average.pt --num-images 100"),
     ("bncli convert", "convert run/last.pt -o run/layers.npz"),
     ("bncli history", "history run"),
     ("bncli config", "config"),

@@ -61,6 +61,7 @@ class Checkpoint:
     # with train.ema_epochs, to continue from: `last`, the state dict after the last step, and `average`, that
     # of the weights. `state_dict` is that of the averaged network where it was evaluated, else `last`
     averaging: dict[str, dict[str, Tensor]] | None = None
+    averaged: dict[str, Any] | None = None  # of which checkpoints it is the average; None: of none
     # eps and momentum of each BatchNorm layer by name, where the configuration does not tell them
     batch_norm_layers: dict[str, dict[str, float | None]] | None = None
     # whether the user has named the code that makes the network; never saved, so no file says it of itself

@@ -31,7 +31,7 @@ from bncli.checkpoints.formats.torch_pickle import UsesOfStorages
 from bncli.checkpoints.formats.zip_checksums import patch_checksums
 from bncli.checkpoints.locate import StateDict, choose
 from bncli.checkpoints.own_config import FORMAT
-from bncli.checkpoints.stored_tensor import Storage, StoredTensor
+from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride
 from bncli.checkpoints.weights import LoadedWeights
 from bncli.wording import list_names
 
@@ -39,9 +39,14 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def rewrite(
-    source: str | Path, target: str | Path, new_buffers: Mapping[str, Tensor], key: str | None = None
+    source: str | Path,
+    target: str | Path,
+    new_buffers: Mapping[str, Tensor],
+    key: str | None = None,
+    *,
+    any_tensor: bool = False,
 ) -> None:
-    """Write a copy of a checkpoint in which BatchNorm buffers have new values.
+    """Write a copy of a checkpoint in which BatchNorm buffers, or with `any_tensor` any, have new values.
 
     `new_buffers` has them by the names that the file gives them in the state dict (or module) under `key`,
     prefixes such as `module.` included: `OpenCheckpoint.prefix` and its names. They have the shapes of those
@@ -60,19 +65,21 @@ def rewrite(
         original = Path(source.removeprefix("file://"))
         if target.exists() and original.exists() and target.samefile(original):
             raise UnreadableFileError("is never changed itself; give another name for the new file")
-        patches = _plan(file, stack, new_buffers, new_buffers, key)
+        patches = _plan(file, stack, new_buffers, new_buffers, key, any_tensor=any_tensor)
         with atomic_file(target) as copy:
             file.copy_to(copy, patches)
 
 
-def check_rewritable(source: str | Path, names: Iterable[str], key: str | None = None) -> None:
+def check_rewritable(
+    source: str | Path, names: Iterable[str], key: str | None = None, *, any_tensor: bool = False
+) -> None:
     """Check, before new values for these buffers are measured, that `rewrite` will take them.
 
     Raises:
         CheckpointError: as `rewrite` would for values that fit, naming the file.
     """
     with ExitStack() as stack, named(str(source)):
-        _plan(open_file(str(source), stack), stack, list(names), None, key)
+        _plan(open_file(str(source), stack), stack, list(names), None, key, any_tensor=any_tensor)
 
 
 def statistics_in_file(model: nn.Module, loaded: LoadedWeights, layers: Collection[str]) -> dict[str, Tensor]:
@@ -97,6 +104,8 @@ def _plan(
     names: Iterable[str],
     new_buffers: Mapping[str, Tensor] | None,
     key: str | None,
+    *,
+    any_tensor: bool,
 ) -> list[Patch]:
     """All that the copy has in other bytes than the file; without new values, those of the file."""
     uses = UsesOfStorages()
@@ -112,10 +121,14 @@ def _plan(
             " save_checkpoint"
         )
     state_dict = choose(state_dicts_of(kind, content, file.name), key)
-    changed = _find(state_dict, names)
+    changed = _find(state_dict, names, any_tensor=any_tensor)
     owners: dict[Patch, str] = {}
     for name, tensor in changed.items():
-        values = tensor.read() if new_buffers is None else _converted(name, new_buffers[name], tensor)
+        values = (
+            torch.zeros(tensor.shape, dtype=tensor.dtype)
+            if new_buffers is None
+            else _converted(name, new_buffers[name], tensor)
+        )
         owners |= dict.fromkeys(_patches(name, tensor, values), name)
     patches = sorted(owners)  # a buffer that has two names is replaced once
     for first, second in pairwise(patches):
@@ -126,11 +139,11 @@ def _plan(
     return patches + (patch_checksums(file, patches) if kind in ("torch zip", "torchscript") else [])
 
 
-def _find(state_dict: StateDict, names: Iterable[str]) -> dict[str, StoredTensor]:
+def _find(state_dict: StateDict, names: Iterable[str], *, any_tensor: bool) -> dict[str, StoredTensor]:
     """The tensors to be changed, by name.
 
     Raises:
-        UnreadableFileError: for a name that is none of a BatchNorm layer's buffers.
+        UnreadableFileError: for a name that is none of a BatchNorm layer's buffers, or none at all.
     """
     buffers = {
         found: state_dict.tensors[found]
@@ -138,6 +151,8 @@ def _find(state_dict: StateDict, names: Iterable[str]) -> dict[str, StoredTensor
         for leaf, found in batch_norm_keys(state_dict.tensors, layer).items()
         if leaf in BUFFERS
     }
+    if any_tensor:
+        buffers = dict(state_dict.tensors)
     names = list(names)
     unknown = [name for name in names if name not in buffers]
     if not unknown:
@@ -192,6 +207,11 @@ def _patches(name: str, stored: StoredTensor, values: Tensor) -> list[Patch]:
     start = stored.storage.position() + stored.offset * size
     if stored.is_contiguous:
         return [Patch(start, data)] if data else []
+    # channels_last, say: without gaps, in another order of the dimensions
+    order = sorted(range(len(stored.shape)), key=lambda dimension: -stored.stride[dimension])
+    dense = contiguous_stride(tuple(stored.shape[dimension] for dimension in order))
+    if dense == tuple(stored.stride[dimension] for dimension in order):
+        return [Patch(start, as_bytes(values.permute(order)).numpy().tobytes())]
     places = torch.zeros(stored.shape, dtype=torch.int64)
     for dimension, (length, stride) in enumerate(zip(stored.shape, stored.stride, strict=True)):
         along = [-1 if other == dimension else 1 for other in range(len(stored.shape))]

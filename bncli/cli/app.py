@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 import bncli
+from bncli.cli.commands.average import average_into_file
 from bncli.cli.commands.bench import bench_app
 from bncli.cli.commands.compare import compare_checkpoints
 from bncli.cli.commands.config import show_config
@@ -87,6 +88,7 @@ app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_chec
 app.command("convert", cls=CommandPage, rich_help_panel=STATISTICS)(convert_checkpoint)
 app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
 app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
+app.command("average", cls=CommandPage, rich_help_panel=STATISTICS)(average_into_file)
 app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)
 app.command("demo", cls=CommandPage, rich_help_panel=LEARN)(demonstrate_repair)
 app.command("doctor", cls=CommandPage, rich_help_panel=MACHINE)(diagnose)

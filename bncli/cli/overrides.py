@@ -38,6 +38,7 @@ EFFECTIVE = {
     "predict": _COMPUTING,
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
     "recalibrate": _EVALUATING,
+    "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network
     "demo CHECKPOINT": (*_EVALUATING, *_AUGMENTING, *_STEPS),

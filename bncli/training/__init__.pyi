@@ -1,3 +1,6 @@
+from .averaged_checkpoints import AveragedCheckpoint as AveragedCheckpoint
+from .averaged_checkpoints import Judge as Judge
+from .averaged_checkpoints import average_and_judge as average_and_judge
 from .loop import EpochDone as EpochDone
 from .loop import Started as Started
 from .loop import StepDone as StepDone

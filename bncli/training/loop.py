@@ -29,7 +29,7 @@ from bncli.training.losses import loss_and_logits
 from bncli.training.open_run import open_run
 from bncli.training.optimizer import learning_rate_at
 from bncli.training.run import Run
-from bncli.training.run_dir import RECALIBRATED, append_metrics, writing
+from bncli.training.run_dir import RECALIBRATED, append_metrics, epoch_file, kept_epochs, writing
 from bncli.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -216,6 +216,8 @@ def _write_epoch(
         last = run.checkpoint(network, evaluation)
         if is_best:
             save_checkpoint(last.finished(), run_dir / "best.pt")
+        if evaluation is not None and config.keep_epochs:
+            _keep_epoch(last, run_dir, config.keep_epochs)
     every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
     if _ends_interval(run.epoch, every, config):
         _save_last(run, last, run_dir)
@@ -271,6 +273,13 @@ def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
     with writing(run_dir):
         save_checkpoint(checkpoint, run_dir / "last.pt")
     run.saved_step = run.step
+
+
+def _keep_epoch(checkpoint: Checkpoint, run_dir: Path, number: int) -> None:
+    """Save the network of this epoch, and remove the oldest of those that are more than `number`."""
+    save_checkpoint(checkpoint.finished(), run_dir / epoch_file(checkpoint.epoch))
+    for path in kept_epochs(run_dir)[:-number]:
+        path.unlink()
 
 
 def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:

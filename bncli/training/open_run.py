@@ -26,6 +26,7 @@ CHANGEABLE = (
     "train.epochs",
     "train.checkpoint_every",
     "train.checkpoint_unit",
+    "train.keep_epochs",
     "train.recalibrate",
 )
 

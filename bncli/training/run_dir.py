@@ -61,7 +61,19 @@ def locked(run_dir: Path) -> Iterator[None]:
 RECALIBRATED = "recalibrated.pt"  # beside last.pt, from which training can still go on
 
 # what `atomic_file` leaves behind when the process is killed in its midst
-_LEFTOVER = re.compile(r"\.(config\.yaml|metrics\.jsonl|(last|best|recalibrated)\.pt)\.[a-z0-9_]{8}\.tmp")
+_LEFTOVER = re.compile(
+    r"\.(config\.yaml|metrics\.jsonl|(last|best|recalibrated|epoch-\d{4,})\.pt)\.[a-z0-9_]{8}\.tmp"
+)
+
+
+def epoch_file(epoch: int) -> str:
+    """The name of the file that keeps the network of one epoch."""
+    return f"epoch-{epoch:04d}.pt"
+
+
+def kept_epochs(run_dir: Path) -> list[Path]:
+    """The files of single epochs that a run kept, in their order."""
+    return sorted(path for path in run_dir.glob("epoch-*.pt") if re.fullmatch(r"epoch-\d{4,}\.pt", path.name))
 
 
 def default_run_dir(config_path: str | Path | None) -> Path:

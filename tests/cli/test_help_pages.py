@@ -60,7 +60,9 @@ def test_a_page_is_neither_cut_nor_wider_than_the_terminal(
     assert "<=x" not in outcome.out
     # what Typer cuts ends in three dots, as only these may
     for word in re.findall(r"\S*\.\.\.\S*", outcome.out):
-        assert word in {"[ARGS]...", "N,N,...", "IMAGE..."}, word
+        assert word in {"[ARGS]...", "N,N,...", "IMAGE...", "CHECKPOINT...", "[CHECKPOINT...]", "W,W,..."}, (
+            word
+        )
 
 
 @pytest.mark.parametrize(("words", "command"), PAGES)
@@ -145,7 +147,9 @@ def test_every_example_can_be_parsed(example: str, command: Any) -> None:
 @pytest.fixture
 def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the examples speak of."""
-    shutil.copytree(finished_run, tmp_path / "runs" / "first")
+    run = shutil.copytree(finished_run, tmp_path / "runs" / "first")
+    for epoch in (1, 2):
+        shutil.copy(run / "last.pt", run / f"epoch-000{epoch}.pt")
     (tmp_path / "images").mkdir()
     for name in ("photo.png", "images/one.png"):
         Image.new("RGB", (32, 32)).save(tmp_path / name)
@@ -158,7 +162,8 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "net.py").write_text(NET)
     namespace: dict[str, Any] = {}
     exec(NET, namespace)
-    torch.save(namespace["Net"]().state_dict(), tmp_path / "a.pt")
+    for name in ("a.pt", "b.pt"):
+        torch.save(namespace["Net"]().state_dict(), tmp_path / name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -28,6 +28,7 @@ GROUPS = {
         "momentum",
         "population-statistics",
         "recalibration",
+        "averaging",
         "gap",
         "other-frameworks",
     ),

@@ -1,0 +1,205 @@
+"""What averages of checkpoints are worth, with running statistics made in each of the ways that there are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bncli.batchnorm import Recalibration
+from bncli.checkpoints import AverageState, average_checkpoints
+from bncli.checkpoints.average import COMBINATIONS, Combination
+from bncli.data import Dataset, sequential_batches
+from bncli.errors import BncliError
+from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation.gap import PhaseProgress
+from bncli.runtime import Runtime
+from bncli.training.recalibrated import Calibration, recalibrate_network
+
+Statistics = Literal["recalibrate", "pooled", "average", "first"]
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A placed network in eval mode, and the images by which averages of its checkpoints are judged."""
+
+    model: nn.Module
+    names: Mapping[str, str]  # of the network's tensors: their names in the checkpoints
+    dataset: Dataset
+    runtime: Runtime
+    how: Calibration
+    eval_batch_size: int
+    evaluates: bool  # else the network is recalibrated only
+    progress: PhaseProgress = lambda phase, done, total: None
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put an average into the network."""
+        state = self.model.state_dict(keep_vars=True)
+        for name, origin in self.names.items():
+            state[name].copy_(tensors[origin])
+
+    def outcomes(self, phase: str) -> Outcomes:
+        """What the network makes of every test image."""
+        test = self.dataset.test
+        placed = (
+            (self.runtime.place(images), labels)
+            for images, labels in sequential_batches(test, self.eval_batch_size)
+        )
+        with self.runtime.autocast():
+            return measure_outcomes(
+                self.model, placed, progress=lambda done: self.progress(phase, done, len(test))
+            )
+
+    def recalibrate(self) -> tuple[Recalibration, dict[str, Tensor]]:
+        """Measure the network's running statistics; they, by their names in the checkpoints, on the CPU."""
+        made = recalibrate_network(
+            self.model,
+            self.dataset,
+            self.runtime,
+            self.how,
+            eval_batch_size=self.eval_batch_size,
+            evaluate=False,
+            progress=self.progress,
+        )
+        measured = {layer.name for layer in made.recalibration.layers}
+        statistics = {
+            self.names[name]: value.to("cpu", copy=True)
+            for name, value in self.model.state_dict().items()
+            if name.rpartition(".")[0] in measured
+            and name.endswith(("running_mean", "running_var"))
+            and name in self.names
+        }
+        return made.recalibration, statistics
+
+
+@dataclass(frozen=True)
+class JudgedSource:
+    """One of the checkpoints, as it is."""
+
+    path: str
+    share: float  # of the average; 0 where it was left out
+    score: Score | None  # on the test split, in eval mode; None: not evaluated
+
+
+@dataclass(frozen=True, eq=False)
+class AveragedCheckpoint:
+    """An average, and what it is worth beside the checkpoints that it was made from."""
+
+    state_dict: dict[str, Tensor]  # with the names of the first checkpoint, on the CPU
+    sources: tuple[JudgedSource, ...]
+    statistics: Statistics  # of the state dict
+    scores: Mapping[str, Score]  # of the averaged weights with each kind of running statistics
+    against_best: PairedDifference | None  # the average against the best source; None: not evaluated
+    recalibration: Recalibration | None  # None: no images were needed
+    num_averaged: int  # tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document."""
+        return {
+            "sources": [asdict(source) for source in self.sources],
+            "statistics": self.statistics,
+            "num_averaged_tensors": self.num_averaged,
+            "scores": {how: asdict(score) for how, score in self.scores.items()},
+            "against_best": None if self.against_best is None else asdict(self.against_best),
+            "num_images": None if self.recalibration is None else self.recalibration.num_images,
+        }
+
+
+def average_and_judge(
+    sources: Sequence[Path],
+    shares: Sequence[float],
+    statistics: Statistics,
+    judge: Judge | None,
+    *,
+    key: str | None = None,
+    greedy: bool = False,
+) -> AveragedCheckpoint:
+    """Average checkpoints, give the average running statistics, and compare it with what it was made from.
+
+    With `greedy` checkpoints are tried from the best to the worst, and one stays in the average if that does
+    not lower its accuracy (Wortsman et al. 2022, model soups): on the test split, which is no independent
+    judge afterwards.
+
+    Raises:
+        CheckpointError: naming a file that cannot be read, is of another network, or holds a NaN.
+        BncliError: `greedy` without a judge that evaluates, `recalibrate` without any.
+    """
+    evaluator = judge if judge is not None and judge.evaluates else None
+    if statistics == "recalibrate" and judge is None:
+        raise BncliError("running statistics are measured on images, and there are none")
+    if greedy and evaluator is None:
+        raise BncliError("greedy averaging compares accuracies: it needs labelled images")
+    alone = [None] * len(sources) if evaluator is None else [
+        _outcomes_alone(source, key, evaluator) for source in sources
+    ]  # fmt: skip
+    if evaluator is not None and greedy:
+        shares = _chosen(sources, shares, statistics, evaluator, key, [one for one in alone if one])
+    state = average_checkpoints(sources, shares=shares, key=key)
+    chosen, recalibration = _statistics_of(state, statistics, judge)
+    scores: dict[str, Score] = {}
+    difference = None
+    if evaluator is not None:
+        made: dict[str, Outcomes] = {}
+        if recalibration is not None:  # it is in the network at this moment
+            made["recalibrate"] = evaluator.outcomes("average, recalibrated")
+        for how in COMBINATIONS:
+            evaluator.load(state.with_statistics(how))
+            made[how] = evaluator.outcomes(f"average, statistics {how}")
+        scores = {how: outcomes.score for how, outcomes in made.items()}
+        used = [one for one, share in zip(alone, state.shares, strict=True) if one is not None and share]
+        best = max(used, key=lambda outcomes: outcomes.score.accuracy)
+        difference = compare_outcomes(best, made[statistics])
+    judged = (
+        JudgedSource(str(source), share, None if one is None else one.score)
+        for source, share, one in zip(sources, state.shares, alone, strict=True)
+    )
+    return AveragedCheckpoint(
+        chosen, tuple(judged), statistics, scores, difference, recalibration, state.num_averaged
+    )
+
+
+def _outcomes_alone(source: Path, key: str | None, judge: Judge) -> Outcomes:
+    judge.load(average_checkpoints([source], key=key).with_statistics("first"))
+    return judge.outcomes(source.name)
+
+
+def _statistics_of(
+    state: AverageState, statistics: Statistics, judge: Judge | None
+) -> tuple[dict[str, Tensor], Recalibration | None]:
+    """The whole state dict with running statistics of this kind; measured ones are in the network then."""
+    if statistics != "recalibrate":
+        return state.with_statistics(statistics), None
+    assert judge is not None  # average_and_judge has checked it
+    start: Combination = "pooled"
+    tensors = state.with_statistics(start)
+    judge.load(tensors)
+    recalibration, measured = judge.recalibrate()
+    dtypes = {name: tensors[name].dtype for name in measured}
+    return tensors | {name: value.to(dtypes[name]) for name, value in measured.items()}, recalibration
+
+
+def _chosen(
+    sources: Sequence[Path],
+    shares: Sequence[float],
+    statistics: Statistics,
+    judge: Judge,
+    key: str | None,
+    alone: Sequence[Outcomes],
+) -> list[float]:
+    """The shares of those that greedy averaging keeps; 0 for the others."""
+    order = sorted(range(len(sources)), key=lambda index: -alone[index].score.accuracy)
+    kept, best = [0.0] * len(sources), -1.0
+    for index in order:
+        tried = [*kept]
+        tried[index] = shares[index]
+        if not tried[index]:
+            continue
+        tensors, _ = _statistics_of(average_checkpoints(sources, shares=tried, key=key), statistics, judge)
+        judge.load(tensors)
+        accuracy = judge.outcomes(f"average with {sources[index].name}").score.accuracy
+        if accuracy >= best:
+            kept, best = tried, accuracy
+    return kept
