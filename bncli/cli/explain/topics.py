@@ -32,7 +32,7 @@ GROUPS = {
         "gap",
         "other-frameworks",
     ),
-    "Equal bits, and several GPUs": ("batch-invariance", "many-gpus"),
+    "Equal bits, and several GPUs": ("batch-invariance", "many-gpus", "many-processes"),
     "Files": ("checkpoint-files", "runs", "your-images"),
     "What inspect-stats finds": ("findings",),
 }
