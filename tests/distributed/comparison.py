@@ -3,10 +3,10 @@
     python -m tests.distributed.comparison [OVERRIDE ...]
 
 The weights are the same in all lines but the last: each process computes half of each batch, and gradients
-are averaged. Only what becomes of the running statistics differs. All is computed in float64, so that the ways
-can be told from rounding. The truth is twofold: the running statistics of one process that computes the same
-parts in their order, and the population statistics of the training images at the final weights. An error is
-the worst channel's: of a mean in standard deviations, of a variance relative to itself.
+are averaged. Only what becomes of the running statistics differs. All is computed in float64, so that the
+ways can be told from rounding. The truth is twofold: the running statistics of one process that computes the
+same parts in their order, and the population statistics of the training images at the final weights. An error
+is the worst channel's: of a mean in standard deviations, of a variance relative to itself.
 
 timm is not imported: `distribute_bn(reduce=True)` sums running_mean and running_var over the processes and
 divides both by their number, says its documentation.
@@ -203,10 +203,9 @@ def show(lines: list[Line]) -> None:
             f" {line.population_var_error:8.1e}  {line.accuracy:8.2%}"
         )
     try:
-        layer = nn.SyncBatchNorm(3)
-        DistributedDataParallel(layer)
-    except (ValueError, RuntimeError) as error:
-        print(f"torch.nn.SyncBatchNorm: not on a CPU ({' '.join(str(error).split())[:90]})")
+        nn.SyncBatchNorm(3)(torch.rand(2, 3, 4, 4))
+    except ValueError as error:
+        print(f"torch.nn.SyncBatchNorm trains on GPUs only: {error}")
 
 
 def main(arguments: list[str]) -> None:
