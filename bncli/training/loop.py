@@ -166,6 +166,8 @@ def _train_to_the_end(
         for images, labels in run.batches():
             batch_size = run.share_in(labels).batch_size
             take_step(run, last_good, images, labels)
+            if run.team is not None and run.running_epoch.num_steps == 1:
+                run.team.check_buffers()
             report(StepDone(run.epoch + 1, run.step, batch_size))
             if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
                 check_steps(run, last_good)

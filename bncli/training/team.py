@@ -9,6 +9,7 @@ same to rounding.
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batchnorm import batch_norm_layers
+from bncli.batchnorm.bits import as_bytes
 from bncli.distributed import Processes
+from bncli.errors import ConfigError
 from bncli.training.share import Share, split_evenly
 
 _BUCKET_BYTES = 4 * 2**20  # of gradients that are sent at once: few waits, and an early beginning
@@ -35,6 +38,7 @@ class Team:
         self.sync = sync
         self.stops = False  # whether some process was asked to stop, before the last step ended: alike in all
         self._stop = stop
+        self._model = model
         self._gradients = _Gradients(processes, model)
         self._statistics = _Statistics(model) if not sync else None
 
@@ -42,6 +46,23 @@ class Team:
     def is_main(self) -> bool:
         """Whether this process writes and speaks."""
         return self.processes.is_main
+
+    def check_buffers(self) -> None:
+        """Make sure that no buffer is another one in some process: those of other layers are not exchanged.
+
+        Raises:
+            ConfigError: one is.
+        """
+        followed = {id(buffer) for _, layer in batch_norm_layers(self._model) for buffer in layer.buffers()}
+        others = {name: b for name, b in self._model.named_buffers() if id(b) not in followed}
+        if not others:  # alike in all processes, which have one network
+            return
+        digests = [hashlib.sha256(as_bytes(b).cpu().numpy().data).digest() for b in others.values()]
+        everyone = self.processes.gather_values(digests)
+        for name, *found in zip(others, *everyone, strict=True):
+            if len(set(found)) > 1:
+                problem = f"its buffer {name} changes in training, and is no running statistic of BatchNorm"
+                raise ConfigError("model", [f"{problem}: train it in one process"])
 
     @contextlib.contextmanager
     def part(self, *, is_last: bool) -> Iterator[None]:
@@ -87,7 +108,8 @@ class Team:
 
     def _encode(self, loss: Tensor, hits: Tensor, part: int) -> Tensor:
         numbers = torch.stack([loss.double(), hits.double()])
-        return numbers if self._statistics is None else torch.cat([numbers, self._statistics.parts[part]])
+        statistics = self._statistics
+        return torch.cat([numbers, statistics.parts[part]]) if statistics and statistics.width else numbers
 
 
 class _Statistics:
@@ -116,7 +138,8 @@ class _Statistics:
             mean, var, count = _buffers(layer)
             made = torch.cat([count.view(1).double(), mean.double(), var.double()])
             numbers.append(made if layer.training else torch.zeros_like(made))
-        self.parts.append(torch.cat(numbers) if numbers else torch.zeros(0, dtype=torch.float64))
+        if numbers:
+            self.parts.append(torch.cat(numbers))
 
     def apply(self, parts: Iterator[Tensor], observe: Callable[[], None]) -> None:
         """Go back to the start, and from there through the parts (width,) of all processes in their order."""

@@ -36,6 +36,27 @@ class Awkward(nn.Module):
         return logits
 
 
+class Counting(nn.Module):
+    """A buffer that follows what this process has seen, as those of vector quantisation do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, num_classes)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.seen += images.float().mean()
+        logits: Tensor = self.head(self.norm(images).mean((2, 3)))
+        return logits
+
+
+def counting(num_classes: int) -> nn.Module:
+    """The same."""
+    return Counting(num_classes)
+
+
 def awkward(num_classes: int) -> nn.Module:
     """Made by name, as users name networks."""
     return Awkward(num_classes)

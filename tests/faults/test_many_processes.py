@@ -127,6 +127,15 @@ def test_batches_that_do_not_fit_the_processes_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_buffer_that_each_process_follows_for_itself_is_refused(tmp_path: Path) -> None:
+    network = Path(__file__).parent.parent / "distributed" / "own_network.py"
+    options = (f"model.name={network}:counting", "train.batch_size=50", "train.micro_batch_size=25")
+    words = [word for option in options for word in ("--set", option)]
+    done = torchrun(2, "-m", "bncli", "train", *words, "--run-dir", tmp_path / "run")
+    (line,) = done.errors
+    assert "its buffer seen changes in training" in line
+
+
 def test_restarts_need_a_run_directory(parts_config: Path) -> None:
     done = torchrun(2, "-m", "bncli", "train", parts_config, options=("--max-restarts=1",))
     assert any("with --max-restarts it needs --run-dir" in line for line in done.errors)
