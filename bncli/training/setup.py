@@ -186,7 +186,7 @@ def prepare(
     _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
     if processes is not None:
-        _check_shares(config, plan, processes)
+        check_shares(config, plan, processes.num_ranks)
         processes.copy_from_main([*model.parameters(), *model.buffers()])
         if synchronizes(config) and runtime.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -211,9 +211,9 @@ def check_sync(config: Config) -> None:
         )
 
 
-def _check_shares(config: Config, plan: BatchPlan, processes: Processes) -> None:
-    """Raise ConfigError where a process would have nothing to compute."""
-    num_ranks, size = processes.num_ranks, config.train.micro_batch_size
+def check_shares(config: Config, plan: BatchPlan, num_ranks: int) -> None:
+    """Raise ConfigError where one of several processes would have nothing to compute."""
+    size = config.train.micro_batch_size
     if synchronizes(config):
         smallest = min(plan.batch_sizes)
         if smallest < num_ranks:

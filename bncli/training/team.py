@@ -42,11 +42,6 @@ class Team:
         self._gradients = _Gradients(processes, model)
         self._statistics = _Statistics(model) if not sync else None
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
-        return self.processes.is_main
-
     def check_buffers(self) -> None:
         """Make sure that no buffer is another one in some process: those of other layers are not exchanged.
 

@@ -32,6 +32,7 @@ def whole_run(parts_config: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     done = torchrun(2, "-m", "bncli", "train", parts_config, "--run-dir", run_dir)
     assert done.code == 0, done.err
     assert done.err.count("Training on 90 images") == 1  # one speaks
+    assert "2 processes of 1 thread)" in done.err
     assert done.out.count("test accuracy") == 1
     assert load_checkpoint(run_dir / "last.pt").runtime["processes"] == 2
     return run_dir

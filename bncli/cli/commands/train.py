@@ -93,6 +93,7 @@ def train_config(
     from bncli.cli.tables.train import show_dry_run, show_training
     from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
     from bncli.training.run_dir import default_run_dir
+    from bncli.training.setup import check_shares
 
     if resume is not None and followed is not None:
         loaded = _with_recorded_root(resume, followed)
@@ -107,6 +108,8 @@ def train_config(
     if dry_run:
         with ProgressReporter() as progress:
             setup = prepare(loaded, progress=progress, may_download=resume is None)
+        if launch is not None and launch.num_ranks > 1:
+            check_shares(loaded, setup.plan, launch.num_ranks)
         description = describe_setup(setup)
         print_json(description) if as_json else show_dry_run(description)
         return 0
