@@ -8,6 +8,7 @@ second, so that those that are left know which one died.
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from bncli.distributed.launch import Launch
 SPOKEN = "bncli/spoken"
 _BEAT = 0.25  # seconds between two signs of life
 _SILENCE = 3.0  # seconds without one after which a process counts as gone
+_PATIENCE = 10.0  # the same where nothing else tells that something is wrong
 _CONNECT = timedelta(seconds=20)
 
 
@@ -93,6 +95,19 @@ class LastWords:
         except Exception:  # the store died, with the process that kept it
             return [0] if self.launch.rank != 0 else []
         return sorted(before)
+
+    def pulse_of(self, rank: int) -> Callable[[], bool]:
+        """Whether that process has given a sign of life lately: to be asked again and again."""
+        last, heard = -1, time.monotonic()
+
+        def is_alive() -> bool:
+            nonlocal last, heard
+            beats, now = self._beats_of(self.store(), rank), time.monotonic()
+            if beats != last:
+                last, heard = beats, now
+            return now - heard < _PATIENCE
+
+        return is_alive
 
     def explain(self, error: str) -> str | None:
         """Why an exchange between the processes failed, in words; None where another one has said it."""

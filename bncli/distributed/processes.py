@@ -85,8 +85,9 @@ class Processes:
                 self.store.set(key, pickle.dumps(value))
             return value
         with self.exchanging():
+            pulse = self.words.pulse_of(0)
             while not self.store.check([key]):
-                if self.words.taken():
+                if self.words.taken() or not pulse():
                     raise PeerLostError("rank 0 has ended")
                 time.sleep(0.1)
             told: _Value = pickle.loads(self.store.get(key))  # of our own process

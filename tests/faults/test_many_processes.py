@@ -53,6 +53,17 @@ def test_a_killed_process_ends_all_and_the_resumed_run_has_the_same_bits(
     assert same_run(whole_run, tmp_path / "run")
 
 
+def test_rank_0_killed_while_the_others_wait_for_its_last_words(parts_config: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = ("train", parts_config, "--run-dir", run_dir, "--set", "train.recalibrate=precise")
+    done = torchrun(2, WORKER, *words, KILL="0:recalibrated.pt")
+    assert done.errors == ["rank 0 of 2 is gone: killed, or out of reach"]
+    assert not (run_dir / "recalibrated.pt").exists()
+    done = torchrun(2, "-m", "bncli", "train", "--resume", run_dir)
+    assert done.code == 0, done.err
+    assert load_checkpoint(run_dir / "recalibrated.pt").recalibration["method"] == "precise"
+
+
 @pytest.mark.parametrize("kill", ["1:2", "1:24", "0:19"])
 def test_an_elastic_restart_resumes_by_itself(
     parts_config: Path, whole_run: Path, tmp_path: Path, kill: str
