@@ -151,6 +151,18 @@ class NamedDataConfig(StreamableConfig):
     interpolation: Literal["bilinear", "bicubic"] = Field(
         "bilinear", description="How pixels are interpolated where an image is resized."
     )
+    num_train: int | None = Field(
+        None,
+        ge=1,
+        description="Number of training samples that are read, from the first on; null is all, as many as"
+        " there are. Data that never end need it.",
+    )
+    num_test: int | None = Field(
+        None,
+        ge=1,
+        description="The same for the test samples; null is all, or where there is no test split,"
+        " the training samples.",
+    )
 
 
 def _kind_of_data(values: Any) -> str | None:

@@ -24,7 +24,7 @@ from bncli.config import (
     SyntheticConfig,
 )
 from bncli.errors import ConfigError
-from bncli.network_name import with_whole_path
+from bncli.network_name import is_same_name, with_whole_path
 from bncli.wording import expected_value
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -53,10 +53,12 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 
 def config_from_dict(values: dict[str, Any], overrides: list[str] | None = None, *, source: str) -> Config:
     """Validate plain values, such as those stored in a checkpoint; `source` names them in errors."""
+    former = values
     for override in overrides or []:
         values = _apply_override(values, override)
     for section in ("data", "model"):
-        values = _start_section_afresh(values, section, overrides or [])
+        if not _is_same_kind(values, former, section):
+            values = _start_section_afresh(values, section, overrides or [])
         if keys_of(overrides or []) & {section, f"{section}.name"}:
             values = _with_whole_path(values, section, Path())
     try:
@@ -191,7 +193,12 @@ _Dumper.add_representer(float, _represent_float)
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if not path.is_file() and path.exists() and not path.is_dir():
+        if path.is_dir():
+            raise ConfigError(str(path), [_in_place_of_folder(path)])
+        if path.suffix == ".py" and path.is_file():
+            fix = "a network in it is trained with --set model.name"
+            raise ConfigError(str(path), [f"Python code, no configuration; {fix}={path}:FACTORY"])
+        if not path.is_file() and path.exists():
             raise ConfigError(str(path), ["a pipe or a device; write the configuration into a file"])
         with path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES + 1)
@@ -212,6 +219,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _in_place_of_folder(path: Path) -> str:
+    if (path / "config.yaml").is_file():
+        return f"the folder of a run; its configuration is {path / 'config.yaml'}, and --resume continues it"
+    return "a folder, no configuration; --data-root FOLDER names the one that holds the images"
+
+
 def _one_line(error: Exception) -> str:
     """What PyYAML says over several lines, on one."""
     mark = getattr(error, "problem_mark", None)
@@ -230,6 +243,8 @@ def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("--set", [f"{dotted}: no valid YAML: {_one_line(error)}"]) from None
+    if isinstance(value, dict) and text.endswith(":"):
+        value = text  # `model.name=torchvision:` is a name that was not finished, no section
     if isinstance(value, str) and text.strip() == value:
         value = text  # `data.root= x` keeps what the shell passed
     return _with_value(values, keys, value, dotted)
@@ -257,6 +272,13 @@ def _start_section_afresh(values: dict[str, Any], section: str, overrides: list[
         return values
     kept = {key.split(".")[1] for key in keys if key.startswith(f"{section}.")}
     return {**values, section: {key: value for key, value in former.items() if key in kept}}
+
+
+def _is_same_kind(values: dict[str, Any], former: dict[str, Any], section: str) -> bool:
+    """Whether the name of a section is what it was, or that of code whose file lies elsewhere now."""
+    found = [one.get(section) for one in (values, former)]
+    names = [one.get("name") if isinstance(one, dict) else None for one in found]
+    return isinstance(names[0], str) and isinstance(names[1], str) and is_same_name(names[0], names[1])
 
 
 def _with_whole_path(values: dict[str, Any], section: str, folder: Path) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def _attribute(module: ModuleType, where: str, attribute: str) -> Any:
 def check_arguments(factory: Factory, arguments: Mapping[str, object], option: str, section: str) -> None:
     """Say which arguments are missing and which are unknown, before anything is called.
 
-    `option` gives one of them, as "--model-arg {}=VALUE" does; in a configuration they are in `section`.
+    `option` gives one of them, as "--model-arg {}=VALUE" does; for training they are in `section`.
 
     Raises:
         UnusableError: some are.
@@ -138,7 +138,8 @@ def check_arguments(factory: Factory, arguments: Mapping[str, object], option: s
     missing = [key for key in needed if key not in arguments]
     if missing:
         values = " ".join(option.format(key) for key in missing)
-        raise UnusableError(f"it needs {' and '.join(missing)}: {values} (in a configuration: {section})")
+        to_train = f" (train: --set {section}.{missing[0]}=VALUE)" if not option.startswith("--set") else ""
+        raise UnusableError(f"it needs {' and '.join(missing)}: {values}{to_train}")
     if any(one.kind is one.VAR_KEYWORD for one in parameters):
         return
     for key in arguments:

@@ -43,6 +43,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli recalibrate --verify", "recalibrate run/last.pt --verify --num-images 100"),
     ("bncli compare", "compare run/last.pt run/new.pt"),
     ("bncli average", "average run/last.pt run/new.pt -o run/average.pt --num-images 100"),
+    ("bncli compare --ranks", "compare --ranks run/last.pt run/new.pt"),
     ("bncli convert", "convert run/last.pt -o run/layers.npz"),
     ("bncli history", "history run"),
     ("bncli config", "config"),

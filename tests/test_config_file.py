@@ -7,7 +7,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bncli.config import Config, ConvNetConfig, ImageFolderConfig, SyntheticConfig, TrainConfig
+from bncli.config import (
+    Cifar10Config,
+    Config,
+    ConvNetConfig,
+    ImageFolderConfig,
+    NamedModelConfig,
+    SyntheticConfig,
+    TrainConfig,
+)
 from bncli.config_file import config_from_dict, dump_config, load_config
 from bncli.errors import ConfigError
 
@@ -134,7 +142,10 @@ def test_a_bad_file_is_answered_with_one_line(tmp_path: Path, text: str, expecte
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "missing.yaml", "no such file"), (tmp_path, "cannot be read")):
+    for path, reason in (
+        (tmp_path / "missing.yaml", "no such file"),
+        (tmp_path, "a folder, no configuration"),
+    ):
         with pytest.raises(ConfigError, match=reason) as caught:
             load_config(path)
         assert caught.value.source == str(path)
@@ -194,3 +205,21 @@ def test_a_dumped_configuration_is_read_back_equal_by_any_yaml_reader(
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().train.epochs = 3  # type: ignore[misc]
+
+
+def test_a_name_that_was_not_finished_stays_text() -> None:
+    assert load_config(None, ["model.name=torchvision:"]).model.name == "torchvision:"
+
+
+def test_a_section_keeps_its_keys_where_its_name_stays_or_its_code_has_moved(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "data: {name: cifar10, root: there}\nmodel: {name: net.py:net, arguments: {width: 5}}\n"
+    )
+    for name in (f"{tmp_path}/net.py:net", "elsewhere/net.py:net"):
+        config = load_config(tmp_path / "a.yaml", [f"model.name={name}", "data.name=cifar10"])
+        assert isinstance(config.model, NamedModelConfig)
+        assert isinstance(config.data, Cifar10Config)
+        assert (config.model.arguments, config.data.root) == ({"width": 5}, "there")
+    other = load_config(tmp_path / "a.yaml", ["model.name=net.py:other"]).model
+    assert isinstance(other, NamedModelConfig)
+    assert other.arguments == {}

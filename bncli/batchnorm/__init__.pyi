@@ -4,11 +4,11 @@ from .audit.rule_definition import Rule as Rule
 from .audit.rule_definition import Threshold as Threshold
 from .audit.rules import RULES as RULES
 from .audit.rules import find_rule as find_rule
-from .compare import Comparison as Comparison
 from .compare import Contents as Contents
-from .compare import LayerComparison as LayerComparison
 from .compare import ReadableTensor as ReadableTensor
 from .compare import compare as compare
+from .comparison import Comparison as Comparison
+from .comparison import LayerComparison as LayerComparison
 from .distance import Divergence as Divergence
 from .distance import DivergenceSummary as DivergenceSummary
 from .distance import diverge as diverge
@@ -37,5 +37,8 @@ from .population.recalibrate import recalibrate as recalibrate
 from .population.selection import SkippedLayer as SkippedLayer
 from .population.verify import LayerConsistency as LayerConsistency
 from .population.verify import verify_fixed_point as verify_fixed_point
+from .ranks import PooledLayer as PooledLayer
+from .ranks import RankComparison as RankComparison
+from .ranks import compare_ranks as compare_ranks
 from .tracking import EpochStatistics as EpochStatistics
 from .tracking import LayerEpoch as LayerEpoch

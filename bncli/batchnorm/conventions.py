@@ -210,6 +210,21 @@ CHAINER = Convention(
     variance="unbiased",
     counter="batches of finetuning",  # N; 0 in any other training
 )
+# as its source has it: there is no package to run. Its files are in the zoo of Detectron
+CAFFE2 = Convention(
+    framework="Caffe2",
+    version="not run",
+    weight="s",
+    bias="b",
+    running_mean="rm",
+    running_var="riv",
+    momentum_name="momentum",
+    momentum_weighs="old average",
+    default_momentum=0.9,
+    default_eps=1e-5,
+    variance="unbiased",
+    counter=None,
+)
 MLX = replace(PYTORCH, framework="MLX", version="0.32.4", counter=None)
 TINYGRAD = replace(PYTORCH, framework="tinygrad", version="0.14.0")
 CONVENTIONS = (

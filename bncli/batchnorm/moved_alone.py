@@ -133,7 +133,8 @@ _COUNTERS_IN_WORDS = {
 }
 _CAUSES: dict[Counters, tuple[str, ...]] = {
     "equal": (
-        "two ranks of one distributed run, each with the statistics of its own batches",
+        "two ranks of one distributed run, each with the statistics of its own batches"
+        " (bncli compare --ranks)",
         "two runs with the same frozen weights and equally many batches",
         "statistics that were measured, averaged over ranks or copied: that does not change the counter"
         " (bncli recalibrate, timm's distribute_bn)",

@@ -19,7 +19,9 @@ from bncli.checkpoints.byte_source import (
 )
 from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats import (
+    distributed_folder,
     equinox_file,
+    exported_program,
     flax_file,
     haiku_file,
     keras_file,
@@ -44,7 +46,7 @@ from bncli.checkpoints.stored_tensor import StoredTensor
 # None for all else, which it must not raise for.
 ZIP_READERS: tuple[Callable[[torch_zip.ZipArchive], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_zip,
-    haiku_file.read_if_npz,
+    exported_program.read_if_exported,
     numpy_arrays.read_if_npz,
 )
 FILE_READERS: tuple[Callable[[ByteSource, bytes], tuple[str, object] | None], ...] = (
@@ -69,6 +71,7 @@ FOLDER_READERS: tuple[Callable[[Folder], tuple[str, object] | None], ...] = (
     keras_file.read_if_keras_folder,
     tensorflow_file.read_if_tensorflow_folder,
     orbax_folder.read_if_orbax,
+    distributed_folder.read_if_distributed,
 )
 _INDEX = ".index"  # of a TensorFlow checkpoint, which is named without it
 
@@ -89,6 +92,8 @@ def read_source(
         found = _first(read(folder) for read in FOLDER_READERS)
         if found is not None:
             return found
+        if folder.left_out:
+            raise ForeignFileError(f"{describe_directory(source, folder.names)}{folder.left_out}")
     elif "://" not in source and not Path(source).exists() and Path(f"{source}{_INDEX}").is_file():
         source += _INDEX
     return read_content(open_file(source, stack), stack, meanings)

@@ -14,8 +14,8 @@ from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
 from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.formats.foreign import recognise_shard
-from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.locate import (
     Candidate,
     NothingToReadError,
@@ -27,7 +27,7 @@ from bncli.checkpoints.locate import (
 )
 from bncli.checkpoints.own_config import own_hyperparameters
 from bncli.checkpoints.stored_tensor import StoredTensor
-from bncli.wording import plural
+from bncli.wording import list_names, plural
 
 # Of all BatchNorm layers together: 8 million channels, where a network has thousands. Read, copied and
 # judged they take several times that.
@@ -101,7 +101,12 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             kind, content = read_source(source, stack)
             found = state_dicts_of(kind, content, source)
             chosen = strip_prefixes(choose(found, key))
-            notes = content.notes if isinstance(content, ForeignNetwork) else ()
+            notes = chosen.notes
+            if chosen.uninitialised:
+                listed = list_names(chosen.uninitialised, 4)
+                notes += (f"not yet initialised, as they are lazy and have seen no batch: {listed}",)
+            if kind == distributed_folder.KIND:
+                notes += distributed_folder.describe_ranks(chosen.tensors, chosen.layer_names)
             candidates = tuple(state_dict.candidate for state_dict in found if state_dict.layer_names)
             del content, found  # all but the chosen tensors
         yield OpenCheckpoint(

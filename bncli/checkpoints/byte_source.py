@@ -214,6 +214,8 @@ def _open_url(url: str) -> ByteSource:
         size = info["size"]
     except DirectoryError:
         raise
+    except FileNotFoundError:  # of HTTP a 404, or nobody who listens
+        raise CheckpointError(f"{url}: there is no such file, or no such server") from None
     except Exception as error:  # every file system of fsspec raises its own
         raise CheckpointError(f"{url}: cannot be read: {_describe(error)}") from None
     if not isinstance(size, int):
@@ -221,9 +223,12 @@ def _open_url(url: str) -> ByteSource:
 
     def read_range(start: int, count: int) -> bytes:
         try:
-            return bytes(file_system.cat_file(path, start=start, end=start + count))
+            found = bytes(file_system.cat_file(path, start=start, end=start + count))
         except Exception as error:
             raise UnreadableFileError(f"cannot be read: {_describe(error)}") from None
+        if len(found) > count:  # the whole file came, as from servers that know no ranges
+            raise UnreadableFileError("its server does not give parts of a file; download it first")
+        return found
 
     return ByteSource(url, size, read_range)
 

@@ -6,7 +6,7 @@ would replace what was loaded, and a weight of 1 or a bias of 0 where a layer ha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bncli.batchnorm import LayerStats
+from bncli.batchnorm.conventions import Variance
 from bncli.errors import BncliError, CheckpointError
 
 Container = Literal["safetensors", "pt", "npz"]
@@ -36,7 +37,9 @@ class ConvertedLayer:
     momentum_assumed: bool
     num_batches_tracked: int
     counter_assumed: bool
+    variance: Variance  # that its framework averages
     variance_factor: float  # by which the variance was multiplied; 1 leaves its bits
+    next_momentum: float | None  # of its framework's next step, where that still counts up; None: `momentum`
     filled: tuple[str, ...]  # `weight` or `bias`, where the layer had only the other one
 
 
@@ -47,6 +50,9 @@ class Conversion:
     framework: str
     state_dict: dict[str, Tensor]  # CPU, in PyTorch's names; bfloat16 and float16 as they were
     layers: tuple[ConvertedLayer, ...]
+    notes: tuple[str, ...]  # how it was done, and where further training differs: a sentence each
+    used: frozenset[str] = frozenset()  # of the file, that were converted beside those of BatchNorm
+    missing: tuple[str, ...] = ()  # tensors of the network that the file had nothing for
 
 
 def convert_layers(
@@ -71,7 +77,35 @@ def convert_layers(
         state |= {f"{prefix}{leaf}": tensor for leaf, tensor in tensors.items()}
         found.append(converted)
     framework = layers[0].convention.framework if layers else "PyTorch"
-    return Conversion(framework, state, tuple(found))
+    return Conversion(framework, state, tuple(found), tuple(_notes(framework, found)))
+
+
+def _notes(framework: str, layers: Sequence[ConvertedLayer]) -> Iterator[str]:
+    """Where PyTorch's next steps are not those of the framework, and what makes them the same."""
+    uncorrected = {layer.variance for layer in layers if layer.variance_factor == 1}
+    if "biased" in uncorrected:
+        yield (
+            f"{framework} averages biased variances, PyTorch those times n / (n - 1), with n values per"
+            " channel: before further training give --values-per-channel N."
+        )
+    if "biased or unbiased" in uncorrected:
+        yield (
+            "The file does not say whether its variances are biased: where they are, before further training"
+            " give --values-per-channel N, as PyTorch averages n / (n - 1) times as much."
+        )
+    if any(layer.variance == "unbiased for images" for layer in layers):
+        yield (
+            f"{framework} averages PyTorch's variances behind layers with pixels, and biased ones behind"
+            " others: --values-per-channel N is right for the latter."
+        )
+    young = [layer for layer in layers if layer.next_momentum is not None]
+    if young:
+        one = max(young, key=lambda layer: layer.next_momentum or 0)
+        yield (
+            f"{framework} divides its averages by 1 - (1 - momentum)^t, after t calls: its next batch would"
+            f" weigh {one.next_momentum:.3g} in {one.name}, later ones less, down to {one.momentum:g} as at"
+            " once in PyTorch."
+        )
 
 
 def _convert(name: str, layer: LayerStats, values: float | None) -> tuple[ConvertedLayer, dict[str, Tensor]]:
@@ -102,9 +136,21 @@ def _convert(name: str, layer: LayerStats, values: float | None) -> tuple[Conver
     tensors["num_batches_tracked"] = torch.tensor(count)
     converted = ConvertedLayer(
         name, layer.name, layer.num_features, layer.eps_or_default, momentum, layer.eps is None,
-        not layer.hyperparameters_known, count, counter_assumed, factor, filled,
+        not layer.hyperparameters_known, count, counter_assumed, layer.convention.variance, factor,
+        None if counter_assumed else _next_momentum(layer, momentum, count), filled,
     )  # fmt: skip
     return converted, tensors
+
+
+def _next_momentum(layer: LayerStats, momentum: float | None, count: int) -> float | None:
+    """The weight of the next batch in an average that is divided by 1 - (1 - momentum)^count.
+
+    None where that is `momentum` in all but the last digits, as it is in averages that are not divided.
+    """
+    if layer.convention.starts_at_0_1 or momentum is None or not 0 < momentum < 1:
+        return None
+    weight = momentum / (1 - (1 - momentum) ** (count + 1))
+    return weight if weight > 1.001 * momentum else None
 
 
 def _assumed_count(momentum: float | None) -> int:

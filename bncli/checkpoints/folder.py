@@ -1,6 +1,8 @@
 """A local directory that holds one checkpoint in many files.
 
-Links are left out, wherever they lead: a stranger's directory must not make us read any other file.
+A link is followed where it stays inside the directory, or leads into `blobs` of the cache of a hub
+(`models--X/snapshots/REVISION` is made of such links). All others are left out: a stranger's directory must
+not make us read any other file.
 """
 
 import os
@@ -10,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, UnreadableFileError, open_source
+from bncli.wording import plural
 
 MAX_FILES = 500_000  # below a directory: one for each tensor in the formats that do so
 MAX_LEVELS = 60
@@ -22,14 +25,28 @@ class Folder:
     path: Path
     stack: ExitStack
 
-    @cached_property
+    @property
     def names(self) -> frozenset[str]:
         """All files, as `sub/file` with slashes on every system.
 
         Raises:
             UnreadableFileError: when it cannot be listed, or is far too large.
         """
-        found: set[str] = set()
+        return self._found[0]
+
+    @property
+    def left_out(self) -> str:
+        """Which links are not followed, to go behind a sentence; '' where there are none."""
+        links = sorted(self._found[1])
+        if not links:
+            return ""
+        listed = f"{plural(len(links), 'link')} in it not followed, such as {links[0][:100]}"
+        return f"; {listed}, which leads elsewhere or nowhere"
+
+    @cached_property
+    def _found(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Files, and links that lead elsewhere."""
+        found, elsewhere = set[str](), set[str]()
         levels = [("", 0)]
         while levels:
             place, level = levels.pop()
@@ -39,13 +56,28 @@ class Folder:
                 raise UnreadableFileError(f"cannot be listed: {error.strerror or error}") from None
             for entry in entries:
                 name = f"{place}/{entry.name}" if place else entry.name
-                if entry.is_dir(follow_symlinks=False) and level < MAX_LEVELS:
+                if entry.is_symlink():
+                    (found if self._stays(entry) else elsewhere).add(name)
+                elif entry.is_dir(follow_symlinks=False) and level < MAX_LEVELS:
                     levels.append((name, level + 1))
                 elif entry.is_file(follow_symlinks=False):
                     found.add(name)
-            if len(found) + len(levels) > MAX_FILES:
+            if len(found) + len(elsewhere) + len(levels) > MAX_FILES:
                 raise UnreadableFileError(f"a directory of more than {MAX_FILES:,} files")
-        return frozenset(found)
+        return frozenset(found), frozenset(elsewhere)
+
+    def _stays(self, link: os.DirEntry[str]) -> bool:
+        """Whether a link leads to a file in the directory, or to a blob of the cache that it is part of."""
+        target = Path(os.path.realpath(link.path))
+        return target.is_file() and any(target.is_relative_to(place) for place in self._places)
+
+    @cached_property
+    def _places(self) -> tuple[Path, ...]:
+        own = Path(os.path.realpath(self.path))
+        blobs = own.parent.parent / "blobs"  # a link itself where the cache is not one that the hub made
+        if own.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            return own, blobs
+        return (own,)
 
     def open(self, name: str) -> ByteSource:
         """One of `names`.
@@ -55,6 +87,17 @@ class Folder:
         """
         self._check(name)
         return self.stack.enter_context(open_source(str(self.path / name)))
+
+    def reopened(self, name: str) -> ByteSource:
+        """One of `names`, which is open only while some of it is read: there may be very many.
+
+        Raises:
+            UnreadableFileError: when it is none of them.
+        """
+        self._check(name)
+        with open_source(str(self.path / name)) as file:
+            size = file.size
+        return ByteSource(name, size, lambda start, count: self.read_at(name, start, count))
 
     def read(self, name: str, limit: int = MAX_READ) -> bytes:
         """The content of one of `names`, in memory.
@@ -79,5 +122,7 @@ class Folder:
             return file.read_at(start, size)
 
     def _check(self, name: str) -> None:
+        if name in self._found[1]:
+            raise UnreadableFileError(f"its {name[:100]} is a link that leads elsewhere; bncli follows none")
         if name not in self.names:
             raise UnreadableFileError(f"there is no file {name[:100]} in the directory")

@@ -16,10 +16,10 @@ from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, walk
-from bncli.checkpoints.formats.pickled_module import is_module, read_module
+from bncli.checkpoints.formats.pickled_module import is_module, is_uninitialised, read_module
 from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.errors import NoBatchNormError
-from bncli.wording import plural
+from bncli.wording import list_names, plural
 
 MAX_DEPTH = 6
 MAX_CONTAINERS = 20_000
@@ -58,6 +58,8 @@ class StateDict:
     hyperparameters: dict[str, Hyperparameters] = field(default_factory=dict)
     is_whole_module: bool = False
     prefix: str = ""  # what every name in the file has before those here
+    notes: tuple[str, ...] = ()  # as in OpenCheckpoint
+    uninitialised: tuple[str, ...] = ()  # BatchNorm layers that are lazy still, under their names in the file
 
     @property
     def candidate(self) -> Candidate:
@@ -71,9 +73,6 @@ def find_state_dicts(content: object) -> list[StateDict]:
     Raises:
         UnreadableFileError: where a pickled module grows without bounds.
     """
-    if isinstance(content, ForeignNetwork):
-        layers = dict(content.layers)
-        return [StateDict("", dict(content.tensors), list(layers), layers, is_whole_module=True)]
     found = []
     seen: set[int] = set()
     level = [("", content)]
@@ -83,9 +82,14 @@ def find_state_dicts(content: object) -> list[StateDict]:
             if id(value) in seen or len(seen) > MAX_CONTAINERS:
                 continue
             seen.add(id(value))
+            if isinstance(value, ForeignNetwork):
+                layers = dict(value.layers)
+                tensors = dict(value.tensors)
+                found.append(StateDict(key, tensors, list(layers), layers, True, notes=value.notes))
+                continue
             if isinstance(value, Inert) and is_module(value):
                 module = _from_module(key, value)
-                found += [module] if module.tensors or module.layer_names else []
+                found += [module] if module.tensors or module.layer_names or module.uninitialised else []
                 continue
             for part in (value.attributes, value.items) if isinstance(value, Inert) else (value,):
                 found += _from_container(key, part)
@@ -98,7 +102,12 @@ def _from_container(key: str, value: object) -> list[StateDict]:
     if not isinstance(value, dict):
         return []
     tensors = {str(name): part for name, part in value.items() if isinstance(part, StoredTensor)}
-    return [StateDict(key, tensors, batch_norm_names(tensors))] if tensors else []
+    lazy = tuple(
+        str(name).removesuffix("running_mean").removesuffix(".")
+        for name, part in value.items()
+        if str(name).rpartition(".")[2] == "running_mean" and is_uninitialised(part)
+    )
+    return [StateDict(key, tensors, batch_norm_names(tensors), uninitialised=lazy)] if tensors else []
 
 
 def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]:
@@ -111,7 +120,9 @@ def _inside(key: str, value: object, seen: set[int]) -> list[tuple[str, object]]
     containers = (
         (f"{key}.{name}" if key else name, part)
         for name, part in parts
-        if isinstance(part, dict | list | tuple | Inert) and id(part) not in seen and len(name) <= MAX_KEY
+        if isinstance(part, dict | list | tuple | Inert | ForeignNetwork)
+        and id(part) not in seen
+        and len(name) <= MAX_KEY
     )
     return list(islice(containers, MAX_CONTAINERS))
 
@@ -179,12 +190,20 @@ def _from_module(key: str, value: Inert) -> StateDict:
     module = read_module(value)
     with_statistics = {name for name in batch_norm_names(module.tensors) if name not in module.instance_norms}
     layers = [name for name in module.names if name in with_statistics or name in module.hyperparameters]
-    return StateDict(key, module.tensors, layers, module.hyperparameters, is_whole_module=True)
+    lazy = tuple(module.uninitialised)
+    return StateDict(
+        key, module.tensors, layers, module.hyperparameters, is_whole_module=True, uninitialised=lazy
+    )
 
 
 def _with_batch_norm(state_dict: StateDict) -> StateDict:
     if state_dict.layer_names:
         return state_dict
+    if state_dict.uninitialised:
+        raise NothingToReadError(
+            f"{plural(len(state_dict.uninitialised), 'BatchNorm layer')}, not yet initialised"
+            f" ({list_names(state_dict.uninitialised, 3)}); compute a batch with the network, then save it"
+        )
     names = ", ".join(name[:60] for name in list(state_dict.tensors)[:3])
     where = f" under {state_dict.key}" if state_dict.key else ""
     count = len(state_dict.tensors)

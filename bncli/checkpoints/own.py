@@ -30,7 +30,7 @@ from bncli.config_file import config_from_dict
 from bncli.errors import BncliError, CheckpointError, ConfigError, ForeignNetworkError
 from bncli.models import build_configured
 from bncli.models.bounded import Bounded
-from bncli.network_name import CONVNET, is_same_name, runs_foreign_code
+from bncli.network_name import CONVNET, is_file, is_same_name, runs_foreign_code
 
 FORMAT_VERSION = 2  # written; older ones are read
 
@@ -137,7 +137,10 @@ def _repeated(config: Config, name: str, arguments: Mapping[str, Any], source: s
     """The configuration with the network's name as the user gives it, where it means the recorded one."""
     recorded = config.model
     if not is_same_name(name, recorded.name):
-        raise CheckpointError(f"{source}: it records the network {_shown(recorded.name)}, not {name}")
+        moved = (
+            "; a file may have moved, but not changed its name" if is_file(name.rpartition(":")[0]) else ""
+        )
+        raise CheckpointError(f"{source}: it records the network {_shown(recorded.name)}, not {name}{moved}")
     if isinstance(recorded, ConvNetConfig):
         return config
     values = {"name": name, "arguments": {**recorded.arguments, **arguments}}

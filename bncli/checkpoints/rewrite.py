@@ -25,6 +25,7 @@ from bncli.batchnorm.state_dict import batch_norm_keys
 from bncli.checkpoints.any_content import named, open_file, read_content, without_collector
 from bncli.checkpoints.any_file import state_dicts_of
 from bncli.checkpoints.byte_source import ByteSource, Patch, UnreadableFileError
+from bncli.checkpoints.formats import exported_program
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.inert_pickle import Inert, parts_of
 from bncli.checkpoints.formats.torch_pickle import UsesOfStorages
@@ -113,6 +114,8 @@ def _plan(
         kind, content = read_content(file, stack, uses.meanings)
     if kind.endswith("index"):
         raise UnreadableFileError("an index of several files; give the one of them that is to be changed")
+    if kind == exported_program.KIND:
+        raise UnreadableFileError("a program of torch.export, which is only read; export the network again")
     if isinstance(content, ForeignNetwork):
         raise UnreadableFileError(f"a file of another framework ({kind}), which is only read")
     if isinstance(content, dict) and content.get("format") == FORMAT:

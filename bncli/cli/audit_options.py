@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bncli.cli.help_page import CHECKED, SHOWN
+from bncli.cli.messages import print_note
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -159,6 +160,12 @@ def parse_assumed(text: str | None) -> dict[str, float]:
                 ],
             )
         found[name] = number
+    if found.get("momentum", 0) > 0.5:
+        momentum = found["momentum"]
+        print_note(
+            f"--assume momentum={momentum:g} is the weight of the new batch; if {momentum:g} is that of the"
+            f" old average, as in Keras and Flax, give momentum={1 - momentum:.3g}"
+        )
     return found
 
 

@@ -56,7 +56,7 @@ class NamedNetwork:
         from bncli.models.picked_output import pick_output
 
         network = build_network(self.name, self.arguments)
-        loaded = load_weights(network, _as_typed(path), key=self.key, partial=self.partial)
+        loaded = load_weights(network, as_typed(path), key=self.key, partial=self.partial)
         freeze_uncounted(network, loaded.kept)
         pick_output(network, self.logits)
         return network.eval(), loaded
@@ -120,9 +120,14 @@ def named_network(
     )
 
 
-def _as_typed(path: Path) -> str:
+def as_typed(path: Path) -> str:
     """A path, or the URL that was made one."""
-    return re.sub(r"^(https?):/+", r"\1://", str(path))
+    return re.sub(r"^([a-z][a-z0-9+.-]+):/+", r"\1://", str(path))
+
+
+def is_address(path: Path) -> bool:
+    """Whether it is a URL, which some commands read and others cannot."""
+    return "://" in as_typed(path)
 
 
 def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
@@ -138,10 +143,13 @@ def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
         raise ConfigError("--model-arg", error.problems) from None
 
 
-def find_data(overrides: list[str], command: str, preset: "Preset | None") -> list[str]:
+def find_data(
+    overrides: list[str], command: str, preset: "Preset | None", *, needs_images: bool = True
+) -> list[str]:
     """The overrides, with the kind of data where only their folder is named.
 
-    Raises ConfigError where no data are named: a foreign checkpoint does not say which it is of.
+    Raises ConfigError where no data are named and images are needed: a foreign checkpoint does not say which
+    it is of.
     """
     from bncli.config_file import override_values
     from bncli.data.cifar10_files import batch_folders
@@ -156,6 +164,8 @@ def find_data(overrides: list[str], command: str, preset: "Preset | None") -> li
     if "root" not in named and command == "bncli predict" and "classes" in named:
         return ["data.name=imagefolder", *_sizes(preset, named), *overrides]  # names are all that is asked
     if "root" not in named:
+        if not needs_images:
+            return overrides
         ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
         raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
     root = user_path(str(named["root"]), "data.root")

@@ -145,20 +145,25 @@ def open_subject(
     batch_invariant: bool = False,
     named: "NamedNetwork | None" = None,
     trusted: str | None = None,
+    needs_images: bool = True,
 ) -> Subject:
     """Read a checkpoint and place its network; `command` is a key of `overrides.EFFECTIVE`.
 
     `named` is the network that the command line names: where the file is not bncli's own, or is and records
     the name of code, which is only run if it is repeated. `trusted` is such a name that bncli itself knows.
+    Without `needs_images` no data set is looked for.
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
     from bncli.cli.messages import note_emulation
-    from bncli.cli.named_network import tell_images
+    from bncli.cli.named_network import as_typed, is_address, tell_images
     from bncli.determinism import FixedShape
     from bncli.models.preset import preset_of
     from bncli.runtime import resolve_runtime
 
+    if named is None and is_address(path):
+        reason = "a checkpoint of `bncli train` is read from this machine; download it first"
+        raise CheckpointError(f"{as_typed(path)}: {reason}, or name another network with --model")
     loaded = checkpoint = None
     repeated = None if named is None or not _records_network(path) else named
     if named is None or repeated is not None:
@@ -168,9 +173,10 @@ def open_subject(
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
         preset = preset_of(named.name, network)
-        followed = _config_of_options(overrides or [], command, preset)
+        followed = _config_of_options(overrides or [], command, preset, needs_images=needs_images)
         named = named.with_preset(preset, followed.config.data)
-        tell_images(followed.config, named, has_preset=preset is not None)
+        if needs_images:
+            tell_images(followed.config, named, has_preset=preset is not None)
     runtime = resolve_runtime(followed.config.runtime)
     note_emulation(runtime)
     network = runtime.place_model(network)
@@ -237,13 +243,16 @@ def _open_own(
     return load_model(checkpoint, source=str(path)), checkpoint, followed
 
 
-def _config_of_options(overrides: list[str], command: str, preset: "Preset | None") -> "FollowedConfig":
+def _config_of_options(
+    overrides: list[str], command: str, preset: "Preset | None", *, needs_images: bool
+) -> "FollowedConfig":
     """The configuration where a file records none: the defaults, and what the command line says."""
     from bncli.cli.named_network import find_data
     from bncli.config_file import config_from_dict, keys_of
     from bncli.recorded_config import FollowedConfig
 
-    config = config_from_dict({}, find_data(overrides, f"bncli {command}", preset), source="defaults")
+    given = find_data(overrides, f"bncli {command}", preset, needs_images=needs_images)
+    config = config_from_dict({}, given, source="defaults")
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 

@@ -25,7 +25,11 @@ def complete_device() -> list[str]:
 
 
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A file that `bncli train` saved, such as last.pt; with --model, any checkpoint of PyTorch.",
+    ),
 ]
 ANY_CHECKPOINT = (
     "A checkpoint of bncli, PyTorch or another framework (bncli explain checkpoint-files): a path or a URL."

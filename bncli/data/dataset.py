@@ -9,8 +9,8 @@ from torch import Tensor
 from bncli.errors import DataError
 from bncli.indexed import Indexed, InMemory
 
-Progress = Callable[[str, int, int], None]
-"""Called as `progress(what, done, total)`, always in the thread that loads."""
+Progress = Callable[[str, int, int | None], None]
+"""Called as `progress(what, done, total)`, always in the thread that loads; None: nobody knows the total."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class Dataset:
     test: Indexed
     class_names: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what its user should be told, each one sentence
+
+
+NO_IMAGES = Dataset("no data set", InMemory(torch.empty(0), None), InMemory(torch.empty(0), None), ())
+"""For what is computed from a checkpoint alone."""
 
 
 def numbered_classes(*splits: Indexed) -> tuple[str, ...]:

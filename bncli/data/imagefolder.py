@@ -35,7 +35,7 @@ from bncli.data.memory import SPARE, address_space_left
 from bncli.data.streamed import Sample, StreamedSplit
 from bncli.data.user_path import user_path
 from bncli.errors import DataError
-from bncli.wording import gigabytes
+from bncli.wording import gigabytes, plural
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
 MAX_CACHED = 4_000_000_000  # bytes of decoded images
@@ -120,7 +120,7 @@ def _no_split(root: Path, name: str) -> str:
 def _instead_of_train(root: Path) -> str:
     """What to do, by what is there."""
     if not root.is_dir():
-        return f"there is no folder {root}: set data.root to the folder above train"
+        return f"there is no folder {root}: set data.root (--data-root) to the folder above train"
     names = class_names(root)
     for place in (*(root / name for name in names), root.absolute().parent):
         if (place / TRAIN).is_dir() and any((place / name).is_dir() for name in TEST_NAMES):
@@ -129,11 +129,11 @@ def _instead_of_train(root: Path) -> str:
         if name.lower() in _LIKE_TRAIN:
             return f"rename {name} to train"
     if not names:
-        return f"there are no folders in {root}: set data.root to the folder above train"
+        return f"there are no folders in {root}: set data.root (--data-root) to the folder above train"
     shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
     return (
         f"{root} holds {shown}: if these are the classes, move them into {root / TRAIN} and a part of the"
-        f" images into {root}/test; else set data.root to the folder above train"
+        f" images into {root}/test; else set data.root (--data-root) to the folder above train"
     )
 
 
@@ -324,7 +324,11 @@ def _list_split(root: Path, split: str) -> _Listing:
     try:
         names = class_names(folder)
         if not names:
-            raise DataError(f"{folder}: no class folders in it; {layout(root)}")
+            loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
+            what = (
+                f"{plural(loose, 'image')} in it, but no class folders" if loose else "no class folders in it"
+            )
+            raise DataError(f"{folder}: {what}; {layout(root)}")
         files: list[ImageFile] = []
         labels: list[int] = []
         for label, name in enumerate(names):

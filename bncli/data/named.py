@@ -19,7 +19,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import redirect_stdout
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,17 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
             factory, arguments = _find(config)
             made = [_call(factory, arguments, is_training=is_training) for is_training in (True, False)]
     except UnusableError as error:
-        raise DataError(f"data {config.name}: {error}") from None
+        # what torchvision says of it is for Python
+        missing = "download=True" in str(error) and "download" not in config.arguments
+        fix = "; here that is --set data.arguments.download=true" if missing else ""
+        raise DataError(f"data {config.name}: {error}{fix}") from None
     notes = []
     if made[1] is None:
         made[1] = made[0]
-        notes.append(f"{config.name} takes neither train nor split: its samples are both splits")
+        notes.append(f"{config.name} has no argument train or split: the test samples are the training's")
     train = _split(made[0], config, "training", progress)
-    test = train if made[1] is made[0] else _split(made[1], config, "test", progress)
+    is_same = made[1] is made[0] and config.num_test in (None, config.num_train)
+    test = train if is_same else _split(made[1], config, "test", progress)
     if not (train.can_shuffle and test.can_shuffle):
         notes.append(f"{config.name} gives samples in one order only: a sample of them is its beginning")
     names = _class_names(made[0], train, test)
@@ -163,6 +167,7 @@ def _split(made: object, config: NamedDataConfig, which: str, progress: Progress
     from torch.utils.data.dataloader import default_collate
 
     workers, fit = config.workers, None
+    limit = config.num_train if which == "training" else config.num_test
     if config.image_size is not None:
         fit = Fit(config.image_size, config.resize, config.interpolation)
     in_batches = False
@@ -175,13 +180,14 @@ def _split(made: object, config: NamedDataConfig, which: str, progress: Progress
             in_batches = True
     reader = _Reader(config.name, made, fit)
     if in_batches or isinstance(made, IterableDataset) or not hasattr(made, "__len__"):
-        return _read_through(reader, config, which, progress, in_batches=in_batches)
+        return _read_through(reader, config, which, limit, progress, in_batches=in_batches)
     assert isinstance(made, Sized)
     if len(made) == 0:
         raise DataError(f"data {config.name}: its {which} split has no samples")
-    streamed = StreamedSplit(reader, len(made), num_workers=workers)
+    size = len(made) if limit is None else min(limit, len(made))
+    streamed = StreamedSplit(reader, size, num_workers=workers)
     first, _ = reader(0)
-    needed = first.nbytes * len(made)
+    needed = first.nbytes * size
     if config.stream is True or (config.stream == "auto" and not _fits(needed)):
         return streamed
     images = torch.empty((len(streamed), *first.shape), dtype=streamed.dtype)
@@ -205,10 +211,21 @@ def _labels(labels: Tensor) -> Tensor | None:
 
 
 def _read_through(
-    reader: "_Reader", config: NamedDataConfig, which: str, progress: Progress | None, *, in_batches: bool
+    reader: "_Reader",
+    config: NamedDataConfig,
+    which: str,
+    limit: int | None,
+    progress: Progress | None,
+    *,
+    in_batches: bool,
 ) -> Indexed:
     """Samples that come in one order: kept as long as they fit, and counted."""
-    begin = partial(reader.samples, in_batches=in_batches)
+
+    def begin() -> Iterator[Sample]:
+        return islice(reader.samples(in_batches=in_batches), limit)
+
+    key = "data.num_train" if which == "training" else "data.num_test"
+    hint = f" to its end (--set {key}=N reads fewer)" if limit is None else ""
     kept: list[Any] | None = None if config.stream is True else []
     labels: list[int] = []
     num_bytes = 0
@@ -220,7 +237,7 @@ def _read_through(
             if config.stream == "auto" and len(labels) % _BATCH == 0 and not _fits(num_bytes):
                 kept = None
         if progress is not None and len(labels) % _BATCH == 0:
-            progress(f"read the {which} split", len(labels), len(labels) + 1)  # nobody knows how many
+            progress(f"read the {which} split{hint}", len(labels), limit)
     if not labels:
         raise DataError(f"data {config.name}: its {which} split yields nothing")
     known = _labels(torch.tensor(labels))

@@ -257,3 +257,20 @@ def _step(node: fx.Node, is_before: bool) -> fx.Node | None:
 
 def _side(is_before: bool) -> str:
     return "before it" if is_before else "after it"
+
+
+def norms_behind(model: nn.Module) -> dict[str, str]:
+    """By convolution or linear layer the BatchNorm layer that takes all of its output, as far as is seen.
+
+    Poolings between the two that pass on what is the same everywhere do not count. `model` is left alone.
+
+    Raises BncliError for a model that cannot be copied, or is not built yet.
+    """
+    network = _Network.copy_of(model)
+    found = {}
+    for name, norm in batch_norm_layers(network.model):
+        try:
+            found[_neighbour(network, norm, network.calls_of(name), is_before=True)] = name
+        except _KeptError:
+            continue
+    return found

@@ -68,11 +68,12 @@ def _is_number(name: str) -> bool:
 def describe_outputs(outputs: object) -> str:
     """What a network returned, with the names or numbers of what is in it."""
     kind = type(outputs).__name__
+    article = "an" if kind[0].lower() in "aeiou" else "a"
     if isinstance(outputs, Tensor):
         return f"a single tensor of shape {tuple(outputs.shape)}"
     names = list(_items(outputs))
     if not names:
-        return f"a {kind}"
+        return f"{article} {kind}"
     if isinstance(outputs, tuple | list) and not hasattr(outputs, "_fields"):
-        return f"a {kind} of {plural(len(names), 'output')}: 0 to {len(names) - 1}"
-    return f"a {kind} with {list_names(names)}"
+        return f"{article} {kind} of {plural(len(names), 'output')}: 0 to {len(names) - 1}"
+    return f"{article} {kind} with {list_names(names)}"

@@ -6,6 +6,7 @@ from torch.nn.parameter import is_lazy
 
 from bncli.batchnorm.modes import eval_mode, preserved_buffers, train_mode
 from bncli.errors import BncliError, ConfigError
+from bncli.models.picked_output import describe_outputs
 from bncli.training.losses import find_logits
 
 
@@ -22,7 +23,10 @@ def check_network(model: nn.Module, name: str, images: Tensor, num_classes: int)
 
     tensors = (*model.parameters(), *model.buffers())
     if any(is_lazy(tensor) for tensor in tensors):
-        raise refuse("it has lazy layers, whose weights have no shape yet; let the function compute once")
+        raise refuse(
+            "it has lazy layers, whose weights have no shape yet; let the function"
+            " that makes the network compute an image once"
+        )
     if not any(weight.requires_grad for weight in model.parameters()):
         raise refuse("it has no weights to train")
     if not all(isinstance(value, Tensor) for value in model.state_dict().values()):
@@ -39,13 +43,13 @@ def check_network(model: nn.Module, name: str, images: Tensor, num_classes: int)
             raise refuse(f"cannot compute two images of {size} values in {mode} mode: {text}") from None
         logits = find_logits(outputs) if mode == "train" else outputs
         if not isinstance(logits, Tensor):
-            found = f"a {type(outputs).__name__}"
+            found = f"{describe_outputs(outputs)}; let it return the logits alone"
         elif logits.ndim != 2 or len(logits) != len(images) or not logits.is_floating_point():
             found = f"a tensor {tuple(logits.shape)} of {str(logits.dtype).removeprefix('torch.')}"
         elif logits.shape[1] != num_classes:
             raise refuse(
-                f"it has {logits.shape[1]:,} classes, but the data have {num_classes:,}; model.arguments is"
-                " where its number of classes belongs"
+                f"it has {logits.shape[1]:,} classes, but the data have {num_classes:,}; where it takes"
+                " num_classes, it is given theirs; what else it takes goes into model.arguments"
             )
         else:
             continue

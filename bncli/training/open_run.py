@@ -11,6 +11,7 @@ from bncli.config_file import load_config
 from bncli.data import Progress
 from bncli.distributed import Processes
 from bncli.errors import CheckpointError, RunError
+from bncli.network_name import is_same_name
 from bncli.training.run import Run
 from bncli.training.run_dir import created, keep_metrics_until, reopened, save_config, writing
 from bncli.training.setup import prepare
@@ -114,7 +115,11 @@ def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
     last = load_checkpoint(path) if path.exists() else None
     former = last.config if last else load_config(run_dir / "config.yaml")
     differences = _differences(former.model_dump(), config.model_dump())
-    refused = [text for key, text in differences.items() if not key.startswith(CHANGEABLE)]
+    refused = [
+        text
+        for key, text in differences.items()
+        if not key.startswith(CHANGEABLE) and not _has_moved(key, former, config)
+    ]
     if refused:
         raise RunError(f"{run_dir}: cannot resume with another configuration: {'; '.join(refused)}")
     if last and config.train.epochs < last.epoch + (last.running_epoch is not None):
@@ -126,6 +131,15 @@ def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:
             f" {last.epoch} already"
         )
     return last
+
+
+def _has_moved(key: str, former: Config, config: Config) -> bool:
+    """Whether that key names code of the user's own whose file only lies elsewhere now."""
+    names = {
+        "model.name": (config.model.name, former.model.name),
+        "data.name": (config.data.name, former.data.name),
+    }
+    return key in names and is_same_name(*names[key])
 
 
 def _recorded_threads(last: Checkpoint | None) -> int | None:

@@ -227,7 +227,7 @@ def test_sorted_names_take_the_order_of_the_other_file_or_admit_that_it_is_lost(
 def test_layers_and_tensors_of_only_one_are_listed() -> None:
     one, two = state(), state()
     for name in [name for name in two if name.startswith("3.")]:
-        two["9" + name[1:]] = two.pop(name)
+        two["9" + name[1:]] = two.pop(name) + 1
     two["1.running_mean"], two["1.running_var"] = torch.zeros(5), torch.ones(5)
     found = compare(Contents(one), Contents(two))
     assert (found.only_in_first, found.only_in_second) == (("3",), ("9",))
@@ -245,6 +245,52 @@ def test_other_names_are_matched_by_order_and_that_is_said() -> None:
     assert [x.feeding_weights_moved for x in found.layers] == [False, True]
     assert (found.num_tensors, found.num_tensors_changed) == (16, 1)
     assert compare(Contents(state()), Contents(state())).matched_by == "name"
+
+
+def named(*names: str) -> Contents:
+    """A network with so many layers, each with numbers of its own; a name twice is one layer."""
+    made = {}
+    for name in names:
+        torch.manual_seed(sum(map(ord, name.rpartition(".")[2])))
+        layer = nn.BatchNorm2d(4)
+        if not name.endswith("fresh"):
+            layer.running_mean.normal_()
+        made |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.state_dict().items()}
+    return Contents(made)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "matched_by", "pairs"),
+    [
+        # one export names the network around a layer, the other does not
+        ("stem block.bn", "stem bn", "name", "stem:stem block.bn:bn"),
+        ("stem bn", "stem block.bn", "name", "stem:stem bn:block.bn"),
+        ("stem a.bn b.bn", "stem bn", "name", "stem:stem"),  # either could be meant, by its values too
+        ("stem bn", "stem a.bn b.bn", "name", "stem:stem"),
+        ("stem a.bn", "stem b.bn", "name", "stem:stem a.bn:b.bn"),  # by its values
+        ("stem a.fresh", "stem b.fresh", "name", "stem:stem"),  # untrained, like any other
+        ("stem a.bn", "stem b.other", "name", "stem:stem"),
+        ("a.one a.two a.three", "three two one", "name", "a.one:one a.two:two a.three:three"),
+        ("a.one a.two a.three", "one two three", "order", "a.one:one a.two:two a.three:three"),
+        ("a.one a.two a.three", "two three", "name", "a.two:two a.three:three"),
+        ("one two x.three", "p.two q.three", "values", "two:p.two x.three:q.three"),
+        (
+            "x.one x.two x.three",
+            "y.three y.two y.one y.zero",
+            "values",
+            "x.one:y.one x.two:y.two x.three:y.three",
+        ),
+        ("x.one x.two", "y.zero y.one y.two", "values", "x.one:y.one x.two:y.two"),
+    ],
+)
+def test_layers_are_counterparts_where_one_name_ends_in_the_other(
+    first: str, second: str, matched_by: str, pairs: str
+) -> None:
+    found = compare(named(*first.split()), named(*second.split()))
+    assert found.matched_by == matched_by
+    assert " ".join(f"{layer.name}:{layer.name_in_second}" for layer in found.layers) == pairs
+    assert {layer.relation.kind for layer in found.layers} == {"equal"}
+    assert found.num_tensors_changed == 0
 
 
 def test_nothing_in_common_is_refused() -> None:

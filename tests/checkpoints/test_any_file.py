@@ -6,8 +6,11 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -436,3 +439,29 @@ def test_integer_or_complex_tensors_are_no_running_statistics(tmp_path: Path) ->
     torch.save(state, tmp_path / "odd.pt")
     (layer,) = layers_of(tmp_path / "odd.pt")
     assert (layer.name, layer.bias) == ("2.0", None)
+
+
+def test_a_server_without_ranges_or_without_the_file_is_told_as_such(tmp_path: Path) -> None:
+    """As Python's own http.server answers."""
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "a.pt")
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            for name, message in (
+                ("a.pt", "its server does not give parts of a file; download it first"),
+                ("b.pt", "there is no such file, or no such server"),
+            ):
+                url = f"http://127.0.0.1:{server.server_port}/{name}"
+                with pytest.raises(CheckpointError) as caught, open_checkpoint(url):
+                    pass
+                assert str(caught.value) == f"{url}: {message}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass

@@ -62,6 +62,14 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
             yield torch.from_numpy(pixels(number)).permute(2, 0, 1), number % NUM_CLASSES
 
 
+class Endless(Stream):
+    """The same again and again."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        while True:
+            yield from super().__iter__()
+
+
 def loader(train: bool) -> DataLoader[Any]:
     return DataLoader(Pictures(train), batch_size=5, collate_fn=list)
 

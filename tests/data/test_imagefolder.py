@@ -326,6 +326,9 @@ def test_a_split_without_class_folders_is_named(folder):
     for path in (folder.root / "train").iterdir():
         path.rename(folder.root / path.name)
     assert f"{folder.root / 'train'}: no class folders" in folder.error()
+    for name in ("a.png", "b.JPG"):
+        (folder.root / "train" / name).touch()
+    assert f"{folder.root / 'train'}: 2 images in it, but no class folders; expected" in folder.error()
 
 
 def test_a_class_without_images_is_named(folder):

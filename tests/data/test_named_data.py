@@ -92,9 +92,27 @@ def test_an_iterable_that_does_not_fit_is_read_in_its_order(name, monkeypatch):
     found = [images for images, _ in dataset.train.batches_of([torch.tensor([7, 5]), torch.tensor([6, 7])])]
     assert torch.equal(torch.cat(found), expected(8)[[7, 5, 6, 7]])
     assert any("its beginning" in note for note in dataset.notes)
-    assert any("both splits" in note for note in dataset.notes)
+    assert any("the test samples are the training" in note for note in dataset.notes)
     with pytest.raises(DataError, match="cannot be shuffled"):
         for_training(dataset)
+
+
+@pytest.mark.parametrize("stream", [True, False, "auto"])
+@pytest.mark.parametrize("name", ["Endless", "Pictures", "plain_loader"])
+def test_no_more_samples_are_read_than_asked_for(name, stream):
+    dataset = load(name, stream=stream, num_train=5, num_test=3)
+    assert (len(dataset.train), len(dataset.test)) == (5, 3)
+    whole = load("Endless", num_train=40, num_test=3) if name == "Endless" else load(name)
+    assert torch.equal(pick(dataset.train, range(5)), pick(whole.train, range(5)))
+    assert torch.equal(pick(dataset.test, range(3)), pick(whole.test, range(3)))
+
+
+def test_what_does_not_say_its_length_is_read_with_the_key_that_limits_it(monkeypatch):
+    monkeypatch.setattr(named, "_BATCH", 8)
+    said: list[tuple[str, int, int | None]] = []
+    load_dataset(NamedDataConfig(name=f"{FILE}:Stream"), progress=lambda *one: said.append(one))
+    text = "read the training split to its end (--set data.num_train=N reads fewer)"
+    assert said == [(text, done, None) for done in (8, 16, 24, 32, 40)]
 
 
 def test_an_iterable_that_ends_earlier_the_next_time_is_told():
@@ -145,6 +163,7 @@ def test_torchvisions_that_are_not_there_say_so_and_nothing_is_fetched(name, tmp
     root = tmp_path / "none"
     message = refusal(f"torchvision:{name}", root=str(root))
     assert "making the data set failed: RuntimeError: Dataset not found" in message
+    assert message.endswith("; here that is --set data.arguments.download=true")
     assert not list(root.rglob("*")) if root.exists() else True
 
 
@@ -153,7 +172,7 @@ def test_a_torchvision_data_set_is_read_with_its_arguments():
     dataset = load("torchvision:FakeData", arguments=arguments)
     assert dataset.train.image_shape == (3, 9, 7)
     assert len(dataset.test) == 6
-    assert "its samples are both splits" in dataset.notes[0]
+    assert "the test samples are the training" in dataset.notes[0]
 
 
 def test_torchvisions_train_and_test_splits_are_chosen_by_its_own_parameter(tmp_path):

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.frameworks import ten_steps
+
 
 def numbers(array: Any) -> list[float]:
     """As float32 prints them: the shortest text of the same number."""
@@ -102,3 +104,35 @@ def pack(folder: Path, target: Path, answers: dict[str, Any]) -> None:
                 entry.compress_type = zipfile.ZIP_LZMA
                 archive.writestr(entry, path.read_bytes())
     (target / "answers.json").write_text(json.dumps(answers, separators=(",", ":")) + "\n")
+
+
+def record_ten_steps(keras: Any, name: str) -> None:
+    """A network of layers of images and of features, and what ten more steps make of them."""
+    layers = keras.layers
+    images = layers.BatchNormalization(name="images", momentum=0.875, epsilon=0.01)
+    features = layers.BatchNormalization(name="features", momentum=0.75, epsilon=0.02)
+    renormed = layers.BatchNormalization(name="renormed", momentum=0.75, epsilon=0.02, renorm=True)
+    model = keras.Sequential(
+        [keras.Input((2, 2, 3)), images, layers.Flatten(), layers.Dense(5), features, renormed],
+        name="ten_steps",
+    )
+
+    def train(steps: range) -> None:
+        for step in steps:
+            images(ten_steps.channels_last(ten_steps.batch(step, ten_steps.IMAGES)), training=True)
+            for layer in (features, renormed):
+                layer(ten_steps.batch(step, ten_steps.FEATURES), training=True)
+
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    train(ten_steps.BEFORE)
+    model.save(ten_steps.FOLDER / f"{name}.keras")
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            layer.name, shape, mean=layer.moving_mean, var=layer.moving_variance,
+            momentum=1 - layer.momentum, eps=layer.epsilon,
+        )
+        for layer in (images, features, renormed)
+        for shape in (ten_steps.IMAGES if layer is images else ten_steps.FEATURES,)
+    ]  # fmt: skip
+    ten_steps.write(name, f"{name}.keras", told)

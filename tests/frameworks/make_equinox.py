@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from tests.frameworks import ten_steps
 from tests.frameworks.jax_answers import Answers
 
 FOLDER = Path(__file__).parent / "files" / "equinox"
@@ -94,6 +95,54 @@ def save(answers: Answers, file: str, network: Network, state: eqx.nn.State, pre
         )  # fmt: skip
 
 
+class TwoLayers(eqx.Module):
+    images: eqx.nn.BatchNorm
+    features: eqx.nn.BatchNorm
+
+    def __init__(self, mode: str) -> None:
+        self.images = eqx.nn.BatchNorm(3, "batch", momentum=0.875, eps=0.01, mode=mode)
+        self.features = eqx.nn.BatchNorm(5, "batch", momentum=0.75, eps=0.02, mode=mode)
+
+    def __call__(self, images, features, state):
+        _, state = self.images(images, state)
+        return self.features(features, state)
+
+
+def record_ten_steps(name: str, mode: str, before: range) -> None:
+    """In mode `batch` after few steps and after many: its averages are divided by 1 - momentum^t."""
+    network, state = eqx.nn.make_with_state(TwoLayers)(mode)
+    run = jax.vmap(network, axis_name="batch", in_axes=(0, 0, None), out_axes=(0, None))
+
+    def train(state: Any, steps: range) -> Any:
+        for step in steps:
+            images, features = (
+                ten_steps.batch(step, shape) for shape in (ten_steps.IMAGES, ten_steps.FEATURES)
+            )
+            _, state = run(images, features, state)
+        return state
+
+    state = train(state, before)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    eqx.tree_serialise_leaves(ten_steps.FOLDER / f"{name}.eqx", (network, state))
+    state = train(state, ten_steps.AFTER)
+    told = []
+    for index, shape in ((0, ten_steps.IMAGES), (1, ten_steps.FEATURES)):
+        layer = (network.images, network.features)[index]
+        scale = 1.0
+        if mode == "batch":
+            scale = 1 - layer.momentum ** int(state.get(layer.batch_counter))  # as its __call__ does
+            mean, var = state.get(layer.batch_state_index)
+        else:
+            mean, var = state.get(layer.ema_state_index)
+        told.append(
+            ten_steps.layer(
+                f"batch_norm_{index}", shape, mean=mean / scale, var=var / scale,
+                momentum=1 - layer.momentum, eps=layer.eps,
+            )
+        )  # fmt: skip
+    ten_steps.write(name, f"{name}.eqx", told)
+
+
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -110,6 +159,9 @@ def main() -> None:
     save(answers, "with-line.eqx", network, state, json.dumps({"width": 4}).encode() + b"\n")
     eqx.tree_serialise_leaves(FOLDER / "model-only.eqx", network)
     answers.write()
+    record_ten_steps("equinox_young", "batch", ten_steps.BEFORE)
+    record_ten_steps("equinox", "batch", range(100, 300))
+    record_ten_steps("equinox_ema", "ema", ten_steps.BEFORE)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from flax import nnx, serialization
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.frameworks import ten_steps
 from tests.frameworks.jax_answers import Answers
 
 FILES = Path(__file__).parent / "files"
@@ -408,6 +409,45 @@ def ocdbt_store() -> None:
     (path / "answers.json").write_text(json.dumps(final, indent=0) + "\n")
 
 
+class TwoLayers(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, images, features):
+        norm = {"use_running_average": not self.train}
+        nn.BatchNorm(**norm, momentum=0.875, epsilon=0.01, name="images")(images)
+        return nn.BatchNorm(**norm, momentum=0.75, epsilon=0.02, name="features")(features)
+
+
+def record_ten_steps() -> None:
+    def inputs(step: int) -> tuple[Any, Any]:
+        images = ten_steps.channels_last(ten_steps.batch(step, ten_steps.IMAGES))
+        return images, ten_steps.batch(step, ten_steps.FEATURES)
+
+    network = TwoLayers(train=True)
+    variables = network.init(jax.random.key(0), *inputs(0))
+
+    def train(variables: dict[str, Any], steps: range) -> dict[str, Any]:
+        for step in steps:
+            _, updates = network.apply(variables, *inputs(step), mutable=["batch_stats"])
+            variables = {**variables, **updates}
+        return variables
+
+    variables = train(variables, ten_steps.BEFORE)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    (ten_steps.FOLDER / "flax.msgpack").write_bytes(serialization.to_bytes(variables))
+    stats = train(variables, ten_steps.AFTER)["batch_stats"]
+    told = [
+        ten_steps.layer(
+            name, shape, mean=stats[name]["mean"], var=stats[name]["var"], momentum=momentum, eps=eps
+        )
+        for name, shape, momentum, eps in (
+            ("images", ten_steps.IMAGES, 0.125, 0.01), ("features", ten_steps.FEATURES, 0.25, 0.02),
+        )
+    ]  # fmt: skip
+    ten_steps.write("flax", "flax.msgpack", told)
+
+
 def main() -> None:
     for folder in (MSGPACK, ORBAX):
         shutil.rmtree(folder, ignore_errors=True)
@@ -422,6 +462,7 @@ def main() -> None:
         if path.is_file() and path.name in ("_sharding", "commit_success.txt", "process_0"):
             path.unlink()
     ocdbt_store()
+    record_ten_steps()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.frameworks import ten_steps
 from tests.frameworks.jax_answers import Answers
 
 FOLDER = Path(__file__).parent / "files" / "haiku"
@@ -100,6 +101,38 @@ def answer(answers: Answers, file: str, params: Any, state: Any, dtype: Any = jn
         )  # fmt: skip
 
 
+def two_layers(images, features, train):
+    hk.BatchNorm(True, True, 0.875, eps=0.01, name="images")(images, train)
+    return hk.BatchNorm(True, True, 0.75, eps=0.02, name="features")(features, train)
+
+
+def record_ten_steps(name: str, before: range) -> None:
+    """After few steps and after many: its averages are divided by 1 - decay^t."""
+    model = hk.transform_with_state(two_layers)
+
+    def inputs(step: int) -> tuple[Any, Any]:
+        images = ten_steps.channels_last(ten_steps.batch(step, ten_steps.IMAGES))
+        return images, ten_steps.batch(step, ten_steps.FEATURES)
+
+    params, state = model.init(jax.random.key(0), *inputs(0), True)
+    for step in before:
+        _, state = model.apply(params, state, None, *inputs(step), True)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    (ten_steps.FOLDER / f"{name}.pkl").write_bytes(pickle.dumps(jax.device_get((params, state))))
+    for step in ten_steps.AFTER:
+        _, state = model.apply(params, state, None, *inputs(step), True)
+    told = [
+        ten_steps.layer(
+            layer, shape, mean=state[f"{layer}/~/mean_ema"]["average"],
+            var=state[f"{layer}/~/var_ema"]["average"], momentum=momentum, eps=eps,
+        )
+        for layer, shape, momentum, eps in (
+            ("images", ten_steps.IMAGES, 0.125, 0.01), ("features", ten_steps.FEATURES, 0.25, 0.02),
+        )
+    ]  # fmt: skip
+    ten_steps.write(name, f"{name}.pkl", told)
+
+
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
@@ -143,6 +176,8 @@ def main() -> None:
     answer(answers, "untrained.pkl", params, state)
     (FOLDER / "state-only.pkl").write_bytes(pickle.dumps(jax.device_get(state)))
     answers.write()
+    record_ten_steps("haiku_young", ten_steps.BEFORE)
+    record_ten_steps("haiku", range(100, 300))
 
 
 if __name__ == "__main__":

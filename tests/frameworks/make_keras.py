@@ -7,9 +7,11 @@ Writes tests/frameworks/files/keras/{files.zip,answers.json}. Every file has the
 answers are its arrays, momentum and epsilon, and what Keras computes with each layer in eval mode.
 """
 
+import json
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, pack
+from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, input_of, pack, record_ten_steps
 
 TARGET = Path(__file__).parent / "files" / "keras"
 L = keras.layers
@@ -233,6 +235,55 @@ def hostile(folder: Path) -> None:
     shutil.copy(folder.parent / "bfloat16.weights.h5", folder / "beside.weights.h5")
 
 
+def whole_networks(target: Path) -> None:
+    """A ResNet as Keras applications make it, with few channels, and a network with all kinds of kernels."""
+    from keras.src.applications import resnet
+
+    def stages(x: Any) -> Any:
+        x = resnet.stack_residual_blocks_v1(x, 2, 2, stride1=1, name="conv2")
+        return resnet.stack_residual_blocks_v1(x, 3, 2, name="conv3")
+
+    small = resnet.ResNet(
+        stages, preact=False, use_bias=True, name="resnet", weights_name="small", input_shape=(32, 32, 3),
+        classes=5, weights=None, classifier_activation=None,
+    )  # fmt: skip
+    mixed = keras.Sequential(
+        [
+            keras.Input((28, 28, 3)), L.Conv2D(4, 25, name="c"), L.BatchNormalization(name="n"), L.ReLU(),
+            L.DepthwiseConv2D(2, depth_multiplier=2, name="d"), L.ReLU(),
+            L.Conv2DTranspose(3, 2, use_bias=False, name="t"), L.BatchNormalization(name="m"), L.Flatten(),
+            L.BatchNormalization(name="flat"), L.Dense(7, name="first"), L.ReLU(), L.Dense(2, name="last"),
+        ],
+        name="mixed",
+    )  # fmt: skip
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    generator, answers = np.random.default_rng(0), {}
+    for model in (small, mixed):
+        for variable in model.weights:  # few different numbers, which compress well
+            low, high = (2, 12) if variable.name in ("gamma", "moving_variance") else (-6, 7)
+            variable.assign(generator.integers(low, high, variable.shape) / 8)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.keras"
+            model.save(path)
+            with zipfile.ZipFile(path) as old, zipfile.ZipFile(target / f"{model.name}.keras", "w") as new:
+                for entry in old.infolist():
+                    packed = zipfile.ZipInfo(entry.filename)
+                    packed.compress_type = zipfile.ZIP_DEFLATED
+                    new.writestr(packed, old.read(entry))
+        shape = (2, *model.input_shape[1:])
+        answers[model.name] = {
+            "shape": shape,
+            "output": np.asarray(model(input_of(shape), training=False)).tolist(),
+            "variables": {
+                f"{layer.name}/{variable.name}": list(variable.shape)
+                for layer in model.layers
+                for variable in layer.weights
+            },
+        }
+    (target / "answers.json").write_text(json.dumps(answers) + "\n")
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     corpus = Corpus(folder, L.BatchNormalization)
@@ -246,6 +297,8 @@ def main() -> None:
     hostile(folder / "hostile")
     pack(folder, TARGET, corpus.answers)
     shutil.rmtree(folder)
+    whole_networks(TARGET.parent / "keras_networks")
+    record_ten_steps(keras, "keras")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,48 @@
 """Checkpoints of MindSpore, for tests/checkpoints/formats/test_named_arrays.py.
 
 python3.11 -m venv /tmp/v && /tmp/v/bin/pip install mindspore==2.10.0 "numpy<2"
-/tmp/v/bin/python tests/frameworks/make_mindspore.py
+/tmp/v/bin/python -m tests.frameworks.make_mindspore
 """
-
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 PLACE = FILES / "mindspore"
-PLACE.mkdir(parents=True, exist_ok=True)
+
+
+def record_ten_steps():
+    net = nn.SequentialCell(
+        nn.BatchNorm2d(3, momentum=0.875, eps=0.01), nn.Flatten(), nn.Dense(12, 5),
+        nn.BatchNorm1d(5, momentum=0.75, eps=0.02),
+    )  # fmt: skip
+    layers = [("0", net[0], ten_steps.IMAGES, 0.125), ("3", net[3], ten_steps.FEATURES, 0.25)]
+    net.set_train()
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape, _ in layers:
+                norm(ms.Tensor(ten_steps.batch(step, shape)))
+
+    train(ten_steps.BEFORE)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    ms.save_checkpoint(net, str(ten_steps.FOLDER / "mindspore.ckpt"))
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=norm.moving_mean.asnumpy(), var=norm.moving_variance.asnumpy(),
+            momentum=momentum, eps=norm.eps,
+        )
+        for name, norm, shape, momentum in layers
+    ]  # fmt: skip
+    ten_steps.write("mindspore", "mindspore.ckpt", told)
 
 
 def main():
+    PLACE.mkdir(parents=True, exist_ok=True)
     ms.set_context(mode=ms.PYNATIVE_MODE, device_target="CPU")
     np.random.seed(0)
     net = nn.SequentialCell(
@@ -59,6 +83,8 @@ def main():
         ms.save_checkpoint(net, str(PLACE / file), **options)
         files[file] = {"framework": "MindSpore", "layers": layers, "notes": []}
     write("mindspore", files)
+    record_ten_steps()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,13 @@
 """Files of MLX and tinygrad, for tests/checkpoints/formats/test_named_arrays.py.
 
     python3.11 -m venv /tmp/v && /tmp/v/bin/pip install mlx==0.32.4 mlx-cpu==0.32.4 tinygrad==0.14.0 numpy
-    DEV=PYTHON /tmp/v/bin/python tests/frameworks/make_mlx.py
+    DEV=PYTHON /tmp/v/bin/python -m tests.frameworks.make_mlx
 
 Neither marks its files, and both mean what PyTorch means, so they are read as PyTorch's.
 """
 
 import json
 import struct
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -18,11 +16,10 @@ from tinygrad import Tensor
 from tinygrad import nn as tiny
 from tinygrad.helpers import Context
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 PLACE = FILES / "mlx"
-PLACE.mkdir(parents=True, exist_ok=True)
 
 
 def said(name, norm, output, read):
@@ -53,7 +50,56 @@ def write_safetensors(path, arrays):
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(map(np.ndarray.tobytes, arrays.values())))
 
 
+def record_ten_steps_of_mlx():
+    net = nn.Sequential(nn.BatchNorm(3, momentum=0.125, eps=0.01), nn.BatchNorm(5, momentum=0.25, eps=0.02))
+    layers = [("layers.0", net.layers[0], ten_steps.IMAGES), ("layers.1", net.layers[1], ten_steps.FEATURES)]
+    net.train()
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape in layers:
+                mx.eval(norm(mx.array(ten_steps.channels_last(ten_steps.batch(step, shape)))))
+
+    train(ten_steps.BEFORE)
+    net.save_weights(str(ten_steps.FOLDER / "mlx.safetensors"))
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=norm.running_mean, var=norm.running_var, momentum=norm.momentum, eps=norm.eps
+        )
+        for name, norm, shape in layers
+    ]
+    ten_steps.write("mlx", "mlx.safetensors", told)
+
+
+def record_ten_steps_of_tinygrad():
+    norms = {"images": tiny.BatchNorm(3, momentum=0.125, eps=0.01)}
+    norms["features"] = tiny.BatchNorm(5, momentum=0.25, eps=0.02)
+    shapes = {"images": ten_steps.IMAGES, "features": ten_steps.FEATURES}
+
+    def train(steps):
+        with Context(TRAINING=1):
+            for step in steps:
+                for name, norm in norms.items():
+                    norm(Tensor(ten_steps.batch(step, shapes[name]))).realize()
+                    Tensor.realize(*tiny.state.get_parameters(norm))
+
+    train(ten_steps.BEFORE)
+    arrays = {name: tensor.numpy() for name, tensor in tiny.state.get_state_dict(norms).items()}
+    write_safetensors(ten_steps.FOLDER / "tinygrad.safetensors", arrays)
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shapes[name], mean=norm.running_mean.numpy(), var=norm.running_var.numpy(),
+            momentum=norm.momentum, eps=norm.eps,
+        )
+        for name, norm in norms.items()
+    ]  # fmt: skip
+    ten_steps.write("tinygrad", "tinygrad.safetensors", told)
+
+
 def main():
+    PLACE.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     files = {}
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm(4), nn.ReLU(), nn.BatchNorm(4, affine=False, eps=1e-3))
@@ -93,6 +139,10 @@ def main():
     write_safetensors(PLACE / "tinygrad.safetensors", arrays)
     files["tinygrad.safetensors"] = {"framework": "PyTorch", "layers": layers, "notes": []}
     write("mlx", files)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    record_ten_steps_of_mlx()
+    record_ten_steps_of_tinygrad()
 
 
-main()
+if __name__ == "__main__":
+    main()

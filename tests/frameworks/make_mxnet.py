@@ -2,11 +2,8 @@
 
 python3.11 -m venv /tmp/v && /tmp/v/bin/pip install "setuptools<60" wheel "numpy==1.23.5" mxnet==1.9.1
 /tmp/v/bin/pip install --no-build-isolation "numpy==1.23.5" chainer==7.8.1
-/tmp/v/bin/python tests/frameworks/make_mxnet.py
+/tmp/v/bin/python -m tests.frameworks.make_mxnet
 """
-
-import sys
-from pathlib import Path
 
 import chainer
 import chainer.links as L
@@ -14,13 +11,8 @@ import mxnet as mx
 import numpy as np
 from mxnet import autograd, gluon, nd
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
-
-for name in ("mxnet", "chainer"):
-    (FILES / name).mkdir(parents=True, exist_ok=True)
-np.random.seed(0)
-mx.random.seed(0)
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 
 def said_of_gluon(norm, name, in_file):
@@ -144,5 +136,68 @@ def of_chainer():
     write("chainer", files)
 
 
-of_mxnet()
-of_chainer()
+def record_ten_steps_of_mxnet():
+    images = gluon.nn.BatchNorm(momentum=0.875, epsilon=0.01)
+    features = gluon.nn.BatchNorm(momentum=0.75, epsilon=0.02)
+    layers = [("0", images, ten_steps.IMAGES), ("1", features, ten_steps.FEATURES)]
+    net = gluon.nn.HybridSequential()
+    net.add(images, features)
+    net.initialize()
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape in layers:
+                with autograd.record():
+                    out = norm(nd.array(ten_steps.batch(step, shape))).sum()
+                out.backward()  # which is what moves the statistics
+
+    train(ten_steps.BEFORE)
+    net.save_parameters(str(ten_steps.FOLDER / "mxnet.params"))
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=norm.running_mean.data().asnumpy(), var=norm.running_var.data().asnumpy(),
+            momentum=1 - norm._kwargs["momentum"], eps=norm._kwargs["eps"],
+        )
+        for name, norm, shape in layers
+    ]  # fmt: skip
+    ten_steps.write("mxnet", "mxnet.params", told)
+
+
+def record_ten_steps_of_chainer():
+    net = chainer.Chain()
+    with net.init_scope():
+        net.images = L.BatchNormalization(3, decay=0.875, eps=0.01)
+        net.features = L.BatchNormalization(5, decay=0.75, eps=0.02)
+    layers = [("images", net.images, ten_steps.IMAGES), ("features", net.features, ten_steps.FEATURES)]
+
+    def train(steps):
+        for step in steps:
+            for _, norm, shape in layers:
+                norm(ten_steps.batch(step, shape))
+
+    train(ten_steps.BEFORE)
+    chainer.serializers.save_npz(str(ten_steps.FOLDER / "chainer.npz"), net)
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=norm.avg_mean, var=norm.avg_var, momentum=1 - norm.decay, eps=norm.eps
+        )
+        for name, norm, shape in layers
+    ]
+    ten_steps.write("chainer", "chainer.npz", told)
+
+
+def main():
+    for name in ("mxnet", "chainer", "ten_steps"):
+        (FILES / name).mkdir(parents=True, exist_ok=True)
+    np.random.seed(0)
+    mx.random.seed(0)
+    of_mxnet()
+    of_chainer()
+    record_ten_steps_of_mxnet()
+    record_ten_steps_of_chainer()
+
+
+if __name__ == "__main__":
+    main()

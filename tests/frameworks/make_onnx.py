@@ -1,22 +1,24 @@
 """ONNX models from PyTorch's two exporters, for tests/checkpoints/formats/test_onnx.py.
 
     python3.11 -m venv /tmp/v && /tmp/v/bin/pip install torch==2.13.0 onnx==1.23.2 onnxscript==0.7.2
-    /tmp/v/bin/python tests/frameworks/make_onnx.py
+    /tmp/v/bin/python -m tests.frameworks.make_onnx
 
 The truth is PyTorch's own: the modules' buffers and their outputs in eval mode.
 """
 
 import copy
-import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from recorded import FILES, layer, probe, write
+from tests.frameworks import ten_steps
+from tests.frameworks.recorded import FILES, layer, probe, write
 
 PLACE = FILES / "onnx"
 warnings.simplefilter("ignore")
@@ -98,6 +100,54 @@ def without_traces(path: Path) -> None:
 ALL = ["first", "blocks.0.bn", "blocks.1.bn", "plain", "shared", "cumulative"]
 
 
+def record_ten_steps() -> None:
+    """Of the operator itself with training_mode, as ONNX's own evaluator computes it."""
+    layers = [("images", ten_steps.IMAGES, 0.875, 0.01), ("features", ten_steps.FEATURES, 0.75, 0.02)]
+
+    def model(statistics: dict[str, np.ndarray]) -> onnx.ModelProto:
+        nodes, inputs, outputs, values = [], [], [], []
+        for name, shape, momentum, eps in layers:
+            four = [f"{name}.{leaf}" for leaf in ("weight", "bias", "mean", "var")]
+            out = [f"{name}.y", f"{name}.mean_out", f"{name}.var_out"]
+            nodes.append(
+                helper.make_node(
+                    "BatchNormalization", [f"{name}.x", *four], out, name=name,
+                    momentum=momentum, epsilon=eps, training_mode=1,
+                )
+            )  # fmt: skip
+            inputs.append(helper.make_tensor_value_info(f"{name}.x", 1, shape))
+            outputs += [helper.make_tensor_value_info(one, 1, None) for one in out[1:]]
+            values += [numpy_helper.from_array(statistics[one], one) for one in four]
+        graph = helper.make_graph(nodes, "two_layers", inputs, outputs, values)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+
+    statistics = {
+        f"{name}.{leaf}": np.full(shape[1], leaf in ("weight", "var"), "f4")
+        for name, shape, _, _ in layers
+        for leaf in ("weight", "bias", "mean", "var")
+    }
+
+    def train(steps: range) -> None:
+        for step in steps:
+            given = {f"{name}.x": ten_steps.batch(step, shape) for name, shape, _, _ in layers}
+            results = ReferenceEvaluator(model(statistics)).run(None, given)
+            names = [f"{name}.{leaf}" for name, _, _, _ in layers for leaf in ("mean", "var")]
+            statistics.update(zip(names, (one.astype("f4") for one in results), strict=True))
+
+    train(ten_steps.BEFORE)
+    ten_steps.FOLDER.mkdir(parents=True, exist_ok=True)
+    onnx.save(model(statistics), ten_steps.FOLDER / "onnx.onnx")
+    train(ten_steps.AFTER)
+    told = [
+        ten_steps.layer(
+            name, shape, mean=statistics[f"{name}.mean"], var=statistics[f"{name}.var"],
+            momentum=1 - momentum, eps=eps,
+        )
+        for name, shape, momentum, eps in layers
+    ]  # fmt: skip
+    ten_steps.write("onnx", "onnx.onnx", told)
+
+
 def main() -> None:
     PLACE.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -150,6 +200,8 @@ def main() -> None:
     )
     note("untracked.onnx", untracked, ["0"])
     write("onnx", files)
+    record_ten_steps()
 
 
-main()
+if __name__ == "__main__":
+    main()

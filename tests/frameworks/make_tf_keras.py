@@ -20,8 +20,10 @@ import tensorflow as tf
 import tf_keras as keras
 from tensorflow.core.protobuf import saved_model_pb2
 from tf_keras.protobuf import saved_metadata_pb2
+from tf_keras.src.legacy_tf_layers.normalization import batch_normalization
 
-from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, numbers, pack
+from tests.frameworks import ten_steps
+from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, numbers, pack, record_ten_steps
 
 TARGET = Path(__file__).parent / "files" / "tf_keras"
 L = keras.layers
@@ -182,6 +184,39 @@ def tensorflow_1(corpus: Corpus) -> None:
         )
 
 
+def record_ten_steps_of_tensorflow_1() -> None:
+    """By tf.compat.v1.layers, which TensorFlow keeps in tf_keras."""
+    v1, make = tf.compat.v1, batch_normalization
+    with tf.Graph().as_default(), v1.Session() as session:
+        images = v1.placeholder(tf.float32, (8, 2, 2, 3))
+        features = v1.placeholder(tf.float32, (8, 5))
+        make(images, momentum=0.875, epsilon=0.01, training=True, name="images")
+        make(features, momentum=0.75, epsilon=0.02, training=True, name="features")
+        update = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
+        session.run(v1.global_variables_initializer())
+
+        def train(steps: range) -> None:
+            for step in steps:
+                first = ten_steps.channels_last(ten_steps.batch(step, ten_steps.IMAGES))
+                session.run(update, {images: first, features: ten_steps.batch(step, ten_steps.FEATURES)})
+
+        train(ten_steps.BEFORE)
+        v1.train.Saver().save(session, str(ten_steps.FOLDER / "tensorflow_1"), write_meta_graph=False)
+        train(ten_steps.AFTER)
+        values = {variable.op.name: session.run(variable) for variable in v1.global_variables()}
+    told = [
+        ten_steps.layer(
+            name, shape, mean=values[f"{name}/moving_mean"], var=values[f"{name}/moving_variance"],
+            momentum=momentum, eps=eps,
+        )
+        for name, shape, momentum, eps in (
+            ("images", ten_steps.IMAGES, 0.125, 0.01), ("features", ten_steps.FEATURES, 0.25, 0.02),
+        )
+    ]  # fmt: skip
+    (ten_steps.FOLDER / "checkpoint").unlink()  # which file is the newest
+    ten_steps.write("tensorflow_1", "tensorflow_1.index", told)
+
+
 def main() -> None:
     folder = Path(tempfile.mkdtemp())
     corpus = Corpus(folder, L.BatchNormalization)
@@ -190,6 +225,8 @@ def main() -> None:
         make(corpus)
     pack(folder, TARGET, corpus.answers)
     shutil.rmtree(folder)
+    record_ten_steps(keras, "tf_keras")
+    record_ten_steps_of_tensorflow_1()
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_a_module_that_can_be_imported_gives_its_factory() -> None:
     )
     needs = (
         "it needs in_features and out_features: --model-arg in_features=VALUE --model-arg out_features=VALUE"
-        " (in a configuration: model.arguments)"
+        " (train: --set model.arguments.in_features=VALUE)"
     )
     assert refusal("torch.nn:Linear") == needs
     assert (

@@ -164,7 +164,7 @@ def initial_residue(network: Network, limits: Limits) -> Iterator[Hit]:
         layer, (momentum, assumed) = network.layers[index], momentum_of(network.layers[index])
         count = layer.num_batches_tracked or 0
         updates = f"{plural(count, 'update')} with momentum {_called(momentum or 0.0, assumed)}"
-        left = f"{100 * residue:.2g} % {INITIAL} after {updates}"
+        left = f"{_percent(residue)} % {INITIAL} after {updates}"
         advice = AVERAGED if layer.weights_were_averaged else None
         severity: Severity = "warning"
         if layer.averaged_by_training:
@@ -499,7 +499,7 @@ def near_initial(network: Network, limits: Limits) -> Iterator[Hit]:
             # few channels may be more even than layers usually are: the bound is rounded down
             low = min(floor(10 * min(share.at_least, at_most)) / 10, 0.9)
             text = (
-                f"{100 * low:g} to {100 * at_most:.2g} % {INITIAL}, as the variances close to 1 show. Or the"
+                f"{100 * low:g} to {_percent(at_most)} % {INITIAL}, as the variances close to 1 show. Or the"
                 " layer's inputs really have variance 1"
             )
             values: Values = {"share_at_least": low, "share_at_most": at_most}
@@ -583,6 +583,12 @@ def _holds_one_batch(layer: LayerStats) -> bool:
     if not momentum or layer.running_var is None:
         return momentum is None
     return bool((layer.running_var.double() < 0.999 * (1 - momentum)).any())
+
+
+def _percent(share: float) -> str:
+    """Two digits, three where they are more than 99: never 1e+02."""
+    rounded = f"{100 * share:.2g}"
+    return f"{100 * share:.3g}" if "e+" in rounded else rounded
 
 
 def describe_large_momentum(momentum: float | None, effective_batches: float = 2.0) -> str | None:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.inert_pickle import Global, walk
+from bncli.checkpoints.formats.protobuf import BYTES, VARINT, Field, Wire
 from bncli.checkpoints.formats.tensorflow_bundle import is_table
-from bncli.checkpoints.formats.wire_format import BYTES, VARINT, Field, Wire
 
 READ = "bncli does not read it"
 # what to do instead: `ARRAYS` for formats that hold running statistics, `ORIGIN` for those that are exported
@@ -40,10 +40,8 @@ _OPENVINO = (
     "BatchNorm was folded into convolutions, or is one multiplication and one addition, of which mean and"
     f" variance can no longer be told. {ORIGIN}"
 )
-JOIN = (
-    'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into a file'
-    " that bncli reads"
-)
+JOIN = 'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into one'
+GIVE_DIRECTORY = "give its directory, with .metadata and all shards in it"
 _OF_SAVED_MODEL = "its numbers lie in variables/ beside it, which is missing"
 GIVE_INDEX = "give the .index file, with the .data files beside it"
 _OF_PADDLE_PROGRAM = f"{READ}; its numbers lie in the .pdiparams file beside it"
@@ -136,7 +134,10 @@ def recognise_directory(names: Collection[str]) -> Format | None:
     suffixes = {name.rpartition(".")[2] for name in names}
     leaves = {name.rpartition("/")[2] for name in names}
     if ".metadata" in names and "distcp" in suffixes:
-        return Format("a directory of torch.distributed.checkpoint", JOIN)
+        return Format("a directory of torch.distributed.checkpoint, where a file was expected", JOIN)
+    if "distcp" in suffixes:
+        advice = ".metadata, which says what lies where, is missing; it is written when all ranks are done"
+        return Format("shards of torch.distributed.checkpoint", advice)
     if {"saved_model.pb", "saved_model.pbtxt"} & set(names):
         return Format("a SavedModel of TensorFlow without variables", ORIGIN)
     if {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} & leaves:
@@ -162,8 +163,6 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
     below = {name.partition("/")[2] for name in names}
     if names and all(name.endswith(".npy") for name in names):
         return Format("NumPy arrays (.npz)", ARRAYS)
-    if {"archive_format", "models/model.json"} & below or "serialized_exported_program.json" in names:
-        return Format("an exported program of torch.export (.pt2)", _OF_EXPORTED_PROGRAM)
     if {".data/extern_modules", ".data/python_version"} & below:
         return Format(
             "a package of torch.package", "load it there and save model.state_dict() with torch.save"
@@ -190,7 +189,6 @@ _CHECKPOINT_SUFFIXES = {
     ".onnx",
     ".npz",
 }
-_OF_EXPORTED_PROGRAM = 'save its numbers with torch.save(torch.export.load("FILE.pt2").state_dict, "FILE.pt")'
 
 
 def recognise_json(content: dict[str, object]) -> Format | None:
@@ -213,9 +211,7 @@ def recognise_pickle(content: object, file_name: str) -> Format | None:
     """What a pickle is that torch.save did not write; `content` is what `read_pickle` made of it."""
     kinds = {node for node in walk(content) if isinstance(node, Global)}
     if any(kind.module.startswith("torch.distributed.checkpoint") for kind in kinds):
-        return Format(
-            "the metadata of torch.distributed.checkpoint", JOIN.replace("joins it", "joins the shards")
-        )
+        return Format("the metadata of torch.distributed.checkpoint", GIVE_DIRECTORY)
     if isinstance(content, dict) and "StructuredToParameterName@@" in content:
         return Format("a parameter file of Paddle (.pdparams)", ARRAYS)
     if any(kind.module.startswith("torch") for kind in kinds):
@@ -354,10 +350,7 @@ def _tensorflow_table(source: ByteSource) -> Format | None:
 
 # suffix of the name: where the bytes do not tell
 _NAMES = (
-    (
-        ".distcp",
-        Format("a shard of torch.distributed.checkpoint", JOIN.replace("it into", "the shards into")),
-    ),
+    (".distcp", Format("a shard of torch.distributed.checkpoint", GIVE_DIRECTORY)),
     (".engine", Format("an engine of TensorRT", ORIGIN)),
     (".plan", Format("an engine of TensorRT", ORIGIN)),
     (".trt", Format("an engine of TensorRT", ORIGIN)),

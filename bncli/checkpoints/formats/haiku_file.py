@@ -40,15 +40,12 @@ def _read_from(file: ByteSource, start: int, position: int, size: int) -> bytes:
     return file.read_at(start + position, size)
 
 
-def read_if_npz(archive: ZipArchive) -> tuple[str, ForeignNetwork] | None:
-    """Arrays by name, or pickled dicts by name; None for other archives.
+def read_npz(archive: ZipArchive, names: list[str]) -> tuple[str, ForeignNetwork] | None:
+    """Arrays by name, or pickled dicts by name; None where they are of other frameworks.
 
     Raises:
         UnreadableFileError: on damage.
     """
-    names = list(archive.entries)
-    if not names or not all(name.endswith(".npy") for name in names):
-        return None
     keys = [name.removesuffix(".npy") for name in names]
     sign = next((match["sign"] for key in keys if (match := _HAIKU.search(key))), None)
     flax = next((match["sign"] for key in keys if (match := _FLAX.search(key))), None)

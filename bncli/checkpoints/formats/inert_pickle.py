@@ -21,6 +21,7 @@ from bncli.checkpoints.byte_source import UnreadableFileError
 # 140 bytes (an entry of the memo), which bounds memory to 560 MB.
 MAX_OPERATIONS = 4_000_000
 MAX_TEXT = 32 * 2**20  # characters in all
+MAX_TEXT_OF_PYTHON_2 = 2**12  # bytes: what is longer are the numbers of an array, as bytes are since
 MAX_LINE = 2**16
 MAX_LONG = 1024  # bytes of a whole number
 MAX_WALKED = 100_000  # objects
@@ -62,6 +63,13 @@ class Inert:
         if type(state) is tuple and len(state) == 2:  # (__dict__, __slots__)
             state = state[0]
         return state if isinstance(state, dict) else {}
+
+
+class OddKey(str):
+    """The text that stands for a key of a dict that is no text and no small number, and that key."""
+
+    __slots__ = ("value",)
+    value: object
 
 
 class PickleMeanings(Protocol):
@@ -143,7 +151,9 @@ class Machine:
         if type(value) is int and -(2**63) <= value < 2**63:
             return str(value)
         self.num_odd_keys += 1
-        return f"<{type(value).__name__} {self.num_odd_keys}>"
+        key = OddKey(f"<{type(value).__name__} {self.num_odd_keys}>")
+        key.value = value
+        return key
 
     def set_items(self, target: object, items: list[Any]) -> None:
         """Put keys and values, in turns, into a dict or an object."""
@@ -204,8 +214,8 @@ def read_pickle(stream: io.BufferedReader | io.BytesIO, meanings: PickleMeanings
     """The next pickle of a stream, which afterwards stands behind it.
 
     Dicts, ordered dicts and lists, tuples, text and numbers are themselves; sets are lists; the keys of
-    dicts are text or numbers below 2^31, others being replaced by a text that stands for them; bytes are
-    `Inert`.
+    dicts are text or numbers below 2^31, others being replaced by a text that stands for them (`OddKey`);
+    bytes are `Inert`.
 
     Raises:
         UnreadableFileError: on a damaged pickle, and on one that exceeds the limits.
@@ -283,12 +293,20 @@ def _text(machine: Machine, code: bytes) -> None:
 
 @_operation(*_TEXT_OF_PYTHON_2)
 def _text_of_python_2(machine: Machine, code: bytes) -> None:
-    machine.stack.append(machine.text(machine.take_length(_TEXT_OF_PYTHON_2[code]), "latin-1"))
+    size = machine.take_length(_TEXT_OF_PYTHON_2[code])
+    if size > MAX_TEXT_OF_PYTHON_2:
+        _skip(machine, size)
+    else:
+        machine.stack.append(machine.text(size, "latin-1"))
 
 
 @_operation(*_BYTES)
 def _bytes(machine: Machine, code: bytes) -> None:
-    size = machine.take_length(_BYTES[code])
+    _skip(machine, machine.take_length(_BYTES[code]))
+
+
+def _skip(machine: Machine, size: int) -> None:
+    """Pass over bytes; what is on the stack then tells where they lie."""
     if size >= 2**62:
         raise UnreadableFileError("a damaged pickle: bytes without bounds")
     start = machine.stream.tell()

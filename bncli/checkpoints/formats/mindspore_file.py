@@ -9,7 +9,7 @@ import torch
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
 from bncli.checkpoints.formats.collected_network import contiguous
 from bncli.checkpoints.formats.named_arrays import recognise
-from bncli.checkpoints.formats.wire_format import BYTES, Field, Wire
+from bncli.checkpoints.formats.protobuf import BYTES, Field, Wire
 from bncli.checkpoints.stored_tensor import MAX_DIMENSIONS, Storage, StoredTensor
 
 _DTYPES = {

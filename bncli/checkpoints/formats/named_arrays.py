@@ -4,16 +4,18 @@ Which framework it was shows in what the running statistics are called. What a f
 layer's name and four arrays, such as eps, is not there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 
-from bncli.batchnorm.conventions import CHAINER, MINDSPORE, PADDLE, Convention
+from bncli.batchnorm.conventions import CAFFE2, CHAINER, MINDSPORE, PADDLE, Convention
 from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, natural
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 _SIGNS = (".", "/")  # between the layer and the array
 # of arrays without one: what PyTorch's are called has no row here, as it needs no translation
 _CONVENTIONS = (PADDLE, MINDSPORE, CHAINER)
+# Caffe2 has a sign of its own, and two sets of names: `res2_0_branch2a_bn_s`, `..._bn_rm`
+_OF_CAFFE2 = (None, ("gamma", "beta", "running_mean", "running_var"))
 
 
 def recognise(tensors: Mapping[str, StoredTensor]) -> Collected | None:
@@ -27,7 +29,16 @@ def recognise(tensors: Mapping[str, StoredTensor]) -> Collected | None:
                 found.notes.append("Chainer keeps no order of layers; they are sorted by name here")
             if found.layers:
                 return found
+    for leaves in _OF_CAFFE2:
+        found = collect(tensors, CAFFE2, "_", leaves)
+        if found.layers:
+            return found
     return None
+
+
+def is_merged_by_caffe2(names: Collection[str]) -> bool:
+    """Whether BatchNorm is only a scale and a bias of each channel, as Detectron's networks are trained."""
+    return any(name.endswith("_bn_s") and f"{name[:-1]}b" in names for name in names)
 
 
 def collect(

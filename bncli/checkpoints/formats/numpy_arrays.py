@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from bncli.batchnorm.state_dict import batch_norm_names
-from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import haiku_file
-from bncli.checkpoints.formats.named_arrays import in_order, recognise, with_dots
+from bncli.checkpoints.formats.named_arrays import in_order, is_merged_by_caffe2, recognise, with_dots
 from bncli.checkpoints.formats.npy import array_tensor, read_header
 from bncli.checkpoints.formats.numpy_pickle import read_arrays
 from bncli.checkpoints.formats.torch_zip import ZipArchive
@@ -25,12 +25,17 @@ _HEAD = 4096  # bytes of a compressed array that are unpacked to see its header
 def read_if_npz(archive: ZipArchive) -> tuple[str, object] | None:
     """Named arrays with BatchNorm among them; None for another archive.
 
+    The trees of Haiku and Flax are looked for first: the names in them say more.
+
     Raises:
         UnreadableFileError: on damage.
     """
     names = list(archive.entries)
     if not names or not all(name.endswith(".npy") for name in names):
         return None
+    tree = haiku_file.read_npz(archive, names)
+    if tree is not None:
+        return tree
     tensors = {}
     for name in names:
         tensor = _entry(archive, archive.entries[name])
@@ -58,7 +63,7 @@ def _entry(archive: ZipArchive, info: zipfile.ZipInfo) -> StoredTensor | None:
 def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     """A pickle with arrays and BatchNorm among them; None for another, and for one that is damaged.
 
-    The trees of Haiku and Flax are looked for first: the names in them say more.
+    The trees of Haiku and Flax are looked for first here too.
 
     Raises:
         UnreadableFileError: on damage of its arrays.
@@ -82,6 +87,11 @@ def read_if_pickle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     found = [(place, _network(tensors, "pickle")) for place, tensors in places.items()]
     known = [(place, network) for place, network in found if network is not None]
     if not known:
+        if any(is_merged_by_caffe2(tensors) for tensors in places.values()):
+            raise ForeignFileError(
+                "a pickle of Caffe2 (Detectron) in which BatchNorm is only a scale and a bias of each"
+                " channel: mean and variance were multiplied into them, and can no longer be told"
+            )
         return None
     if len(known) == 1:
         return known[0][1]

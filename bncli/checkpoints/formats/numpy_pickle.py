@@ -130,7 +130,9 @@ def _array(shape: object, dtype: object, data: object, read: Read, *, by_column:
     if isinstance(data, Inert) and data.kind == BYTES and isinstance(data.arguments, tuple):
         size, start = data.arguments
         storage = Storage(size, lambda first, count: read(start + first, count), f"@{start}")
-    elif isinstance(data, bytes):
+    elif isinstance(data, bytes | str):
+        if isinstance(data, str):  # of Python 2
+            data = data.encode("latin-1", "replace")
         storage = Storage(len(data), lambda first, count: data[first : first + count])
     else:
         return None

@@ -24,7 +24,7 @@ from bncli.checkpoints.formats.collected_network import (
     listed,
 )
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
-from bncli.checkpoints.formats.wire_format import BYTES, FIXED_32, VARINT, Field, Wire
+from bncli.checkpoints.formats.protobuf import BYTES, FIXED_32, VARINT, Field, Wire
 from bncli.checkpoints.locate import NothingToReadError
 from bncli.checkpoints.stored_tensor import MAX_DIMENSIONS, Storage, StoredTensor
 from bncli.wording import plural

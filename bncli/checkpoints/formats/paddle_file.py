@@ -1,11 +1,13 @@
-"""What PaddlePaddle exports for inference: `.pdiparams` with the numbers, `.json` beside it with the program.
+"""What PaddlePaddle exports for inference: `.pdiparams` with the numbers, and the program beside it.
 
 The numbers follow one another without names, in the alphabetical order of the parameters' names, which are in
 the program; so is which parameter is whose mean: names shift where a layer has no weight (`.w_1` or `.w_0`).
+The program is a `.json` since Paddle 3 and a `.pdmodel` before, a protocol buffer (framework.proto).
 """
 
+import struct
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,8 +15,8 @@ from bncli.batchnorm.conventions import PADDLE
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.beside import read_beside
 from bncli.checkpoints.formats.collected_network import Collected, are_statistics, contiguous, from_float32
+from bncli.checkpoints.formats.protobuf import Wire, fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
-from bncli.checkpoints.formats.wire_format import Wire
 from bncli.checkpoints.stored_tensor import MAX_DIMENSIONS, Storage, StoredTensor
 
 MAX_PROGRAM = 32 * 2**20  # bytes
@@ -33,6 +35,9 @@ _DTYPES = {
     22: torch.bfloat16,
 }
 _INPUTS = ("running_mean", "running_var", "weight", "bias")  # of the operator, behind its first
+_ROLES = {"Mean": "running_mean", "Variance": "running_var", "Scale": "weight", "Bias": "bias"}
+_BATCH_NORMS = ("batch_norm", "sync_batch_norm")
+_TENSOR = 7  # the kind of a variable that is a tensor (LOD_TENSOR)
 
 
 def read_if_paddle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
@@ -50,22 +55,57 @@ def read_if_paddle(file: ByteSource, start: bytes) -> tuple[str, object] | None:
     ):
         return None
     stem = file.name.rpartition("/")[2].removesuffix(".pdiparams")
-    content = read_beside(file, f"{stem}.json", MAX_PROGRAM)
-    if content is None:
+    new = read_beside(file, f"{stem}.json", MAX_PROGRAM)
+    old = read_beside(file, f"{stem}.pdmodel", MAX_PROGRAM) if new is None else None
+    if new is not None:
+        names, norms = _of_json(parse_json(new))
+    elif old is not None:
+        names, norms = _of_protobuf(old)
+    else:
         raise ForeignFileError(
-            f"numbers of PaddlePaddle without names; put its program {stem[:80]}.json beside it"
+            "numbers of PaddlePaddle without names; put its program beside it,"
+            f" {stem[:80]}.json or {stem[:80]}.pdmodel"
         )
-    parameters: dict[int, str] = {}
-    norms: list[Mapping[str, Any]] = []
-    for operation in _operations(parse_json(content).get("program"), 0):
-        _note(operation, parameters, norms)
-    stored, names = list(_tensors(file)), sorted(parameters.values())
+    stored = list(_tensors(file))
     if len(stored) != len(names):
         raise UnreadableFileError(
             f"it holds {len(stored):,} tensors where its program has {len(names):,}: of another export?"
         )
-    tensors = dict(zip(names, stored, strict=True))
-    return "paddle", _network(tensors, parameters, norms)
+    return "paddle", _network(dict(zip(names, stored, strict=True)), norms)
+
+
+class _Norm(NamedTuple):
+    """A call of BatchNorm: its parameters' names by what they are, eps and momentum as Paddle writes them."""
+
+    keys: dict[str, str]
+    eps: float | None
+    momentum: float | None
+
+
+# ---- programs of Paddle 3
+
+
+def _of_json(content: Mapping[str, Any]) -> tuple[list[str], list[_Norm]]:
+    """The names of all parameters, in the order of the numbers, and the calls of BatchNorm."""
+    parameters: dict[int, str] = {}
+    calls: list[Mapping[str, Any]] = []
+    for operation in _operations(content.get("program"), 0):
+        _note(operation, parameters, calls)
+    norms = []
+    for operation in calls:
+        numbers = [one.get("%") if isinstance(one, dict) else None for one in _list(operation, "I")[1:5]]
+        keys = {
+            leaf: parameters[number]
+            for leaf, number in zip(_INPUTS, numbers, strict=False)
+            if type(number) is int and number in parameters
+        }
+        said = {
+            str(one.get("N")): one["AT"].get("D")
+            for one in _list(operation, "A")
+            if isinstance(one, dict) and isinstance(one.get("AT"), dict)
+        }
+        norms.append(_Norm(keys, _number(said.get("epsilon")), _number(said.get("momentum"))))
+    return sorted(parameters.values()), norms
 
 
 def _operations(node: object, depth: int) -> Iterator[Mapping[str, Any]]:
@@ -92,8 +132,44 @@ def _note(operation: Mapping[str, Any], parameters: dict[int, str], norms: list[
         number = result.get("%") if isinstance(result, dict) else None
         if isinstance(said, list) and said and isinstance(said[-1], str) and type(number) is int:
             parameters[number] = said[-1]
-    elif kind.rpartition(".")[2].strip("_") in ("batch_norm", "sync_batch_norm"):
+    elif kind.rpartition(".")[2].strip("_") in _BATCH_NORMS:
         norms.append(operation)
+
+
+# ---- programs of Paddle 2: blocks with variables (3) and operations (4)
+
+
+def _of_protobuf(program: bytes) -> tuple[list[str], list[_Norm]]:
+    """The same of a `.pdmodel`."""
+    names = set[str]()
+    for variable in inside([program], 1, 3):
+        said = dict(fields(variable))
+        kind = dict(fields(part)).get(1) if not isinstance(part := said.get(2, 0), int) else None
+        if said.get(3) == 1 and kind == _TENSOR:  # persistable, and not the place of inputs or outputs
+            names.add(text(said.get(1, 0)))
+    norms = [
+        _norm_of(operation)
+        for operation in inside([program], 1, 4)
+        if any(number == 3 and text(value) in _BATCH_NORMS for number, value in fields(operation))
+    ]
+    return sorted(names), norms
+
+
+def _norm_of(operation: bytes | memoryview) -> _Norm:
+    keys, numbers = dict[str, str](), dict[str, float]()
+    for number, part in fields(operation):
+        if isinstance(part, int) or number not in (1, 4):
+            continue
+        said = dict(fields(part))
+        name, value = text(said.get(1, 0)), said.get(2 if number == 1 else 4)
+        if number == 1 and name in _ROLES and value is not None:
+            keys[_ROLES[name]] = text(value)
+        elif number == 4 and isinstance(value, int):
+            numbers[name] = struct.unpack("<f", struct.pack("<I", value & 0xFFFFFFFF))[0]
+    return _Norm(keys, _number(numbers.get("epsilon")), _number(numbers.get("momentum")))
+
+
+# ---- the numbers
 
 
 def _tensors(file: ByteSource) -> Iterator[StoredTensor]:
@@ -131,35 +207,21 @@ def _storage(file: ByteSource, start: int, size: int) -> Storage:
     )
 
 
-def _network(
-    tensors: Mapping[str, StoredTensor], parameters: Mapping[int, str], norms: list[Mapping[str, Any]]
-) -> object:
+def _network(tensors: Mapping[str, StoredTensor], norms: list[_Norm]) -> object:
     found, used = Collected(), set[str]()
-    for operation in norms:
-        numbers = [one.get("%") if isinstance(one, dict) else None for one in _list(operation, "I")[1:5]]
-        keys = {
-            leaf: parameters[number]
-            for leaf, number in zip(_INPUTS, numbers, strict=False)
-            if type(number) is int and number in parameters
-        }
-        parts = {leaf: tensors[key] for leaf, key in keys.items()}
+    for keys, eps, momentum in norms:
+        parts = {leaf: tensors[key] for leaf, key in keys.items() if key in tensors}
         if not are_statistics(parts.get("running_mean"), parts.get("running_var")):
             continue
         name = keys["running_mean"].rpartition(".")[0] or keys["running_mean"]
         if name in found.layers:  # called once more
             continue
-        said = {
-            str(one.get("N")): one["AT"].get("D")
-            for one in _list(operation, "A")
-            if isinstance(one, dict) and isinstance(one.get("AT"), dict)
-        }
-        found.add(
-            name, parts, PADDLE, eps=_number(said.get("epsilon")), momentum=_number(said.get("momentum"))
-        )
+        found.add(name, parts, PADDLE, eps=eps, momentum=momentum)
         used.update(keys.values())
     found.add_others({name: tensor for name, tensor in tensors.items() if name not in used})
     return found.network()
 
 
 def _number(value: object) -> float | None:
-    return from_float32(float(value)) if isinstance(value, int | float) and abs(value) < 1e30 else None
+    is_sound = isinstance(value, int | float) and abs(value) < 1e30
+    return from_float32(float(value)) if is_sound else None  # type: ignore[arg-type]

@@ -27,6 +27,7 @@ class PickledModule:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     hyperparameters: dict[str, Hyperparameters] = field(default_factory=dict)  # of BatchNorm layers
     instance_norms: set[str] = field(default_factory=set)  # they look like BatchNorm in a state dict
+    uninitialised: list[str] = field(default_factory=list)  # BatchNorm layers that are lazy still
     num_characters: int = 0  # of all names so far
 
     def join(self, name: str, key: str) -> str:
@@ -42,6 +43,15 @@ def is_module(value: object) -> bool:
     if not isinstance(value, Inert):
         return False
     return isinstance(value.attributes.get("_modules"), dict) or _is_script(value)
+
+
+def is_uninitialised(value: object) -> bool:
+    """Whether it is a buffer that a lazy layer has not made yet."""
+    return (
+        isinstance(value, Inert)
+        and value.kind is not None
+        and value.kind.path == "torch.nn.parameter.UninitializedBuffer"
+    )
 
 
 def read_module(root: Inert) -> PickledModule:
@@ -93,6 +103,8 @@ def _read_one(found: PickledModule, name: str, module: Inert) -> None:
             if isinstance(value, StoredTensor) and key not in hidden:
                 found.tensors[found.join(name, str(key))] = value
     buffers = attributes.get("_buffers")
+    if class_name.startswith("LazyBatchNorm"):  # with its first batch it becomes a BatchNorm
+        found.uninitialised.append(name or "the top")
     has_buffer = isinstance(buffers, dict) and "running_mean" in buffers
     if "InstanceNorm" not in class_name and (has_buffer or "BatchNorm" in class_name):
         known = checked_hyperparameters(

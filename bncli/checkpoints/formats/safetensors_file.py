@@ -5,6 +5,7 @@ from a URL as well. The header is checked as that library does. Reference: its R
 """
 
 import json
+from collections.abc import Mapping
 
 import torch
 
@@ -45,6 +46,15 @@ def read_safetensors(source: ByteSource) -> dict[str, StoredTensor]:
     Raises:
         UnreadableFileError: when it is damaged or truncated.
     """
+    return read_with_metadata(source)[0]
+
+
+def read_with_metadata(source: ByteSource) -> tuple[dict[str, StoredTensor], Mapping[str, object]]:
+    """The same, and what else the header says: text under names, as a rule.
+
+    Raises:
+        UnreadableFileError: when it is damaged or truncated.
+    """
     length = int.from_bytes(source.read_at(0, 8), "little")
     if length > MAX_HEADER:
         raise UnreadableFileError(
@@ -52,9 +62,9 @@ def read_safetensors(source: ByteSource) -> dict[str, StoredTensor]:
         )
     header = parse_json(source.read_at(8, length))
     start = 8 + length
-    return {
-        name: _tensor(source, start, name, entry) for name, entry in header.items() if name != "__metadata__"
-    }
+    said = header.pop("__metadata__", None)
+    tensors = {name: _tensor(source, start, name, entry) for name, entry in header.items()}
+    return tensors, said if isinstance(said, dict) else {}
 
 
 def parse_json(data: bytes) -> dict[str, object]:

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
+from bncli.checkpoints.formats.crc32c import crc32c
 from bncli.checkpoints.formats.protobuf import fields, varint
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride, stored_tensor
 
@@ -20,6 +21,7 @@ FOOTER = 48  # bytes
 MAX_KEYS = 64 * 2**20  # bytes of all keys together: each may repeat the beginning of the one before
 MAX_ENTRIES = 300_000
 MAX_SHARDS = 100_000
+MAX_CHECKED = 2**15  # bytes of an array whose checksum is computed: 3 ms, and most of BatchNorm are smaller
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 STRING = 7
 DTYPES = {
@@ -50,6 +52,7 @@ class Entry:
     shard: int
     offset: int
     size: int
+    checksum: int  # masked CRC-32C of the numbers
     in_slices: bool  # a partitioned variable, whose parts lie under other keys
 
 
@@ -101,7 +104,17 @@ class Bundle:
         return data[position + 4 :]
 
     def _read(self, entry: Entry, start: int, size: int) -> bytes:
-        return self._open(entry.shard).read_at(entry.offset + start, size)
+        data = self._open(entry.shard).read_at(entry.offset + start, size)
+        is_checked = entry.checksum and entry.dtype != STRING and size == entry.size <= MAX_CHECKED
+        if is_checked and _masked(data) != entry.checksum:
+            raise UnreadableFileError("a damaged file: the checksum of a variable does not fit")
+        return data
+
+
+def _masked(data: bytes) -> int:
+    """The checksum as TensorFlow keeps it: turned, so that none of data with checksums in it is odd."""
+    value = crc32c(data)
+    return (((value >> 15) | (value << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def is_table(source: ByteSource) -> bool:
@@ -191,8 +204,8 @@ def _entry(value: bytes) -> Entry:
             shape = shape_of(part)
         elif number == 7:
             in_slices = True
-    dtype, shard, offset, size = (numbers.get(number, 0) for number in (1, 3, 4, 5))
-    return Entry(dtype, shape, shard, offset, size, in_slices)
+    dtype, shard, offset, size, checksum = (numbers.get(number, 0) for number in (1, 3, 4, 5, 6))
+    return Entry(dtype, shape, shard, offset, size, checksum, in_slices)
 
 
 def shape_of(message: memoryview) -> tuple[int, ...]:

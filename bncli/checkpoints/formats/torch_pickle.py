@@ -45,6 +45,8 @@ _NEWER_DTYPES = {
         torch.float8_e5m2fnuz,
     )
 }
+# by their names in the module torch
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES.values()} | _NEWER_DTYPES
 _DICTS = {"collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict"}
 _SEQUENCES = {
     f"{module}.{name}"

@@ -90,12 +90,16 @@ class ZipArchive:
             names = ", ".join(list(self.entries)[:4]) or "nothing"
             raise ForeignFileError(f"not a checkpoint: a zip archive without data.pkl; it holds {names}")
         pickle = self.entries[min(found, key=len)]
-        order = self.entries.get(pickle.filename.removesuffix("data.pkl") + "byteorder")
+        self.check_byte_order(pickle.filename.removesuffix("data.pkl"))
+        return pickle
+
+    def check_byte_order(self, folder: str) -> None:
+        """Raise UnreadableFileError for numbers of a big-endian machine; a file in the folder tells."""
+        order = self.entries.get(f"{folder}byteorder")
         if order is not None and order.file_size == 3:  # "big", not "little"
             raise UnreadableFileError(
                 "it was written on a big-endian machine; load it there and save it again"
             )
-        return pickle
 
     def read_pickle(
         self, pickle: zipfile.ZipInfo, meanings: Callable[[FindStorage], TorchMeanings]
@@ -146,10 +150,7 @@ class ZipArchive:
                 f" {info.file_size // itemsize}"
             )
         if not self._strictly:
-            read = partial(self.read, info)
-            check = partial(self._check, info)
-            position = partial(self.position, info) if info.compress_type == zipfile.ZIP_STORED else None
-            return Storage(info.file_size, read, info.filename, check, position=position)
+            return self.storage(info)
         found = self._storages.get(info.filename)
         if found is None:
             start = self.position(info)
@@ -157,6 +158,12 @@ class ZipArchive:
             found = Storage(info.file_size, read, info.filename, partial(self._check, info))
             self._storages[info.filename] = found
         return found
+
+    def storage(self, info: zipfile.ZipInfo) -> Storage:
+        """An entry's whole content, of a file that is not read strictly."""
+        position = partial(self.position, info) if info.compress_type == zipfile.ZIP_STORED else None
+        check = partial(self._check, info)
+        return Storage(info.file_size, partial(self.read, info), info.filename, check, position=position)
 
     def _read_stored(self, position: int, start: int, size: int) -> bytes:
         return self.source.read_at(position + start, size)

@@ -10,7 +10,6 @@ from bncli.cli.help_page import MEASURED, CommandPage, GroupPage
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
 from bncli.cli.options import (
-    CheckpointArgument,
     ConfigArgument,
     DataRootOption,
     DeviceOption,
@@ -97,7 +96,9 @@ def bench_train(
 
 @bench_app.command("eval", cls=CommandPage)
 def bench_eval(
-    checkpoint: CheckpointArgument,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
+    ],
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,

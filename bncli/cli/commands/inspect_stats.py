@@ -131,7 +131,10 @@ def _refuse_what_others_read(source: str, more: list[str]) -> None:
     """Raise ConfigError for more than one checkpoint and for the directory of a run: others read these."""
     path = Path(source)
     if more:
-        text = f"it reads one checkpoint; to compare two use bncli compare {source} {more[0]}"
+        text = (
+            f"it reads one checkpoint; to compare two use bncli compare {source} {more[0]}; the files of"
+            " several processes of one training: bncli compare --ranks"
+        )
     elif path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         text = (
             f"{path} is the directory of a run; use bncli history {path}, or inspect-stats {path / 'last.pt'}"

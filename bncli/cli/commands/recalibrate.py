@@ -9,7 +9,7 @@ import typer
 
 from bncli.cli.help_page import CHECKED, COMPUTED, OUTPUT
 from bncli.cli.messages import print_note
-from bncli.cli.named_network import named_network
+from bncli.cli.named_network import as_typed, is_address, named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_again, open_subject
 from bncli.cli.options import (
     CheckpointArgument,
@@ -149,16 +149,20 @@ def recalibrate_into_file(
         verification_document,
     )
     from bncli.cli.tables.table import print_json
+    from bncli.data.dataset import NO_IMAGES
     from bncli.training import Calibration
 
     _check_options(checkpoint, output, verify=verify, tolerance=tolerance, max_error=max_error)
     overrides = effective_overrides("recalibrate", overrides, device=device, data_root=data_root)
     named = named_network(model, model_args, key, partial, normalization, logits)
-    subject = open_subject(checkpoint, overrides, command="recalibrate", named=named)
+    evaluate = output is not None and not no_evaluate
+    needs_images = evaluate or verify or method != "debias"
+    subject = open_subject(
+        checkpoint, overrides, command="recalibrate", named=named, needs_images=needs_images
+    )
     if output is not None:
         _check_container(subject, layers)
-    evaluate = output is not None and not no_evaluate
-    dataset = _load_data(subject, evaluate=evaluate)
+    dataset = _load_data(subject, evaluate=evaluate) if needs_images else NO_IMAGES
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     if output is None:
         found = _verify(subject, dataset, how, max_error)
@@ -173,8 +177,8 @@ def recalibrate_into_file(
         again = Calibration() if named is None else how
         verification = _verify(_reopen(output, subject, dataset), dataset, again, max_error)
     report = RecalibrateReport(
-        str(checkpoint), str(output), subject.epoch, dataset.name, made, subject.runtime.describe(),
-        verification, subject.describe_network(),
+        str(checkpoint), str(output), subject.epoch, dataset.name if needs_images else None, made,
+        subject.runtime.describe(), verification, subject.describe_network(),
     )  # fmt: skip
     print_json(report.to_dict()) if as_json else show_recalibrate(report)
     return 1 if verification is not None and not verification.self_consistent else 0
@@ -195,6 +199,10 @@ def _check_options(
                 ["give -o NEW for the new checkpoint, or --verify to check this one"],
             )
         return
+    if is_address(checkpoint):
+        raise BncliError(
+            f"{as_typed(checkpoint)}: new ones are made of files on this machine; download it first"
+        )
     if output.exists() or output.is_symlink():
         if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
             raise BncliError(f"{output}: is the checkpoint itself, which is never changed; give another name")

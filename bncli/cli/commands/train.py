@@ -110,6 +110,8 @@ def train_config(
             setup = prepare(loaded, progress=progress, may_download=resume is None)
         if launch is not None and launch.num_ranks > 1:
             check_shares(loaded, setup.plan, launch.num_ranks)
+        for note in setup.dataset.notes:
+            print_note(note)
         description = describe_setup(setup)
         print_json(description) if as_json else show_dry_run(description)
         return 0

@@ -31,6 +31,8 @@ GROUPS = {
         "averaging",
         "gap",
         "other-frameworks",
+        "names-elsewhere",
+        "conversion",
     ),
     "Equal bits, and several GPUs": ("batch-invariance", "many-gpus", "many-processes"),
     "Files": ("checkpoint-files", "runs", "your-images"),
@@ -115,6 +117,7 @@ def topic_of_rule(page: RulePage) -> Topic:
 def _read(name: str, group: str) -> Topic:
     text = (files("bncli.cli.explain") / f"{name}.md").read_text(encoding="utf-8")
     text = text.replace("TABLE OF CONVENTIONS\n", _table_of_conventions())
+    text = text.replace("TABLE OF NAMES\n", _table_of_names())
     summary = text.splitlines()[0].removeprefix(f"# {name}: ")
     return Topic(name, None, group, summary, text)
 
@@ -128,6 +131,18 @@ def _table_of_conventions() -> str:
             f"| {one.framework} | {one.default_momentum:g}{of_old} | {one.default_eps:g} | {one.variance} |"
             f" {one.version} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def _table_of_names() -> str:
+    """A row for each set of names, with the frameworks that have it."""
+    frameworks: dict[tuple[str, ...], list[str]] = {}
+    for one in CONVENTIONS:
+        statistics = f"{one.running_mean}, {one.running_var}"
+        names = (f"{one.weight}, {one.bias}", statistics, one.counter or "-")
+        frameworks.setdefault(names, []).append(one.framework)
+    lines = ["| framework | weight, bias | running_mean, running_var | counts |", "|---|---|---|---|"]
+    lines += [f"| {', '.join(those)} | {' | '.join(names)} |" for names, those in frameworks.items()]
     return "\n".join(lines) + "\n"
 
 

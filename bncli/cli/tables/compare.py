@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 
 from bncli.batchnorm import Comparison, DivergenceSummary, LayerComparison
-from bncli.batchnorm.compare import STATISTICS_ALONE
+from bncli.batchnorm.comparison import STATISTICS_ALONE
 from bncli.cli.tables.csv_rows import Row
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import aligned, console_for_results, number, print_wrapped, show_lines, table_of

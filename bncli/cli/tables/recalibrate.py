@@ -27,7 +27,7 @@ class RecalibrateReport:
     input: str
     output: str
     epoch: int | None
-    dataset: str
+    dataset: str | None  # None: none was needed
     made: RecalibratedNetwork
     runtime: dict[str, Any]
     verification: Verification | None  # of the new file, with --verify

@@ -121,8 +121,16 @@ def test_f2_an_average_over_the_state_dict_is_told_by_its_numbers(tmp_path: Path
             average[key].copy_(0.9999 * average[key] + 0.0001 * value)
     layers = opened(average, tmp_path)
     assert said(layers) == {("near_initial", "warning")}
-    values = first(layers, "BN014").values
-    assert values["share_at_least"] <= left <= values["share_at_most"]
+    finding = first(layers, "BN014")
+    assert finding.values["share_at_least"] <= left <= finding.values["share_at_most"]
+    assert "e+" not in finding.message
+
+
+@pytest.mark.parametrize(("momentum", "share"), [(0.001, "99.9 %"), (0.0001, "100 %"), (0.1, "90 %")])
+def test_shares_near_all_are_plain_numbers(momentum: float, share: str) -> None:
+    layer = nn.BatchNorm2d(3, momentum=momentum)
+    layer(torch.randn(8, 3, 4, 4))
+    assert first(layer, "BN002").message.startswith(f"{share} of the initial statistics")
 
 
 def test_f3_absorbed_statistics_are_no_error(tmp_path: Path) -> None:

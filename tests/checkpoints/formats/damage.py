@@ -1,6 +1,8 @@
 """Damage files and see that reading them ends soon, with a CheckpointError or a result and nothing else."""
 
+import math
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,11 +39,23 @@ def read_or_refuse(source: Path) -> str | None:
     with time_limit():
         try:
             with open_checkpoint(source) as checkpoint:
-                checkpoint.layers()
+                for layer in checkpoint.layers():
+                    assert layer.eps is None or math.isfinite(layer.eps)
         except CheckpointError as error:
             assert "\n" not in str(error)
             return str(error)
     return None
+
+
+def is_refused(source: Path) -> bool:
+    """Whether something is said instead of reading it."""
+    return read_or_refuse(source) is not None
+
+
+def is_read(path: Path, content: bytes) -> bool:
+    """Whether a file with this content is read."""
+    path.write_bytes(content)
+    return not is_refused(path)
 
 
 def cuts(content: bytes) -> Iterator[bytes]:
@@ -61,3 +75,34 @@ def flips(content: bytes, count: int, seed: int) -> Iterator[bytes]:
                 (0, 1, 127, 128, 255, generator.randrange(256))
             )
         yield bytes(damaged)
+
+
+def damaged(content: bytes, num_flipped: int) -> Iterator[bytes]:
+    """Cut off at every twentieth of it, and so often with other bytes."""
+    yield from cuts(content)
+    yield from flips(content, num_flipped, seed=0)
+
+
+def truncated(source: Path, target: Path) -> Iterator[Path]:
+    """A file cut off at every twentieth of its length."""
+    for content in cuts(source.read_bytes()):
+        target.write_bytes(content)
+        yield target
+
+
+def mutations(folder: Path, source: Path, count: int) -> int:
+    """Read so many mutations of a file, or of the files in a directory; how many of them were refused."""
+    if source.is_file():
+        return sum(not is_read(folder / source.name, data) for data in flips(source.read_bytes(), count, 0))
+    target = folder / source.name
+    shutil.copytree(source, target)
+    files = sorted(path for path in target.rglob("*") if path.is_file() and path.stat().st_size)
+    refused = 0
+    for number in range(count):
+        file = files[number % len(files)]
+        whole = file.read_bytes()
+        (changed,) = flips(whole, 1, seed=number)
+        file.write_bytes(changed)
+        refused += is_refused(target)
+        file.write_bytes(whole)
+    return refused

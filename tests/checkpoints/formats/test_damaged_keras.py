@@ -10,7 +10,7 @@ import pytest
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import OtherFormatError
 from tests.checkpoints.formats.damage import cuts, flips, read_or_refuse
-from tests.checkpoints.formats.framework_corpus import unpack
+from tests.checkpoints.formats.framework_answers import unpack
 
 # of which corpus, what is opened, and the part of it that is damaged
 CASES = {

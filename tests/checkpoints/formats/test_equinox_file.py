@@ -8,15 +8,8 @@ import pytest
 
 from bncli.batchnorm.conventions import EQUINOX
 from bncli.errors import CheckpointError, NoBatchNormError, OtherFormatError
-from tests.checkpoints.formats.corpus import (
-    FILES,
-    answers,
-    check_layers,
-    check_refused_or_read,
-    mutations,
-    opened,
-    truncated,
-)
+from tests.checkpoints.formats.damage import is_refused, mutations, truncated
+from tests.checkpoints.formats.framework_answers import FILES, answers, check_layers, opened
 
 FOLDER = FILES / "equinox"
 ANSWERS = answers("equinox")
@@ -99,7 +92,7 @@ def test_a_single_array_is_no_network(tmp_path: Path) -> None:
 
 def test_a_cut_file_is_refused_or_has_fewer_layers(tmp_path: Path) -> None:
     for file in ("batch-40.eqx", "with-line.eqx"):
-        refused = [check_refused_or_read(path) for path in truncated(FOLDER / file, tmp_path / file)]
+        refused = [is_refused(path) for path in truncated(FOLDER / file, tmp_path / file)]
         assert sum(refused) >= 18
 
 

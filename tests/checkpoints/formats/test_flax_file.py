@@ -9,15 +9,8 @@ import pytest
 from bncli.batchnorm.conventions import FLAX
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError, NoBatchNormError
-from tests.checkpoints.formats.corpus import (
-    FILES,
-    answers,
-    check_layers,
-    check_refused_or_read,
-    mutations,
-    opened,
-    truncated,
-)
+from tests.checkpoints.formats.damage import is_refused, mutations, truncated
+from tests.checkpoints.formats.framework_answers import FILES, answers, check_layers, opened
 from tests.conftest import Bncli
 
 FOLDER = FILES / "flax"
@@ -159,7 +152,7 @@ def test_names_with_dots_do_not_become_one(tmp_path: Path) -> None:
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     for file in ("sorted.msgpack", "chunked.msgpack"):
         for path in truncated(FOLDER / file, tmp_path / file):
-            assert check_refused_or_read(path)
+            assert is_refused(path)
 
 
 @pytest.mark.parametrize("file", ["scan.msgpack", "chunked.msgpack"])

@@ -9,15 +9,8 @@ import pytest
 
 from bncli.batchnorm.conventions import FLAX, HAIKU
 from bncli.errors import CheckpointError, OtherFormatError
-from tests.checkpoints.formats.corpus import (
-    FILES,
-    answers,
-    check_layers,
-    check_refused_or_read,
-    mutations,
-    opened,
-    truncated,
-)
+from tests.checkpoints.formats.damage import is_refused, mutations, truncated
+from tests.checkpoints.formats.framework_answers import FILES, answers, check_layers, opened
 
 FOLDER = FILES / "haiku"
 ANSWERS = answers("haiku")
@@ -148,13 +141,13 @@ def test_a_pickle_whose_parts_refer_to_one_another_without_end_is_refused(tmp_pa
     circle["circle"] = circle
     (tmp_path / "b.pkl").write_bytes(pickle.dumps(circle))
     for file in ("a.pkl", "b.pkl"):
-        assert check_refused_or_read(tmp_path / file)
+        assert is_refused(tmp_path / file)
 
 
 def test_a_cut_file_is_refused(tmp_path: Path) -> None:
     for file in ("numpy-2.pkl", "numpy-4.pkl", "numpy-5.pkl", "bar.npz", "objects.npz", "objects.npy"):
         for path in truncated(FOLDER / file, tmp_path / file):
-            assert check_refused_or_read(path)
+            assert is_refused(path)
 
 
 @pytest.mark.parametrize("file", ["numpy-4.pkl", "numpy-5.pkl", "objects.npy"])

@@ -4,7 +4,7 @@ import pytest
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
 from bncli.checkpoints.formats.keras_layers import legacy_name
-from tests.checkpoints.formats.framework_corpus import (
+from tests.checkpoints.formats.framework_answers import (
     Corpus,
     check_output,
     check_values,

@@ -15,7 +15,8 @@ import torch
 
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError
-from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
+from tests.checkpoints.formats.damage import damaged, flips, is_read, is_refused
+from tests.checkpoints.formats.framework_answers import check_answers, files_of
 from tests.frameworks.recorded import FILES
 
 FRAMEWORKS = [name for name in ("paddle", "mxnet", "chainer", "mindspore", "mlx") if (FILES / name).is_dir()]
@@ -30,11 +31,11 @@ def test_layers_are_those_of_the_framework(framework: str, file: str) -> None:
 @pytest.mark.parametrize("num_flipped", [60, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("framework", "file"), ALL)
 def test_damage_is_said_in_one_line(tmp_path: Path, framework: str, file: str, num_flipped: int) -> None:
-    for path in (FILES / framework).glob("*.json"):
-        if path.name != "expected.json":
+    for path in (FILES / framework).iterdir():
+        if path.suffix in (".json", ".pdmodel") and path.name != "expected.json":
             shutil.copy(path, tmp_path)
     content = (FILES / framework / file).read_bytes()
-    read = [survives(tmp_path / file, data) for data in damaged(content, num_flipped)]
+    read = [is_read(tmp_path / file, data) for data in damaged(content, num_flipped)]
     assert not all(read[:20])
 
 
@@ -91,13 +92,25 @@ def test_bare_sixteen_bits_of_paddle_are_bfloat16() -> None:
 
 def test_an_export_of_paddle_needs_its_own_program(tmp_path: Path) -> None:
     shutil.copy(FILES / "paddle" / "net.pdiparams", tmp_path)
-    with pytest.raises(CheckpointError, match=r"put its program net\.json beside it"):
+    with pytest.raises(CheckpointError, match=r"program beside it, net\.json or net\.pdmodel"):
         open_checkpoint(tmp_path / "net.pdiparams").__enter__()
     program = json.loads((FILES / "paddle" / "net.json").read_text())
     del program["program"]["regions"][0]["blocks"][0]["ops"][0]
     (tmp_path / "net.json").write_text(json.dumps(program))
     with pytest.raises(CheckpointError, match="of another export"):
         open_checkpoint(tmp_path / "net.pdiparams").__enter__()
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_damage_of_a_program_before_paddle_3_is_said_in_one_line(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a").mkdir()
+    shutil.copy(FILES / "paddle" / "old.pdiparams", tmp_path / "a" / "net.pdiparams")
+    program = (FILES / "paddle" / "old.pdmodel").read_bytes()
+    refused = 0
+    for changed in flips(program, count, seed=0):
+        (tmp_path / "a" / "net.pdmodel").write_bytes(changed)
+        refused += is_refused(tmp_path / "a" / "net.pdiparams")
+    assert refused > 0
 
 
 def test_a_gamma_that_mxnet_ignores_is_one_and_stays_where_nothing_tells(tmp_path: Path) -> None:
@@ -122,3 +135,51 @@ def test_mxnet_claims_are_bounded(tmp_path: Path) -> None:
         (tmp_path / "a.params").write_bytes(content + bytes(64))
         with pytest.raises(CheckpointError, match="damaged"):
             open_checkpoint(tmp_path / "a.params").__enter__()
+
+
+def caffe2(names: tuple[str, ...], layer: str = "res2_0_branch2a_bn") -> dict[str, np.ndarray]:
+    arrays = {f"{layer}_{name}": np.arange(3, dtype="f4") + index for index, name in enumerate(names)}
+    return {"conv1_w": np.ones((3, 1, 1, 1), "f4"), **arrays, "lr": np.float32(0.1)}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("names", [("s", "b", "rm", "riv"), ("gamma", "beta", "running_mean", "running_var")])
+def test_the_names_of_caffe2_in_pickles_of_detectron(
+    tmp_path: Path, names: tuple[str, ...], protocol: int
+) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": caffe2(names)}, protocol))
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        (layer,) = checkpoint.layers()
+    assert (layer.name, layer.convention.framework, layer.eps) == ("res2_0_branch2a_bn", "Caffe2", None)
+    found = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    assert [tensor.tolist() for tensor in found] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]
+
+
+class PicklerOfPython2(pickle._Pickler):  # type: ignore[name-defined]
+    """Writes bytes as the text that they were in Python 2."""
+
+    def save_bytes(self, content: bytes) -> None:
+        size = len(content)
+        self.write(b"U" + bytes([size]) if size < 256 else b"T" + struct.pack("<I", size))
+        self.write(content)
+        self.memoize(content)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[attr-defined]  # noqa: RUF012
+
+
+@pytest.mark.parametrize("channels", [3, 64, 512, 4096])
+def test_arrays_of_python_2_are_read_wherever_they_lie(tmp_path: Path, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"a_bn_{name}": rng.random(channels, dtype="f4") for name in ("s", "b", "rm", "riv")}
+    with (tmp_path / "a.pkl").open("wb") as file:
+        PicklerOfPython2(file, 2).dump({"blobs": arrays | {"fc_w": rng.random((99, 999))}})
+    with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
+        (layer,) = checkpoint.layers()
+    for found, name in ((layer.running_mean, "rm"), (layer.running_var, "riv"), (layer.weight, "s")):
+        assert found.tolist() == arrays[f"a_bn_{name}"].tolist()
+
+
+def test_statistics_that_detectron_merged_are_said_to_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"blobs": caffe2(("s", "b"))}, 2))
+    with pytest.raises(CheckpointError, match="mean and variance were multiplied into them"):
+        open_checkpoint(tmp_path / "a.pkl").__enter__()

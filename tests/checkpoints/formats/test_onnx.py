@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bncli.checkpoints import open_checkpoint
 from bncli.errors import CheckpointError, NoBatchNormError
-from tests.checkpoints.formats.recorded import check_answers, damaged, files_of, survives
+from tests.checkpoints.formats.damage import damaged, is_read
+from tests.checkpoints.formats.framework_answers import check_answers, files_of
 from tests.frameworks.recorded import FILES
 
 PLACE = FILES / "onnx"
@@ -187,7 +188,7 @@ def test_a_cache_of_links_into_one_folder_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["dynamo.onnx", "training_17.onnx"])
 def test_damage_is_said_in_one_line(tmp_path: Path, file: str, num_flipped: int) -> None:
     content = (PLACE / file).read_bytes()
-    read = [survives(tmp_path / "a.onnx", data) for data in damaged(content, num_flipped)]
+    read = [is_read(tmp_path / "a.onnx", data) for data in damaged(content, num_flipped)]
     assert not any(read[:20])
     assert any(read[20:])
 

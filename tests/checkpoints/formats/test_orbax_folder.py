@@ -15,15 +15,8 @@ from bncli.checkpoints.formats.crc32c import crc32c
 from bncli.checkpoints.formats.ocdbt import read_ocdbt
 from bncli.checkpoints.formats.zarr_array import zarr_tensor
 from bncli.errors import CheckpointError, OtherFormatError
-from tests.checkpoints.formats.corpus import (
-    FILES,
-    answers,
-    check_layers,
-    check_refused_or_read,
-    mutations,
-    opened,
-    truncated,
-)
+from tests.checkpoints.formats.damage import is_refused, mutations, truncated
+from tests.checkpoints.formats.framework_answers import FILES, answers, check_layers, opened
 
 FOLDER = FILES / "orbax"
 ANSWERS = answers("orbax")
@@ -223,7 +216,7 @@ def test_a_cut_file_is_refused_or_read(tmp_path: Path) -> None:
                 whole = tmp_path / "whole"
                 shutil.copy(file, whole)
                 for _ in truncated(whole, file):
-                    check_refused_or_read(target)
+                    is_refused(target)
                 shutil.copy(whole, file)
 
 

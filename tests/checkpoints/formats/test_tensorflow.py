@@ -9,7 +9,8 @@ import pytest
 from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.byte_source import open_source
 from bncli.checkpoints.formats.tensorflow_bundle import table_entries
-from tests.checkpoints.formats.framework_corpus import Corpus, unpack
+from bncli.errors import CheckpointError
+from tests.checkpoints.formats.framework_answers import Corpus, unpack
 from tests.checkpoints.formats.test_damaged_keras import BN, HEADER, block, entry, table
 from tests.conftest import Bncli
 
@@ -129,3 +130,39 @@ def test_a_variable_in_parts_is_said_not_to_be_read(tmp_path: Path) -> None:
         (layer,) = checkpoint.layers()
     assert layer.weight is None
     assert any("bn/gamma is divided" in note for note in checkpoint.notes)
+
+
+def test_the_same_of_a_variable_that_an_object_owns(keras_3: Corpus, tmp_path: Path) -> None:
+    source = keras_3.folder / "checkpoints"
+    (data,) = source.glob("*.data-*")
+    with open_source(str(source / "ck-1.index")) as index:
+        entries = [(0, key, bytes(value)) for key, value, _ in table_entries(index)]
+    divided = next(key for _, key, _ in entries if b"/gamma/" in key)
+    entries = [(0, key, value + b"\x3a\x00" * (key == divided)) for _, key, value in entries]
+    (tmp_path / "ck-1.index").write_bytes(table(block(entries)))
+    (tmp_path / data.name).write_bytes(data.read_bytes())
+    with open_checkpoint(tmp_path / "ck-1.index") as checkpoint:
+        assert any(f"{divided.decode()} is divided" in note for note in checkpoint.notes)
+        assert sum(layer.weight is None for layer in checkpoint.layers()) == 1
+
+
+def test_numbers_that_changed_are_told_by_their_checksum(keras_3: Corpus, tmp_path: Path) -> None:
+    source = keras_3.folder / "checkpoints"
+    (data,) = source.glob("*.data-*")
+    with open_checkpoint(source / "ck-1.index") as checkpoint:
+        mean = next(layer.running_mean for layer in checkpoint.layers())
+    assert mean is not None
+    content = data.read_bytes()
+    place = content.index(mean.numpy().tobytes())
+    (tmp_path / "ck-1.index").write_bytes((source / "ck-1.index").read_bytes())
+    (tmp_path / data.name).write_bytes(content)
+    with open_checkpoint(tmp_path / "ck-1.index") as checkpoint:
+        checkpoint.layers()
+    changed = bytearray(content)
+    changed[place] ^= 1
+    (tmp_path / data.name).write_bytes(changed)
+    with (
+        open_checkpoint(tmp_path / "ck-1.index") as checkpoint,
+        pytest.raises(CheckpointError, match="the checksum of a variable does not fit"),
+    ):
+        checkpoint.layers()

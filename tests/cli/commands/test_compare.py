@@ -244,3 +244,40 @@ def test_a_transposed_tensor_equals_the_same_numbers_row_by_row(bncli: Bncli, tm
     for numbers, code in ((weight, 0), (others, 1)):
         torch.save(norm | {"w": numbers.t().contiguous().t()}, tmp_path / "columns.pt")
         assert bncli("compare", tmp_path / "rows.pt", tmp_path / "columns.pt").code == code
+
+
+def test_several_ranks_are_pooled_and_what_averaging_loses_is_told(
+    bncli: Bncli, finished_run: Path, recalibrated: Path
+) -> None:
+    first = finished_run / "last.pt"
+    outcome = bncli("compare", "--ranks", first, recalibrated, first, "--values-per-channel", 100)
+    assert outcome.code == 1
+    assert all(len(line.rstrip()) <= 80 for line in outcome.out.splitlines()[3:])
+    flat = " ".join(outcome.out.split())
+    assert "The running statistics of the 3 ranks differ in 1 of 2 layers: means by up to" in flat
+    assert "Averaging variances would lose up to" in flat
+    document = bncli("compare", "--ranks", first, recalibrated, first, "--channels", "--json").json
+    still, moved = document["layers"]
+    assert (still["identical"], moved["identical"]) == (True, False)
+    state = torch.load(first, weights_only=True)["state_dict"]
+    var = state["stages.1.0.norm.running_var"].double()
+    pooled = var * 4 / 3 + 0.5**2 * 2 / 9  # of three means, one of them 0.5 away
+    np.testing.assert_allclose(moved["channels"]["running_var"], pooled, rtol=1e-6)
+    np.testing.assert_allclose(moved["channels"]["averaged_var"], var * 4 / 3, rtol=1e-6)
+    table = bncli("compare", "--ranks", first, recalibrated, "--channels", "--csv", "-")
+    assert len(rows(table.out)) == sum(layer["num_features"] for layer in document["layers"])
+    same = bncli("compare", "--ranks", first, first)
+    assert same.code == 0 and "All 2 ranks hold the same running statistics" in same.out
+
+
+def test_more_than_two_files_are_those_of_ranks_and_nothing_else(bncli: Bncli, finished_run: Path) -> None:
+    path = finished_run / "last.pt"
+    for arguments, expected in (
+        ((path, path, path), "3 checkpoints: only with --ranks"),
+        ((path, path, "--values-per-channel", 9), "--values-per-channel: only with --ranks"),
+        ((path, path, "--ranks", "--plot", "a.png"), "--plot: no effect here; leave it out"),
+    ):
+        outcome = bncli("compare", *arguments)
+        assert outcome.code == 2 and expected in outcome.err
+    outcome = bncli("inspect-stats", path, path)
+    assert outcome.code == 2 and "bncli compare --ranks" in outcome.err

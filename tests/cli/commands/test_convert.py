@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.checkpoints.formats.framework_corpus import FILES, Corpus, unpack
+from tests.checkpoints.formats.framework_answers import FILES, Corpus, unpack
 from tests.conftest import Bncli
 
 
@@ -92,12 +92,32 @@ def test_compare_finds_the_same_layers_across_frameworks(bncli: Bncli, keras: Co
     assert "(assumed) in the second: with equal statistics, outputs differ by up to" in text
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("nested.keras", "nested.weights.h5"),
+        ("nested.h5", "nested_export"),
+        ("nested.keras", "checkpoints/ck-1"),
+        ("wrapped.keras", "wrapped.weights.h5"),
+        ("subclassed.keras", "subclassed_export/variables/variables.index"),
+    ],
+)
+def test_exports_of_one_network_are_the_same_whatever_they_call_its_layers(
+    bncli: Bncli, keras: Corpus, first: str, second: str
+) -> None:
+    outcome = bncli("compare", keras.folder / first, keras.folder / second, "--json")
+    found = json.loads(outcome.out)
+    assert (found["only_in_first"], found["only_in_second"]) == ([], [])
+    assert {layer["relation"] for layer in found["layers"]} == {"equal"}
+    assert found["num_layers"] == len(keras.answers(first))
+
+
 def test_compare_names_each_mistake_of_a_conversion(bncli: Bncli, keras: Corpus, tmp_path: Path) -> None:
     assert bncli("convert", keras.folder / "flat.keras", "-o", tmp_path / "new.pt").code == 0
     state = torch.load(tmp_path / "new.pt", weights_only=True)
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
-    wrong = {f"other.{key}": value for key, value in state.items() if not key.startswith(f"{names[2]}.")}
-    first, second = f"other.{names[0]}", f"other.{names[1]}"
+    wrong = {f"other_{key}": value for key, value in state.items() if not key.startswith(f"{names[2]}.")}
+    first, second = f"other_{names[0]}", f"other_{names[1]}"
     wrong[f"{first}.running_mean"], wrong[f"{first}.running_var"] = (
         wrong[f"{first}.running_var"], wrong[f"{first}.running_mean"],
     )  # fmt: skip
@@ -133,6 +153,15 @@ def test_assumptions_that_cannot_be_are_refused(bncli: Bncli, keras: Corpus, tex
     assert outcome.err.startswith("bncli: error: --assume: expected")
 
 
+def test_a_momentum_that_keras_would_write_is_answered_with_its_complement(
+    bncli: Bncli, keras: Corpus
+) -> None:
+    file = keras.folder / "flat.keras"
+    outcome = bncli("inspect-stats", file, "--assume", "momentum=0.99")
+    assert "as in Keras and Flax, give momentum=0.01\n" in outcome.err
+    assert "--assume" not in bncli("inspect-stats", file, "--assume", "momentum=0.1").err
+
+
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(
     bncli: Bncli, keras: Corpus, tmp_path: Path
 ) -> None:
@@ -140,7 +169,7 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(
     cases = {
         "says what to write": ["convert", source, "-o", tmp_path / "new.onnx"],
         "has a weight or a bias, and": ["convert", keras.folder / "flat.weights.h5", "-o", new],
-        "are not those of torchvision:resnet18": [
+        "are not those of the network, which has 20": [
             "convert", source, "-o", new, "--model", "torchvision:resnet18",
         ],
         "there is no directory": ["convert", source, "-o", tmp_path / "none" / "new.pt"],

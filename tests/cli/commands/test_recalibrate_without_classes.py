@@ -239,6 +239,39 @@ def test_a_file_that_cannot_be_rewritten_is_refused_before_anything_is_measured(
     assert outcome.code == 0, outcome.err
 
 
+def test_debias_asks_for_no_images_where_nothing_is_evaluated(
+    bncli: Bncli, folder: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: object, **__: object) -> None:
+        raise AssertionError("images were asked for")
+
+    monkeypatch.setattr("bncli.data.load_dataset", computed)
+    state = save_ruined("AutoEncoder")
+    torch.save({**state, "encoder.0.1.num_batches_tracked": torch.tensor(3)}, "a.pt")
+    how = ("--method", "debias", "--no-evaluate", "--layers", "encoder.0.1", "--json")
+    outcome = bncli("recalibrate", "a.pt", "-o", "new.pt", "--model", "nets.py:AutoEncoder", *how)
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["dataset"], outcome.json["num_images"]) == (None, 0)
+    rest = 0.9**3
+    mean = state["encoder.0.1.running_mean"]
+    torch.testing.assert_close(torch.load("new.pt")["encoder.0.1.running_mean"], mean / (1 - rest))
+    own = bncli(
+        "recalibrate", finished_run / "last.pt", "-o", "own.pt", "--method", "debias", "--no-evaluate"
+    )
+    assert own.code == 0, own.err
+
+
+def test_an_address_is_answered_before_the_work_begins(bncli: Bncli, folder: Path) -> None:
+    named = ("--model", "nets.py:AutoEncoder", *DATA)
+    for address in ("http://host.invalid/a.pt", "s3://bucket/a.pt"):
+        outcome = bncli("recalibrate", address, "-o", "new.pt", *named)
+        said = f"bncli: error: {address}: new ones are made of files on this machine; download it first\n"
+        assert (outcome.code, outcome.err) == (2, said)
+        own = bncli("eval", address)
+        assert (own.code, own.err.count("\n")) == (2, 1)
+        assert f"{address}: a checkpoint of `bncli train` is read from this machine; download" in own.err
+
+
 DATA_SETS = """
 import torch
 from torch.utils.data import Dataset

@@ -233,6 +233,30 @@ def test_a_folder_of_data_without_a_config_is_answered_with_the_data_sets_that_h
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("run", "run: the folder of a run; its configuration is run/config.yaml, and --resume continues it"),
+        ("photos", "photos: a folder, no configuration; --data-root FOLDER names the one"),
+        (
+            "net.py",
+            "net.py: Python code, no configuration; a network in it is trained with --set model.name=",
+        ),
+    ],
+)
+def test_what_is_no_configuration_is_answered_with_where_it_belongs(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("train: {epochs: 1}")
+    Path("net.py").write_text("def net(num_classes): ...")
+    outcome = bncli("train", given, "--run-dir", "new")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert f"bncli: error: {expected}" in outcome.err
+
+
 def test_there_is_nothing_to_resume_where_there_was_no_run(bncli: Bncli, tmp_path: Path) -> None:
     outcome = bncli("train", "--resume", tmp_path)
     assert outcome.code == 2
@@ -259,6 +283,23 @@ def test_a_momentum_that_keeps_one_batch_is_said_at_the_start_and_in_the_file(
         findings = bncli("inspect-stats", tmp_path / "run" / "last.pt", "--json").json["findings"]
         assert {(found["code"], found["severity"]) for found in findings} == {("BN015", "warning")}
         assert "unless" not in findings[0]["message"]  # our training made them: that is certain
+
+
+def test_a_dry_run_tells_what_training_would_tell_of_the_data(
+    bncli: Bncli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import TensorDataset\n"
+        "def images():\n"
+        "    return TensorDataset(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8) % 2)\n"
+    )
+    sets = ("data.name=own.py:images", "model.widths=[4]", "train.batch_size=4", "train.epochs=1")
+    words = [word for one in (*sets, "runtime.threads=1") for word in ("--set", one)]
+    dry, real = bncli("train", *words, "--dry-run"), bncli("train", *words, "--run-dir", "run")
+    note = "has no argument train or split: the test samples are the training"
+    assert (dry.code, real.code, note in real.err, note in dry.err) == (0, 0, True, True)
 
 
 def test_a_dry_run_describes_the_run_and_writes_nothing(

@@ -142,6 +142,23 @@ def test_a_run_directory_brings_no_code_that_a_resumed_run_imports(
     assert bncli("train", "--resume", "run", "--set", "train.epochs=2").code == 0
 
 
+def test_a_run_goes_on_where_its_network_lies_elsewhere_now(
+    bncli: Bncli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "run", "run")
+    Path("code").mkdir()
+    Path("code/net.py").write_text(NET)
+    Path("code/other.py").write_text(NET)
+    more = ("--set", "train.epochs=2", "--set")
+    outcome = bncli("train", "--resume", "run", *more, "model.name=code/other.py:net")
+    assert outcome.code == 2
+    assert "cannot resume with another configuration: model.name was" in outcome.err
+    assert bncli("train", "--resume", "run", *more, "model.name=code/net.py:net").code == 0
+    last = load_checkpoint("run/last.pt")
+    assert (last.epoch, last.config.model.name) == (2, f"{tmp_path}/code/net.py:net")
+
+
 def test_inspect_stats_knows_eps_and_momentum_of_every_layer(bncli: Bncli, trained: Path) -> None:
     (layer,) = bncli("inspect-stats", trained / "run" / "last.pt", "--json").json["layers"]
     assert (layer["eps"], layer["momentum"], layer["hyperparameters_known"]) == (1e-3, 0.3, True)
@@ -210,8 +227,11 @@ def test_repeating_the_name_runs_it_also_where_the_file_has_moved(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--model", "other.py:net"], "it records the network"),
-        (["--model", "torchvision:resnet18"], "it records the network"),
+        (
+            ["--model", "other.py:net"],
+            ":net, not other.py:net; a file may have moved, but not changed its name\n",
+        ),
+        (["--model", "torchvision:resnet18"], ":net, not torchvision:resnet18\n"),
         (["--model", "net.py:net", "--key", "ema"], "--key: a checkpoint of `bncli train` records it"),
         (["--model", "net.py:net", "--logits", "0"], "--logits: a checkpoint"),
         (

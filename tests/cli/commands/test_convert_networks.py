@@ -1,0 +1,189 @@
+"""Whole networks between Keras and PyTorch, with Keras' own outputs and names of variables as the oracle.
+
+tests/frameworks/make_keras.py made the files; tests/frameworks/check_resnet50.py does it with the real
+ResNet-50 and the real Keras, both ways.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.checkpoints.formats.framework_answers import input_of
+from tests.conftest import Bncli
+from tests.frameworks import keras_twins
+from tests.frameworks.recorded import FILES
+
+FOLDER = FILES / "keras_networks"
+ANSWERS = json.loads((FOLDER / "answers.json").read_text())
+TWINS = Path(keras_twins.__file__)
+CLASSES = {"resnet": "ResNet", "mixed": "Mixed"}
+
+
+def converted(bncli: Bncli, tmp_path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """Keras' file as a state dict, and what is said of it."""
+    new = tmp_path / f"{name}.pt"
+    twin = f"{TWINS}:{CLASSES[name]}"
+    outcome = bncli("convert", FOLDER / f"{name}.keras", "-o", new, "--model", twin, "--json")
+    assert outcome.code == 0, outcome.err
+    return new, json.loads(outcome.out)
+
+
+def output(network: nn.Module, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        images: torch.Tensor = network(input_of(ANSWERS[name]["shape"]).permute(0, 3, 1, 2))
+    return images
+
+
+@pytest.mark.parametrize("name", ["resnet", "mixed"])
+def test_a_whole_network_computes_in_pytorch_what_it_computes_in_keras(
+    bncli: Bncli, tmp_path: Path, name: str
+) -> None:
+    new, said = converted(bncli, tmp_path, name)
+    network: Any = getattr(keras_twins, CLASSES[name])().eval()
+    network.load_state_dict(torch.load(new, weights_only=True), strict=True)
+    eps = {layer["name"]: layer["eps"] for layer in said["layers"]}
+    for layer, module in network.named_modules():
+        module.eps = eps.get(layer, 0)
+    expected = torch.tensor(ANSWERS[name]["output"])
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
+    assert (said["tensors_left_out"], said["tensors_missing"]) == ([], [])
+    if name == "resnet":  # what is said of the strides
+        assert not torch.allclose(output(network, name), expected, **close)
+        assert any("layer2.0 have conv1.stride (2, 2)" in note for note in said["notes"])
+        network.layer2[0].conv1.stride, network.layer2[0].conv2.stride = (2, 2), (1, 1)
+    torch.testing.assert_close(output(network, name), expected, **close)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mixed"])
+def test_back_in_keras_are_its_own_variables(bncli: Bncli, tmp_path: Path, name: str) -> None:
+    state, _ = converted(bncli, tmp_path, name)
+    back, twin = tmp_path / "back.npz", f"{TWINS}:{CLASSES[name]}"
+    outcome = bncli("convert", state, "-o", back, "--to", "keras", "--model", twin, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["tensors_left_out"] == []
+    with np.load(back) as arrays:
+        shapes = {key: list(arrays[key].shape) for key in arrays.files}
+    if name == "mixed":  # whose layers keep the names of PyTorch's
+        own = {
+            "c": "images.0", "n": "images.1", "d": "images.3", "t": "images.5", "m": "images.6",
+            "flat": "flat", "first": "classify.0", "last": "classify.2",
+        }  # fmt: skip
+        expected = {
+            f"{own[key.partition('/')[0]]}/{key.partition('/')[2]}": shape
+            for key, shape in ANSWERS[name]["variables"].items()
+        }
+        expected["images.5/bias"] = [3]  # of 0, which Keras' layer has not
+    else:
+        expected = ANSWERS[name]["variables"]
+    assert shapes == expected
+    with np.load(back) as arrays:  # the same numbers at the same places, by the formula for each kind
+        kept = torch.load(state, weights_only=True)
+        for key in arrays.files:
+            if name == "mixed" and key.startswith("classify.0/kernel"):
+                flat = kept["classify.0.weight"].reshape(7, 3, 16)
+                assert np.array_equal(arrays[key], flat.permute(2, 1, 0).reshape(48, 7).numpy())
+            if name == "mixed" and key == "images.3/kernel":
+                weight = kept["images.3.weight"].reshape(4, 2, 2, 2)
+                assert np.array_equal(arrays[key], weight.permute(2, 3, 0, 1).numpy())
+            if name == "resnet" and key == "conv2_block1_0_conv/kernel":
+                weight = kept["layer1.0.downsample.0.weight"]
+                assert np.array_equal(arrays[key], weight.permute(2, 3, 1, 0).numpy())
+
+
+def test_biased_variances_for_keras_and_the_lines_that_load_them(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    plain, biased = tmp_path / "plain.npz", tmp_path / "biased.npz"
+    outcome = bncli("convert", finished_run / "last.pt", "-o", plain, "--to", "keras")
+    assert outcome.code == 0, outcome.err
+    assert f'saved = numpy.load("{plain}")' in outcome.out
+    assert "momentum=0.9)" in outcome.out.replace("\n", " ")
+    options = ("--to", "keras", "--values-per-channel", "64")
+    assert bncli("convert", finished_run / "last.pt", "-o", biased, *options).code == 0
+    with np.load(plain) as one, np.load(biased) as two:
+        assert one.files == two.files
+        for key in one.files:
+            factor = 63 / 64 if key.endswith("moving_variance") else 1
+            np.testing.assert_allclose(two[key], one[key] * factor, rtol=1e-6)
+
+
+def test_what_does_not_map_one_to_one_is_listed(bncli: Bncli, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom tests.frameworks.keras_twins import Mixed\n"
+        "def make():\n    net = Mixed()\n    net.classify = nn.Linear(48, 2)\n    return net\n"
+    )
+    new, network = tmp_path / "new.pt", f"{tmp_path / 'net.py'}:make"
+    outcome = bncli("convert", FOLDER / "mixed.keras", "-o", new, "--model", network, "--json")
+    assert outcome.code == 0, outcome.err
+    said = json.loads(outcome.out)
+    assert any("BatchNorm layers alone" in note for note in said["notes"])
+    assert "first.0" in said["tensors_left_out"]
+    assert said["tensors_missing"] == [
+        "images.0.weight", "images.3.weight", "images.3.bias", "images.5.weight", "images.5.bias",
+        "classify.weight", "classify.bias",
+    ]  # fmt: skip
+
+
+def test_a_bias_with_no_batch_norm_behind_it_is_left_out(bncli: Bncli, tmp_path: Path) -> None:
+    """It has no place where the network's convolution has none, and nothing behind takes it."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom tests.frameworks.keras_twins import Mixed\n"
+        "def make():\n    net = Mixed()\n    net.images[3] = nn.Conv2d(4, 8, 2, groups=4, bias=False)\n"
+        "    return net\n"
+    )
+    new, network = tmp_path / "new.pt", f"{tmp_path / 'net.py'}:make"
+    outcome = bncli("convert", FOLDER / "mixed.keras", "-o", new, "--model", network, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["tensors_left_out"] == ["d.1"]
+
+
+def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:
+    twin = ("--to", "keras", "--model", f"{TWINS}:Mixed")
+    outcome = bncli("convert", FOLDER / "mixed.keras", "-o", tmp_path / "new.npz", *twin)
+    assert outcome.code == 2
+    assert "--model: with --to keras it goes with a checkpoint of PyTorch" in outcome.err
+
+
+def test_the_lines_that_load_it_do_so(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    """They are run as they are printed, with a stand-in for a network of Keras."""
+    new = tmp_path / "new.npz"
+    outcome = bncli("convert", finished_run / "last.pt", "-o", new, "--to", "keras")
+    lines = [line.removeprefix("    ") for line in outcome.out.splitlines() if line.startswith("    ")]
+    state = torch.load(finished_run / "last.pt", weights_only=True)["state_dict"]
+    names = [key.removesuffix(".running_mean") for key in state if key.endswith(".running_mean")]
+
+    class Variable:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def assign(self, value: Any) -> None:
+            self.value = value
+
+    class Layer:
+        def __init__(self, name: str) -> None:
+            self.name = name
+            self.weights = [Variable(one) for one in ("gamma", "beta", "moving_mean", "moving_variance")]
+
+    class Convolution:
+        name, weights = "conv", (Variable("kernel"),)
+
+    model = SimpleNamespace(layers=[Convolution(), *map(Layer, names)])
+    keras = SimpleNamespace(layers=SimpleNamespace(BatchNormalization=Layer))
+    exec("\n".join(lines), {"numpy": np, "model": model, "keras": keras})
+    for layer in model.layers[1:]:
+        for variable, leaf in zip(
+            layer.weights, ("weight", "bias", "running_mean", "running_var"), strict=True
+        ):
+            assert np.array_equal(variable.value, state[f"{layer.name}.{leaf}"].numpy())
+
+
+def test_for_keras_the_file_is_an_npz(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
+    outcome = bncli("convert", finished_run / "last.pt", "-o", tmp_path / "new.pt", "--to", "keras")
+    assert outcome.code == 2
+    assert "for Keras a name that ends in .npz" in outcome.err
