@@ -88,12 +88,11 @@ def train_config(
         _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
     from bncli.batchnorm.audit.rules import describe_large_momentum
-    from bncli.cli.progress import ProgressReporter, TrainReporter
+    from bncli.cli.progress import TrainReporter
     from bncli.cli.tables.table import print_json
-    from bncli.cli.tables.train import show_dry_run, show_training
-    from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
+    from bncli.cli.tables.train import show_training
+    from bncli.training import EpochDone, Started, StepDone, train
     from bncli.training.run_dir import default_run_dir
-    from bncli.training.setup import check_shares
 
     if resume is not None and followed is not None:
         loaded = _with_recorded_root(resume, followed)
@@ -106,15 +105,7 @@ def train_config(
             " batch: 0.01 is what Keras calls 0.99"
         )
     if dry_run:
-        with ProgressReporter() as progress:
-            setup = prepare(loaded, progress=progress, may_download=resume is None)
-        if launch is not None and launch.num_ranks > 1:
-            check_shares(loaded, setup.plan, launch.num_ranks)
-        for note in setup.dataset.notes:
-            print_note(note)
-        description = describe_setup(setup)
-        print_json(description) if as_json else show_dry_run(description)
-        return 0
+        return _dry_run(loaded, may_download=resume is None, as_json=as_json)
 
     target = resume or run_dir or default_run_dir(config)
     begun = launch is not None and launch.restarts > 0 and (target / "config.yaml").is_file()
@@ -144,6 +135,26 @@ def train_config(
             print_note(f"interrupted{hint}")
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
+    return 0
+
+
+def _dry_run(config: "Config", *, may_download: bool, as_json: bool) -> int:
+    """Show what a run would do."""
+    from bncli.cli.progress import ProgressReporter
+    from bncli.cli.tables.table import print_json
+    from bncli.cli.tables.train import show_dry_run
+    from bncli.training import describe_setup, prepare
+    from bncli.training.setup import check_shares
+
+    launch = launched()
+    with ProgressReporter() as progress:
+        setup = prepare(config, progress=progress, may_download=may_download)
+    if launch is not None and launch.num_ranks > 1:
+        check_shares(config, setup.plan, launch.num_ranks)
+    for note in setup.dataset.notes:
+        print_note(note)
+    description = describe_setup(setup)
+    print_json(description) if as_json else show_dry_run(description)
     return 0
 
 
