@@ -261,6 +261,11 @@ class BatchNormConfig(Section):
         description="Whether running statistics are kept for eval mode; if false, eval mode uses batch"
         " statistics too.",
     )
+    sync: bool = Field(
+        False,
+        description="Whether, in training with torchrun, layers normalise by the whole batch of all processes"
+        " together: SyncBatchNorm. Slow on CPUs.",
+    )
 
 
 class ConvNetConfig(Section):
@@ -499,6 +504,12 @@ class RuntimeConfig(Section):
         ge=1,
         le=1_000_000,
         description="Number of images computed at once in evaluation; more of them need more memory.",
+    )
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        le=1e6,
+        description="Seconds that the processes of torchrun wait for each other before they give up.",
     )
 
 

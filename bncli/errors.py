@@ -69,3 +69,11 @@ class StoppedError(BncliError):
     """A run that was asked to stop, and has saved its state; resuming it continues bit for bit."""
 
     exit_code = 130
+
+
+class ProcessesError(BncliError):
+    """Several processes that cannot work together as they were started."""
+
+
+class PeerLostError(ProcessesError):
+    """Another process of the launch died, ended or did not answer; which, is found out at the end."""

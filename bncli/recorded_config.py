@@ -34,7 +34,8 @@ FOLLOWED = {
 }
 BOUNDED = {"data.workers", "runtime.device", "runtime.threads", "runtime.eval_batch_size", "train.batch_size"}
 PLACES = ("data.root", "data.url", "data.archive", "data.cache", "data.arguments", "data.classes")
-UNUSED = {"runtime.compile", "runtime.reuse_memory"}  # of training alone, which goes on in a run directory
+# of training alone, which goes on in a run directory, and of those who start several processes
+UNUSED = {"runtime.compile", "runtime.reuse_memory", "runtime.timeout"}
 
 MAX_EVAL_BATCH = 1_000  # images
 MAX_TRAIN_BATCH = 10_000

@@ -33,6 +33,7 @@ class Runtime:
     memory_format: torch.memory_format
     threads: int
     compiles: bool  # the training step, and nothing else
+    processes: int = 1  # that train together, each with its own threads or GPU
 
     @property
     def emulates_bfloat16(self) -> bool:
@@ -70,7 +71,8 @@ class Runtime:
 
     def describe_training(self) -> dict[str, Any]:
         """The same of training."""
-        return self.describe() | {"compile": self.compiles}
+        together = {"processes": self.processes} if self.processes > 1 else {}
+        return self.describe() | {"compile": self.compiles} | together
 
 
 def resolve_runtime(config: RuntimeConfig, *, default_threads: int | None = None) -> Runtime:

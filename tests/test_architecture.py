@@ -20,7 +20,7 @@ LAYERS = [
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "foreign_code", "recorded_config", "explained_config"},
-    {"config_file", "runtime", "torchvision_compat"},
+    {"config_file", "runtime", "torchvision_compat", "distributed"},
     {"network_name"},
     {"builtin_configs", "config", "serialization", "batches", "forward", "usable_cpus", "busy_cpus"},
     {"errors", "atomic_file", "hardware", "indexed", "sample", "wording"},

@@ -7,6 +7,7 @@ imports torch, so that `--help` answers at once.
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -30,7 +31,9 @@ from bncli.cli.commands.report import write_report
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
 from bncli.cli.messages import print_error, usage_error
+from bncli.cli.one_voice import OneVoice
 from bncli.cli.openmp import shorten_waiting
+from bncli.distributed.launch import launched
 from bncli.errors import BncliError
 
 app = typer.Typer(
@@ -102,18 +105,38 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
     Another program than `bncli`, such as a benchmark in the tests, has the same messages and exit codes.
     """
     shorten_waiting(os.environ)  # before a command imports torch
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _invoke(program, name, sys.argv[1:] if arguments is None else arguments)
+        launch = launched()
+    except BncliError as error:
+        return _fail(error, error.exit_code)
+    if launch is None or launch.num_ranks == 1:
+        return _guarded(lambda: _invoke(program, name, words), name, _fail)
+    voice = OneVoice(launch, name)
+
+    def invoke() -> int:
+        voice.check(words)
+        return _invoke(program, name, words)
+
+    return voice.end(_guarded(invoke, name, voice.fail))
+
+
+def _fail(error: str | BaseException, code: int) -> int:
+    print_error("interrupted" if isinstance(error, KeyboardInterrupt | typer.Abort) else str(error))
+    return code
+
+
+def _guarded(run: Callable[[], int], name: str, fail: Callable[[str | BaseException, int], int]) -> int:
+    """The exit code of `run`; what it raises is told by `fail`."""
+    try:
+        code = run()
         sys.stdout.flush()  # here, where what fails is told; at its end Python would only complain
     except BncliError as error:
-        print_error(str(error))
-        return error.exit_code
+        return fail(error, error.exit_code)
     except typer.TyperException as error:
-        print_error(usage_error(error, name))
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        print_error("interrupted")
-        return 130
+        return fail(usage_error(error, name), 2)
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return fail(error, 130)
     except BrokenPipeError:
         _drop_output()  # the reader, `head` say, has what it wanted
         return 0
@@ -122,8 +145,7 @@ def main(arguments: list[str] | None = None, program: typer.Typer = app, name: s
             raise
         if isinstance(error, OSError):
             _drop_output()
-        print_error(_unforeseen(error))
-        return 2
+        return fail(_unforeseen(error), 2)
     return code
 
 

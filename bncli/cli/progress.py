@@ -190,6 +190,11 @@ class TrainReporter:
                 f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: they round"
                 " differently, so the run ends elsewhere than without the break, as if with another seed"
             )
+        if event.former_processes not in {None, setup.runtime.processes}:
+            print_note(
+                f"{plural(setup.runtime.processes, 'process', 'processes')}, {event.former_processes} before:"
+                " sums round differently, and nothing else changes"
+            )
         self._display.line(HEADER)
         # on a GPU its own threads compute; torch.compile has processes of its own at work
         if setup.runtime.device.type == "cpu" and not setup.runtime.compiles:

@@ -12,7 +12,9 @@ class StopSignals:
     the process was started to ignore, as `nohup` and shell scripts in the background do, stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_first: bool = False) -> None:
+        """`only_first`: later signals are the same: torchrun passes Ctrl-C on to who has it already."""
+        self._only_first = only_first
         self.received: int | None = None  # the first signal
         self._deferring = False
         self._former: dict[int, Any] = {}
@@ -49,5 +51,7 @@ class StopSignals:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         first, self.received = self.received is None, self.received or number
+        if not first and self._only_first and self._deferring:
+            return
         if not first or not self._deferring:
             raise KeyboardInterrupt

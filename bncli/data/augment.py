@@ -30,6 +30,7 @@ def augment(
     epoch: int,
     step: int,
     fill: Sequence[float],
+    rows: slice = slice(None),
 ) -> Tensor:
     """Return a randomly changed copy of uint8 `images` (B, 3, H, W), of the same device and shape.
 
@@ -45,21 +46,23 @@ def augment(
         step: of this epoch, from 0.
         fill: colour of the erased square per channel in [0, 1], rounded to a pixel value. With the mean
             of `Normalization` the square is 0 after normalising, to within half a pixel step.
+        rows: which of the B images `images` holds; they become what they would in the whole batch.
 
     Raises:
         DataError: the images are too small for the configured shift or square.
     """
     check_augmentation(config, images.shape[2], images.shape[3])
-    batch_size, _, height, width = images.shape
+    batch_size, height, width = len(indices), *images.shape[2:]
     rng = generator(Stream.AUGMENT, seed, epoch, step)
     if config.crop_padding or config.flip != "none":
         p = config.crop_padding
         shift_y, shift_x = rng.integers(-p, p + 1, (2, batch_size))
         flipped = _flips(config, indices, rng, seed, epoch)
-        images = _gather(images, *(_on_device(each, images.device) for each in (shift_y, shift_x, flipped)))
+        drawn = (shift_y, shift_x, flipped)
+        images = _gather(images, *(_on_device(each[rows], images.device) for each in drawn))
     if config.cutout:
         centres = rng.integers(0, (height, width), (batch_size, 2))
-        images = _erase(images, _on_device(centres, images.device), config.cutout, fill)
+        images = _erase(images, _on_device(centres[rows], images.device), config.cutout, fill)
     if epoch < config.small_epochs:
         images = _shrink(images, config.small_size)
     elif epoch < config.small_epochs + config.crop_epochs:

@@ -10,7 +10,7 @@ training batch. The order is a function of the number of images alone: the first
 same in every command, and a shorter sample is the beginning of a longer one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -94,10 +94,12 @@ def training_batches(
     epoch: int,
     fill: Sequence[float],
     start_step: int = 0,
+    rows_of: Callable[[int], slice] = lambda _: slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the augmented images (B, 3, H, W) uint8 and labels (B,) of an epoch from `start_step` on.
 
-    Steps are the same whether or not the ones before were taken. For `fill` see `augment`.
+    Steps are the same whether or not the ones before were taken. For `fill` see `augment`. `rows_of` says, by
+    the size of a batch, which of its images to yield: they are what they are in the whole batch.
 
     Raises:
         DataError: at once, if the images are too small for `config`.
@@ -111,11 +113,15 @@ def training_batches(
         order = generator(Stream.ORDER, seed, epoch).permutation(len(split))[: plan.num_images_per_epoch]
         # once an epoch: a copy to a GPU waits until it has done all before
         places = torch.from_numpy(order).to(split.device).split(list(plan.batch_sizes))
-        found = split.batches_of(places[start_step:])
+        rows = [rows_of(size) for size in plan.batch_sizes]
+        own = (place[chosen] for place, chosen in zip(places[start_step:], rows[start_step:], strict=True))
+        found = split.batches_of(own)
         for step, (images, labels) in enumerate(found, start_step):
             indices = order[step * plan.batch_size :][: plan.batch_sizes[step]]
             yield (
-                augment(images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill),
+                augment(
+                    images, indices, config, seed=seed, epoch=epoch, step=step, fill=fill, rows=rows[step]
+                ),
                 labels,
             )
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm.modes import preserved_buffers
-from bncli.data import micro_batches
 from bncli.training.losses import loss_and_logits
 from bncli.training.run import Run
+
+IN_THE_UPDATE = "it began in the update of the weights"
 
 
 def all_finite(model: nn.Module, loss: Tensor) -> bool:
@@ -44,12 +45,15 @@ def find_origin(run: Run, images: Tensor, labels: Tensor) -> str:
         if not list(module.children())
     ]
     try:
-        with preserved_buffers(run.model), run.network_randomness():
-            for part, part_labels in micro_batches(images, labels, run.setup.config.train.micro_batch_size):
-                origin = _origin_in_part(run, part, part_labels, outputs)
+        share = run.share_in(labels)
+        parts = zip(images.split(share.sizes), labels.split(share.sizes), strict=True)
+        with preserved_buffers(run.model), run.synchronized():
+            for number, (part, part_labels) in enumerate(parts, share.first):
+                with run.network_randomness(number):
+                    origin = _origin_in_part(run, part, part_labels, outputs)
                 if origin is not None:
                     return f"it began in {origin}"
-        return "it began in the update of the weights"
+        return IN_THE_UPDATE
     finally:
         for handle in handles:
             handle.remove()

@@ -5,6 +5,7 @@ learning rate and what the network itself draws. Nothing else is random, so a ru
 continues bit for bit.
 """
 
+import contextlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,16 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers
 from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
-from bncli.data import micro_batches
-from bncli.errors import CompileError, DivergedError, StoppedError
-from bncli.runtime import short_compile_errors
-from bncli.training.bad_numbers import find_origin
+from bncli.distributed import LastWords, processes, rank_device
+from bncli.errors import CompileError, DivergedError, PeerLostError, StoppedError
+from bncli.evaluation import Evaluation
+from bncli.runtime import resolve_device, short_compile_errors
+from bncli.training.bad_numbers import IN_THE_UPDATE, find_origin
 from bncli.training.event_log import check_log, logged
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.losses import loss_and_logits
@@ -44,6 +46,7 @@ class Started:
     epoch: int  # epochs finished already: 0, or more in a resumed run
     step: int  # steps finished already
     former_threads: int | None  # of the run that is resumed; None: of a new one, or not recorded
+    former_processes: int | None = None  # of the run that is resumed; None: of a new one
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def train(
     report: Report = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
     data_progress: DataProgress | None = None,
+    words: LastWords | None = None,
 ) -> TrainResult:
     """Train the configured network and write its checkpoints into `run_dir`.
 
@@ -107,20 +111,33 @@ def train(
     says True, or on KeyboardInterrupt, the last step taken is saved first. (A KeyboardInterrupt while
     `stop` says True already is not kept waiting: the checkpoint before stays the last.)
 
+    `words` are those of a launch of several processes, all of which call this: they share the parts of every
+    batch, and rank 0 alone writes. They stop when one of them is told to.
+
     Raises:
         StoppedError: when `stop` said so.
         CompileError: when `runtime.compile` is set and PyTorch cannot do so; the steps before are saved.
         DivergedError: when a loss, gradient, weight or running statistic stops being finite; saved is the
             last good step.
+        PeerLostError: when another process of the launch is gone; the steps before are saved.
         BncliError: on a configuration, data or directory that cannot be used.
     """
     run_dir = Path(run_dir)
     check_log(config.train.log)
-    with (
-        open_run(run_dir, config, resume=resume, data_progress=data_progress) as run,
-        logged(report, config.train.log, run_dir, run.step) as tell,
-    ):
-        tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads))
+    with contextlib.ExitStack() as stack:
+        team = None
+        if words is not None:
+            name = rank_device(config.runtime.device, words.launch)
+            facts = {"configuration": config.model_dump(mode="json")}
+            team = stack.enter_context(
+                processes(words, resolve_device(name), timeout=config.runtime.timeout, facts=facts)
+            )
+        run = stack.enter_context(
+            open_run(run_dir, config, resume=resume, data_progress=data_progress, processes=team, stop=stop)
+        )
+        log = config.train.log if run.setup.is_main else ()
+        tell = stack.enter_context(logged(report, log, run_dir, run.step))
+        tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, tell, stop)
@@ -134,7 +151,7 @@ def train(
                 f"stopped after step {run.step} of {run.setup.num_steps}; continue with:"
                 f" bncli train --resume {shlex.quote(str(run_dir))}"
             ) from None
-        except DivergedError:
+        except (DivergedError, PeerLostError):
             _save_last_step(run, last_good, run_dir)
             raise
         except KeyboardInterrupt:
@@ -151,18 +168,22 @@ def _train_to_the_end(
     while run.epoch < config.epochs:
         run.model.train()
         for images, labels in run.batches():
+            batch_size = run.share_in(labels).batch_size
             take_step(run, last_good, images, labels)
-            report(StepDone(run.epoch + 1, run.step, len(labels)))
+            if run.team is not None and run.running_epoch.num_steps == 1:
+                run.team.check_buffers()
+            report(StepDone(run.epoch + 1, run.step, batch_size))
             if config.checkpoint_unit == "steps" and run.step % config.checkpoint_every == 0:
                 check_steps(run, last_good)
-                _save_last(run, run.checkpoint(run.model, None), run_dir)
-            if stop():
+                if run.setup.is_main:
+                    _save_last(run, run.checkpoint(run.model, None), run_dir)
+            if run.stops(stop):
                 check_steps(run, last_good)
                 raise StoppedError
         check_steps(run, last_good)
         metrics = _training_metrics(run)
         is_due = _ends_interval(run.epoch + 1, config.evaluate_every, config)
-        network = run.network_to_use(stop) if is_due else run.model
+        network = run.network_to_use(stop if run.team is None else _never) if is_due else run.model
         evaluation = run.evaluate(network, stop) if is_due else None
 
         run.is_whole = False
@@ -173,24 +194,39 @@ def _train_to_the_end(
             "seconds": run.seconds,
         }
         # last.pt comes last: it says that the epoch is done, so everything else of it must be on the disk
-        with writing(run_dir):
-            append_metrics(run_dir / "metrics.jsonl", metrics)
-            last = run.checkpoint(network, evaluation)
-            if is_best:
-                save_checkpoint(last.finished(), run_dir / "best.pt")
-            if evaluation is not None and config.keep_epochs:
-                _keep_epoch(last, run_dir, config.keep_epochs)
-        every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
-        if _ends_interval(run.epoch, every, config):
-            _save_last(run, last, run_dir)
+        if run.setup.is_main:
+            _write_epoch(run, network, evaluation, metrics, run_dir, is_best=is_best)
         run.is_whole = True
         report(EpochDone(metrics))
     # here the weights are final
-    if config.recalibrate != "none":
+    if config.recalibrate != "none" and run.setup.is_main:
         # most of bncli.batchnorm and bncli.evaluation: imported in this case only
         from bncli.training.recalibrated import save_recalibrated
 
         save_recalibrated(run, run_dir, config.recalibrate, stop)
+
+
+def _write_epoch(
+    run: Run,
+    network: nn.Module,
+    evaluation: Evaluation | None,
+    metrics: dict[str, Any],
+    run_dir: Path,
+    *,
+    is_best: bool,
+) -> None:
+    """An epoch's metrics and, where they are due, its checkpoints."""
+    config = run.setup.config.train
+    with writing(run_dir):
+        append_metrics(run_dir / "metrics.jsonl", metrics)
+        last = run.checkpoint(network, evaluation)
+        if is_best:
+            save_checkpoint(last.finished(), run_dir / "best.pt")
+        if evaluation is not None and config.keep_epochs:
+            _keep_epoch(last, run_dir, config.keep_epochs)
+    every = config.checkpoint_every if config.checkpoint_unit == "epochs" else 1
+    if _ends_interval(run.epoch, every, config):
+        _save_last(run, last, run_dir)
 
 
 def take_step(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
@@ -219,9 +255,13 @@ def check_steps(run: Run, last_good: LastGoodStep) -> None:
         _take_unchecked(run, last_good, images, labels)
         if not last_good.holds():
             last_good.go_back()
+            origin = find_origin(run, images, labels)
+            if run.setup.processes is not None:  # the first part that begins it is somewhere
+                found = run.setup.processes.gather_values(origin)
+                origin = next((each for each in found if each != IN_THE_UPDATE), origin)
             raise DivergedError(
                 f"not a finite number in step {run.step + 1} (epoch {run.epoch + 1}), at a learning rate"
-                f" of {run.learning_rate:.3g}: {find_origin(run, images, labels)}; step {run.step}, the last"
+                f" of {run.learning_rate:.3g}: {origin}; step {run.step}, the last"
                 " good one, is saved; start again with a lower train.learning_rate"
             )
         if run.step == num_steps:  # on a GPU sums may round otherwise, and all end well this time
@@ -229,9 +269,10 @@ def check_steps(run: Run, last_good: LastGoodStep) -> None:
 
 
 def _take_unchecked(run: Run, last_good: LastGoodStep, images: Tensor, labels: Tensor) -> None:
+    batch_size = run.share_in(labels).batch_size
     with last_good.or_back(), short_compile_errors():
         loss, num_correct = training_step(run, images, labels)
-        run.running_epoch.add(loss, num_correct, len(labels))
+        run.running_epoch.add(loss, num_correct, batch_size)
 
 
 def _save_last(run: Run, checkpoint: Checkpoint, run_dir: Path) -> None:
@@ -249,12 +290,17 @@ def _keep_epoch(checkpoint: Checkpoint, run_dir: Path, number: int) -> None:
 
 def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:
     """Save a run that ends before its time, unless its last good step is saved already."""
-    if not run.is_whole:
+    if not run.is_whole or not run.setup.is_main:
         return
     if not last_good.holds():
         last_good.go_back()
     if run.saved_step != run.step:
         _save_last(run, run.checkpoint(run.model, None), run_dir)
+
+
+def _never() -> bool:
+    """In place of `stop` where one of several processes must not leave the others alone."""
+    return False
 
 
 def _ends_interval(epoch: int, every: int, config: TrainConfig) -> bool:
@@ -275,6 +321,13 @@ def _training_metrics(run: Run) -> dict[str, Any]:
 
 
 def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
+    if run.setup.processes is None:
+        return _own_result(run, run_dir, stop)
+    # measuring may take longer than processes wait in a collective
+    return run.setup.processes.told_by_main(lambda: _own_result(run, run_dir, stop))
+
+
+def _own_result(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
     from bncli.training.agreement import measure_agreement  # needed here only
 
     recalibrated = run.setup.config.train.recalibrate != "none"
@@ -302,25 +355,36 @@ def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult
 
 
 def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of gradient descent on uint8 images (B, 3, H, W) with labels (B,).
+    """One step of gradient descent on uint8 images (B, 3, H, W) with labels (B,): the own share of a batch.
 
-    Returns the batch's mean loss in nats and its number of correct predictions, both on the device.
+    Returns the whole batch's mean loss in nats and its number of correct predictions, both on the device.
     """
-    config, runtime = run.setup.config.train, run.setup.runtime
+    config, runtime, team = run.setup.config.train, run.setup.runtime, run.team
+    share, observe = run.share_in(labels), run.running_epoch.statistics.observe
     labels = labels.to(runtime.device)
     run.set_learning_rate(run.step)
     losses, hits = [], []
     run.optimizer.zero_grad()
-    with run.network_randomness():
-        for part, part_labels in micro_batches(images, labels, config.micro_batch_size):
+    parts = zip(images.split(share.sizes), labels.split(share.sizes), strict=True)
+    for number, (part, part_labels) in enumerate(parts, share.first):
+        with (
+            run.network_randomness(number),
+            run.synchronized(),
+            contextlib.nullcontext()
+            if team is None
+            else team.part(is_last=number + 1 == share.first + len(share.sizes)),
+        ):
             with runtime.autocast():
                 outputs = run.forward(runtime.place(part))
             loss, logits = loss_and_logits(outputs, part_labels, config.label_smoothing)
-            loss = loss * (len(part_labels) / len(labels))  # its share of the batch's mean
+            loss = loss * (len(part_labels) / share.batch_size)  # its share of the batch's mean
             loss.backward()
-            run.running_epoch.statistics.observe()
-            losses.append(loss.detach())
-            hits.append((logits.detach().argmax(1) == part_labels).sum())
+        if team is None:
+            observe()
+        losses.append(loss.detach())
+        hits.append((logits.detach().argmax(1) == part_labels).sum())
+    if team is not None:
+        losses, hits = team.finish(share, losses, hits, observe)
     run.optimizer.step()
     run.step += 1
     if run.average is not None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bncli.checkpoints import Checkpoint, load_checkpoint
 from bncli.config import Config
 from bncli.config_file import load_config
 from bncli.data import Progress
+from bncli.distributed import Processes
 from bncli.errors import CheckpointError, RunError
 from bncli.network_name import is_same_name
 from bncli.training.run import Run
@@ -33,17 +34,37 @@ CHANGEABLE = (
 
 
 @contextlib.contextmanager
-def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Progress | None) -> Iterator[Run]:
+def open_run(
+    run_dir: Path,
+    config: Config,
+    *,
+    resume: bool,
+    data_progress: Progress | None,
+    processes: Processes | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Run]:
     """The run, alone in its directory for as long as the block lasts.
+
+    Of several processes rank 0 alone looks into the directory, and tells the others what it found.
 
     Raises:
         BncliError: on a configuration, data or directory that cannot be used or is in use, and when
             `resume` would continue another run than the one that is there.
     """
+    is_main = processes is None or processes.is_main
+    if processes is not None:
+        resume = processes.from_main(resume)
     if not resume:
-        setup = prepare(config, progress=data_progress)  # first: what cannot run leaves no directory
-        with created(run_dir, config):
-            yield Run.start(setup)
+        # first: what cannot run leaves no directory
+        setup = prepare(config, progress=data_progress, processes=processes)
+        with created(run_dir, config) if is_main else contextlib.nullcontext():
+            yield Run.start(setup, stop)
+        return
+    if not is_main and processes is not None:
+        told: tuple[Checkpoint | None, int | None] | None = processes.from_main(None)
+        assert told is not None  # what rank 0 tells below
+        last, threads = told
+        yield _resumed(run_dir, config, last, threads, data_progress, processes, stop)
         return
     with reopened(run_dir):
         last = _load_last(run_dir, config)
@@ -51,16 +72,37 @@ def open_run(run_dir: Path, config: Config, *, resume: bool, data_progress: Prog
         former = _recorded_threads(last)
         # as before, since sums round as they are split; but a file starts no more threads than there are CPUs
         threads = former if former is not None and former <= (os.cpu_count() or 1) else None
-        setup = prepare(config, progress=data_progress, may_download=False, default_threads=threads)
-        try:
-            run = Run.restore(setup, last) if last else Run.start(setup)
-        except (CheckpointError, RunError) as error:
-            raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
+        if processes is not None:
+            processes.from_main((last, threads))
+        run = _resumed(run_dir, config, last, threads, data_progress, processes, stop)
         run.former_threads = former
         with writing(run_dir):
             save_config(run_dir, config)  # resumed once more, it goes on as it was told now
             keep_metrics_until(run_dir / "metrics.jsonl", run.epoch)
         yield run
+
+
+def _resumed(
+    run_dir: Path,
+    config: Config,
+    last: Checkpoint | None,
+    threads: int | None,
+    data_progress: Progress | None,
+    processes: Processes | None,
+    stop: Callable[[], bool],
+) -> Run:
+    """The run after its last checkpoint, if it has one; `threads` where none are configured."""
+    setup = prepare(
+        config, progress=data_progress, may_download=False, default_threads=threads, processes=processes
+    )
+    try:
+        run = Run.restore(setup, last, stop) if last else Run.start(setup, stop)
+    except (CheckpointError, RunError) as error:
+        raise type(error)(f"{run_dir / 'last.pt'}: {error}") from None
+    if last is not None:
+        processes_before = last.runtime.get("processes", 1)
+        run.former_processes = processes_before if isinstance(processes_before, int) else None
+    return run
 
 
 def _load_last(run_dir: Path, config: Config) -> Checkpoint | None:

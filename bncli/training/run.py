@@ -1,8 +1,9 @@
 """The state of a run: what a checkpoint saves and a resumed run restores."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.checkpoints import Checkpoint
 from bncli.config import Config, ConvNetConfig
-from bncli.data import sequential_batches, training_batches
+from bncli.data import training_batches
+from bncli.distributed import Processes, synchronized
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
+from bncli.indexed import in_order
 from bncli.runtime import keep_freed_memory, release_freed_memory
 from bncli.training.average import (
     AveragedWeights,
@@ -25,7 +28,9 @@ from bncli.training.average import (
 from bncli.training.network_randomness import network_randomness
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
 from bncli.training.running_epoch import RunningEpoch
-from bncli.training.setup import Setup
+from bncli.training.setup import Setup, synchronizes
+from bncli.training.share import Share
+from bncli.training.team import Team
 
 
 @dataclass
@@ -38,19 +43,21 @@ class Run:
     optimizer: Optimizer
     running_epoch: RunningEpoch
     average: AveragedWeights | None  # of the weights, where configured
+    team: Team | None = None  # of the processes that take its steps together
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
     best_accuracy: float = 0.0  # on the test split, of all epochs, as a fraction
     seconds: float = 0.0  # of training, evaluation and checkpoints, over all sessions
     saved_step: int = -1  # the step that last.pt holds
     former_threads: int | None = None  # that the resumed run had, where it is recorded
+    former_processes: int | None = None  # that it had
     # False while a step or the end of an epoch is under way, when saving would save half of it
     is_whole: bool = True
     last_tick: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def start(cls, setup: Setup) -> "Run":
-        """A run before its first step."""
+    def start(cls, setup: Setup, stop: Callable[[], bool] = lambda: False) -> "Run":
+        """A run before its first step; several processes tell each other what `stop` says."""
         if setup.reuses_memory:
             # not before: what preparing the data took for a moment would be kept, and fit no activation
             keep_freed_memory()
@@ -63,17 +70,20 @@ class Run:
         if setup.config.train.ema_epochs is not None:
             average = AveragedWeights(setup.model, setup.config.train.ema_epochs * setup.plan.num_steps)
         epoch = RunningEpoch(setup.model, setup.runtime.device)
-        return cls(setup, setup.model, forward, optimizer, epoch, average)
+        team = None
+        if setup.processes is not None:
+            team = Team(setup.processes, setup.model, stop, sync=synchronizes(setup.config))
+        return cls(setup, setup.model, forward, optimizer, epoch, average, team)
 
     @classmethod
-    def restore(cls, setup: Setup, last: Checkpoint) -> "Run":
+    def restore(cls, setup: Setup, last: Checkpoint, stop: Callable[[], bool] = lambda: False) -> "Run":
         """The run as it was when it saved `last`.
 
         Raises:
             CheckpointError: when the checkpoint does not fit the network.
             RunError: when the data are not those of the checkpoint.
         """
-        run = cls.start(setup)
+        run = cls.start(setup, stop)
         if last.data_digest not in {None, setup.data_digest}:
             raise RunError(
                 f"cannot resume: the images or labels are not those of the checkpoint (SHA-256 was"
@@ -126,12 +136,29 @@ class Run:
             epoch=self.epoch,
             fill=self.setup.normalization.mean,
             start_step=self.running_epoch.num_steps,
+            rows_of=lambda batch_size: self.setup.share_of(batch_size).rows,
         )
 
-    def network_randomness(self) -> AbstractContextManager[None]:
-        """The context of the next step: what the network draws in it depends on the step alone."""
+    def share_in(self, labels: Tensor) -> Share:
+        """What this process computes of the next step, by its own labels (B,)."""
+        if self.team is None:
+            return self.setup.share_of(len(labels))
+        return self.setup.share_of(self.setup.plan.batch_sizes[self.running_epoch.num_steps])
+
+    def network_randomness(self, part: int) -> AbstractContextManager[None]:
+        """The context of a part of the next step: what the network draws in it depends on both alone."""
         seed, step = self.setup.config.train.seed, self.running_epoch.num_steps
-        return network_randomness(self.setup.runtime.device, seed, self.epoch, step)
+        return network_randomness(self.setup.runtime.device, seed, self.epoch, step, part)
+
+    def synchronized(self) -> AbstractContextManager[None]:
+        """The context in which BatchNorm normalises by the whole batch of all processes, where configured."""
+        if self.team is None or not self.team.sync or self.setup.runtime.device.type == "cuda":
+            return nullcontext()
+        return synchronized(self.model, self.team.processes)
+
+    def stops(self, stop: Callable[[], bool]) -> bool:
+        """Whether to stop after the step taken last: of several processes all do, or none."""
+        return stop() if self.team is None else self.team.stops
 
     def network_to_use(self, stop: Callable[[], bool]) -> nn.Module:
         """The one that is evaluated and saved: as the last step left it, or with averaged weights.
@@ -149,17 +176,28 @@ class Run:
         Raises:
             StoppedError: when `stop`, which is asked before every batch, says so.
         """
-        runtime = self.setup.runtime
+        runtime, processes, test = self.setup.runtime, self.setup.processes, self.setup.dataset.test
+        size = self.setup.config.runtime.eval_batch_size
+        # a process that stopped would leave the others waiting: they stop together, when all are done
+        may_stop = processes is None
+        places = in_order(len(test), size)
+        if processes is not None:
+            places = itertools.islice(places, processes.rank, None, processes.num_ranks)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            size = self.setup.config.runtime.eval_batch_size
-            for images, labels in sequential_batches(self.setup.dataset.test, size):
-                if stop():
+            for images, labels in test.batches_of(places):
+                if may_stop and stop():
                     raise StoppedError
                 yield runtime.place(images), labels
 
         with runtime.autocast():
-            return evaluate(network, batches())
+            if processes is None:
+                return evaluate(network, batches())
+            has_batch = len(test) > processes.rank * size
+            found = pooled(evaluate(network, batches()) if has_batch else None, processes)
+        if processes.any(stop()):
+            raise StoppedError
+        return found
 
     def end_epoch(self, evaluation: Evaluation | None) -> bool:
         """Count the epoch, and begin the next one; whether it was evaluated, and the best so far."""
@@ -214,6 +252,29 @@ class Run:
             batch_norm_layers=unconfigured_layers(self.setup.config, self.model),
             may_import=True,  # what this process was told to
         )
+
+
+def pooled(own: Evaluation | None, processes: Processes) -> Evaluation:
+    """What all processes together found in the images of each; None: there were none."""
+    own_sums = [0.0] * 4
+    if own is not None:
+        own_sums = [
+            own.num_images,
+            round(own.accuracy * own.num_images),
+            own.loss * own.num_images,
+            own.seconds,
+        ]
+    everyone = processes.gather(torch.tensor(own_sums, dtype=torch.float64))
+    num_images, num_correct, loss, _ = everyone.sum(0).tolist()
+    seconds = float(everyone[:, 3].max())
+    return Evaluation(
+        num_images=int(num_images),
+        accuracy=num_correct / num_images,
+        loss=loss / num_images,
+        per_class_accuracy=(),
+        seconds=seconds,
+        images_per_second=num_images / seconds,
+    )
 
 
 def unconfigured_layers(config: Config, model: nn.Module) -> dict[str, dict[str, float | None]] | None:

@@ -5,7 +5,7 @@ Training images to measure statistics on begin here too.
 `bncli train --dry-run` shows it as numbers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bncli.batchnorm import has_running_statistics
-from bncli.config import Config, ConvNetConfig
+from bncli.config import Config, ConvNetConfig, ImageFolderConfig
 from bncli.data import (
     BatchPlan,
     Dataset,
@@ -28,12 +28,16 @@ from bncli.data import (
     num_micro_batches,
     sample_batches,
 )
+from bncli.distributed import Processes
 from bncli.errors import ConfigError
 from bncli.indexed import Indexed, pick
 from bncli.models.configured import build_configured
 from bncli.models.convnet import ConvNet, LayerCost, measure_layers, smallest_map
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
 from bncli.training.fitness import check_network
+from bncli.training.share import Share, share_of
+from bncli.training.shared_data import load_once
+from bncli.wording import plural
 
 if TYPE_CHECKING:
     from bncli.batches import Batches
@@ -52,6 +56,24 @@ class Setup:
     normalization: Normalization
     plan: BatchPlan
     model: nn.Module
+    processes: Processes | None = None  # that take the steps together; None: this one alone
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run."""
+        return self.processes is None or self.processes.is_main
+
+    def share_of(self, batch_size: int) -> Share:
+        """What this process computes of a batch."""
+        if self.processes is None:
+            return share_of(batch_size, self.num_parts(batch_size))
+        return share_of(batch_size, self.num_parts(batch_size), self.processes.rank, self.processes.num_ranks)
+
+    def num_parts(self, batch_size: int) -> int:
+        """Into how many parts a batch is cut to be computed."""
+        if self.processes is not None and synchronizes(self.config):
+            return self.processes.num_ranks
+        return num_micro_batches(batch_size, self.config.train.micro_batch_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,21 +121,34 @@ def prepare(
     progress: Progress | None = None,
     may_download: bool = True,
     default_threads: int | None = None,
+    processes: Processes | None = None,
 ) -> Setup:
     """Load the data, build the network and decide the size of every batch.
 
     Without `may_download` data are only fetched from a `data.url` that is configured. `default_threads` holds
-    where the configuration names no number of threads.
+    where the configuration names no number of threads. `processes` are those that train together; all of them
+    call this, and begin with the same weights.
 
     Raises:
         BncliError: when the run could not be carried out as configured.
     """
     if isinstance(config.model, ConvNetConfig):
         _check_statistics(config, config.model)
+    check_sync(config)
     runtime = resolve_runtime(config.runtime, default_threads=default_threads)
+    if processes is not None:
+        runtime = replace(runtime, device=processes.device, processes=processes.num_ranks)
     if runtime.compiles:
         check_compiler(runtime.device)
-    dataset = for_training(load_dataset(config.data, progress=progress, may_download=may_download))
+
+    def load() -> Dataset:
+        return load_dataset(config.data, progress=progress, may_download=may_download)
+
+    if processes is None:
+        dataset = load()
+    else:
+        dataset = load_once(load, processes, in_memory=not isinstance(config.data, ImageFolderConfig))
+    dataset = for_training(dataset)
     normalization = chosen_normalization(config.data.normalization, dataset.train)
     assert normalization is not None  # of uint8 images
     channels, height, width = dataset.train.image_shape
@@ -150,7 +185,57 @@ def prepare(
     )
     _check_micro_batches(plan, config.train.micro_batch_size)
     model = runtime.place_model(model)
-    return Setup(config, runtime, dataset, normalization, plan, model)
+    if processes is not None:
+        check_shares(config, plan, processes.num_ranks)
+        processes.copy_from_main([*model.parameters(), *model.buffers()])
+        if synchronizes(config) and runtime.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return Setup(config, runtime, dataset, normalization, plan, model, processes)
+
+
+def synchronizes(config: Config) -> bool:
+    """Whether BatchNorm is to normalise by the whole batch of several processes."""
+    return isinstance(config.model, ConvNetConfig) and config.model.batch_norm.sync
+
+
+def check_sync(config: Config) -> None:
+    """Raise ConfigError where layers are to normalise by the whole batch, and it is cut into parts."""
+    if not synchronizes(config):
+        return
+    if config.train.micro_batch_size is not None:
+        problem = "model.batch_norm.sync: normalises the whole batch together, without train.micro_batch_size"
+        raise ConfigError("train", [f"{problem}; set one of them to false or null"])
+    if config.runtime.compile:
+        raise ConfigError(
+            "train", ["model.batch_norm.sync: cannot be compiled; set runtime.compile to false"]
+        )
+
+
+def check_shares(config: Config, plan: BatchPlan, num_ranks: int) -> None:
+    """Raise ConfigError where one of several processes would have nothing to compute."""
+    size = config.train.micro_batch_size
+    if synchronizes(config):
+        smallest = min(plan.batch_sizes)
+        if smallest < num_ranks:
+            problem = (
+                f"train.batch_size: a batch of {plural(smallest, 'image')} leaves a process without data"
+            )
+            raise ConfigError("train", [f"{problem}; start at most {smallest} processes"])
+        return
+    fitting = plan.batch_size // num_ranks
+    if num_micro_batches(plan.batch_size, size) >= num_ranks:
+        return
+    if fitting < plan.min_batch:
+        problem = f"train.batch_size: {plan.batch_size} is too small for {num_ranks} processes"
+        raise ConfigError("train", [f"{problem}; start fewer"])
+    parts = f"{'null' if size is None else size} leaves a process without data"
+    raise ConfigError(
+        "train",
+        [
+            f"train.micro_batch_size: {parts}: {num_ranks} processes share the parts of a batch of"
+            f" {plan.batch_size}; set it to at most {fitting}"
+        ],
+    )
 
 
 def _fit_whitening(model: ConvNet, train: Indexed) -> None:

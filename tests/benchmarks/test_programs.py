@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, exact, inspection, loading, population, report, scale
+from tests.benchmarks import accuracy, exact, inspection, loading, population, processes, report, scale
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,6 +21,7 @@ PROGRAMS = {
     "inspection": inspection,
     "loading": loading,
     "population": population,
+    "processes": processes,
     "report": report,
     "scale": scale,
 }

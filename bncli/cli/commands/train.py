@@ -10,10 +10,12 @@ import typer
 from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import OUTPUT, RUN
 from bncli.cli.messages import print_note
+from bncli.cli.one_voice import last_words
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.report_file import RunReport
 from bncli.cli.stop_signals import StopSignals
+from bncli.distributed.launch import launched
 from bncli.errors import ConfigError, RunError, StoppedError
 
 if TYPE_CHECKING:
@@ -77,18 +79,15 @@ def train_config(
 
     The folder of the run holds its configuration (config.yaml), the numbers of every epoch (metrics.jsonl),
     and two checkpoints: last.pt, of the last epoch, and best.pt, of the epoch with the best accuracy.
+    Several processes train together under torchrun: see `bncli explain many-processes`.
 
     Examples:
     bncli train --run-dir runs/first
     bncli train --resume runs/first
     bncli train cifar10 --data-root data --set train.epochs=5
     """
-    if config is not None and resume is not None:
-        raise ConfigError(
-            "bncli train", ["--resume continues with the run's own configuration; leave CONFIG out"]
-        )
-    if resume is not None and run_dir is not None:
-        raise ConfigError("bncli train", ["--resume continues in its own directory; leave --run-dir out"])
+    _check_options(config, run_dir, resume)
+    launch = launched()
 
     from bncli.config import ConvNetConfig
     from bncli.config_file import load_config
@@ -98,13 +97,14 @@ def train_config(
         print_note(f"no CONFIG given: training {DEFAULT_NAME}; `bncli config` lists others")
     followed = None if resume is None else _follow_run(resume, overrides)
     loaded = load_config(config, overrides) if followed is None else followed.config
-    _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
+    if launch is None or launch.local_rank == 0:
+        _read_ahead(loaded.data, None if followed is None else followed.recorded_root)
 
     from bncli.batchnorm.audit.rules import describe_large_momentum
-    from bncli.cli.progress import ProgressReporter, TrainReporter
+    from bncli.cli.progress import TrainReporter
     from bncli.cli.tables.table import print_json
-    from bncli.cli.tables.train import show_dry_run, show_training
-    from bncli.training import EpochDone, Started, StepDone, describe_setup, prepare, train
+    from bncli.cli.tables.train import show_training
+    from bncli.training import EpochDone, Started, StepDone, train
     from bncli.training.run_dir import default_run_dir
 
     if resume is not None and followed is not None:
@@ -118,17 +118,13 @@ def train_config(
             " batch: 0.01 is what Keras calls 0.99"
         )
     if dry_run:
-        with ProgressReporter() as progress:
-            setup = prepare(loaded, progress=progress, may_download=resume is None)
-        for note in setup.dataset.notes:
-            print_note(note)
-        description = describe_setup(setup)
-        print_json(description) if as_json else show_dry_run(description)
-        return 0
+        return _dry_run(loaded, may_download=resume is None, as_json=as_json)
 
     target = resume or run_dir or default_run_dir(config)
-    page = RunReport(target, wanted=report or open_report, opens=open_report)
-    with TrainReporter() as reporter, StopSignals() as signals:
+    begun = launch is not None and launch.restarts > 0 and (target / "config.yaml").is_file()
+    writes = launch is None or launch.is_main
+    page = RunReport(target, wanted=(report or open_report) and writes, opens=open_report and writes)
+    with TrainReporter() as reporter, StopSignals(only_first=last_words() is not None) as signals:
 
         def tell(event: Started | StepDone | EpochDone) -> None:
             if isinstance(event, Started):
@@ -140,22 +136,56 @@ def train_config(
             result = train(
                 loaded,
                 target,
-                resume=bool(resume),
+                resume=bool(resume) or begun,
                 report=tell,
                 stop=signals.stop_requested,
                 data_progress=reporter.data,
+                words=last_words(),
             )
         except StoppedError as stopped:
             print_note(str(stopped))
             return signals.exit_code
         except KeyboardInterrupt:
-            begun = (target / "config.yaml").is_file()
-            hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if begun else ""
+            is_there = (target / "config.yaml").is_file()
+            hint = f"; continue with: bncli train --resume {shlex.quote(str(target))}" if is_there else ""
             print_note(f"interrupted{hint}")
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
     page.finish(silent=as_json)
     return 0
+
+
+def _dry_run(config: "Config", *, may_download: bool, as_json: bool) -> int:
+    """Show what a run would do."""
+    from bncli.cli.progress import ProgressReporter
+    from bncli.cli.tables.table import print_json
+    from bncli.cli.tables.train import show_dry_run
+    from bncli.training import describe_setup, prepare
+    from bncli.training.setup import check_shares
+
+    launch = launched()
+    with ProgressReporter() as progress:
+        setup = prepare(config, progress=progress, may_download=may_download)
+    if launch is not None and launch.num_ranks > 1:
+        check_shares(config, setup.plan, launch.num_ranks)
+    for note in setup.dataset.notes:
+        print_note(note)
+    description = describe_setup(setup)
+    print_json(description) if as_json else show_dry_run(description)
+    return 0
+
+
+def _check_options(config: Path | None, run_dir: Path | None, resume: Path | None) -> None:
+    """Raise ConfigError for options that contradict each other."""
+    launch, problem = launched(), None
+    if config is not None and resume is not None:
+        problem = "--resume continues with the run's own configuration; leave CONFIG out"
+    elif resume is not None and run_dir is not None:
+        problem = "--resume continues in its own directory; leave --run-dir out"
+    elif launch is not None and launch.max_restarts > 0 and run_dir is None and resume is None:
+        problem = "with --max-restarts it needs --run-dir, where a restart finds what was begun"
+    if problem is not None:
+        raise ConfigError("bncli train", [problem])
 
 
 def _follow_run(run_dir: Path, overrides: list[str] | None) -> "FollowedConfig":

@@ -34,7 +34,7 @@ GROUPS = {
         "names-elsewhere",
         "conversion",
     ),
-    "Equal bits, and several GPUs": ("batch-invariance", "many-gpus"),
+    "Equal bits, and several GPUs": ("batch-invariance", "many-gpus", "many-processes"),
     "Files": ("checkpoint-files", "runs", "your-images"),
     "What inspect-stats finds": ("findings",),
 }

@@ -96,6 +96,8 @@ def runtime_line(runtime: dict[str, Any]) -> str:
     """`Runtime.describe()` or `Runtime.describe_training()` as text."""
     compiled = ", compiled" if runtime.get("compile") else ""
     threads = plural(runtime["threads"], "thread")
+    if "processes" in runtime:
+        threads = f"{plural(runtime['processes'], 'process', 'processes')} of {threads}"
     return "{device}, {precision}, {memory_format}, ".format(**runtime) + threads + compiled
 
 

@@ -1,0 +1,5 @@
+"""Several processes that work on one thing, as torchrun starts them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
