@@ -16,6 +16,7 @@ _IMAGES = (
     *("data.stream", "data.workers", "data.normalization", "data.classes", "data.arguments"),
 )
 _EVALUATING = ("data", *_COMPUTING, "runtime.eval_batch_size")
+_SHARED = (*_EVALUATING, "runtime.timeout")  # among the processes of torchrun
 _AUGMENTING = ("augment.crop_padding", "augment.flip", "augment.cutout")
 # the steps that `demo` goes on for, at the highest learning rate
 _STEPS = (
@@ -34,10 +35,10 @@ _ALL = ("data", "augment", "model", "train", "runtime")
 # whole sections, and single keys
 EFFECTIVE = {
     "train": _ALL,
-    "eval": _EVALUATING,
+    "eval": _SHARED,
     "predict": _COMPUTING,
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
-    "recalibrate": _EVALUATING,
+    "recalibrate": _SHARED,
     "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network
