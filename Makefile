@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-scale
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-scale
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench-population: $(DEVELOPING)  ## compare population statistics with fvcore's 
 
 bench-processes: $(DEVELOPING)  ## time training in several processes; ARGS="CONFIG --processes 2"
 	@$(BIN)/python -m tests.benchmarks.processes $(ARGS)
+
+bench-ranks: $(DEVELOPING)  ## time population statistics by two processes against one
+	@$(BIN)/python -m tests.benchmarks.ranks $(ARGS)
 
 bench-scale: $(DEVELOPING)  ## measure speed by size of the data, peak memory and start; ARGS="CONFIG"
 	@$(BIN)/python -m tests.benchmarks.scale $(ARGS)
