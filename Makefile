@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-report bench-scale
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench-population: $(DEVELOPING)  ## compare population statistics with fvcore's 
 
 bench-processes: $(DEVELOPING)  ## time training in several processes; ARGS="CONFIG --processes 2"
 	@$(BIN)/python -m tests.benchmarks.processes $(ARGS)
+
+bench-ranks: $(DEVELOPING)  ## time population statistics by two processes against one
+	@$(BIN)/python -m tests.benchmarks.ranks $(ARGS)
 
 bench-report: $(DEVELOPING)  ## time bncli report on 10,000 layers, and the browser opening it
 	@$(BIN)/python -m tests.benchmarks.report $(ARGS)

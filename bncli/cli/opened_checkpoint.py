@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from bncli.checkpoints import Checkpoint, LoadedWeights
     from bncli.cli.named_network import NamedNetwork
-    from bncli.config import Config, DataConfig
+    from bncli.config import Config, DataConfig, RuntimeConfig
     from bncli.data import Dataset, Progress
     from bncli.data.recorded_root import DataRecord
+    from bncli.distributed import Processes
     from bncli.export import ExportRecord
     from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
@@ -192,7 +193,7 @@ def open_subject(
         named = named.with_preset(preset, followed.config.data)
         if needs_images:
             tell_images(followed.config, named, has_preset=preset is not None)
-    runtime = resolve_runtime(followed.config.runtime)
+    runtime = resolve_runtime(_with_rank_device(followed.config.runtime))
     note_emulation(runtime)
     network = runtime.place_model(network)
     model = FixedShape(network) if batch_invariant else network
@@ -204,6 +205,17 @@ def open_subject(
         checkpoint,
         None if named is None or loaded is None else (named, loaded),
     )
+
+
+def _with_rank_device(config: "RuntimeConfig") -> "RuntimeConfig":
+    """Under torchrun, the GPU of this process where any would do."""
+    from bncli.cli.one_voice import last_words
+    from bncli.distributed import rank_device
+
+    words = last_words()
+    if words is None:
+        return config
+    return config.model_copy(update={"device": rank_device(config.device, words.launch)})
 
 
 def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: bool = True) -> Subject:
@@ -271,13 +283,18 @@ def _config_of_options(
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 
-def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset":
+def load_subject_data(
+    subject: Subject, *, classifies: bool = True, processes: "Processes | None" = None
+) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Without `classifies` the network is not asked for classes. Raises DataError, and NoClassifierError.
+    Without `classifies` the network is not asked for classes. `processes` that work together have images in
+    memory only once. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
+    from bncli.config import ImageFolderConfig
     from bncli.data import load_dataset
+    from bncli.training.shared_data import load_once
 
     checkpoint = subject.own
     if checkpoint is not None and "data.normalization" in subject.followed.named:
@@ -286,8 +303,15 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
         data, unfollowed = followed_data(
             subject.followed, lambda: _record_of(subject.exported or checkpoint), progress
         )
+
+        def load() -> "Dataset":
+            return load_dataset(data, progress=progress, may_download=False)
+
         try:
-            dataset = load_dataset(data, progress=progress, may_download=False)
+            if processes is None:
+                dataset = load()
+            else:  # of folders there is a file that all map
+                dataset = load_once(load, processes, in_memory=not isinstance(data, ImageFolderConfig))
         except DataError as error:
             if unfollowed:
                 raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None

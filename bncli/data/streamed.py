@@ -5,6 +5,7 @@ Workers read a few inputs at a time, ahead of what is asked for, and give them b
 worker computes with one thread. What is wrong with an input is told by the process that asked for it.
 """
 
+import os
 import signal
 import warnings
 from collections import deque
@@ -190,8 +191,12 @@ class _Relabelled:
 
 
 def default_workers() -> int:
-    """As many as there are CPUs for this process; with one CPU the process reads by itself."""
-    count = usable_cpus().count
+    """As many as there are CPUs for this process; with one CPU the process reads by itself.
+
+    The processes that torchrun started on one machine share its CPUs.
+    """
+    num_processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    count = usable_cpus().count // max(1, int(num_processes) if num_processes.isdecimal() else 1)
     return count if count > 1 else 0
 
 

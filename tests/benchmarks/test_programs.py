@@ -11,7 +11,17 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, exact, inspection, loading, population, processes, report, scale
+from tests.benchmarks import (
+    accuracy,
+    exact,
+    inspection,
+    loading,
+    population,
+    processes,
+    ranks,
+    report,
+    scale,
+)
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,6 +32,7 @@ PROGRAMS = {
     "loading": loading,
     "population": population,
     "processes": processes,
+    "ranks": ranks,
     "report": report,
     "scale": scale,
 }

@@ -27,11 +27,15 @@ from bncli.cli.options import (
     parse_sizes,
 )
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.shared_work import shared_work
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
     from bncli.cli.tables.eval import EvalReport
+    from bncli.data import Dataset
+    from bncli.distributed import Ranks
+    from bncli.evaluation.examine import Evaluations
     from bncli.evaluation.views import Views
 
 
@@ -167,7 +171,14 @@ def evaluate_checkpoint(
             checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
         )
     calibration = num_calibration_images if gap else None
-    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
+    with shared_work(subject, tta=tta, batch_invariant=batch_invariant) as work:
+        dataset = load_subject_data(subject, processes=work.processes)
+        known = _evaluate(subject, dataset, tta, work.ranks) if work.is_divided else None
+    if not work.is_main:
+        return 0  # the rest is about the computations of one process
+    report = _examine(
+        checkpoint, subject, dataset, known, num_images, sizes, sweep_sizes or (), calibration, tta
+    )
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
@@ -194,9 +205,29 @@ def _check_outputs(save: Path | None, plot: Path | None, *inputs: Path, sweep: b
         check_writable(plot, *inputs)
 
 
+def _evaluate(subject: "Subject", dataset: "Dataset", views: "Views | None", ranks: "Ranks") -> "Evaluations":
+    """What several processes find together, each on its part of the test images."""
+    from bncli.cli.progress import ProgressReporter
+    from bncli.evaluation.examine import evaluate_whole
+
+    runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
+    with runtime.autocast(), ProgressReporter() as progress:
+        return evaluate_whole(
+            subject.model,
+            dataset.test,
+            batch_size,
+            views=views,
+            place=runtime.place,
+            group=ranks.group,
+            progress=progress,
+        )
+
+
 def _examine(
     path: Path,
     subject: "Subject",
+    dataset: "Dataset",
+    known: "Evaluations | None",
     num_images: int,
     batch_sizes: tuple[int, ...],
     sweep: tuple[int, ...],
@@ -211,7 +242,6 @@ def _examine(
     from bncli.training import training_sample
 
     runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
-    dataset = load_subject_data(subject)
     test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
     training = None
     if num_calibration_images is not None:
@@ -230,6 +260,7 @@ def _examine(
             sweep=sweep,
             views=views,
             place=runtime.place,
+            known=known,
             progress=progress,
         )
     return EvalReport(
