@@ -291,9 +291,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def show_streamed_bench(result: StreamedBench) -> None:
     """Times, then memory, then what they were measured on."""
     console = console_for_results()
-    show_lines(
-        console, {"machine": machine_line(result.machine), "runtime": runtime_line(result.runtime)}
-    )
+    show_lines(console, {"machine": machine_line(result.machine), "runtime": runtime_line(result.runtime)})
     console.print()
     table = table_of("One pass, in turns", "tool", "seconds", "ratio", "from", "to")
     for one in result.times:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, exact, inspection, loading, population, scale
+from tests.benchmarks import accuracy, exact, inspection, loading, population, scale, streamed
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,6 +22,7 @@ PROGRAMS = {
     "loading": loading,
     "population": population,
     "scale": scale,
+    "streamed": streamed,
 }
 
 
