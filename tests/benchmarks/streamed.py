@@ -1,4 +1,4 @@
-"""`bncli recalibrate --method precise` on images streamed from disk: beside a plain evaluation, and its memory.
+"""`bncli recalibrate --method precise` on streamed images: beside a plain evaluation, and its memory.
 
 Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
 library measures the population over that same DataLoader, and the command's own function reads the folder by
@@ -10,11 +10,10 @@ Memory: the whole command in a process of its own for each number of images, whi
 """
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,15 +143,15 @@ def bench_streamed(
 
 
 def make_images(root: Path, num_images: int, size: int) -> Path:
-    """Write JPEGs to train/ and a few to test/, by as many processes as there are CPUs; gives `root`."""
+    """Write JPEGs to train/ and a few to test/, by as many threads as there are CPUs; gives `root`."""
     for split in ("train", "test"):
         for label in range(NUM_CLASSES):
             (root / split / f"class{label}").mkdir(parents=True)
     numbers = {"train": num_images, "test": 2 * NUM_CLASSES}
-    with ProcessPoolExecutor(usable_cpus().count) as pool:
+    with ThreadPoolExecutor(usable_cpus().count) as pool:
         for split, count in numbers.items():
             make = partial(_make_image, root / split, size)
-            for _ in pool.map(make, range(count), chunksize=50):
+            for _ in pool.map(make, range(count)):
                 pass
     return root
 
@@ -219,7 +218,7 @@ def _command(
 
 
 def _peak(command: list[str], num_images: int) -> Peak:
-    """Of a process of its own, which tells it at its end: what its parent is told begins with the parent's."""
+    """As a process of its own tells it at its end; what its parent is told begins with the parent's."""
     program = f"""
 import json, resource, sys
 from pathlib import Path
@@ -283,7 +282,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         found = [0]
     if any(one < 2 for one in found):
         raise ConfigError("--memory", [f"expected numbers of images such as 1000,5000, found {text!r}"])
-    if found and not os.path.exists("/proc/self/status"):
+    if found and not Path("/proc/self/status").exists():
         raise ConfigError("--memory", ["only Linux tells the peak of memory; leave it out: --memory ''"])
     return tuple(found)
 

@@ -1,6 +1,5 @@
 """The benchmark of streamed images on few of them: they are like photos, and its figures are figures."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,15 @@ def test_images_take_as_many_bytes_as_photos_do(tmp_path: Path) -> None:
     assert len(files) == 10
     assert len({file.read_bytes() for file in files}) == 10
     assert all(30_000 < file.stat().st_size < 100_000 for file in files)
-    assert {Image.open(file).size for file in files} == {(224, 224)}
+    for file in files:
+        with Image.open(file) as image:
+            assert image.size == (224, 224)
 
 
 @pytest.mark.slow
 def test_the_bench_prints_ratios_and_peaks_and_leaves_nothing(benchmark: Benchmark, tmp_path: Path) -> None:
     options = ("--memory", "16,40", "--memory-image-size", 32, "--dir", tmp_path)
-    found = json.loads(benchmark(*SMALL, *options, "--json").out)
+    found = benchmark(*SMALL, *options, "--json").json
     assert [one["tool"] for one in found["times"]] == [
         "plain evaluation", "bncli.recalibrate", "bncli recalibrate",
     ]  # fmt: skip

@@ -10,6 +10,7 @@ serves as clusters for the standard errors.
 """
 
 import mmap
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class _Pages:
         self._free += reversed(range(start, start + num_rows))  # from the first page on
 
 
-def _overlaps(level: int, index: int, nodes: dict[tuple[int, int], Moments]) -> bool:
+def _overlaps(level: int, index: int, nodes: Iterable[tuple[int, int]]) -> bool:
     """Whether a batch of this node is in one of the others."""
     for other_level, other_index in nodes:
         common = max(level, other_level)
