@@ -376,7 +376,8 @@ class TrainConfig(Section):
     )
     optimizer: Literal["sgd", "muon"] = Field(
         "sgd",
-        description="`sgd`, or `muon` for the weights of convolutions with SGD for everything else.",
+        description="`sgd`, or `muon` for the weights of convolutions whose output BatchNorm normalises, with"
+        " SGD for everything else.",
     )
     learning_rate: float = Field(0.5, gt=0, description="Learning rate at its peak.")
     bias_learning_rate: float | None = Field(

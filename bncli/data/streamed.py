@@ -37,7 +37,8 @@ _FEW = 2  # chunks, which take less time than the start of workers
 class StreamedSplit:
     """A split whose inputs `read` gives one by one, in worker processes; it raises DataError.
 
-    Where `labels` are not given, all inputs are read once when they are asked for. `identity` tells the
+    Where `labels` are not given, all inputs are read once when they are asked for, unless it is known that
+    there are none (`are_labelled`). `identity` tells the
     inputs from others, as far as that is known without reading them. `num_workers` None is as many as there
     are CPUs for this process; 0 reads in this process.
     """
@@ -51,11 +52,13 @@ class StreamedSplit:
         size: int,
         *,
         labels: Tensor | None = None,
+        are_labelled: bool = True,
         identity: bytes = b"",
         num_workers: int | None = None,
     ) -> None:
         self.identity = identity
         self._read, self._size, self._known_labels = read, size, labels
+        self._are_labelled = are_labelled
         self._num_workers = default_workers() if num_workers is None else num_workers
 
     def relabelled(self, new_labels: Tensor) -> "StreamedSplit":
@@ -65,6 +68,7 @@ class StreamedSplit:
             _Relabelled(self._read, new_labels),
             self._size,
             labels=labels,
+            are_labelled=self._are_labelled,
             identity=self.identity,
             num_workers=self._num_workers,
         )
@@ -91,7 +95,7 @@ class StreamedSplit:
     @cached_property
     def labels(self) -> Tensor | None:
         """(N,) int64; None: there are none."""
-        if self._known_labels is not None:
+        if self._known_labels is not None or not self._are_labelled:
             return self._known_labels
         found = torch.cat([labels for _, labels in self.batches_of(in_order(len(self), _CHUNK))])
         return None if bool((found == NO_LABEL).all()) else found

@@ -21,6 +21,7 @@ from tests.benchmarks import (
     ranks,
     report,
     scale,
+    streamed,
 )
 from tests.benchmarks.conftest import Benchmark
 
@@ -35,6 +36,7 @@ PROGRAMS = {
     "ranks": ranks,
     "report": report,
     "scale": scale,
+    "streamed": streamed,
 }
 
 
