@@ -63,7 +63,8 @@ def test_every_command_and_every_option_is_offered(bncli: Bncli, monkeypatch: py
         if hasattr(command, "commands"):
             assert names == list(command.commands)
         offered = bash(bncli, monkeypatch, " ".join(["bncli", *words, "--"]))
-        options = {param.opts[-1] for param in command.params if param.param_type_name == "option"}
+        given = [param for param in command.params if param.param_type_name == "option"]
+        options = {name for param in given for name in (param.opts[-1], *param.secondary_opts)}
         assert set(offered) == options | {"--help"}
 
 
