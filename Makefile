@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-scale
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale bench-streamed
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -30,7 +30,7 @@ $(BIN)/python:
 	or say where it is: make PYTHON=/path/to/python3))" -m venv $(VENV)
 
 $(RUNNING): pyproject.toml $(BIN)/python
-	$(PIP_INSTALL) '.[tested]'
+	$(PIP_INSTALL) '.[tested,report]'
 	touch $@
 
 $(DEVELOPING): pyproject.toml $(BIN)/python
@@ -41,6 +41,7 @@ run: $(RUNNING)  ## train, evaluate and inspect on the embedded data set
 	$(BIN)/bncli train quickstart --run-dir $(RUN_DIR)
 	$(BIN)/bncli eval $(RUN_DIR)/last.pt
 	$(BIN)/bncli inspect-stats $(RUN_DIR)/last.pt
+	$(BIN)/bncli report $(RUN_DIR) --measure
 
 test: $(DEVELOPING)  ## run the quick tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
@@ -76,5 +77,14 @@ bench-population: $(DEVELOPING)  ## compare population statistics with fvcore's 
 bench-processes: $(DEVELOPING)  ## time training in several processes; ARGS="CONFIG --processes 2"
 	@$(BIN)/python -m tests.benchmarks.processes $(ARGS)
 
+bench-ranks: $(DEVELOPING)  ## time population statistics by two processes against one
+	@$(BIN)/python -m tests.benchmarks.ranks $(ARGS)
+
+bench-report: $(DEVELOPING)  ## time bncli report on 10,000 layers, and the browser opening it
+	@$(BIN)/python -m tests.benchmarks.report $(ARGS)
+
 bench-scale: $(DEVELOPING)  ## measure speed by size of the data, peak memory and start; ARGS="CONFIG"
 	@$(BIN)/python -m tests.benchmarks.scale $(ARGS)
+
+bench-streamed: $(DEVELOPING)  ## time recalibration from an image folder, and measure its memory
+	@$(BIN)/python -m tests.benchmarks.streamed $(ARGS)

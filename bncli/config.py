@@ -376,7 +376,8 @@ class TrainConfig(Section):
     )
     optimizer: Literal["sgd", "muon"] = Field(
         "sgd",
-        description="`sgd`, or `muon` for the weights of convolutions with SGD for everything else.",
+        description="`sgd`, or `muon` for the weights of convolutions whose output BatchNorm normalises, with"
+        " SGD for everything else.",
     )
     learning_rate: float = Field(0.5, gt=0, description="Learning rate at its peak.")
     bias_learning_rate: float | None = Field(
@@ -453,6 +454,11 @@ class TrainConfig(Section):
         le=1_000_000,
         description="How many of the last evaluated epochs keep their network, as epoch-0005.pt: `bncli"
         " average` averages them.",
+    )
+    log: Annotated[tuple[Literal["tensorboard"], ...], Field(strict=False)] = Field(
+        (),
+        description="Where the numbers of every epoch are written beside metrics.jsonl: [tensorboard] puts"
+        " event files into the folder tensorboard of the run.",
     )
     recalibrate: Literal["none", "precise", "exact"] = Field(
         "none",

@@ -120,6 +120,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return "keys with values"
     if schema["type"] == "array":
         each = _allowed(schema["items"])
+        if "maxItems" not in schema:
+            return f"list, which may be empty, each {each}"
         return f"list of {schema['minItems']} to {schema['maxItems']}, each a {each}"
     # some versions of pydantic write the bound of a number as 0, others as 0.0
     bounds = [

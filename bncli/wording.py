@@ -6,6 +6,15 @@ from typing import Any
 MAX_NAMES = 8  # in one sentence
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks and with control characters made visible.
+
+    File and layer names come from strangers; an escape sequence in them must not reach the terminal.
+    """
+    flat = " ".join(text.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in flat)
+
+
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """A number with its noun: "1 layer", "2,000 layers"; `nouns` where an s alone does not do."""
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"

@@ -33,6 +33,9 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ),
     ("bncli eval --tta flip", "eval run/last.pt --num-images 8 --batch-sizes 2 --tta flip"),
     ("bncli predict", f"predict run/last.pt {IMAGE}"),
+    ("bncli export", "export run/last.pt -o run/net.pt2 --num-images 8"),
+    ("bncli eval EXPORTED", "eval run/net.pt2 --num-images 8 --batch-sizes 2"),
+    ("bncli predict EXPORTED", f"predict run/net.pt2 {IMAGE}"),
     (
         "bncli inspect-stats",
         "inspect-stats run/last.pt --threshold gain=0.001",
@@ -46,6 +49,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli compare --ranks", "compare --ranks run/last.pt run/new.pt"),
     ("bncli convert", "convert run/last.pt -o run/layers.npz"),
     ("bncli history", "history run"),
+    ("bncli report", "report run"),
     ("bncli config", "config"),
     ("bncli config KEY", "config train.momentum"),
     ("bncli explain", "explain"),

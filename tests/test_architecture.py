@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parent.parent / "bncli"
 # from the top down; rooms on one line may not import each other
 LAYERS = [
     {"cli"},
-    {"bench", "demo"},
+    {"bench", "demo", "report"},
     {"training", "lightning"},
-    {"evaluation", "audit", "before_validation"},
+    {"evaluation", "audit", "before_validation", "export"},
     {"determinism", "inference", "checkpoints", "data"},
     {"models"},
     {"batchnorm", "foreign_code", "recorded_config", "explained_config"},
@@ -34,6 +34,8 @@ ONLY_IN = {
     "torchvision": {"torchvision_compat", "data", "bench"},
     "PIL": {"data", "bench"},
     "pytorch_lightning": {"lightning"},
+    "jinja2": {"report"},
+    "vl_convert": {"report"},
     "pydantic": {"config", "config_file", "explained_config", "serialization"},
 }
 

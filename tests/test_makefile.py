@@ -148,12 +148,13 @@ def test_a_named_python_that_is_too_old_or_missing_is_refused_by_its_name(machin
 def test_make_run_installs_what_running_needs_and_make_test_the_rest(machine: Machine) -> None:
     machine.add_python("python3", (3, 11))
     assert machine.make("run").returncode == 0
-    made, installed, train, evaluate, inspect = machine.calls()
-    assert (made, installed) == (venv("python3"), pip("tested"))
+    made, installed, train, evaluate, inspect, report = machine.calls()
+    assert (made, installed) == (venv("python3"), pip("tested,report"))
     words = train.split()
     assert words[:4] == [".venv/bin/bncli", "train", "quickstart", "--run-dir"]
     assert evaluate == f".venv/bin/bncli eval {words[4]}/last.pt"
     assert inspect == f".venv/bin/bncli inspect-stats {words[4]}/last.pt"
+    assert report == f".venv/bin/bncli report {words[4]} --measure"
     assert machine.make("test").returncode == 0
     assert machine.calls() == [
         pip("tested,dev"),
@@ -177,7 +178,7 @@ def test_new_dependencies_are_installed(machine: Machine) -> None:
     later = (machine.clone / ".venv" / ".installed-tested").stat().st_mtime + 10
     os.utime(machine.clone / "pyproject.toml", (later, later))
     machine.make("run")
-    assert machine.calls()[0] == pip("tested")
+    assert machine.calls()[0] == pip("tested,report")
     machine.make("test")
     assert machine.calls()[0] == pip("tested,dev")
 
@@ -190,7 +191,7 @@ def test_an_environment_whose_python_is_gone_is_made_anew(machine: Machine) -> N
     inside.unlink()
     inside.symlink_to("/no/python3.10")
     assert machine.make("run").returncode == 0
-    assert machine.calls()[:2] == [venv("python3"), pip("tested")]
+    assert machine.calls()[:2] == [venv("python3"), pip("tested,report")]
 
 
 def test_an_installation_that_failed_is_tried_again(machine: Machine) -> None:
@@ -198,8 +199,8 @@ def test_an_installation_that_failed_is_tried_again(machine: Machine) -> None:
     inside = (machine.path / "inside").read_text()
     (machine.path / "inside").write_text(inside + "exit 1\n")
     assert machine.make("run").returncode == 2
-    assert machine.calls() == [venv("python3"), pip("tested")]
+    assert machine.calls() == [venv("python3"), pip("tested,report")]
     (machine.clone / ".venv" / "bin" / "python").write_text(inside)
     (machine.clone / ".venv" / "bin" / "bncli").write_text(inside)
     assert machine.make("run").returncode == 0
-    assert machine.calls()[0] == pip("tested")
+    assert machine.calls()[0] == pip("tested,report")

@@ -1,10 +1,11 @@
-"""Evaluation by plain PyTorch, bncli and ONNX Runtime, in turns: throughput, latency, changed predictions.
+"""Evaluation by plain PyTorch, bncli and other engines, in turns: throughput, latency, changed predictions.
 
 Every path takes the same uint8 images on the CPU and returns logits; to normalise the pixels and to lay out
 memory is part of its work. Ratios are taken within a round and to plain PyTorch: float32, contiguous, the
 network as it was trained.
 
-ONNX Runtime is the rival that engineers compare CPU inference with.
+ONNX Runtime is the rival that engineers compare CPU inference with. OpenVINO computes what `bncli export`
+writes for it: BatchNorm folded, in bfloat16 where this CPU is fast at it.
 """
 
 import importlib.util
@@ -21,9 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from bncli.checkpoints import Checkpoint, load_model
-from bncli.hardware import describe_machine
-from bncli.inference import optimize_for_inference
-from bncli.runtime import Runtime
+from bncli.export import MissingEngineError, prepare
+from bncli.export.engines import OpenVino, require
+from bncli.export.record import Precision
+from bncli.export.write import openvino_file
+from bncli.hardware import describe_machine, has_fast_bfloat16
+from bncli.inference import fold_batch_norm, optimize_for_inference
+from bncli.runtime import Runtime, short_compile_errors
 
 
 def missing_packages() -> tuple[str, ...]:
@@ -65,6 +70,8 @@ def onnx_classifier(model: nn.Module, images: Tensor) -> tuple[Callable[[Tensor]
 Classify = Callable[[Tensor], Tensor]  # uint8 images (N, 3, H, W) on the CPU to logits (N, num_classes)
 
 PLAIN, OURS, FOLDED, ONNX = "plain PyTorch", "bncli eval", "bncli folded", "ONNX Runtime"
+COMPILED, OPENVINO = "torch.compile", "OpenVINO"
+MAX_FLIPS = 0.002  # of predictions, in what is called the fastest: as many as bfloat16 changes
 _WARM_UP_CALLS = 5  # single images, untimed: another path's threads may still be spinning
 
 
@@ -107,6 +114,17 @@ class EvaluationBench:
     runtime: dict[str, Any]
     machine: dict[str, Any]
 
+    @property
+    def verdict(self) -> str:
+        """Which way is the fastest here, among those that change hardly any prediction."""
+        usable = [path for path in self.paths if (path.prediction_flips or 0) <= MAX_FLIPS]
+        rates = {path.name: path.images_per_second for path in usable if path.images_per_second is not None}
+        times = {path.name: path.latency_median_ms for path in usable if path.latency_median_ms is not None}
+        batches, single = max(rates, key=rates.__getitem__), min(times, key=times.__getitem__)
+        if batches == single:
+            return f"The fastest here is {batches}, for batches and for single images."
+        return f"The fastest here is {batches} for batches, and {single} for single images."
+
 
 @dataclass(frozen=True)
 class _Round:
@@ -123,13 +141,19 @@ def bench_evaluation(
     batch_size: int = 256,
     batches_per_round: int = 2,
     calls_per_round: int = 100,
+    compiles: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> EvaluationBench:
     """Time all paths on test images (N, 3, H, W) of uint8, and compare their predictions.
 
-    The number of threads is that of the process, for ONNX Runtime as well.
+    The number of threads is that of the process, for other engines as well. With `compiles` torch.compile is
+    timed too: it compiles for up to a minute.
+
+    Raises CompileError where it cannot.
     """
     paths, hows, version = _paths(checkpoint, images[:2], runtime)
+    _add_compiled(paths, hows, checkpoint, runtime, compiles=compiles)
+    _add_openvino(paths, hows, checkpoint, images[:2], runtime)
     predictions = {}
     for name, classify in paths.items():
         report(f"predictions: {name}")
@@ -182,6 +206,50 @@ def _paths(
         return paths, {**hows, ONNX: f"not installed: pip install {' '.join(missing)}"}, None
     paths[ONNX], version = onnx_classifier(load_model(checkpoint), example)
     return paths, {**hows, ONNX: f"{version}, float32, CPU"}, version
+
+
+def _add_compiled(
+    paths: dict[str, Classify],
+    hows: dict[str, str],
+    checkpoint: Checkpoint,
+    runtime: Runtime,
+    *,
+    compiles: bool,
+) -> None:
+    """torch.compile of the folded network, float32, for batches of any size."""
+    if not compiles:
+        return
+    folded = fold_batch_norm(load_model(checkpoint)).model.to(runtime.device)
+    compiled = torch.compile(folded, dynamic=True)
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.inference_mode(), short_compile_errors():
+            return compiled(images.to(runtime.device)).cpu()  # type: ignore[no-any-return]
+
+    paths[COMPILED] = classify
+    hows[COMPILED] = "float32, BatchNorm folded, batches of any size"
+
+
+def _add_openvino(
+    paths: dict[str, Classify],
+    hows: dict[str, str],
+    checkpoint: Checkpoint,
+    example: Tensor,
+    runtime: Runtime,
+) -> None:
+    """OpenVINO on the CPU, or the row that says how to install it."""
+    try:
+        require("openvino")
+    except MissingEngineError as error:
+        hows[OPENVINO] = str(error).replace("openvino is ", "")
+        return
+    precision: Precision = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
+    network = prepare(load_model(checkpoint), fold=True, precision=torch.float32, casts=False).model
+    with tempfile.TemporaryDirectory() as folder:
+        file = openvino_file(network, example, Path(folder) / "network.xml")
+        engine = OpenVino.open(file, runtime.threads, precision)
+    paths[OPENVINO] = lambda images: torch.from_numpy(engine(images.numpy()))
+    hows[OPENVINO] = f"{engine.description.removeprefix('OpenVINO ')}, {precision}, CPU"
 
 
 def _predictions(classify: Classify, images: Tensor, batch_size: int) -> Tensor:

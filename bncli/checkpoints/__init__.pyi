@@ -2,6 +2,7 @@ from .any_file import OpenCheckpoint as OpenCheckpoint
 from .any_file import open_checkpoint as open_checkpoint
 from .average import AverageState as AverageState
 from .average import average_checkpoints as average_checkpoints
+from .compared import compare_checkpoints as compare_checkpoints
 from .integrity import Integrity as Integrity
 from .integrity import check_integrity as check_integrity
 from .locate import Candidate as Candidate

@@ -74,10 +74,7 @@ class Folder:
     @cached_property
     def _places(self) -> tuple[Path, ...]:
         own = Path(os.path.realpath(self.path))
-        blobs = own.parent.parent / "blobs"  # a link itself where the cache is not one that the hub made
-        if own.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
-            return own, blobs
-        return (own,)
+        return (own, own.parent.parent / "blobs") if own.parent.name == "snapshots" else (own,)
 
     def open(self, name: str) -> ByteSource:
         """One of `names`.

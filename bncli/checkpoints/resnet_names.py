@@ -15,10 +15,12 @@ _PART = {"conv": "conv", "bn": "bn", "0": "conv", "1": "bn"}
 
 
 def keras_names(modules: Collection[str]) -> dict[str, str] | None:
-    """Keras' names by torchvision's; None for a network with other names."""
+    """Keras' names by torchvision's; None for a network with other names, or with blocks of two."""
+    if "layer1.0.conv3" not in modules:
+        return None
     found = {name: _keras_name(name) for name in modules}
     known = {name: other for name, other in found.items() if other is not None}
-    return known if len(known) == len(found) > len(_OUTSIDE) else None
+    return known if len(known) == len(found) else None
 
 
 def _keras_name(name: str) -> str | None:

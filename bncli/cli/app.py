@@ -22,10 +22,12 @@ from bncli.cli.commands.demo import demonstrate_repair
 from bncli.cli.commands.doctor import diagnose
 from bncli.cli.commands.eval import evaluate_checkpoint
 from bncli.cli.commands.explain import explain_topic
+from bncli.cli.commands.export import export_checkpoint
 from bncli.cli.commands.history import show_history
 from bncli.cli.commands.inspect_stats import inspect_stats
 from bncli.cli.commands.predict import predict_images
 from bncli.cli.commands.recalibrate import recalibrate_into_file
+from bncli.cli.commands.report import write_report
 from bncli.cli.commands.train import train_config
 from bncli.cli.help_page import CommandPage, GroupPage
 from bncli.cli.messages import print_error, usage_error
@@ -76,6 +78,7 @@ TRAIN, STATISTICS, LEARN, MACHINE = (
 app.command("train", cls=CommandPage, rich_help_panel=TRAIN)(train_config)
 app.command("config", cls=CommandPage, rich_help_panel=TRAIN)(show_config)
 app.command("eval", cls=CommandPage, rich_help_panel=TRAIN)(evaluate_checkpoint)
+app.command("export", cls=CommandPage, rich_help_panel=TRAIN)(export_checkpoint)
 app.command("predict", cls=CommandPage, rich_help_panel=TRAIN)(predict_images)
 app.command(
     "inspect-stats",
@@ -87,6 +90,7 @@ app.command(
 app.command("compare", cls=CommandPage, rich_help_panel=STATISTICS)(compare_checkpoints)
 app.command("convert", cls=CommandPage, rich_help_panel=STATISTICS)(convert_checkpoint)
 app.command("history", cls=CommandPage, rich_help_panel=STATISTICS)(show_history)
+app.command("report", cls=CommandPage, rich_help_panel=STATISTICS)(write_report)
 app.command("recalibrate", cls=CommandPage, rich_help_panel=STATISTICS)(recalibrate_into_file)
 app.command("average", cls=CommandPage, rich_help_panel=STATISTICS)(average_into_file)
 app.command("explain", cls=CommandPage, rich_help_panel=LEARN)(explain_topic)

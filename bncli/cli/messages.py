@@ -5,19 +5,16 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from bncli import wording
 from bncli.wording import expected_value
+
+MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
 
 if TYPE_CHECKING:
     from bncli.runtime import Runtime
 
 
-def one_line(text: str) -> str:
-    """The text without line breaks and with control characters made visible.
-
-    File and layer names come from strangers; an escape sequence in them must not reach the terminal.
-    """
-    flat = " ".join(text.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in flat)
+one_line = wording.one_line  # here for all that is printed
 
 
 def shorten(text: str, length: int) -> str:

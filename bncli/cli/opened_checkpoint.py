@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
     from bncli.checkpoints import Checkpoint, LoadedWeights
     from bncli.cli.named_network import NamedNetwork
-    from bncli.config import Config, DataConfig
+    from bncli.config import Config, DataConfig, RuntimeConfig
     from bncli.data import Dataset, Progress
     from bncli.data.recorded_root import DataRecord
+    from bncli.distributed import Processes
+    from bncli.export import ExportRecord
     from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime
@@ -103,6 +105,7 @@ class Subject:
     model: "Module"
     own: "Checkpoint | None"  # of bncli; None for a network that the command line names
     named: "tuple[NamedNetwork, LoadedWeights] | None" = None  # such a network, and what was loaded into it
+    exported: "ExportRecord | None" = None  # of a file of `bncli export`, which an engine computes
 
     @property
     def checkpoint(self) -> "Checkpoint":
@@ -114,11 +117,24 @@ class Subject:
     @property
     def epoch(self) -> int | None:
         """Of training, where the file tells."""
+        if self.exported is not None:
+            epoch: int | None = self.exported.source.get("epoch")
+            return epoch
         return None if self.own is None else self.own.epoch
 
     def describe_network(self) -> dict[str, object]:
         """What JSON documents say of a network that the command line names; nothing of bncli's own."""
         return {} if self.named is None else {"model": self.named[0].describe(self.named[1])}
+
+    def describe_runtime(self) -> dict[str, object]:
+        """How it is computed, for JSON documents and headers."""
+        described = self.runtime.describe()
+        if self.exported is None:
+            return described
+        from bncli.determinism.fixed_shape import without_fixed_shape
+
+        engine = without_fixed_shape(self.model).extra_repr()
+        return described | {"precision": self.exported.precision, "engine": engine}
 
     def with_streamed_data(self) -> "Subject":
         """The same, whose data set is not kept where it need not be."""
@@ -177,7 +193,7 @@ def open_subject(
         named = named.with_preset(preset, followed.config.data)
         if needs_images:
             tell_images(followed.config, named, has_preset=preset is not None)
-    runtime = resolve_runtime(followed.config.runtime)
+    runtime = resolve_runtime(_with_rank_device(followed.config.runtime))
     note_emulation(runtime)
     network = runtime.place_model(network)
     model = FixedShape(network) if batch_invariant else network
@@ -189,6 +205,17 @@ def open_subject(
         checkpoint,
         None if named is None or loaded is None else (named, loaded),
     )
+
+
+def _with_rank_device(config: "RuntimeConfig") -> "RuntimeConfig":
+    """Under torchrun, the GPU of this process where any would do."""
+    from bncli.cli.one_voice import last_words
+    from bncli.distributed import rank_device
+
+    words = last_words()
+    if words is None:
+        return config
+    return config.model_copy(update={"device": rank_device(config.device, words.launch)})
 
 
 def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: bool = True) -> Subject:
@@ -233,7 +260,7 @@ def _open_own(
     try:
         checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
-        if command not in ("eval", "recalibrate", "predict"):
+        if command not in ("eval", "recalibrate", "predict", "report", "export"):
             raise
         raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))
@@ -256,21 +283,35 @@ def _config_of_options(
     return FollowedConfig(config, config, keys_of(overrides), {})
 
 
-def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset":
+def load_subject_data(
+    subject: Subject, *, classifies: bool = True, processes: "Processes | None" = None
+) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Without `classifies` the network is not asked for classes. Raises DataError, and NoClassifierError.
+    Without `classifies` the network is not asked for classes. `processes` that work together have images in
+    memory only once. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
+    from bncli.config import ImageFolderConfig
     from bncli.data import load_dataset
+    from bncli.training.shared_data import load_once
 
     checkpoint = subject.own
     if checkpoint is not None and "data.normalization" in subject.followed.named:
         raise ConfigError("--set", ["data.normalization: the checkpoint records it; leave it out"])
     with ProgressReporter() as progress:
-        data, unfollowed = followed_data(subject.followed, lambda: _record_of(checkpoint), progress)
+        data, unfollowed = followed_data(
+            subject.followed, lambda: _record_of(subject.exported or checkpoint), progress
+        )
+
+        def load() -> "Dataset":
+            return load_dataset(data, progress=progress, may_download=False)
+
         try:
-            dataset = load_dataset(data, progress=progress, may_download=False)
+            if processes is None:
+                dataset = load()
+            else:  # of folders there is a file that all map
+                dataset = load_once(load, processes, in_memory=not isinstance(data, ImageFolderConfig))
         except DataError as error:
             if unfollowed:
                 raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None
@@ -283,6 +324,8 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
         if not dataset.class_names:
             dataset = replace(dataset, class_names=checkpoint.class_names)
         _check_dataset(checkpoint, dataset)
+    if subject.exported is not None:
+        dataset = _check_exported(subject.exported, dataset)
     if subject.named is not None:
         from bncli.cli.named_network import fit_to_data
         from bncli.determinism.fixed_shape import without_fixed_shape
@@ -294,8 +337,25 @@ def load_subject_data(subject: Subject, *, classifies: bool = True) -> "Dataset"
     return dataset
 
 
-def _record_of(checkpoint: "Checkpoint | None") -> "DataRecord":
+def _record_of(checkpoint: "Checkpoint | ExportRecord | None") -> "DataRecord":
     return (None, ()) if checkpoint is None else (checkpoint.data_digest, checkpoint.class_names)
+
+
+def _check_exported(record: "ExportRecord", dataset: "Dataset") -> "Dataset":
+    """The data set with the classes of the file. Raises DataError where they are others, or images are."""
+    shape, names = record.image_shape, record.class_names
+    if tuple(dataset.test.image_shape) != tuple(shape):
+        found = "x".join(map(str, dataset.test.image_shape))
+        raise DataError(f"{dataset.name}: its inputs are {found}, the file takes {'x'.join(map(str, shape))}")
+    numbered = names == tuple(map(str, range(len(names))))
+    if not dataset.class_names or (numbered and len(names) == len(dataset.class_names)):
+        return replace(dataset, class_names=dataset.class_names or names)
+    if dataset.class_names != names:
+        raise DataError(
+            f"{dataset.name}: its classes are {', '.join(dataset.class_names[:10])}, but the file tells"
+            f" {', '.join(names[:10]) or 'none'} apart"
+        )
+    return dataset
 
 
 def open_config(path: Path, overrides: list[str] | None) -> "Config":

@@ -31,6 +31,13 @@ CheckpointArgument = Annotated[
         help="A file that `bncli train` saved, such as last.pt; with --model, any checkpoint of PyTorch.",
     ),
 ]
+ComputedArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A file that `bncli train` saved, such as last.pt, or one that `bncli export` wrote.",
+    ),
+]
 ANY_CHECKPOINT = (
     "A checkpoint of bncli, PyTorch or another framework (bncli explain checkpoint-files): a path or a URL."
 )

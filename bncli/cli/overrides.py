@@ -16,6 +16,7 @@ _IMAGES = (
     *("data.stream", "data.workers", "data.normalization", "data.classes", "data.arguments"),
 )
 _EVALUATING = ("data", *_COMPUTING, "runtime.eval_batch_size")
+_SHARED = (*_EVALUATING, "runtime.timeout")  # among the processes of torchrun
 _AUGMENTING = ("augment.crop_padding", "augment.flip", "augment.cutout")
 # the steps that `demo` goes on for, at the highest learning rate
 _STEPS = (
@@ -34,10 +35,14 @@ _ALL = ("data", "augment", "model", "train", "runtime")
 # whole sections, and single keys
 EFFECTIVE = {
     "train": _ALL,
-    "eval": _EVALUATING,
+    "eval": _SHARED,
+    "report": _EVALUATING,
+    "eval of an exported file": ("data", "runtime.threads", "runtime.eval_batch_size"),
     "predict": _COMPUTING,
+    "predict with an exported file": ("runtime.threads",),
     "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
-    "recalibrate": _EVALUATING,
+    "export": ("data", "runtime.threads"),  # plain float32 on the CPU
+    "recalibrate": _SHARED,
     "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network

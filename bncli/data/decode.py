@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from bncli.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # whatever the file's name says; PIL's other decoders are less tried
 MAX_FILE_BYTES = 512 << 20
@@ -128,14 +129,21 @@ def check_size(content: bytes) -> None:
         raise DataError(f"larger than {MAX_FILE_BYTES >> 20} MiB: not read as an image")
 
 
-def read_image(content: bytes, fit: Fit) -> Tensor:
+def read_image(content: bytes, fit: Fit) -> "Tensor":
     """Decode a single image to (3, image_size, image_size) uint8, as `decode` does.
 
     Raises:
         DataError: it is no image, or one of more than 89 million pixels.
     """
+    import torch
+
+    return torch.from_numpy(read_pixels(content, fit))
+
+
+def read_pixels(content: bytes, fit: Fit) -> npt.NDArray[np.uint8]:
+    """The same as an array; PyTorch is not imported."""
     with bombs_refused(), explained():
-        return torch.from_numpy(decode(content, fit))
+        return decode(content, fit)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ same in every command, and a shorter sample is the beginning of a longer one.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -142,17 +143,24 @@ def num_micro_batches(batch_size: int, size: int | None) -> int:
     return 1 if size is None else -(-batch_size // size)
 
 
-def sequential_batches(split: Indexed, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all images (B, 3, H, W) uint8 and labels (B,) once, in order; the last batch may be smaller."""
-    return split.batches_of(in_order(len(split), batch_size))
+def sequential_batches(
+    split: Indexed, batch_size: int, *, rank: int = 0, num_ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images (B, 3, H, W) uint8 and labels (B,) once, in order; the last batch may be smaller.
+
+    Of several ranks each has every `num_ranks`-th batch, and reads no other.
+    """
+    return split.batches_of(islice(in_order(len(split), batch_size), rank, None, num_ranks))
 
 
-def sample_batches(split: Indexed, batch_size: int, num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_batches(
+    split: Indexed, batch_size: int, num_images: int, *, rank: int = 0, num_ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the first `num_images` of the order: images (B, 3, H, W) uint8 and labels (B,).
 
     The last batch may be smaller; a single image left over joins the batch before, since BatchNorm may
     not be able to measure it alone. Indexes lazily, so that a mapped data set stays on the disk. Of a data
-    set that cannot be shuffled it is the beginning.
+    set that cannot be shuffled it is the beginning. Of several ranks each has every `num_ranks`-th batch.
 
     Of fewer images than asked for, all are taken. Raises ConfigError for fewer than one batch needs.
     """
@@ -162,4 +170,4 @@ def sample_batches(split: Indexed, batch_size: int, num_images: int) -> Iterator
         order = torch.from_numpy(generator(Stream.SAMPLE, len(split)).permutation(len(split)))
     else:
         order = torch.arange(len(split))
-    yield from split.batches_of(order[:num_images].split(list(plan.batch_sizes)))
+    yield from split.batches_of(order[:num_images].split(list(plan.batch_sizes))[rank::num_ranks])

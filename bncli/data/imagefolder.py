@@ -8,12 +8,13 @@ asked for, see `bncli.data.streamed`, where they are too many for that.
 Which folders are the training and the test split is found without opening a file. `data.root` is the folder
 above `train` and `test`. Others call the second one `val`, `validation` or `valid`; a `test` without class
 folders in it (images without labels, as in ImageNet and on Kaggle) is none for us. Whoever names ROOT/train
-instead of ROOT means the same. Anything else is not guessed, but named.
+instead of ROOT means the same. Images directly in `train`, without class folders, have no labels; they are
+both splits, for what needs no labels. Anything else is not guessed, but named.
 """
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from bncli.data.memory import SPARE, address_space_left
 from bncli.data.streamed import Sample, StreamedSplit
 from bncli.data.user_path import user_path
 from bncli.errors import DataError
+from bncli.indexed import NO_LABEL, InMemory
 from bncli.wording import gigabytes, plural
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
@@ -49,7 +51,7 @@ _SHOWN = 5  # names of folders in a message
 
 
 def find_splits(root: Path) -> tuple[Path, str]:
-    """Return the folder above the splits, and the name of the test split in it.
+    """Return the folder above the splits, and the name of the test split in it: train for one without labels.
 
     Raises:
         DataError: a split is missing; it says what is there instead.
@@ -58,7 +60,7 @@ def find_splits(root: Path) -> tuple[Path, str]:
         root = _above_splits(root)
         if not (root / TRAIN).is_dir():
             raise DataError(f"{_no_split(root, TRAIN)}; {_instead_of_train(root)}")
-        return root, _test_name(root)
+        return root, TRAIN if _is_unlabelled(root / TRAIN) else _test_name(root)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise DataError(f"data.root: {str(root)!r} cannot be listed: {error}") from error
 
@@ -89,6 +91,11 @@ def _above_splits(root: Path) -> Path:
     above = root.parent if root.name else root.absolute().parent
     is_split = name in {TRAIN, *TEST_NAMES} and not (root / TRAIN).is_dir()
     return above if is_split and (above / TRAIN).is_dir() else root
+
+
+def _is_unlabelled(split: Path) -> bool:
+    """Whether images lie in it directly, and no class folders."""
+    return not class_names(split) and bool(_walk(split, split.name, ()))
 
 
 def _test_name(root: Path) -> str:
@@ -144,7 +151,7 @@ _checked: dict[ImageFolderConfig, Dataset] = {}
 class _Listing:
     """The files of one split, in order, with their labels."""
 
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # none: all labels are NO_LABEL
     files: list[ImageFile]
     labels: list[int]
 
@@ -168,9 +175,9 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
     why = _why_streamed(config, len(train.files) + len(test.files))
     if why is not None:
         return _streamed(config, root, train, test, why)
-    files = [*train.files, *test.files]
+    files = train.files if test is train else [*train.files, *test.files]
     images = cached_images(root, files, fit_of(config), _cache_folder(config), progress)
-    return _dataset_of(images, train, test)
+    return replace(_dataset_of(images, train, test), notes=_notes_of(root, train))
 
 
 def _why_streamed(config: ImageFolderConfig, num_images: int) -> str | None:
@@ -191,14 +198,21 @@ def _streamed(config: ImageFolderConfig, root: Path, train: _Listing, test: _Lis
         return StreamedSplit(
             _FileReader(root, listing, fit_of(config)),
             len(listing.files),
-            labels=torch.tensor(listing.labels, dtype=torch.int64),
+            labels=torch.tensor(listing.labels, dtype=torch.int64) if listing.classes else None,
+            are_labelled=bool(listing.classes),
             identity=listing.identity(),
             num_workers=config.workers,
         )
 
     note = f"images are decoded whenever they are used, as {why}; --set data.stream=false keeps them"
     notes = (note,) if config.stream == "auto" else ()
-    return Dataset("imagefolder", split(train), split(test), train.classes, notes)
+    return Dataset("imagefolder", split(train), split(test), train.classes, notes + _notes_of(root, train))
+
+
+def _notes_of(root: Path, train: _Listing) -> tuple[str, ...]:
+    if train.classes:
+        return ()
+    return (f"{root / TRAIN} has no class folders: its images have no labels, and are both splits",)
 
 
 class _FileReader:
@@ -274,6 +288,9 @@ def _cache_folder(config: ImageFolderConfig) -> Path:
 
 
 def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Dataset:
+    if not train.classes:
+        unlabelled = InMemory(images[: len(train.files)], None)
+        return Dataset("imagefolder", unlabelled, unlabelled, ())
     num_train = len(train.files)
     return Dataset(
         "imagefolder",
@@ -314,7 +331,8 @@ def list_images(folder: Path) -> list[str]:
 def _list_splits(config: ImageFolderConfig) -> tuple[Path, _Listing, _Listing]:
     """Return the folder above the splits, and both."""
     root, test_name = find_splits(user_path(config.root, "data.root"))
-    train, test = _list_split(root, TRAIN), _list_split(root, test_name)
+    train = _list_split(root, TRAIN)
+    test = train if test_name == TRAIN else _list_split(root, test_name)
     _check_same_classes(root, train, test, test_name)
     return root, train, test
 
@@ -323,6 +341,10 @@ def _list_split(root: Path, split: str) -> _Listing:
     folder = root / split
     try:
         names = class_names(folder)
+        if not names and split == TRAIN:
+            unlabelled = [file for _, file in sorted(_walk(folder, split, ()))]
+            if unlabelled:
+                return _Listing((), unlabelled, [NO_LABEL] * len(unlabelled))
         if not names:
             loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
             what = (

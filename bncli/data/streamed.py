@@ -5,6 +5,7 @@ Workers read a few inputs at a time, ahead of what is asked for, and give them b
 worker computes with one thread. What is wrong with an input is told by the process that asked for it.
 """
 
+import os
 import signal
 import warnings
 from collections import deque
@@ -36,7 +37,8 @@ _FEW = 2  # chunks, which take less time than the start of workers
 class StreamedSplit:
     """A split whose inputs `read` gives one by one, in worker processes; it raises DataError.
 
-    Where `labels` are not given, all inputs are read once when they are asked for. `identity` tells the
+    Where `labels` are not given, all inputs are read once when they are asked for, unless it is known that
+    there are none (`are_labelled`). `identity` tells the
     inputs from others, as far as that is known without reading them. `num_workers` None is as many as there
     are CPUs for this process; 0 reads in this process.
     """
@@ -50,11 +52,13 @@ class StreamedSplit:
         size: int,
         *,
         labels: Tensor | None = None,
+        are_labelled: bool = True,
         identity: bytes = b"",
         num_workers: int | None = None,
     ) -> None:
         self.identity = identity
         self._read, self._size, self._known_labels = read, size, labels
+        self._are_labelled = are_labelled
         self._num_workers = default_workers() if num_workers is None else num_workers
 
     def relabelled(self, new_labels: Tensor) -> "StreamedSplit":
@@ -64,6 +68,7 @@ class StreamedSplit:
             _Relabelled(self._read, new_labels),
             self._size,
             labels=labels,
+            are_labelled=self._are_labelled,
             identity=self.identity,
             num_workers=self._num_workers,
         )
@@ -90,7 +95,7 @@ class StreamedSplit:
     @cached_property
     def labels(self) -> Tensor | None:
         """(N,) int64; None: there are none."""
-        if self._known_labels is not None:
+        if self._known_labels is not None or not self._are_labelled:
             return self._known_labels
         found = torch.cat([labels for _, labels in self.batches_of(in_order(len(self), _CHUNK))])
         return None if bool((found == NO_LABEL).all()) else found
@@ -190,8 +195,12 @@ class _Relabelled:
 
 
 def default_workers() -> int:
-    """As many as there are CPUs for this process; with one CPU the process reads by itself."""
-    count = usable_cpus().count
+    """As many as there are CPUs for this process; with one CPU the process reads by itself.
+
+    The processes that torchrun started on one machine share its CPUs.
+    """
+    num_processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    count = usable_cpus().count // max(1, int(num_processes) if num_processes.isdecimal() else 1)
     return count if count > 1 else 0
 
 

@@ -4,4 +4,8 @@ from .launch import launched as launched
 from .processes import Processes as Processes
 from .processes import processes as processes
 from .processes import rank_device as rank_device
+from .ranks import ALONE as ALONE
+from .ranks import RankError as RankError
+from .ranks import Ranks as Ranks
+from .shards import DealtBatches as DealtBatches
 from .synchronized import synchronized as synchronized

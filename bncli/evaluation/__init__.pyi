@@ -12,6 +12,8 @@ from .outcomes import compare_outcomes as compare_outcomes
 from .outcomes import measure_outcomes as measure_outcomes
 from .predict import ClassProbability as ClassProbability
 from .predict import predict as predict
+from .recorded_channel import RecordedChannel as RecordedChannel
+from .recorded_channel import record_channel as record_channel
 from .sweep import SweepPoint as SweepPoint
 from .sweep import sweep_batch_sizes as sweep_batch_sizes
 from .views import AugmentedEvaluation as AugmentedEvaluation

@@ -3,16 +3,23 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bncli.batches import Batches, GetTensor, labelled
+from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.modes import eval_mode, preserved_buffers
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import labelled_once
+from bncli.distributed.wrapped import unwrapped, whole_parameters
 from bncli.errors import DataError
 from bncli.forward import forward
 from bncli.wording import plural
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ def evaluate(
     model: nn.Module,
     batches: Batches,
     *,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
@@ -50,37 +58,92 @@ def evaluate(
     For another precision call this inside `torch.autocast`. `progress` is given the number of images
     done after every batch.
 
+    With a process `group` every rank calls it with its own part of the data, and gets the result of all of
+    it; batches and their order are those of `measure_population`. The images that a DataLoader's
+    DistributedSampler repeats are left out. A rank may have no batch. `progress` then counts the images of
+    all ranks, roughly.
+
     Raises DataError if there are no images, or a label is not a class of the model.
     """
     start = time.perf_counter()
-    num_images = 0
-    loss = confidence = 0.0
-    correct = total = torch.zeros(0, dtype=torch.int64)  # (num_classes,)
-    with eval_mode(model), preserved_buffers(model), torch.no_grad():
-        for inputs, labels in labelled(batches, get_input, get_labels):
-            logits = forward(model, inputs)  # (N, num_classes)
-            losses, hits, classes = score_images(logits, labels)
-            correct = _add_counts(correct, classes[hits], logits.shape[1])
-            total = _add_counts(total, classes, logits.shape[1])
-            loss += float(losses.sum())
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            confidence += float(wide.softmax(1).amax(1).sum())
-            num_images += len(classes)
-            if progress is not None:
-                progress(num_images)
-    if num_images == 0:
-        raise DataError("there is nothing to evaluate: the data set has no images")
+    model, ranks = unwrapped(model), Ranks.of(group)
+    sums = _Sums(ranks)
+    with ranks.together(), whole_parameters(model):
+        with eval_mode(model), preserved_buffers(model), torch.no_grad():
+            for inputs, labels in labelled_once(batches, get_input, get_labels):
+                sums.add(forward(model, inputs), labels)
+                if progress is not None:
+                    progress(sums.images_so_far)
+        sums = sums.of_all_ranks()
+        if sums.num_images == 0:
+            raise DataError("there is nothing to evaluate: the data set has no images")
+    if progress is not None and ranks.size > 1:
+        progress(sums.num_images)
     seconds = time.perf_counter() - start
-    per_class = zip(correct.tolist(), total.tolist(), strict=True)
+    num_images = sums.num_images
+    per_class = zip(sums.correct.tolist(), sums.total.tolist(), strict=True)
     return Evaluation(
         num_images=num_images,
-        accuracy=int(correct.sum()) / num_images,
-        loss=loss / num_images,
+        accuracy=int(sums.correct.sum()) / num_images,
+        loss=sum(one.loss for one in sums.batches) / num_images,
         per_class_accuracy=tuple(right / count if count else None for right, count in per_class),
         seconds=seconds,
         images_per_second=num_images / seconds,
-        confidence=confidence / num_images,
+        confidence=sum(one.confidence for one in sums.batches) / num_images,
     )
+
+
+@dataclass(frozen=True)
+class _BatchSums:
+    """Of one batch's images."""
+
+    index: int  # of the batch in the whole data set
+    num_images: int
+    loss: float
+    confidence: float
+
+
+class _Sums:
+    """What has been added up so far."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.batches: list[_BatchSums] = []  # apart, so that floats are added in one order
+        self.num_images = 0
+        self.correct = self.total = torch.zeros(0, dtype=torch.int64)  # (num_classes,)
+        self._ranks = ranks
+
+    @property
+    def images_so_far(self) -> int:
+        """The same, with those of other ranks as far as they can be known."""
+        first = self.batches[0].num_images
+        return self._ranks.images_so_far(self.num_images, len(self.batches), first)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take in the logits (N, num_classes) of one batch."""
+        losses, hits, classes = score_images(logits, labels)
+        self.correct = _add_counts(self.correct, torch.bincount(classes[hits], minlength=logits.shape[1]))
+        self.total = _add_counts(self.total, torch.bincount(classes, minlength=logits.shape[1]))
+        self.num_images += len(classes)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.batches.append(
+            _BatchSums(
+                self._ranks.rank + len(self.batches) * self._ranks.size,
+                len(classes),
+                float(losses.sum()),
+                float(wide.softmax(1).amax(1).sum()),
+            )
+        )
+
+    def of_all_ranks(self) -> "_Sums":
+        """The same sums, of the batches of all."""
+        whole = _Sums(self._ranks)
+        for batches, correct, total in self._ranks.gather((self.batches, self.correct, self.total)):
+            whole.batches += batches
+            whole.num_images += sum(one.num_images for one in batches)
+            whole.correct = _add_counts(whole.correct, correct)
+            whole.total = _add_counts(whole.total, total)
+        whole.batches.sort(key=lambda one: one.index)
+        return whole
 
 
 def score_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,6 +162,8 @@ def score_images(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     return losses.cpu().double(), hits, classes
 
 
-def _add_counts(counts: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    added = torch.bincount(classes, minlength=num_classes)
-    return added if counts.numel() == 0 else counts + added
+def _add_counts(counts: Tensor, added: Tensor) -> Tensor:
+    """Both together; one that is empty has seen no batch, and does not know the number of classes."""
+    if not counts.numel() or not added.numel():
+        return counts if counts.numel() else added
+    return counts + added

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from bncli.batches import Batches, GetTensor, read_with
 from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
+from bncli.distributed.ranks import Ranks
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
 from bncli.evaluation.labelled_images import labelled_images
@@ -18,9 +20,20 @@ from bncli.evaluation.views import AugmentedEvaluation, Views, evaluate_augmente
 from bncli.indexed import Indexed, Indices, in_order, pick
 from bncli.sample import random_order, stratified_sample
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 CERTIFYING = "test images, each alone and in batches"
 VIEWS = "test images, averaged over views"
 SAMPLE_SIZES = (1, 8, 64)  # batch sizes at which the accuracy of the sample is measured in both modes
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Of all images: as they are, and averaged over views where that was asked for."""
+
+    plain: Evaluation
+    augmented: AugmentedEvaluation | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,7 @@ def examine(
     sweep: Sequence[int] = (),
     views: Views | None = None,
     place: Callable[[Tensor], Tensor] = lambda images: images,
+    known: Evaluations | None = None,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: PhaseProgress = lambda phase, done, total: None,
@@ -108,24 +122,19 @@ def examine(
     that of all images is measured.
     With `training` images, unaugmented, the gap between the modes is taken apart, on `shuffled`: the same
     data in an order in which every batch is a sample of all classes (default: one random order). For another
-    precision call this inside `torch.autocast`.
+    precision call this inside `torch.autocast`. `known` is what `evaluate_whole` found before, as several
+    processes do together.
 
     Raises DataError for data that cannot be used, BncliError for a model that is no classifier, or where the
     gap is asked for and no layer has running statistics.
     """
     images, labels = labelled_images(data, get_input, get_labels)
-    rows = model.rows if isinstance(model, FixedShape) else 1
-    size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
 
     def placed(batches: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         return ((place(part), truth) for part, truth in images.batches_of(batches))
 
-    def sequential(size: int) -> Batches:
-        return lambda: placed(in_order(len(images), size))
-
-    evaluation = evaluate(
-        model, sequential(size), progress=lambda done: progress("test images in eval mode", done, len(images))
-    )
+    if known is None:
+        known = evaluate_whole(model, images, batch_size, views=views, place=place, progress=progress)
     chosen = stratified_sample(labels, num_images)
     sample = place(pick(images, chosen))
     certificate = certify(model, sample, batch_sizes=batch_sizes, progress=partial(progress, CERTIFYING))
@@ -153,9 +162,46 @@ def examine(
             order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
             shuffled = lambda: placed(order)  # noqa: E731
         gap = measure_gap(network, shuffled, read_with(training, get_input), progress=progress)
-    tta = None
-    if views is not None:
-        tta = evaluate_augmented(
-            model, sequential(batch_size), views, progress=lambda done: progress(VIEWS, done, len(images))
-        )
-    return Examination(evaluation, tuple(chosen.tolist()), certificate, sample_sweep, points, gap, tta)
+    return Examination(
+        known.plain, tuple(chosen.tolist()), certificate, sample_sweep, points, gap, known.augmented
+    )
+
+
+def evaluate_whole(
+    model: nn.Module,
+    images: Indexed,
+    batch_size: int,
+    *,
+    views: Views | None = None,
+    place: Callable[[Tensor], Tensor] = lambda images: images,
+    group: "ProcessGroup | None" = None,
+    progress: PhaseProgress = lambda phase, done, total: None,
+) -> Evaluations:
+    """Evaluate all images in eval mode, in order, and their views if that is asked for.
+
+    With a process `group` each rank has all images and computes its part of the batches.
+    """
+    ranks = Ranks.of(group)
+    rows = model.rows if isinstance(model, FixedShape) else 1
+    size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
+
+    def dealt(size: int) -> Batches:
+        own = islice(in_order(len(images), size), ranks.rank, None, ranks.size)
+        return ((place(part), truth) for part, truth in images.batches_of(own))
+
+    plain = evaluate(
+        model,
+        dealt(size),
+        group=group,
+        progress=lambda done: progress("test images in eval mode", done, len(images)),
+    )
+    if views is None:
+        return Evaluations(plain, None)
+    augmented = evaluate_augmented(
+        model,
+        dealt(batch_size),
+        views,
+        group=group,
+        progress=lambda done: progress(VIEWS, done, len(images)),
+    )
+    return Evaluations(plain, augmented)

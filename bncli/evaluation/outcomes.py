@@ -8,17 +8,24 @@ with Edwards' correction for continuity (1948).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from bncli.batches import Batches, GetTensor, labelled
+from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.modes import preserved_buffers
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import labelled_once
+from bncli.distributed.wrapped import unwrapped, whole_parameters
 from bncli.errors import DataError
 from bncli.evaluation.evaluate import score_images
 from bncli.evaluation.sweep import NORMAL_QUANTILE
 from bncli.forward import forward
 from bncli.wording import plural
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,7 @@ def measure_outcomes(
     batches: Batches,
     *,
     num_images: int | None = None,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
@@ -104,25 +112,32 @@ def measure_outcomes(
     """Compute labelled batches in the model's mode; its buffers are left as they were.
 
     `num_images` ends the pass with the batch that reaches so many. `progress` is given the number of images
-    done after every batch. For another precision call this inside `torch.autocast`.
+    done after every batch. For another precision call this inside `torch.autocast`. `group` is that of
+    `evaluate`, and goes without `num_images`; the outcomes are in the order of one process.
 
     Raises DataError if there are no images, or a label is not a class of the model.
     """
-    right, losses = [], []
+    model, ranks = unwrapped(model), Ranks.of(group)
+    own: list[tuple[int, Tensor, Tensor]] = []  # of each batch: its index in the whole data set, outcomes
     done = 0
-    with preserved_buffers(model), torch.no_grad():
-        for inputs, labels in labelled(batches, get_input, get_labels):
-            loss, hits, _ = score_images(forward(model, inputs), labels)
-            right.append(hits)
-            losses.append(loss)
-            done += len(labels)
-            if progress is not None:
-                progress(done)
-            if num_images is not None and done >= num_images:
-                break
-    if done == 0:
-        raise DataError("there is nothing to evaluate: the data set has no images")
-    return Outcomes(torch.cat(right), torch.cat(losses))
+    with ranks.together(), whole_parameters(model):
+        with preserved_buffers(model), torch.no_grad():
+            for inputs, labels in labelled_once(batches, get_input, get_labels):
+                loss, hits, _ = score_images(forward(model, inputs), labels)
+                own.append((ranks.rank + len(own) * ranks.size, hits, loss))
+                done += len(labels)
+                if progress is not None:
+                    progress(ranks.images_so_far(done, len(own), len(own[0][1])))
+                if num_images is not None and done >= num_images:
+                    break
+        found = sorted((one for part in ranks.gather(own) for one in part), key=lambda one: one[0])
+        if not found:
+            raise DataError("there is nothing to evaluate: the data set has no images")
+    _, right, losses = zip(*found, strict=True)
+    outcomes = Outcomes(torch.cat(right), torch.cat(losses))
+    if progress is not None and ranks.size > 1:
+        progress(len(outcomes.right))
+    return outcomes
 
 
 def compare_outcomes(first: Outcomes, second: Outcomes) -> PairedDifference:

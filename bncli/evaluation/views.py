@@ -7,15 +7,19 @@ tensors (N, C, H, W) of any kind of number, at least 2 pixels high and wide.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bncli.batches import Batches, GetTensor
+from bncli.distributed.wrapped import unwrapped
 from bncli.evaluation.evaluate import evaluate
 from bncli.forward import forward
 from bncli.wording import plural
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Views = Literal["flip", "shifts"]
 
@@ -44,6 +48,7 @@ def evaluate_augmented(
     batches: Batches,
     views: Views,
     *,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
@@ -51,12 +56,13 @@ def evaluate_augmented(
     """Evaluate like `evaluate`, with the weighted mean of the views' logits in place of an image's own.
 
     The unshifted pair weighs 1/2 in all, each image of a pair the same; the model is left as it was.
-    `progress` is given the number of images done after every batch.
+    `progress` is given the number of images done after every batch. `group` is that of `evaluate`.
 
     Raises DataError if there are no images, or a label is not a class of the model.
     """
+    averaged = _Averaged(unwrapped(model), views)
     found = evaluate(
-        _Averaged(model, views), batches, get_input=get_input, get_labels=get_labels, progress=progress
+        averaged, batches, group=group, get_input=get_input, get_labels=get_labels, progress=progress
     )
     num_views = len(view_weights(views)) * 2
     return AugmentedEvaluation(views, num_views, found.num_images, found.accuracy, found.loss, found.seconds)

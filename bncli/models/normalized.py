@@ -25,11 +25,23 @@ def normalize_input(
     network.register_forward_pre_hook(_NormalizeInput(Normalize(mean, std).to(device)))
 
 
+def input_normalization(network: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """The mean and deviation of each channel that `normalize_input` gave a network; None: it did not."""
+    hooks = [hook for hook in network._forward_pre_hooks.values() if isinstance(hook, _NormalizeInput)]
+    return hooks[0].values if hooks else None
+
+
 class _NormalizeInput:
     """The hook, which copies of the network share, also on other devices."""
 
     def __init__(self, normalize: Normalize) -> None:
         self._by_device = {normalize.mean.device: normalize}
+
+    @property
+    def values(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation, in units of the full range."""
+        first = next(iter(self._by_device.values()))
+        return tuple(first.mean.flatten().tolist()), tuple(first.std.flatten().tolist())
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         images = inputs[0]

@@ -24,6 +24,7 @@ from bncli.errors import CompileError, DivergedError, PeerLostError, StoppedErro
 from bncli.evaluation import Evaluation
 from bncli.runtime import resolve_device, short_compile_errors
 from bncli.training.bad_numbers import IN_THE_UPDATE, find_origin
+from bncli.training.event_log import check_log, logged
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.losses import loss_and_logits
 from bncli.training.open_run import open_run
@@ -122,6 +123,7 @@ def train(
         BncliError: on a configuration, data or directory that cannot be used.
     """
     run_dir = Path(run_dir)
+    check_log(config.train.log)
     with contextlib.ExitStack() as stack:
         team = None
         if words is not None:
@@ -133,10 +135,12 @@ def train(
         run = stack.enter_context(
             open_run(run_dir, config, resume=resume, data_progress=data_progress, processes=team, stop=stop)
         )
-        report(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
+        log = config.train.log if run.setup.is_main else ()
+        tell = stack.enter_context(logged(report, log, run_dir, run.step))
+        tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
         last_good = LastGoodStep(run)
         try:
-            _train_to_the_end(run, last_good, run_dir, report, stop)
+            _train_to_the_end(run, last_good, run_dir, tell, stop)
             return _result_of(run, run_dir, stop)
         except (StoppedError, CompileError) as error:
             _save_last_step(run, last_good, run_dir)

@@ -28,6 +28,7 @@ CHANGEABLE = (
     "train.checkpoint_every",
     "train.checkpoint_unit",
     "train.keep_epochs",
+    "train.log",
     "train.recalibrate",
 )
 

@@ -7,10 +7,12 @@ of `torch.optim.Muon`.
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.sgd import sgd
 
@@ -176,17 +178,21 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
     BatchNorm's weight and bias and all other biases are one-dimensional; they get no weight decay,
     which would pull BatchNorm's gain towards 0 without regularising anything. Nor do Muon's filters,
-    whose scale is fixed. Muon's are all four-dimensional weights but that of the last layer, which may be a
-    convolution.
+    whose scale is fixed. Muon's are the weights of two-dimensional convolutions whose output is normalised:
+    there alone the scale is nothing that the network could need.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     head = _head_of(model)
     weights = [parameter for parameter in trained if not _is_vector(parameter) and parameter is not head]
-    filters = [parameter for parameter in weights if parameter.ndim == 4]
-    others = [parameter for parameter in weights if parameter.ndim != 4]
+    is_muon = config.optimizer == "muon"
+    # a group of their own with SGD too: checkpoints number weights by groups
+    four = {parameter for parameter in weights if parameter.ndim == 4}
+    turned = four & _normalized_filters(model) if is_muon else four
+    filters = [parameter for parameter in weights if parameter in turned]
+    others = [parameter for parameter in weights if parameter not in turned]
     heads = [parameter for parameter in trained if parameter is head]
     vectors = [parameter for parameter in trained if _is_vector(parameter) and parameter is not head]
-    rate, decay, is_muon = config.learning_rate, config.weight_decay, config.optimizer == "muon"
+    rate, decay = config.learning_rate, config.weight_decay
     groups = [
         (filters, rate, 0.0 if is_muon else decay, is_muon),
         (others, rate, decay, False),
@@ -205,6 +211,21 @@ def _head_of(model: nn.Module) -> Tensor | None:
     """The weight of the last linear layer or convolution, in the order of the network's definition."""
     weights = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, _ConvNd))]
     return weights[-1] if weights else None
+
+
+def _normalized_filters(model: nn.Module) -> set[Tensor]:
+    """The weights of convolutions that a BatchNorm or InstanceNorm layer follows in the same module.
+
+    By the order of definition, past layers that hold nothing, such as pooling. So a convolution at the end of
+    a block, whose output is added to another one and normalised later, is none.
+    """
+    found: set[Tensor] = set()
+    for module in model.modules():
+        layers = [one for one in module.children() if one.state_dict() or isinstance(one, _NormBase)]
+        for layer, following in pairwise(layers):
+            if isinstance(layer, nn.Conv2d) and isinstance(following, _NormBase):
+                found.add(layer.weight)
+    return found
 
 
 def _is_vector(parameter: Tensor) -> bool:

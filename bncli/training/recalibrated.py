@@ -15,6 +15,7 @@ from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify
 from bncli.batchnorm.distance import nan_as_farthest
 from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
 from bncli.data import Dataset, sequential_batches
+from bncli.distributed import ALONE, Ranks
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.evaluation.gap import PhaseProgress
@@ -136,6 +137,7 @@ def recalibrate_checkpoint(
     source: dict[str, str],
     eval_batch_size: int,
     evaluate: bool = True,
+    ranks: Ranks = ALONE,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedCheckpoint:
     """Measure, replace, and `evaluate` before and after; `checkpoint` itself is left as it was.
@@ -147,7 +149,14 @@ def recalibrate_checkpoint(
     """
     model = runtime.place_model(load_model(checkpoint))
     made = recalibrate_network(
-        model, dataset, runtime, how, eval_batch_size=eval_batch_size, evaluate=evaluate, progress=progress
+        model,
+        dataset,
+        runtime,
+        how,
+        eval_batch_size=eval_batch_size,
+        evaluate=evaluate,
+        ranks=ranks,
+        progress=progress,
     )
     scores = made.scores
     return RecalibratedCheckpoint(
@@ -181,12 +190,14 @@ def recalibrate_network(
     *,
     eval_batch_size: int,
     evaluate: bool = True,
+    ranks: Ranks = ALONE,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> RecalibratedNetwork:
     """Replace the running statistics of a placed network in eval mode.
 
     With `evaluate` it is a classifier, and evaluated before and after. Without, it is any network that takes
-    a batch of images, and the data set needs no labels.
+    a batch of images, and the data set needs no labels. Several `ranks` divide all images among themselves
+    and get the same result.
 
     Raises BncliError where nothing can be recalibrated: see `bncli.recalibrate`.
     """
@@ -196,18 +207,26 @@ def recalibrate_network(
     def outcomes(phase: str) -> Outcomes | None:
         if not evaluate:
             return None
-        batches = sequential_batches(dataset.test, eval_batch_size)
+        batches = sequential_batches(dataset.test, eval_batch_size, rank=ranks.rank, num_ranks=ranks.size)
         placed = ((runtime.place(images), labels) for images, labels in batches)
-        return measure_outcomes(model, placed, progress=lambda done: progress(phase, done, len(dataset.test)))
+        return measure_outcomes(
+            model,
+            placed,
+            group=ranks.group,
+            progress=lambda done: progress(phase, done, len(dataset.test)),
+        )
 
     with runtime.autocast():
         before = outcomes("test images before")
         done = recalibrate(
             model,
-            None if how.method == "debias" else training_sample(dataset.train, runtime, size, num_images),
+            None
+            if how.method == "debias"
+            else training_sample(dataset.train, runtime, size, num_images, ranks),
             method=how.method,
             layers=how.layers,
             tolerance=how.tolerance,
+            group=ranks.group,
             progress=lambda number, of, images: progress(
                 f"training images, pass {number} of {of}", images, num_images
             ),
@@ -261,6 +280,7 @@ def verify_checkpoint(
     *,
     eval_batch_size: int,
     max_error: float,
+    ranks: Ranks = ALONE,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Verification:
     """Whether the running statistics are those of the training images in eval mode: a fixed point.
@@ -276,6 +296,7 @@ def verify_checkpoint(
         how.or_as_recorded(checkpoint),
         eval_batch_size=eval_batch_size,
         max_error=max_error,
+        ranks=ranks,
         progress=progress,
     )
 
@@ -288,6 +309,7 @@ def verify_network(
     *,
     eval_batch_size: int,
     max_error: float,
+    ranks: Ranks = ALONE,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Verification:
     """The same of a network that is placed already. Raises BncliError where no layer can be measured."""
@@ -296,8 +318,9 @@ def verify_network(
     with runtime.autocast():
         layers = verify_fixed_point(
             model,
-            training_sample(dataset.train, runtime, size, num_images),
+            training_sample(dataset.train, runtime, size, num_images, ranks),
             layers=how.layers,
+            group=ranks.group,
             progress=lambda done: progress("training images, verifying", done, num_images),
         )
     return Verification(dataset.name, num_images, size, max_error, layers)

@@ -62,7 +62,8 @@ RECALIBRATED = "recalibrated.pt"  # beside last.pt, from which training can stil
 
 # what `atomic_file` leaves behind when the process is killed in its midst
 _LEFTOVER = re.compile(
-    r"\.(config\.yaml|metrics\.jsonl|(last|best|recalibrated|epoch-\d{4,})\.pt)\.[a-z0-9_]{8}\.tmp"
+    r"\.(config\.yaml|metrics\.jsonl|report\.html|(last|best|recalibrated|epoch-\d{4,})\.pt)"
+    r"\.[a-z0-9_]{8}\.tmp"
 )
 
 

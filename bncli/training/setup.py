@@ -28,7 +28,7 @@ from bncli.data import (
     num_micro_batches,
     sample_batches,
 )
-from bncli.distributed import Processes
+from bncli.distributed import ALONE, Processes, Ranks
 from bncli.errors import ConfigError
 from bncli.indexed import Indexed, pick
 from bncli.models.configured import build_configured
@@ -274,9 +274,17 @@ def _check_micro_batches(plan: BatchPlan, size: int | None) -> None:
         raise ConfigError("train", [f"train.micro_batch_size: {reason}; set it to null or a larger number"])
 
 
-def training_sample(split: Indexed, runtime: Runtime, batch_size: int, num_images: int) -> "Batches":
-    """Images of the split on the device, as often as a measurement wants to go through them."""
-    return lambda: (runtime.place(images) for images, _ in sample_batches(split, batch_size, num_images))
+def training_sample(
+    split: Indexed, runtime: Runtime, batch_size: int, num_images: int, ranks: Ranks = ALONE
+) -> "Batches":
+    """Images of the split on the device, as often as a measurement wants to go through them.
+
+    Of several ranks each has every batch that is dealt to it.
+    """
+    return lambda: (
+        runtime.place(images)
+        for images, _ in sample_batches(split, batch_size, num_images, rank=ranks.rank, num_ranks=ranks.size)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import importlib.util
 import time
 from pathlib import Path
 
@@ -5,7 +6,19 @@ import pytest
 import torch
 
 from bncli.bench import evaluation
-from bncli.bench.evaluation import FOLDED, ONNX, OURS, PLAIN, _in_turns, _paths, _ratio
+from bncli.bench.evaluation import (
+    COMPILED,
+    FOLDED,
+    ONNX,
+    OPENVINO,
+    OURS,
+    PLAIN,
+    EvaluationBench,
+    PathSpeed,
+    _in_turns,
+    _paths,
+    _ratio,
+)
 from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config import RuntimeConfig
 from bncli.runtime import resolve_runtime
@@ -20,7 +33,9 @@ def test_every_path_has_its_speed_its_ratios_and_its_flips(bncli: Bncli, finishe
     assert outcome.code == 0
     result = outcome.json
     paths = {path["name"]: path for path in result["paths"]}
-    assert list(paths) == [PLAIN, OURS, FOLDED, ONNX]
+    assert list(paths) == [PLAIN, OURS, FOLDED, ONNX, OPENVINO]
+    if importlib.util.find_spec("openvino") is None:
+        assert paths.pop(OPENVINO)["how"] == "not installed: pip install 'bncli[openvino]'"
     for path in paths.values():
         assert path["images_per_second"] > 0
         assert 0 < path["latency_median_ms"] <= path["latency_p99_ms"]
@@ -61,6 +76,28 @@ def test_all_paths_compute_the_same_network(finished_run: Path) -> None:
             error = (classify(images) - oracle).abs().max() / oracle.abs().max()
             assert error < (tolerance if name in {OURS, FOLDED} else 1e-5), name
     assert error < 1e-5  # the last is ONNX Runtime, of another number of images than it was exported with
+
+
+def a_path(name: str, rate: float, ms: float, flips: float) -> PathSpeed:
+    return PathSpeed(name, "", images_per_second=rate, latency_median_ms=ms, prediction_flips=flips)
+
+
+def test_the_fastest_is_named_among_those_that_change_hardly_any_prediction() -> None:
+    paths = [a_path("a", 10, 3, 0), a_path("b", 20, 4, 0.002), a_path("c", 90, 1, 0.003), PathSpeed("d", "")]
+
+    def verdict(*chosen: PathSpeed) -> str:
+        return EvaluationBench(tuple(chosen), 1, 1, 1, 1, 1, None, {}, {}).verdict
+
+    assert verdict(*paths) == "The fastest here is b for batches, and a for single images."
+    assert verdict(paths[0]) == "The fastest here is a, for batches and for single images."
+
+
+@pytest.mark.slow
+def test_torch_compile_is_timed_on_request(bncli: Bncli, finished_run: Path) -> None:
+    result = bncli("bench", "eval", finished_run / "last.pt", *FEW, "--compile", "--json").json
+    (path,) = (path for path in result["paths"] if path["name"] == COMPILED)
+    assert path["images_per_second"] > 0
+    assert path["num_flips"] == 0
 
 
 def test_ratios_are_taken_within_a_round() -> None:

@@ -11,7 +11,18 @@ import pytest
 import typer
 
 from bncli.errors import BncliError
-from tests.benchmarks import accuracy, exact, inspection, loading, population, processes, scale
+from tests.benchmarks import (
+    accuracy,
+    exact,
+    inspection,
+    loading,
+    population,
+    processes,
+    ranks,
+    report,
+    scale,
+    streamed,
+)
 from tests.benchmarks.conftest import Benchmark
 
 ROOT = Path(__file__).parent.parent.parent
@@ -22,7 +33,10 @@ PROGRAMS = {
     "loading": loading,
     "population": population,
     "processes": processes,
+    "ranks": ranks,
+    "report": report,
     "scale": scale,
+    "streamed": streamed,
 }
 
 

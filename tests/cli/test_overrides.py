@@ -24,6 +24,7 @@ from tests.conftest import Bncli
 FEW = ("--num-images", 10, "--batch-sizes", 2)
 COMMANDS: dict[str, tuple[object, ...]] = {
     "eval": ("eval", "CHECKPOINT", *FEW, "--gap", "--num-calibration-images", 20),
+    "report": ("report", "CHECKPOINT", "-o", "report.html", "--measure", "--num-images", 20),
     "predict": ("predict", "CHECKPOINT", "IMAGE"),
     "recalibrate": ("recalibrate", "CHECKPOINT", "-o", "new.pt"),
     "demo CHECKPOINT": ("demo", "CHECKPOINT", "--num-images", 20),
@@ -34,6 +35,7 @@ FULL_SIZE = {f"augment.{kind}_{what}" for kind in ("small", "crop") for what in 
 # read, and of no influence: smaller images are switched off, and bench train looks for speed alone
 READ_IN_VAIN = {
     "eval": {"runtime.compile"},
+    "report": {"runtime.compile"},
     "predict": {"runtime.compile"},
     "recalibrate": {"runtime.compile"},
     "demo CHECKPOINT": {"runtime.compile", *FULL_SIZE},

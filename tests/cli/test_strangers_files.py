@@ -127,6 +127,7 @@ KINDS = ("cifar10", "imagefolder")
 LOADING = {  # commands that load the data set
     "eval": ("eval", "stranger.pt"),
     "eval --gap": ("eval", "stranger.pt", "--gap"),
+    "report --measure": ("report", "stranger.pt", "--measure", "-o", "run/report.html"),
     "recalibrate": ("recalibrate", "stranger.pt", "-o", "new.pt"),
     "recalibrate --verify": ("recalibrate", "stranger.pt", "--verify"),
     "bench eval": ("bench", "eval", "stranger.pt"),
@@ -139,6 +140,7 @@ NOT_LOADING = {
     "inspect-stats": ("inspect-stats", "stranger.pt"),
     "compare": ("compare", "stranger.pt", "stranger.pt"),
     "history": ("history", "run"),
+    "report": ("report", "run"),
     "doctor": ("doctor", "stranger.pt"),
 }
 

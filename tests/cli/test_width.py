@@ -97,6 +97,7 @@ COMMANDS = [
     "recalibrate run/last.pt -o fast.pt --method debias",
     "recalibrate run/last.pt --verify",
     "history run",
+    "report run -o page.html --measure --num-images 40",
     "doctor",
     "doctor run/last.pt",
     "bench eval run/last.pt --rounds 1 --calls 2",

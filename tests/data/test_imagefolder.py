@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import time
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 
 from bncli.config import Cifar10Config, ImageFolderConfig
-from bncli.data import imagecache, load_dataset
+from bncli.data import for_training, imagecache, load_dataset
 from bncli.data.imagefolder import EXTENSIONS
 from bncli.errors import DataError
+from bncli.indexed import NO_LABEL
 from bncli.torchvision_compat import import_torchvision
 
 
@@ -329,6 +331,35 @@ def test_a_split_without_class_folders_is_named(folder):
     for name in ("a.png", "b.JPG"):
         (folder.root / "train" / name).touch()
     assert f"{folder.root / 'train'}: 2 images in it, but no class folders; expected" in folder.error()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_without_class_folders_have_no_labels_and_are_both_splits(folder, stream):
+    for path in sorted((folder.root / "train").rglob("*.png")):
+        path.rename(folder.root / "train" / f"{path.parent.name}{path.name}")
+    for name in ("cat", "dog"):
+        (folder.root / "train" / name).rmdir()
+    files = sorted((folder.root / "train").iterdir())
+    files[-1].with_name("notes.txt").write_text("no image")
+    pixels = np.stack([np.asarray(Image.open(file)) for file in map(io.BytesIO, map(Path.read_bytes, files))])
+    dataset = load_dataset(folder.config.model_copy(update={"stream": stream, "workers": 0}))
+    for split in (dataset.train, dataset.test):
+        ((images, labels),) = split.batches_of([range(len(files))])
+        assert np.array_equal(images.numpy(), pixels.transpose(0, 3, 1, 2))
+        assert labels.tolist() == [NO_LABEL] * len(files)
+        assert split.labels is None
+    assert dataset.class_names == ()
+    assert "no labels" in " ".join(dataset.notes)
+    with pytest.raises(DataError, match="training needs labels"):
+        for_training(dataset)
+
+
+def test_that_streamed_images_have_no_labels_is_known_without_reading_them(folder, monkeypatch):
+    folder.save("only/train/a.png", folder.pixels(32, 32))
+    config = folder.config.model_copy(update={"root": str(folder.root / "only"), "stream": True})
+    dataset = load_dataset(config)
+    monkeypatch.setattr("bncli.data.decode.read_file", None)
+    assert dataset.train.labels is None
 
 
 def test_a_class_without_images_is_named(folder):

@@ -1,10 +1,13 @@
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 import pytest
 import torch
+from torch import Tensor
 
-from bncli.data import Split, sample_batches
+from bncli.data import Split, sample_batches, sequential_batches
 from bncli.errors import ConfigError
+from bncli.indexed import Indices
 
 
 @pytest.fixture
@@ -55,3 +58,30 @@ def test_no_image_is_left_alone_unless_asked_for(
 def test_a_single_image_is_too_few(split: Split) -> None:
     with pytest.raises(ConfigError):
         numbers(split, 50, 1)
+
+
+class Watched(Split):
+    """Remembers which images were asked for."""
+
+    def batches_of(self, batches: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            asked.append(list(map(int, batch)))
+            yield from super().batches_of([batch])
+
+
+asked: list[list[int]] = []
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
+def test_ranks_have_the_batches_of_one_process_in_turn_and_read_no_others(
+    split: Split, num_ranks: int
+) -> None:
+    watched = Watched(split.images, split.labels)
+    for batches_of in (lambda **rank: sample_batches(watched, 30, 200, **rank),
+                       lambda **rank: sequential_batches(watched, 30, **rank)):  # fmt: skip
+        expected = [labels.tolist() for _, labels in batches_of()]
+        for rank in range(num_ranks):
+            asked.clear()
+            found = [labels.tolist() for _, labels in batches_of(rank=rank, num_ranks=num_ranks)]
+            assert found == expected[rank::num_ranks]
+            assert [[number // 20 for number in batch] for batch in asked] == found

@@ -25,9 +25,10 @@ from bncli.data import (
     sequential_batches,
     training_batches,
 )
-from bncli.data.streamed import StreamedSplit
+from bncli.data.streamed import StreamedSplit, default_workers
 from bncli.errors import DataError
 from bncli.indexed import NO_LABEL, pick
+from bncli.usable_cpus import UsableCpus
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_a_worker_that_the_system_ends_becomes_one_line():
 
 STREAM_FOREVER = """
 from bncli.data import sequential_batches
-from bncli.data.streamed import StreamedSplit
+from bncli.data.streamed import StreamedSplit, default_workers
 from tests.data.test_streamed import read_number
 import multiprocessing
 split = StreamedSplit(read_number, 10**9, num_workers=2)
@@ -196,3 +197,14 @@ def test_workers_end_with_the_process_whatever_ends_it(number):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("num_processes", "expected"), [(None, 8), ("1", 8), ("3", 2), ("8", 0), ("x", 8)])
+def test_the_processes_of_one_machine_share_its_cpus(
+    monkeypatch: pytest.MonkeyPatch, num_processes: str | None, expected: int
+) -> None:
+    monkeypatch.setattr("bncli.data.streamed.usable_cpus", lambda: UsableCpus(16, 8, None))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if num_processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", num_processes)
+    assert default_workers() == expected

@@ -230,8 +230,8 @@ def test_the_head_is_the_last_layer_and_scales_are_no_weights() -> None:
         for group in groups
     ]
     assert found == [
-        (True, 0.5, 0.0, ["first.weight", "second.weight"]),
-        (False, 0.5, 5e-4, ["never.weight"]),
+        (True, 0.5, 0.0, ["second.weight"]),
+        (False, 0.5, 5e-4, ["first.weight", "never.weight"]),
         (False, 0.2, 5e-4, ["head.weight"]),
         (False, 0.3, 0.0, ["scale", *(f"{layer}.bias" for layer in ("first", "second")), "norm.weight"]
          + [f"{layer}.bias" for layer in ("norm", "never", "head")]),

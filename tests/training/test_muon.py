@@ -91,9 +91,46 @@ def test_every_trained_weight_has_one_optimiser_and_its_own_rate(tiny_config: Pa
     assert not rates
 
 
+class _PreActivation(nn.Module):
+    """A block that normalises before each convolution and adds what it was given to its end."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(self.norm1(x).relu())
+        return x + self.conv2(self.norm2(y).relu())  # type: ignore[no-any-return]
+
+
+def test_muon_scales_no_filters_whose_scale_matters() -> None:
+    plain_norm = nn.BatchNorm2d(6, affine=False, track_running_stats=False)
+    stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), plain_norm, nn.ReLU())
+    network = nn.Sequential(
+        stem, _PreActivation(6), _PreActivation(6), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.ReLU(),
+        nn.Conv2d(5, 4, 1),
+    ).double()  # fmt: skip
+    images = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    groups = build_optimizer(network, TrainConfig(optimizer="muon")).param_groups
+    turned = {weight for group in groups if group["muon"] for weight in group["params"]}
+    filters = {name: weight for name, weight in network.named_parameters() if weight.ndim == 4}
+    with torch.no_grad():
+        expected = network(images)
+        for name, weight in filters.items():
+            weight.mul_(2)
+            is_invariant = torch.allclose(network(images), expected, rtol=1e-3, atol=1e-3)
+            weight.div_(2)
+            assert (weight in turned) == is_invariant, name
+    assert {name for name, weight in filters.items() if weight in turned} == {
+        "0.0.weight", "1.conv1.weight", "2.conv1.weight",
+    }  # fmt: skip
+
+
 def test_gradients_of_filters_are_forgotten() -> None:
     convolution = nn.Conv2d(3, 4, 3, bias=False)
-    optimizer = build_optimizer(nn.Sequential(convolution, nn.Linear(4, 2)), TrainConfig(optimizer="muon"))
+    network = nn.Sequential(convolution, nn.BatchNorm2d(4), nn.Linear(4, 2))
+    optimizer = build_optimizer(network, TrainConfig(optimizer="muon"))
     convolution.weight.grad = torch.ones_like(convolution.weight)
     optimizer.zero_grad()
     assert convolution.weight.grad is None

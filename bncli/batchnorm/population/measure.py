@@ -14,19 +14,25 @@ over a data set the difference is a factor of 1 - 1 / count, less than 1e-4 from
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from bncli.batches import Batches, GetTensor, read_with
+from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.distance import rms
 from bncli.batchnorm.population.exact.layer_by_layer import measure_exact
 from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.one_pass import PassProgress, measure_pass
+from bncli.batchnorm.population.one_pass import PassProgress, Share, measure_pass
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import without_repeats
+from bncli.distributed.wrapped import unwrapped, whole_parameters
 from bncli.errors import BncliError
 from bncli.wording import plural
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = Literal["precise", "exact"]
 
@@ -107,7 +113,8 @@ def measure_population(
     method: Method = "exact",
     layers: Layers = None,
     tolerance: float | None = None,
-    first_batch: int = 0,
+    first_batch: int | None = None,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     progress: PassProgress | None = None,
 ) -> Population:
@@ -116,52 +123,90 @@ def measure_population(
     Dropout is off. Batches are moved to the model's device; see `bncli.batches` for what they may be.
     `layers` chooses by name: a glob or a predicate. Which layers are left alone is said in
     `selection.py`. With `tolerance` it stops when the standard error of every layer's mean, in
-    deviations, is no larger, after 8 batches at the earliest. A shard gives the index of its `first_batch`
-    in the whole data set, so that merging has the bits of a single process. For another precision call
-    this inside `torch.autocast`.
+    deviations, is no larger, after 8 batches at the earliest. For another precision call this inside
+    `torch.autocast`.
+
+    With a process `group`, such as `torch.distributed.group.WORLD`, every rank calls it with the same
+    arguments and its own part of the data, and gets the statistics of all of it. Batch number k of rank r
+    counts as number k * size + r of the whole, as `bncli.distributed.DealtBatches` deals them; with
+    `first_batch` a rank's batches follow each other from that number on. Any number of ranks has the bits of
+    one process with the same batches. Ranks may have different numbers of batches, or none. The images that a
+    DataLoader's DistributedSampler repeats are left out. Inside DistributedDataParallel and `fully_shard` the
+    model is taken as it is (`bncli.distributed.wrapped`). An error on one rank is raised on all. Without a
+    group `first_batch` says where a shard begins that is merged by `Population.merge` later.
 
     `exact` keeps what modules put out for its later passes: up to 1 GiB in memory, and then in a temporary
-    file of at most half of what is free on the disk of `TMPDIR`, or else of /var/tmp. Where that is not
-    enough, or fails, it computes more. The statistics have the same bits in any case.
+    file of at most half of what is free on the disk of `TMPDIR`, or else of /var/tmp, which ranks share in
+    equal parts. Where that is not enough, or fails, it computes more. The statistics have the same bits in
+    any case.
 
     `progress` is called after every batch with the number of the pass, the number of passes expected, and
     the images done in this pass.
 
-    Raises DataError for batches that cannot be used, BncliError if no layer can be measured.
+    Raises DataError for batches that cannot be used, BncliError if no layer can be measured, ProcessesError
+    for what failed on another rank.
     """
-    selection = select_layers(model, layers)
-    batches = read_with(batches, get_input)
-    if method == "exact":
-        if first_batch:
+    model, ranks = unwrapped(model), Ranks.of(group)
+    with ranks.together(), whole_parameters(model):
+        selection = select_layers(model, layers)
+        share = Share.of(ranks, first_batch)
+        if method not in ("exact", "precise"):
+            raise BncliError(f"unknown method {method!r}: expected 'exact' or 'precise'")
+        if method == "exact" and first_batch and ranks.size == 1:
             raise BncliError(
                 "the method exact cannot be divided into shards: its layers depend on all images"
             )
-        exact = measure_exact(model, batches, selection.layers, tolerance=tolerance, progress=progress)
-        found, skipped = _in_model_order(selection, exact.trees)
-        return Population(
-            method,
-            found,
-            skipped,
-            exact.num_images,
-            exact.num_batches,
-            exact.stopped_early,
-            exact.num_passes,
-            exact.forward_passes,
-        )
-    if method != "precise":
-        raise BncliError(f"unknown method {method!r}: expected 'exact' or 'precise'")
-    one = measure_pass(
+        if tolerance is not None and share.step != ranks.size:
+            raise BncliError("tolerance needs batches that are dealt to the ranks in turn: no first_batch")
+        batches = without_repeats(batches, get_input)
+        measure = _exact if method == "exact" else _precise
+        return measure(model, batches, selection, tolerance, share, progress)
+
+
+def _exact(
+    model: nn.Module,
+    batches: Batches,
+    selection: Selection,
+    tolerance: float | None,
+    share: Share,
+    progress: PassProgress | None,
+) -> Population:
+    done = measure_exact(
+        model, batches, selection.layers, tolerance=tolerance, share=share, progress=progress
+    )
+    found, skipped = _in_model_order(selection, done.trees)
+    return Population(
+        "exact",
+        found,
+        skipped,
+        done.num_images,
+        done.num_batches,
+        done.stopped_early,
+        done.num_passes,
+        done.forward_passes,
+    )
+
+
+def _precise(
+    model: nn.Module,
+    batches: Batches,
+    selection: Selection,
+    tolerance: float | None,
+    share: Share,
+    progress: PassProgress | None,
+) -> Population:
+    done = measure_pass(
         model,
         batches,
         selection.layers,
         by_batch=tuple(selection.layers),
         tolerance=tolerance,
-        first_batch=first_batch,
+        share=share,
         progress=None if progress is None else lambda num_images: progress(1, 1, num_images),
     )
-    found, skipped = _in_model_order(selection, one.trees)
+    found, skipped = _in_model_order(selection, done.trees)
     return Population(
-        method, found, skipped, one.num_images, one.num_batches, one.stopped_early, 1, forward_passes=1.0
+        "precise", found, skipped, done.num_images, done.num_batches, done.stopped_early, 1, 1.0
     )
 
 

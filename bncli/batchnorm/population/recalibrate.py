@@ -9,7 +9,7 @@ neither can be seen in a checkpoint, except where a variance turns out negative.
 
 from dataclasses import dataclass
 from math import hypot, inf, isfinite, isnan, log
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, float64, nn, tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,8 +21,12 @@ from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.one_pass import PassProgress
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
 from bncli.batchnorm.population.verify import distance_from
+from bncli.distributed.wrapped import unwrapped
 from bncli.errors import BncliError
 from bncli.wording import plural
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def without_start(layer: _BatchNorm) -> tuple[Tensor, Tensor] | str:
@@ -112,6 +116,8 @@ def recalibrate(
     method: Literal["exact", "precise", "debias"] = "exact",
     layers: Layers = None,
     tolerance: float | None = None,
+    first_batch: int | None = None,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     progress: PassProgress | None = None,
 ) -> Recalibration:
@@ -121,7 +127,14 @@ def recalibrate(
     an error or Ctrl-C leaves the model as it was. num_batches_tracked and momentum stay, since no batch
     was tracked. The variance written is the biased one (`bncli.batchnorm.population.measure` says why).
 
-    `exact` and `precise` take the arguments of `measure_population`. `debias` takes no batches: it removes
+    In a training loop of several processes, on each of them, before rank 0 saves:
+
+        group = torch.distributed.group.WORLD
+        loader = DataLoader(images, batch_sampler=DealtBatches(images, 256, group))
+        recalibrate(model, loader, group=group)
+
+    `exact` and `precise` take the arguments of `measure_population`; with a process `group` every rank calls
+    this with its own part of the data, and all write the same bits. `debias` takes no batches: it removes
     the start (0, 1) from an exponential average of few steps (`bncli.batchnorm.population.recalibrate`).
 
     Raises DataError for batches that cannot be used, and BncliError if no layer can be recalibrated or
@@ -137,6 +150,8 @@ def recalibrate(
         method=method,
         layers=layers,
         tolerance=tolerance,
+        first_batch=first_batch,
+        group=group,
         get_input=get_input,
         progress=progress,
     )
@@ -148,7 +163,7 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
 
     Raises BncliError if a layer is missing or a value is not finite in its buffer; nothing is written then.
     """
-    modules = dict(batch_norm_layers(model))
+    modules = dict(batch_norm_layers(unwrapped(model)))
     writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
     changes = []
     for one in population.layers:
@@ -182,7 +197,7 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
 
 
 def _debias(model: nn.Module, layers: Layers) -> Recalibration:
-    selection = select_layers(model, layers)
+    selection = select_layers(unwrapped(model), layers)
     writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
     changes, skipped = [], list(selection.skipped)
     for name, layer in selection.layers.items():

@@ -6,16 +6,23 @@ layer then has just that mean and (biased) variance: the check for `recalibrate`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.batches import Batches, GetTensor, read_with
+from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.distance import Distance, measure_distance
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.one_pass import measure_pass
+from bncli.batchnorm.population.one_pass import Share, measure_pass
 from bncli.batchnorm.population.selection import Layers, select_layers
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import without_repeats
+from bncli.distributed.wrapped import unwrapped, whole_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -42,18 +49,25 @@ def verify_fixed_point(
     batches: Batches,
     layers: Layers = None,
     *,
+    first_batch: int | None = None,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[LayerConsistency, ...]:
     """Compare every layer's running statistics with what enters it in eval mode, in one pass.
 
     The model is left as it was. Layers that see no input are missing; those of `select_layers` that are
-    left alone are too. `progress` is told the images done.
+    left alone are too. `progress` is told the images done. `group` and `first_batch` are those of
+    `measure_population`.
 
     Raises DataError without images, BncliError if no layer can be measured.
     """
-    chosen = select_layers(model, layers).layers
-    trees = measure_pass(model, read_with(batches, get_input), chosen, progress=progress).trees
+    model, ranks = unwrapped(model), Ranks.of(group)
+    with ranks.together(), whole_parameters(model):
+        chosen = select_layers(model, layers).layers
+        share = Share.of(ranks, first_batch)
+        batches = without_repeats(batches, get_input)
+        trees = measure_pass(model, batches, chosen, share=share, progress=progress).trees
     found = []
     for name, layer in chosen.items():
         if name in trees:

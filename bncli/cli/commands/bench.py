@@ -1,5 +1,6 @@
 """`bncli bench`: what this machine is good for, and which way of computing is fastest for a network."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -130,12 +131,20 @@ def bench_eval(
             rich_help_panel=MEASURED,
         ),
     ] = 100,
+    compiles: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Time torch.compile as well, which first compiles for up to a minute.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
-    """Time evaluation beside plain PyTorch and ONNX Runtime.
+    """Time evaluation beside plain PyTorch and other engines.
 
-    Measures images per second in batches, the time of a single image, and how many predictions change.
-    ONNX Runtime is left out if it is not installed.
+    Measures images per second in batches, the time of a single image, and how many predictions change, and
+    says what is the fastest here. ONNX Runtime and OpenVINO are left out where they are not installed.
 
     Examples:
     bncli bench eval runs/first/last.pt
@@ -157,7 +166,9 @@ def bench_eval(
         batch_size=batch_size,
         batches_per_round=batches,
         calls_per_round=calls,
+        compiles=compiles,
         report=print_note,
     )
-    print_json(result) if as_json else show_evaluation_bench(result)
+    document = asdict(result) | {"verdict": result.verdict}
+    print_json(document) if as_json else show_evaluation_bench(result)
     return 0

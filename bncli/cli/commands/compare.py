@@ -123,17 +123,11 @@ def compare_checkpoints(
 
 
 def _compare(first: str, second: str, key: str | None) -> "Comparison":
-    from bncli.batchnorm import compare
+    from bncli.checkpoints import compare_checkpoints as compare
     from bncli.checkpoints import open_checkpoint
-    from bncli.checkpoints.byte_source import UnreadableFileError
 
     with open_checkpoint(first, key) as one, open_checkpoint(second, key) as two:
-        try:
-            return compare(one, two)
-        except IncomparableError as error:
-            raise IncomparableError(f"{first}, {second}: {error}") from None
-        except UnreadableFileError as error:
-            raise CheckpointError(f"{first} or {second}: {error}") from None
+        return compare(one, two)
 
 
 def _compare_ranks(

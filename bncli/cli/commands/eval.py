@@ -9,9 +9,10 @@ from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
-    CheckpointArgument,
+    ComputedArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
@@ -26,16 +27,20 @@ from bncli.cli.options import (
     parse_sizes,
 )
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.shared_work import shared_work
 from bncli.errors import ConfigError
 
 if TYPE_CHECKING:
     from bncli.cli.opened_checkpoint import Subject
     from bncli.cli.tables.eval import EvalReport
+    from bncli.data import Dataset
+    from bncli.distributed import Ranks
+    from bncli.evaluation.examine import Evaluations
     from bncli.evaluation.views import Views
 
 
 def evaluate_checkpoint(
-    checkpoint: CheckpointArgument,
+    checkpoint: ComputedArgument,
     model: ModelOption = None,
     model_args: ModelArgOption = None,
     key: KeyOption = None,
@@ -150,13 +155,30 @@ def evaluate_checkpoint(
             "--tta", ["cannot be combined with --batch-invariant, --sweep or --gap; leave them out"]
         )
     _check_outputs(save, plot, checkpoint, sweep=sweep is not None, gap=gap)
-    overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
-    named = named_network(model, model_args, key, partial, normalization, logits)
-    subject = open_subject(
-        checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
-    )
+    exported = find_export(checkpoint)
+    if exported is not None:
+        given = {"--model": model, "--model-arg": model_args, "--key": key, "--partial": partial}
+        given |= {"--normalization": normalization, "--logits": logits}
+        refuse(checkpoint, given)
+        refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        refuse(checkpoint, {"--gap": gap, "--sweep": sweep}, "it has no train mode")
+        overrides = effective_overrides("eval of an exported file", overrides, data_root=data_root)
+        subject = open_exported(exported, overrides, batch_invariant=batch_invariant)
+    else:
+        overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
+        named = named_network(model, model_args, key, partial, normalization, logits)
+        subject = open_subject(
+            checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
+        )
     calibration = num_calibration_images if gap else None
-    report = _examine(checkpoint, subject, num_images, sizes, sweep_sizes or (), calibration, tta)
+    with shared_work(subject, tta=tta, batch_invariant=batch_invariant) as work:
+        dataset = load_subject_data(subject, processes=work.processes)
+        known = _evaluate(subject, dataset, tta, work.ranks) if work.is_divided else None
+    if not work.is_main:
+        return 0  # the rest is about the computations of one process
+    report = _examine(
+        checkpoint, subject, dataset, known, num_images, sizes, sweep_sizes or (), calibration, tta
+    )
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
@@ -183,9 +205,29 @@ def _check_outputs(save: Path | None, plot: Path | None, *inputs: Path, sweep: b
         check_writable(plot, *inputs)
 
 
+def _evaluate(subject: "Subject", dataset: "Dataset", views: "Views | None", ranks: "Ranks") -> "Evaluations":
+    """What several processes find together, each on its part of the test images."""
+    from bncli.cli.progress import ProgressReporter
+    from bncli.evaluation.examine import evaluate_whole
+
+    runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
+    with runtime.autocast(), ProgressReporter() as progress:
+        return evaluate_whole(
+            subject.model,
+            dataset.test,
+            batch_size,
+            views=views,
+            place=runtime.place,
+            group=ranks.group,
+            progress=progress,
+        )
+
+
 def _examine(
     path: Path,
     subject: "Subject",
+    dataset: "Dataset",
+    known: "Evaluations | None",
     num_images: int,
     batch_sizes: tuple[int, ...],
     sweep: tuple[int, ...],
@@ -200,7 +242,6 @@ def _examine(
     from bncli.training import training_sample
 
     runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
-    dataset = load_subject_data(subject)
     test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
     training = None
     if num_calibration_images is not None:
@@ -219,6 +260,7 @@ def _examine(
             sweep=sweep,
             views=views,
             place=runtime.place,
+            known=known,
             progress=progress,
         )
     return EvalReport(
@@ -228,8 +270,9 @@ def _examine(
         dataset=dataset.name,
         class_names=dataset.class_names,
         found=found,
-        runtime=runtime.describe(),
+        runtime=subject.describe_runtime(),
         machine=describe_machine(),
+        exported=subject.exported,
     )
 
 

@@ -34,8 +34,8 @@ from bncli.cli.options import (
     PlotOption,
     matching_layers,
 )
-from bncli.errors import ConfigError
-from bncli.wording import plural
+from bncli.errors import ConfigError, NoBatchNormError
+from bncli.wording import list_names, plural
 
 if TYPE_CHECKING:
     from bncli.batchnorm import LayerStats
@@ -84,6 +84,7 @@ def inspect_stats(
     from bncli.cli.tables.table import print_json
 
     check_results(csv, plot, source, as_json=as_json)
+    _tell_exported(source)
     rules = selected_rules(parse_rules(select), parse_rules(ignore) or [])
     limits = check_thresholds(parse_thresholds(threshold))
     assumptions = parse_assumed(assumed)
@@ -125,6 +126,22 @@ def inspect_stats(
             headline, layers, findings, num_rules=len(rules), everything=show_all, infos=select is not None
         )
     return 1 if fails(findings, fail_on) else 0
+
+
+def _tell_exported(source: str) -> None:
+    """Say what `bncli export` did to the layers of its file. Raises CheckpointError where none is left."""
+    from bncli.export.exported_file import exported_record
+
+    record = exported_record(Path(source))
+    if record is None or not record.folded:
+        return
+    which = list_names([f"{name} into {into}" for name, into in record.folded], 3)
+    if not record.kept:
+        raise NoBatchNormError(
+            f"{source}: `bncli export` folded all {plural(len(record.folded), 'BatchNorm layer')} away"
+            f" ({which}); give {record.origin}, which it was exported from"
+        )
+    print_note(f"{source}: {record.sentence} by `bncli export` ({which})")
 
 
 def _refuse_what_others_read(source: str, more: list[str]) -> None:

@@ -1,20 +1,22 @@
 """`bncli predict`: the class of single images, each answered as if it were alone."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bncli.cli.help_page import SHOWN
-from bncli.cli.messages import one_line, print_error, wrapped
+from bncli.cli.messages import MAX_WIDTH, one_line, print_error, wrapped
 from bncli.cli.named_network import named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.opened_export import find_export, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
-    CheckpointArgument,
+    ComputedArgument,
     DataRootOption,
     DeviceOption,
     JsonOption,
@@ -27,19 +29,22 @@ from bncli.cli.options import (
     SetOption,
 )
 from bncli.cli.overrides import effective_overrides
-from bncli.errors import ConfigError, DataError
+from bncli.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from bncli.cli.named_network import NamedNetwork
     from bncli.cli.opened_checkpoint import Subject
     from bncli.config import DataConfig
     from bncli.data import Dataset
     from bncli.data.decode import Fit
+    from bncli.export.engines import Array
+    from bncli.export.exported_file import ExportedFile
 
 STDIN = "-"
 
 
 def predict_images(
-    checkpoint: CheckpointArgument,
+    checkpoint: ComputedArgument,
     images: Annotated[
         list[str],
         typer.Argument(
@@ -71,37 +76,106 @@ def predict_images(
     bncli predict runs/first/last.pt photo.png
     bncli predict runs/first/last.pt images/ --top 3
     """
-    from bncli.cli.tables.table import print_json
-
-    named = named_network(model, model_args, key, partial, normalization, logits)
-    if named is None and data_root is not None:
-        raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
-    command = "predict" if named is None else "predict --model"
-    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
-    subject = open_subject(
-        checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
-    )
-    classes = _classes(subject)
+    exported = find_export(checkpoint)
+    if exported is not None:
+        given = {"--model": model, "--model-arg": model_args, "--key": key, "--partial": partial}
+        given |= {"--normalization": normalization, "--logits": logits, "--data-root": data_root}
+        refuse(checkpoint, given)
+        refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        best_of, described = _exported_answers(exported, overrides, top, batch_invariant=batch_invariant)
+    else:
+        named = named_network(model, model_args, key, partial, normalization, logits)
+        subject = _opened(checkpoint, named, overrides, device, data_root, batch_invariant=batch_invariant)
+        classes = _classes(subject)
+        best_of = partial_of(_best_classes, subject, classes, top)
+        described = subject.describe_network() | {"runtime": subject.runtime.describe()}
     answers: list[dict[str, Any]] = []
     all_answered = True
     for name in images:
         try:
             for source in _sources(name):
-                all_answered &= _answer(subject, classes, source, top, answers, as_json=as_json)
+                all_answered &= _answer(best_of, source, top, answers, as_json=as_json)
         except DataError as error:  # a folder that cannot be listed
             print_error(str(error))
             all_answered = False
     if as_json:
-        print_json(
-            {
-                "checkpoint": str(checkpoint),
-                **subject.describe_network(),
-                "batch_invariant": batch_invariant,
-                "predictions": answers,
-                "runtime": subject.runtime.describe(),
-            }
-        )
+        from bncli.cli.tables.table import print_json
+
+        runtime = described.pop("runtime")
+        document = {"checkpoint": str(checkpoint), **described, "batch_invariant": batch_invariant}
+        print_json({**document, "predictions": answers, "runtime": runtime})
     return 0 if all_answered else 2
+
+
+def _opened(
+    checkpoint: Path,
+    named: "NamedNetwork | None",
+    overrides: list[str] | None,
+    device: str | None,
+    data_root: str | None,
+    *,
+    batch_invariant: bool,
+) -> "Subject":
+    if named is None and data_root is not None:
+        raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
+    command = "predict" if named is None else "predict --model"
+    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
+    return open_subject(
+        checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
+    )
+
+
+Best = Callable[[bytes], list[dict[str, Any]]]  # the content of an image file to its most probable classes
+
+
+def _exported_answers(
+    exported: "ExportedFile", overrides: list[str] | None, top: int, *, batch_invariant: bool
+) -> tuple[Best, dict[str, Any]]:
+    """Answers of an engine. PyTorch, which takes long to import, is imported for its own files alone."""
+    import numpy as np
+
+    from bncli.data.decode import Fit, read_pixels
+    from bncli.export.open_engine import open_engine
+
+    threads = _threads(overrides) if overrides else None
+    record = exported.known
+    if not record.image_size or not record.class_names:
+        raise CheckpointError(f"{exported.path}: it does not tell classes of square images apart")
+    engine = open_engine(exported, threads)
+    fit = Fit(record.image_size, record.resize, record.interpolation)
+    rows = _fixed_rows() if batch_invariant else 1
+
+    def best_of(content: bytes) -> list[dict[str, Any]]:
+        images: Array = np.repeat(read_pixels(content, fit)[None], rows, axis=0)
+        if record.pixels == "float32":
+            images = images.astype(np.float32) / np.float32(255)
+        scores = engine(images)[0].astype(np.float64)  # (num_classes,)
+        if np.isnan(scores).any():
+            raise DataError("the network answers NaN; look for it in its weights and running statistics")
+        with np.errstate(under="ignore"):
+            powers = np.exp(scores - scores.max())
+        probabilities = powers / powers.sum()
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        return [
+            {"class": record.class_names[label], "probability": float(probabilities[label])}
+            for label in order
+        ]
+
+    runtime = {"device": "cpu", "precision": record.precision, "engine": engine.description}
+    return best_of, {"runtime": runtime}
+
+
+def _threads(overrides: list[str]) -> int | None:
+    from bncli.config_file import config_from_dict
+
+    overrides = effective_overrides("predict with an exported file", overrides)
+    return config_from_dict({}, overrides, source="--set").runtime.threads
+
+
+def _fixed_rows() -> int:
+    from bncli.determinism.fixed_shape import DEFAULT_ROWS
+
+    return DEFAULT_ROWS
 
 
 @dataclass(frozen=True)
@@ -174,8 +248,7 @@ def _sources(name: str) -> Iterator[str]:
 
 
 def _answer(
-    subject: "Subject",
-    classes: "_Classes",
+    best_of: Best,
     source: str,
     top: int,
     answers: list[dict[str, Any]],
@@ -183,10 +256,8 @@ def _answer(
     as_json: bool,
 ) -> bool:
     """Answer for one image, at once on stdout or into `answers`; False, with a message, if it is none."""
-    from bncli.cli.tables.table import MAX_WIDTH
-
     try:
-        best = _best_classes(subject, classes, source, top)
+        best = best_of(_content(source))
     except DataError as error:
         print_error(f"{source}: {error}")
         return False
@@ -201,15 +272,20 @@ def _answer(
     return True
 
 
-def _best_classes(subject: "Subject", classes: "_Classes", source: str, top: int) -> list[dict[str, Any]]:
-    from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file, read_image
+def _content(source: str) -> bytes:
+    from bncli.data.decode import MAX_FILE_BYTES, check_size, read_file
+
+    if source != STDIN:
+        return read_file(Path(source))
+    content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    check_size(content)
+    return content
+
+
+def _best_classes(subject: "Subject", classes: "_Classes", top: int, content: bytes) -> list[dict[str, Any]]:
+    from bncli.data.decode import read_image
     from bncli.evaluation import predict
 
-    if source == STDIN:
-        content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-        check_size(content)
-    else:
-        content = read_file(Path(source))
     image = subject.runtime.place(read_image(content, classes.fit)[None])
     with subject.runtime.autocast():
         (found,) = predict(subject.model, image, top=top)

@@ -26,6 +26,7 @@ from bncli.cli.options import (
     check_writable,
 )
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.shared_work import shared_work
 from bncli.errors import BncliError, ConfigError, DataError, NoClassifierError
 from bncli.wording import list_names
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from bncli.checkpoints import LoadedWeights
     from bncli.cli.opened_checkpoint import Subject
     from bncli.data import Dataset
+    from bncli.distributed import Processes, Ranks
     from bncli.training import Calibration, RecalibratedNetwork, Verification
 
 MAX_ERROR = 1e-6  # of --verify: what remains is the rounding of float32 buffers, about 1e-7
@@ -162,20 +164,28 @@ def recalibrate_into_file(
     )
     if output is not None:
         _check_container(subject, layers)
-    dataset = _load_data(subject, evaluate=evaluate) if needs_images else NO_IMAGES
     how = Calibration(method, num_images, batch_size, layers, tolerance)
+    with shared_work(subject, how=how, evaluate=evaluate, verify=verify) as work:
+        ranks, dataset = work.ranks, NO_IMAGES
+        if needs_images:
+            dataset = _load_data(subject, work.processes, evaluate=evaluate)
+        if output is None:
+            found = _verify(subject, dataset, how, max_error, ranks)
+        else:
+            made = _recalibrate(checkpoint, output, subject, dataset, how, ranks, evaluate=evaluate)
+            verification = None
+            if verify:  # the new checkpoint as any other command will see it, on the images that it records
+                again = Calibration() if named is None else how
+                new = _reopen(output, subject, dataset) if work.is_main else _as_written(subject, made)
+                verification = _verify(new, dataset, again, max_error, ranks)
+    if not work.is_main:
+        return 0  # rank 0 tells, by its exit code too
     if output is None:
-        found = _verify(subject, dataset, how, max_error)
         if as_json:
             print_json(verification_document(str(checkpoint), found))
         else:
             show_verification(str(checkpoint), found)
         return 0 if found.self_consistent else 1
-    made = _recalibrate(checkpoint, output, subject, dataset, how, evaluate=evaluate)
-    verification = None
-    if verify:  # the new checkpoint as any other command will see it, on the images that it records
-        again = Calibration() if named is None else how
-        verification = _verify(_reopen(output, subject, dataset), dataset, again, max_error)
     report = RecalibrateReport(
         str(checkpoint), str(output), subject.epoch, dataset.name if needs_images else None, made,
         subject.runtime.describe(), verification, subject.describe_network(),
@@ -224,9 +234,9 @@ def _check_container(subject: "Subject", layers: str | None) -> None:
     check_rewritable(subject.path, statistics_in_file(subject.model, loaded, chosen), loaded.key)
 
 
-def _load_data(subject: "Subject", *, evaluate: bool) -> "Dataset":
+def _load_data(subject: "Subject", processes: "Processes | None", *, evaluate: bool) -> "Dataset":
     try:
-        dataset = load_subject_data(subject, classifies=evaluate)
+        dataset = load_subject_data(subject, classifies=evaluate, processes=processes)
     except NoClassifierError as error:
         fix = "--no-evaluate recalibrates a network that is no classifier of these images"
         raise NoClassifierError(f"{error}; {fix}") from None
@@ -236,7 +246,14 @@ def _load_data(subject: "Subject", *, evaluate: bool) -> "Dataset":
 
 
 def _recalibrate(
-    path: Path, output: Path, subject: "Subject", dataset: "Dataset", how: "Calibration", *, evaluate: bool
+    path: Path,
+    output: Path,
+    subject: "Subject",
+    dataset: "Dataset",
+    how: "Calibration",
+    ranks: "Ranks",
+    *,
+    evaluate: bool,
 ) -> "RecalibratedNetwork":
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.cli.progress import ProgressReporter
@@ -252,6 +269,7 @@ def _recalibrate(
                 how,
                 eval_batch_size=size,
                 evaluate=evaluate,
+                ranks=ranks,
                 progress=progress,
             )
             write = bind(_rewrite, subject, subject.named[1], made, output)
@@ -265,14 +283,17 @@ def _recalibrate(
                 source=source,
                 eval_batch_size=size,
                 evaluate=evaluate,
+                ranks=ranks,
                 progress=progress,
             )
             write = bind(save_checkpoint, own.checkpoint, output)
-    try:
-        write()
-    except OSError as error:
-        raise BncliError(f"{output}: cannot be written: {error.strerror or error}") from error
-    print_note(f"wrote {output}")
+    with ranks.together():  # where one cannot write, all end
+        if ranks.rank == 0:
+            try:
+                write()
+            except OSError as error:
+                raise BncliError(f"{output}: cannot be written: {error.strerror or error}") from error
+            print_note(f"wrote {output}")
     return made
 
 
@@ -289,7 +310,9 @@ def _rewrite(subject: "Subject", loaded: "LoadedWeights", made: "RecalibratedNet
     rewrite(subject.path, output, buffers, loaded.key)
 
 
-def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_error: float) -> "Verification":
+def _verify(
+    subject: "Subject", dataset: "Dataset", how: "Calibration", max_error: float, ranks: "Ranks"
+) -> "Verification":
     from bncli.cli.progress import ProgressReporter
     from bncli.training import verify_checkpoint, verify_network
 
@@ -303,6 +326,7 @@ def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_erro
                 how,
                 eval_batch_size=size,
                 max_error=max_error,
+                ranks=ranks,
                 progress=progress,
             )
         return verify_network(
@@ -312,6 +336,7 @@ def _verify(subject: "Subject", dataset: "Dataset", how: "Calibration", max_erro
             how,
             eval_batch_size=size,
             max_error=max_error,
+            ranks=ranks,
             progress=progress,
         )
 
@@ -324,3 +349,10 @@ def _reopen(path: Path, subject: "Subject", dataset: "Dataset") -> "Subject":
 
     name = subject.checkpoint.config.model.name
     return replace(subject, path=path, own=load_checkpoint(path, model=name))
+
+
+def _as_written(subject: "Subject", made: "RecalibratedNetwork") -> "Subject":
+    """The same where another process wrote it, perhaps on another machine: the same tensors, from memory."""
+    from bncli.training import RecalibratedCheckpoint
+
+    return replace(subject, own=made.checkpoint) if isinstance(made, RecalibratedCheckpoint) else subject

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bncli.builtin_configs import DEFAULT_NAME
-from bncli.cli.help_page import RUN
+from bncli.cli.help_page import OUTPUT, RUN
 from bncli.cli.messages import print_note
 from bncli.cli.one_voice import last_words
 from bncli.cli.options import DataRootOption, DeviceOption, JsonOption, complete_config, set_option
 from bncli.cli.overrides import effective_overrides
+from bncli.cli.report_file import RunReport
 from bncli.cli.stop_signals import StopSignals
 from bncli.distributed.launch import launched
 from bncli.errors import ConfigError, RunError, StoppedError
@@ -59,6 +60,18 @@ def train_config(
             help="Show the network, the data and the number of steps, and train nothing.",
             rich_help_panel=RUN,
         ),
+    ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Keep a page in the folder of the run, report.html, up to date after every epoch.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    open_report: Annotated[
+        bool,
+        typer.Option("--open", help="Like --report, and open it in the browser.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: JsonOption = False,
 ) -> int:
@@ -109,19 +122,22 @@ def train_config(
 
     target = resume or run_dir or default_run_dir(config)
     begun = launch is not None and launch.restarts > 0 and (target / "config.yaml").is_file()
+    writes = launch is None or launch.is_main
+    page = RunReport(target, wanted=(report or open_report) and writes, opens=open_report and writes)
     with TrainReporter() as reporter, StopSignals(only_first=last_words() is not None) as signals:
 
-        def report(event: Started | StepDone | EpochDone) -> None:
+        def tell(event: Started | StepDone | EpochDone) -> None:
             if isinstance(event, Started):
                 signals.defer()  # from here on a stop saves
             reporter(event)
+            page.update(event)
 
         try:
             result = train(
                 loaded,
                 target,
                 resume=bool(resume) or begun,
-                report=report,
+                report=tell,
                 stop=signals.stop_requested,
                 data_progress=reporter.data,
                 words=last_words(),
@@ -135,6 +151,7 @@ def train_config(
             print_note(f"interrupted{hint}")
             return signals.exit_code
     print_json(result.to_dict()) if as_json else show_training(result)
+    page.finish(silent=as_json)
     return 0
 
 

@@ -1,7 +1,14 @@
 """The output of `bncli bench`."""
 
 from bncli.bench import EvaluationBench, Ratio, TrainingStepBench
-from bncli.cli.tables.table import console_for_results, machine_line, runtime_line, show_lines, table_of
+from bncli.cli.tables.table import (
+    console_for_results,
+    machine_line,
+    print_wrapped,
+    runtime_line,
+    show_lines,
+    table_of,
+)
 from bncli.wording import plural
 
 
@@ -52,6 +59,8 @@ def show_evaluation_bench(result: EvaluationBench) -> None:
         " plain PyTorch",
     }
     show_lines(console, meanings)
+    console.print()
+    print_wrapped(console, result.verdict, style="bold")
 
 
 def _cells(ratio: Ratio | None) -> tuple[str, str, str]:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from bncli.cli.messages import wrapped
-from bncli.cli.tables.table import MAX_WIDTH
+from bncli.cli.messages import MAX_WIDTH, wrapped
 from bncli.config_file import dump_value
 from bncli.explained_config import ExplainedKey
 

@@ -18,6 +18,7 @@ from bncli.cli.tables.table import (
 from bncli.determinism import Apart, Certificate
 from bncli.evaluation import Examination, Gap, LayerGap, SweepPoint
 from bncli.evaluation.gap import SOURCES
+from bncli.export import ExportRecord
 from bncli.wording import plural
 
 CLAIMS = {
@@ -47,15 +48,21 @@ class EvalReport:
     found: Examination
     runtime: dict[str, Any]
     machine: dict[str, Any]
+    exported: ExportRecord | None = None  # of a file that an engine computes, in eval mode alone
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document."""
+        """The JSON document; of an exported file without what train mode would do."""
+        found = self.found.to_dict(self.class_names)
+        if self.exported is not None:
+            found["determinism"]["train_mode"] = None
+            for point in found["sample_sweep"]:
+                point["batch_statistics_accuracy"] = point["batch_statistics_interval"] = None
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
             **self.network,
             "dataset": self.dataset,
-            **self.found.to_dict(self.class_names),
+            **found,
             "runtime": self.runtime,
             "machine": self.machine,
         }
@@ -122,14 +129,20 @@ def _show_answer(console: Console, report: EvalReport) -> None:
         *_apart(certificate.eval_mode, certificate, rounding),
         _accuracies([point.eval_accuracy for point in found.sample_sweep]),
     )
-    table.add_row(
-        "train mode",
-        *_apart(certificate.train_mode.any_batch_size, certificate),
-        _accuracies([point.batch_statistics_accuracy for point in found.sample_sweep]),
-    )
+    if report.exported is None:
+        table.add_row(
+            "train mode",
+            *_apart(certificate.train_mode.any_batch_size, certificate),
+            _accuracies([point.batch_statistics_accuracy for point in found.sample_sweep]),
+        )
     console.print(table)
     console.print()
-    for note in _notes(certificate):
+    if report.exported is None:
+        notes = _notes(certificate)
+    else:
+        folded = report.exported.sentence
+        notes = [f"Computed by {report.runtime['engine']}, in eval mode alone: {folded}."]
+    for note in notes:
         print_wrapped(console, note)
     print_wrapped(console, certificate.verdict, style="bold")
     if not certificate.deterministic and certificate.num_batch_norm_layers:
@@ -185,7 +198,8 @@ def _show_details(console: Console, report: EvalReport) -> None:
     lines = {
         "checkpoint": report.checkpoint + after_epoch(report.epoch),
         "data": report.dataset,
-        "runtime": runtime_line(report.runtime),
+        "runtime": runtime_line(report.runtime)
+        + (f", {report.runtime['engine']}" if report.exported is not None else ""),
         "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),
         "speed": f"{found.evaluation.images_per_second:,.0f} images/s",
     }
@@ -200,7 +214,7 @@ def _show_details(console: Console, report: EvalReport) -> None:
         table.add_row(one_line(name), "-" if accuracy is None else f"{accuracy:.2%}")
     console.print(table)
     _show_claims(console, found.certificate)
-    _show_batch_sizes(console, found.certificate)
+    _show_batch_sizes(console, found.certificate, has_train_mode=report.exported is None)
 
 
 def _show_claims(console: Console, found: Certificate) -> None:
@@ -225,7 +239,7 @@ def _show_claims(console: Console, found: Certificate) -> None:
     show_lines(console, {name.replace("_", " "): meaning for name, meaning in meanings.items()})
 
 
-def _show_batch_sizes(console: Console, found: Certificate) -> None:
+def _show_batch_sizes(console: Console, found: Certificate, *, has_train_mode: bool) -> None:
     console.print()
     title = "Each image alone, compared with the same image in batches"
     table = table_of(title, "mode", "batch size", "same bits", "absolute", "ulp", "changed")
@@ -238,6 +252,16 @@ def _show_batch_sizes(console: Console, found: Certificate) -> None:
             _count(check.max_ulp),
             str(check.prediction_flips),
         )
+    if has_train_mode:
+        _add_contrast(table, found)
+    console.print(table)
+    console.print()
+    unchanged = "unchanged" if found.running_stats_unchanged else "CHANGED"
+    console.print(f"Running statistics afterwards: {unchanged}. SHA-256 of single images' logits:")
+    console.print(found.logits_sha256)
+
+
+def _add_contrast(table: Any, found: Certificate) -> None:
     contrast = found.train_mode
     table.add_row(
         "train",
@@ -250,11 +274,6 @@ def _show_batch_sizes(console: Console, found: Certificate) -> None:
     if len(found.batch_sizes) > 1:
         anyway = contrast.any_batch_size
         table.add_row("train", "any", "", number(anyway.max_abs_diff), "", str(anyway.prediction_flips))
-    console.print(table)
-    console.print()
-    unchanged = "unchanged" if found.running_stats_unchanged else "CHANGED"
-    console.print(f"Running statistics afterwards: {unchanged}. SHA-256 of single images' logits:")
-    console.print(found.logits_sha256)
 
 
 def _show_sweep(console: Console, points: tuple[SweepPoint, ...]) -> None:

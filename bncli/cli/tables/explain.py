@@ -10,8 +10,8 @@ from rich.text import Text
 from rich.theme import Theme
 
 from bncli.cli.explain.topics import Topic
-from bncli.cli.messages import one_line
-from bncli.cli.tables.table import MAX_WIDTH, console_for_results
+from bncli.cli.messages import MAX_WIDTH, one_line
+from bncli.cli.tables.table import console_for_results
 
 # readable on a light background too; rich's own has a black one
 THEME = Theme({"markdown.code": "cyan", "markdown.code_block": "cyan", "markdown.item.bullet": ""})

@@ -13,11 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 
-from bncli.cli.messages import one_line, wrapped
+from bncli.cli.messages import MAX_WIDTH, one_line, wrapped
 from bncli.serialization import to_json
 from bncli.wording import plural
-
-MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
 
 
 def print_json(result: Any) -> None:

@@ -1,4 +1,6 @@
+import ctypes
 import math
+import platform
 import threading
 from fractions import Fraction
 
@@ -164,6 +166,29 @@ def test_memory_stays_bounded_and_no_batch_counts_twice() -> None:
         tree.add(7, Moments(1, torch.zeros(1), torch.zeros(1)))
     with pytest.raises(ValueError, match="twice"):
         tree.merge(tree_of([Moments.of(torch.randn(2, 1))] * 5, [4]))
+
+
+class _HeapUse(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [(f"field_{number}", ctypes.c_size_t) for number in range(7)] + [
+        ("in_use", ctypes.c_size_t),
+        ("free", ctypes.c_size_t),
+        ("top", ctypes.c_size_t),
+    ]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_what_is_kept_of_a_batch_leaves_no_gaps_in_the_heap() -> None:
+    heap_use = ctypes.CDLL(None).mallinfo2
+    heap_use.restype = _HeapUse
+    tree = BatchTree()
+    tree.add(0, Moments.of(torch.randn(2, 1000)))
+    before = heap_use().in_use
+    for index in range(1, 300):
+        tree.add(index, Moments.of(torch.randn(2, 1000)))
+    grown = heap_use().in_use - before
+    assert grown < 100_000  # beside 16 kB for each of up to 128 nodes
 
 
 def clustered(generator: torch.Generator, num_batches: int) -> list[torch.Tensor]:

@@ -167,12 +167,13 @@ class PicklerOfPython2(pickle._Pickler):  # type: ignore[name-defined]
     dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}  # type: ignore[attr-defined]  # noqa: RUF012
 
 
-@pytest.mark.parametrize("channels", [3, 64, 512, 4096])
+@pytest.mark.parametrize("channels", [3, 64, 4096])
 def test_arrays_of_python_2_are_read_wherever_they_lie(tmp_path: Path, channels: int) -> None:
     rng = np.random.default_rng(0)
     arrays = {f"a_bn_{name}": rng.random(channels, dtype="f4") for name in ("s", "b", "rm", "riv")}
     with (tmp_path / "a.pkl").open("wb") as file:
-        PicklerOfPython2(file, 2).dump({"blobs": arrays | {"fc_w": rng.random((99, 999))}})
+        # longer than all text of a pickle may be
+        PicklerOfPython2(file, 2).dump({"blobs": arrays | {"fc_w": np.zeros((4300, 1000))}})
     with open_checkpoint(tmp_path / "a.pkl") as checkpoint:
         (layer,) = checkpoint.layers()
     for found, name in ((layer.running_mean, "rm"), (layer.running_var, "riv"), (layer.weight, "s")):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from bncli.checkpoints.resnet_names import keras_names
+from bncli.models import build_network
 from tests.checkpoints.formats.framework_answers import input_of
 from tests.conftest import Bncli
 from tests.frameworks import keras_twins
@@ -141,6 +143,19 @@ def test_a_bias_with_no_batch_norm_behind_it_is_left_out(bncli: Bncli, tmp_path:
     outcome = bncli("convert", FOLDER / "mixed.keras", "-o", new, "--model", network, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["tensors_left_out"] == ["d.1"]
+
+
+def test_resnet_18_has_no_twin_among_keras_applications() -> None:
+    with torch.device("meta"):
+        networks = {name: build_network(f"torchvision:{name}", {}) for name in ("resnet18", "resnet50")}
+    found = {
+        name: keras_names([layer for layer, part in network.named_modules() if list(part.parameters(False))])
+        for name, network in networks.items()
+    }
+    assert found["resnet18"] is None
+    assert found["resnet50"] is not None
+    assert len(set(found["resnet50"].values())) == 53 + 53 + 1
+    assert found["resnet50"]["layer4.2.bn3"] == "conv5_block3_3_bn"
 
 
 def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ class _Entry:
 class KeptOutputs:
     """The values of a cut for each batch, by a digest of the batch."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.disk_bytes = spill.usable_bytes()  # that may be used, all in all
+    def __init__(self, device: torch.device | None, *, num_ranks: int = 1) -> None:
+        """`num_ranks` processes keep outputs at the same time, perhaps on one disk."""
+        self.disk_bytes = spill.usable_bytes() // num_ranks  # that may be used, all in all
         self._device = device
         self._entries: dict[bytes, _Entry] = {}
         self._num_bytes = 0  # in memory

@@ -29,7 +29,7 @@ from bncli.batchnorm.population.exact.restart import LostError, Restarts
 from bncli.batchnorm.population.exact.stages import Stage, plan_stages
 from bncli.batchnorm.population.merge_tree import BatchTree
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.one_pass import MeasuredPass, PassProgress, measure_pass
+from bncli.batchnorm.population.one_pass import WHOLE, MeasuredPass, PassProgress, Share, measure_pass
 from bncli.errors import BncliError, DataError
 
 MAX_REPEATS = 50  # of a pass over layers whose input depends on their own output
@@ -53,25 +53,36 @@ def measure_exact(
     layers: Mapping[str, _BatchNorm],
     *,
     tolerance: float | None = None,
+    share: Share = WHOLE,
     progress: PassProgress | None = None,
 ) -> ExactPasses:
     """Measure the layers one after the other; the model is left as it was.
 
-    With a tolerance a first pass, of the method precise, decides how many batches all others take.
+    With a tolerance a first pass, of the method precise, decides how many batches all others take. Ranks
+    that share the batches merge what they saw after every pass; each keeps outputs of its own batches.
 
     Raises DataError for batches that cannot be gone through again or that change from pass to pass, and
     BncliError where a layer used several times within a forward pass has no statistics that reproduce
     themselves.
     """
     check_repeatable(batches)
+    ranks = share.ranks
     sample = next(inputs_of(batches), None)
-    if sample is None:
+    starts = ranks.gather(None if sample is None else share.first)
+    with_images = [rank for rank, start in enumerate(starts) if start is not None]
+    if not with_images:
         raise DataError("there is nothing to measure: the batches hold no images")
+    leader = min(with_images, key=lambda rank: starts[rank] or 0)
+    if None in starts:  # a rank without images follows with two of the leader's
+        lent = ranks.gather(None if sample is None or ranks.rank != leader else sample[:2].cpu())[leader]
+        sample = lent if sample is None else sample
+    assert sample is not None
     with preserved_buffers(nn.ModuleList(layers.values())):
         flow = trace_flow(model, sample, layers)
-        stages = plan_stages(flow.calls)
-        with closing(Restarts(model, flow, stages, sample)) as restarts:
-            passes = _Passes(model, batches, layers, stages, restarts, progress)
+        # in the same order on all ranks
+        stages = ranks.gather(plan_stages(flow.calls) if ranks.rank == leader else ())[leader]
+        with closing(Restarts(model, flow, stages, sample, num_ranks=ranks.size)) as restarts:
+            passes = _Passes(model, batches, layers, stages, share, restarts, progress)
             if tolerance is not None:
                 passes.limit(tolerance)
             trees: dict[str, BatchTree] = {}
@@ -87,7 +98,7 @@ def measure_exact(
         passes.stopped_early,
         passes.num_passes,
         # computing the first batch once more to see what depends on what
-        passes.cost + (len(sample) - restarts.saved) / seen.num_images,
+        passes.cost + sum(ranks.gather(len(sample) - restarts.saved)) / seen.num_images,
     )
 
 
@@ -100,6 +111,7 @@ class _Passes:
         batches: Batches,
         layers: Mapping[str, _BatchNorm],
         stages: tuple[Stage, ...],
+        share: Share,
         restarts: Restarts,
         progress: PassProgress | None,
     ) -> None:
@@ -114,6 +126,7 @@ class _Passes:
         self._num_stages = len(stages)
         reached = {name for stage in stages for name in stage.layers}
         self._unreached = {name: layer for name, layer in layers.items() if name not in reached}
+        self._share = share
         self._restarts = restarts
         self._progress = progress
         self._num_batches: int | None = None
@@ -142,7 +155,7 @@ class _Passes:
         for _ in range(MAX_REPEATS):
             before, trees = trees, self._measure(number, by_batch=False)
             pairs = ((self._layers[name], before[name].total(), trees[name].total()) for name in trees)
-            if all(_is_settled(*pair) for pair in pairs):
+            if all(self._share.ranks.gather(all(_is_settled(*pair) for pair in pairs))):
                 return trees
             self._num_stages += 1
         names = ", ".join(stage.layers)
@@ -154,7 +167,7 @@ class _Passes:
     def _measure(self, number: int, *, by_batch: bool) -> dict[str, BatchTree]:
         stage = self._stages[number]
         chosen = {name: self._layers[name] for name in stage.layers}
-        self._restarts.aim(number, None if self.last is None else self.last.num_images)
+        self._restarts.aim(number, None if self.last is None else self.last.num_own_images)
 
         def run(*, replay: bool) -> MeasuredPass:
             return self._run(
@@ -203,6 +216,8 @@ class _Passes:
         if not replay:
             self._num_reads += 1
             self._restarts.reading()
+        # a rank may read a batch more than are taken, where a tolerance ends the pass
+        takes_all = tolerance is None or self._share.ranks.size == 1
         report = self._progress
         number, of = self.num_passes, max(self._num_stages, self.num_passes)
         done = measure_pass(
@@ -213,7 +228,8 @@ class _Passes:
             until=until,
             num_batches=self._num_batches,
             tolerance=tolerance,
-            same_images=None if replay else self._same_images,
+            share=self._share,
+            same_images=self._same_images if takes_all and not replay else None,
             forward=forward,
             progress=None if report is None else lambda num_images: report(number, of, num_images),
         )

@@ -49,7 +49,15 @@ class LostError(Exception):
 class Restarts:
     """What is kept of each batch, and forward passes that use it."""
 
-    def __init__(self, model: nn.Module, flow: DataFlow, stages: Sequence[Stage], sample: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: DataFlow,
+        stages: Sequence[Stage],
+        sample: Tensor,
+        *,
+        num_ranks: int = 1,
+    ) -> None:
         # forward passes of a single image that were not computed, less those of trials
         self.saved = 0.0
         self._model = model
@@ -58,7 +66,7 @@ class Restarts:
         self._stages = stages
         self._cuts = [cut for cut in flow.cuts if cut.cost > 0]
         self._sample = sample[:2].clone()  # a single one may have no batch statistics
-        self._kept = KeptOutputs(model_device(model))
+        self._kept = KeptOutputs(model_device(model), num_ranks=num_ranks)
         self._schedule: Schedule | None = None
         self._num_images: int | None = None
         self._target: Cut | None = None

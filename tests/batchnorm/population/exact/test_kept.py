@@ -26,6 +26,12 @@ def outputs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     found.close()
 
 
+def test_ranks_share_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "usable_bytes", lambda: 1000)
+    assert KeptOutputs(None).disk_bytes == 1000
+    assert KeptOutputs(None, num_ranks=3).disk_bytes == 333
+
+
 def put(outputs: KeptOutputs, digest: bytes, cut: Cut, number: float) -> None:
     values = {value: torch.full((100,), float(number + index)) for index, value in enumerate(cut.values)}
     outputs.put(digest, cut, values, on_disk=True)

@@ -1,0 +1,10 @@
+from .engine_network import EngineNetwork as EngineNetwork
+from .engines import MissingEngineError as MissingEngineError
+from .exported_file import ExportedFile as ExportedFile
+from .exported_file import exported_file as exported_file
+from .open_engine import open_engine as open_engine
+from .prepared import prepare as prepare
+from .prepared import problems_of as problems_of
+from .record import ExportRecord as ExportRecord
+from .write import move_into_place as move_into_place
+from .write import written as written

@@ -1,0 +1,321 @@
+"""`bncli recalibrate --method precise` on streamed images: beside a plain evaluation, and its memory.
+
+Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
+library measures the population over that same DataLoader, and the command's own function reads the folder by
+workers of its own; all in turns, in one process, with the same weights, precision, memory format, batch size
+and number of workers. Ratios are taken within a round.
+
+Memory: the whole command in a process of its own for each number of images, which are smaller ones, so that
+20,000 take a minute. Each process tells its peak at its end; Linux knows it.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bncli.batchnorm import recalibrate
+from bncli.cli.app import main
+from bncli.cli.messages import print_note
+from bncli.cli.options import JsonOption
+from bncli.cli.tables.table import (
+    console_for_results,
+    machine_line,
+    print_json,
+    runtime_line,
+    show_lines,
+    table_of,
+)
+from bncli.config import ImageFolderConfig, RuntimeConfig
+from bncli.data import load_dataset
+from bncli.errors import BncliError, ConfigError
+from bncli.hardware import describe_machine
+from bncli.models.normalized import IMAGENET, normalize_input
+from bncli.runtime import Runtime, resolve_runtime
+from bncli.training.recalibrated import Calibration, recalibrate_network
+from bncli.usable_cpus import usable_cpus
+from bncli.wording import plural
+from tests.benchmarks.child_process import run_child
+from tests.benchmarks.population import PassTime, in_turns, network_of
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+NUM_CLASSES = 10  # as `network_of` gives
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Of one whole command."""
+
+    num_images: int
+    mib: float  # resident memory of its process
+    worker_mib: float  # of its largest worker, which shares pages with it
+
+
+@dataclass(frozen=True)
+class StreamedBench:
+    """What was measured."""
+
+    network: str
+    num_images: int
+    image_size: int
+    kilobytes_an_image: float
+    batch_size: int
+    num_workers: int
+    num_rounds: int
+    times: tuple[PassTime, ...]
+    memory_image_size: int
+    peaks: tuple[Peak, ...]
+    runtime: dict[str, Any]
+    machine: dict[str, Any]
+
+    @property
+    def growth(self) -> float | None:
+        """Of the peak, from the fewest images to the number that has the highest; None without two."""
+        return None if len(self.peaks) < 2 else max(one.mib for one in self.peaks) / self.peaks[0].mib - 1
+
+
+def bench_streamed(
+    *,
+    network: str,
+    num_rounds: int,
+    num_images: int,
+    image_size: int,
+    batch_size: int,
+    num_workers: int,
+    memory_images: tuple[int, ...],
+    memory_image_size: int,
+    directory: Path | None,
+    report: Callable[[str], None],
+) -> StreamedBench:
+    """Make the images, measure both, and remove them.
+
+    Raises BncliError where they cannot be written, or a network cannot be measured.
+    """
+    model = network_of(network, image_size).eval()
+    runtime = resolve_runtime(RuntimeConfig())
+    try:
+        with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as name:
+            folder = Path(name)
+            peaks = []
+            if memory_images:
+                report(f"memory: makes {max(memory_images):,} images")
+                small = make_images(folder / "small", max(memory_images), memory_image_size)
+                torch.save(model.state_dict(), folder / "network.pt")
+                for number in memory_images:
+                    command = _command(folder, small, network, number, memory_image_size, batch_size)
+                    peaks.append(_peak([*command, "--set", f"data.workers={num_workers}"], number))
+                    report(f"memory: {number:,} images, {peaks[-1].mib:.0f} MiB")
+            report(f"speed: makes {num_images:,} images")
+            root = make_images(folder / "images", num_images, image_size)
+            files = list((root / "train").rglob("*.jpg"))
+            size = sum(file.stat().st_size for file in files) / len(files)
+            tools = _tools(model, root, runtime, image_size, batch_size, num_workers)
+            times = in_turns(tools, num_rounds, lambda text: report(f"speed: {text}"))
+    except OSError as error:
+        raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
+    return StreamedBench(
+        network=f"torchvision {network}",
+        num_images=num_images,
+        image_size=image_size,
+        kilobytes_an_image=size / 1000,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        num_rounds=num_rounds,
+        times=times,
+        memory_image_size=memory_image_size,
+        peaks=tuple(peaks),
+        runtime=runtime.describe(),
+        machine=describe_machine(),
+    )
+
+
+def make_images(root: Path, num_images: int, size: int) -> Path:
+    """Write JPEGs to train/ and a few to test/, by as many threads as there are CPUs; gives `root`."""
+    for split in ("train", "test"):
+        for label in range(NUM_CLASSES):
+            (root / split / f"class{label}").mkdir(parents=True)
+    numbers = {"train": num_images, "test": 2 * NUM_CLASSES}
+    with ThreadPoolExecutor(usable_cpus().count) as pool:
+        for split, count in numbers.items():
+            make = partial(_make_image, root / split, size)
+            for _ in pool.map(make, range(count)):
+                pass
+    return root
+
+
+def _make_image(folder: Path, size: int, number: int) -> None:
+    """Blobs of colour at four scales, with fine noise: a JPEG of 0.5 to 2 bytes a pixel, as photos are."""
+    random = np.random.default_rng([number, size])
+    pixels = random.normal(0, 12, (size, size, 3))
+    for cells in (3, 8, 24, 60):
+        coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+        pixels += np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)) / 4
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    image.save(folder / f"class{number % NUM_CLASSES}" / f"{number:06}.jpg", quality=95)
+
+
+def _tools(
+    model: nn.Module, root: Path, runtime: Runtime, image_size: int, batch_size: int, num_workers: int
+) -> dict[str, Callable[[], object]]:
+    """The plain loop, the library over its DataLoader, and the command's function, over the same network."""
+    from torchvision.datasets import ImageFolder  # behind `network_of`, which imports torchvision
+    from torchvision.transforms.v2 import PILToTensor
+
+    model = runtime.place_model(model)
+    normalize_input(model, *IMAGENET, runtime.device)
+    loader: DataLoader[Any] = DataLoader(
+        ImageFolder(str(root / "train"), transform=PILToTensor()),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    config = ImageFolderConfig(
+        name="imagefolder", root=str(root), image_size=image_size, stream=True, workers=num_workers
+    )
+    dataset = load_dataset(config)
+
+    def placed() -> Iterator[torch.Tensor]:
+        return (runtime.place(images) for images, _ in loader)
+
+    def plain_loop() -> None:
+        correct = 0
+        with torch.inference_mode(), runtime.autocast():
+            for images, labels in loader:
+                correct += int((model(runtime.place(images)).argmax(1).cpu() == labels).sum())
+
+    def library() -> None:
+        with runtime.autocast():
+            recalibrate(model, placed, method="precise")
+
+    def command() -> None:
+        how = Calibration("precise")
+        recalibrate_network(model, dataset, runtime, how, eval_batch_size=batch_size, evaluate=False)
+
+    return {"plain evaluation": plain_loop, "bncli.recalibrate": library, "bncli recalibrate": command}
+
+
+def _command(
+    folder: Path, images: Path, network: str, number: int, image_size: int, batch_size: int
+) -> list[str]:
+    """The words after `bncli`."""
+    words = ["recalibrate", str(folder / "network.pt"), "-o", str(folder / f"new{number}.pt")]
+    words += ["--model", f"torchvision:{network}", "--model-arg", f"num_classes={NUM_CLASSES}"]
+    words += ["--method", "precise", "--num-images", str(number), "--batch-size", str(batch_size)]
+    words += ["--normalization", "imagenet", "--data-root", str(images)]
+    return [*words, "--set", f"data.image_size={image_size}", "--set", "data.stream=true", "--json"]
+
+
+def _peak(command: list[str], num_images: int) -> Peak:
+    """As a process of its own tells it at its end; what its parent is told begins with the parent's."""
+    program = f"""
+import json, resource, sys
+from pathlib import Path
+from bncli.cli.app import main
+code = main({command!r})
+lines = Path("/proc/self/status").read_text().splitlines()
+own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+print(json.dumps([own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+sys.exit(code)
+"""
+    done = run_child([sys.executable, "-c", program])
+    if done.code:
+        raise BncliError(f"recalibrate ended with {done.code}: {done.message[-500:]}")
+    own, worker = json.loads(done.output.splitlines()[-1])
+    return Peak(num_images, own / 1024, worker / 1024)
+
+
+@app.command()
+def run(
+    network: Annotated[str, typer.Option(metavar="NAME", help="A classifier of torchvision's.")] = "resnet18",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 3,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 5000,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 224,
+    batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 250,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=1024, help="Processes that read. Default: one for each CPU.")
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Images whose peak of memory is measured; '' is none.")
+    ] = "1000,5000,20000",
+    memory_image_size: Annotated[
+        int, typer.Option(min=32, max=1024, help="Height and width in pixels of these.")
+    ] = 64,
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the images are written, and removed again.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Time recalibration from an image folder beside a plain evaluation, and measure its memory."""
+    result = bench_streamed(
+        network=network,
+        num_rounds=rounds,
+        num_images=images,
+        image_size=image_size,
+        batch_size=batch_size,
+        num_workers=usable_cpus().count if workers is None else workers,
+        memory_images=_numbers(memory),
+        memory_image_size=memory_image_size,
+        directory=directory,
+        report=print_note,
+    )
+    print_json(result) if as_json else show_streamed_bench(result)
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers of images, rising. Raises ConfigError for others."""
+    try:
+        found = sorted({int(part) for part in text.split(",")} if text else ())
+    except ValueError:
+        found = [0]
+    if any(one < 2 for one in found):
+        raise ConfigError("--memory", [f"expected numbers of images such as 1000,5000, found {text!r}"])
+    if found and not Path("/proc/self/status").exists():
+        raise ConfigError("--memory", ["only Linux tells the peak of memory; leave it out: --memory ''"])
+    return tuple(found)
+
+
+def show_streamed_bench(result: StreamedBench) -> None:
+    """Times, then memory, then what they were measured on."""
+    console = console_for_results()
+    show_lines(console, {"machine": machine_line(result.machine), "runtime": runtime_line(result.runtime)})
+    console.print()
+    table = table_of("One pass, in turns", "tool", "seconds", "ratio", "from", "to")
+    for one in result.times:
+        ratios = (f"{value:.3f}" for value in (one.ratio, one.ratio_min, one.ratio_max))
+        table.add_row(one.tool, f"{one.seconds:.2f}", *ratios)
+    console.print(table)
+    console.print()
+    lines = {
+        "images": f"{result.num_images:,} JPEGs of {result.image_size}x{result.image_size},"
+        f" {result.kilobytes_an_image:.0f} kB each, in batches of {result.batch_size};"
+        f" {plural(result.num_workers, 'worker')}",
+        "ratio": f"to the plain evaluation with {result.network}; median of n = {result.num_rounds} rounds",
+        "tools": "bncli.recalibrate has the plain evaluation's DataLoader; bncli recalibrate reads by itself",
+    }
+    if result.peaks:
+        peaks = table_of("Peak of memory of the whole command", "images", "MiB", "largest worker", left=0)
+        for peak in result.peaks:
+            peaks.add_row(f"{peak.num_images:,}", f"{peak.mib:.0f}", f"{peak.worker_mib:.0f}")
+        console.print(peaks)
+        console.print()
+        size = f"images of {result.memory_image_size}x{result.memory_image_size}; n = 1 each"
+        grown = "" if result.growth is None else f"; at most {result.growth:.1%} above the fewest images"
+        lines["memory"] = size + grown
+    show_lines(console, lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(program=app, name="python -m tests.benchmarks.streamed"))

@@ -1,0 +1,94 @@
+"""Chromium without a window, which fails a test for any request, error or warning of a page."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@dataclass
+class Tab:
+    """An open page, and what it complained about or asked for beside itself."""
+
+    page: Any  # of Playwright
+    path: Path
+    complaints: list[str] = field(default_factory=list)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def scroll_through(self) -> None:
+        """So that every figure is drawn."""
+        position = 0
+        while position < self.page.evaluate("document.body.scrollHeight"):
+            self.page.evaluate(f"scrollTo(0, {position})")
+            self.page.wait_for_timeout(60)
+            position += 700
+        self.page.wait_for_function(
+            "[...document.querySelectorAll('figure')].every(one => one.querySelector('svg, canvas'))",
+            timeout=20_000,
+        )
+        self.page.evaluate("scrollTo(0, 0)")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """The browser. Where none is installed tests are skipped, and say so; on CI that is a failure."""
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        missing = "no Chromium on PATH, so no page was opened (Debian: apt install chromium)"
+        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        # as root, as in a container, Chromium starts without its sandbox only
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = driver.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
+
+
+class Opener:
+    """Opens pages, each in a window of its own."""
+
+    def __init__(self, browser: Any) -> None:
+        self._browser = browser
+        self.tabs: list[Tab] = []
+        self._contexts: list[Any] = []
+
+    def __call__(self, path: Path, *, width: int = 1280, scheme: str = "light") -> Tab:
+        context = self._browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce"
+        )
+        self._contexts.append(context)
+        tab = Tab(context.new_page(), path)
+        self.tabs.append(tab)
+        own = path.resolve().as_uri()
+        page = tab.page
+        page.on("console", lambda message: tab.complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: tab.complaints.append(f"error: {error}"))
+        page.on(
+            "request", lambda request: request.url == own or tab.complaints.append(f"asked for {request.url}")
+        )
+        page.on("dialog", lambda dialog: (tab.complaints.append(dialog.message), dialog.dismiss()))
+        page.goto(own)
+        page.wait_for_function("document.documentElement.dataset.ready === 'true'", timeout=20_000)
+        return tab
+
+    def close(self) -> None:
+        for context in self._contexts:
+            context.close()
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Iterator[Opener]:
+    opener = Opener(chromium)
+    yield opener
+    complaints = [line for tab in opener.tabs for line in tab.complaints]
+    opener.close()
+    assert complaints == []

@@ -1,0 +1,332 @@
+"""Reports as a person has them: in a browser, at two widths, with mouse, keyboard and eyes."""
+
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bncli.checkpoints import load_checkpoint, save_checkpoint
+from bncli.cli.app import main
+from bncli.torchvision_compat import import_torchvision
+from tests.browser.conftest import Opener, Tab
+
+pytestmark = pytest.mark.browser
+
+SLOW = pytest.mark.slow
+RUINED = "stages.1.0.norm"
+HOSTILE = (
+    "</script><script>document.title = 'taken'</script>",
+    "<img src=x onerror=\"document.title = 'taken'\">",
+    "a\x1b[31m\x00\u202e\u2028b",
+    "{{ 7 * 7 }}${1}'\"\\",
+    "'+(document.title='taken')+'",
+    "__proto__",
+    "constructor",
+    "x" * 300,
+)
+
+
+def report(*arguments: object) -> None:
+    assert main(["report", *map(str, arguments)]) == 0
+
+
+def ruin(run: Path, path: Path) -> None:
+    """One layer's variances 60 times too large: what no rule sees, and images do."""
+    checkpoint = load_checkpoint(run / "last.pt")
+    state = dict(checkpoint.state_dict)
+    state[f"{RUINED}.running_var"] = state[f"{RUINED}.running_var"] * 60
+    save_checkpoint(replace(checkpoint, state_dict=state), path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reports")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config: Path, folder: Path) -> Path:
+    """A run that has learned enough to lose something."""
+    more = ("data.num_train=1500", "train.epochs=4", "train.learning_rate=0.3")
+    sets = [word for value in more for word in ("--set", value)]
+    assert main(["train", str(tiny_config), "--run-dir", str(folder / "run"), *sets]) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Path, folder: Path) -> Path:
+    path = folder / "run.html"
+    report(trained, "--measure", "--num-images", 100, "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ruined(trained: Path, folder: Path) -> Path:
+    ruin(trained, folder / "ruined.pt")
+    path = folder / "ruined.html"
+    report(folder / "ruined.pt", "--measure", "--num-images", 120, "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def foreign(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = import_torchvision().models.resnet18(num_classes=10)
+    state = model.state_dict()
+    state["layer3.1.bn2.running_var"][[7, 90, 201]] = torch.nan
+    state["layer2.0.bn1.weight"][:9] = 0
+    torch.save(state, folder / "resnet18.pt")
+    path = folder / "resnet18.html"
+    report(folder / "resnet18.pt", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two(finished_run: Path, folder: Path) -> Path:
+    path = folder / "two.html"
+    ruin(finished_run, folder / "second.pt")
+    report(finished_run / "last.pt", folder / "second.pt", "-o", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hostile(folder: Path) -> Path:
+    state = {}
+    for index, name in enumerate(HOSTILE):
+        for leaf in ("running_mean", "running_var", "weight", "bias"):
+            state[f"{name}.{leaf}"] = torch.rand(8) + 0.5
+        if index % 2:
+            state[f"{name}.running_var"][2] = torch.nan
+    torch.save(state, folder / "hostile.pt")
+    path = folder / "hostile.html"
+    report(folder / "hostile.pt", "-o", path)
+    return path
+
+
+ALL = ("measured", "ruined", "foreign", "two", "hostile")
+
+
+def pages(*quick: tuple[str, object], others: tuple[object, object]) -> list[object]:
+    """Every page with both of the others; all but the quick ones are slow."""
+    both = [(name, other) for name in ALL for other in others]
+    return [pytest.param(*one, marks=() if one in quick else SLOW) for one in both]
+
+
+@pytest.mark.parametrize(("name", "width"), pages(("ruined", 390), others=(1280, 390)))
+def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
+    request: pytest.FixtureRequest, open_page: Opener, name: str, width: int
+) -> None:
+    tab = open_page(request.getfixturevalue(name), width=width)
+    tab.scroll_through()
+    assert tab.page.evaluate("document.documentElement.scrollWidth") == width
+    for figure in tab.page.query_selector_all("figure svg, figure canvas"):
+        assert figure.get_attribute("role") == "img"
+        assert len(figure.get_attribute("aria-label")) > 20
+    # nothing that cannot be drawn
+    assert "NaN" not in "".join(path.get_attribute("d") or "" for path in tab.page.query_selector_all("path"))
+
+
+@pytest.mark.parametrize(("name", "scheme"), pages(("ruined", "light"), others=("light", "dark")))
+def test_axe_finds_no_serious_violation(
+    request: pytest.FixtureRequest, open_page: Opener, name: str, scheme: str
+) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    tab = open_page(request.getfixturevalue(name), scheme=scheme)
+    tab.scroll_through()
+    tab.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    tab.page.wait_for_timeout(200)
+    found = axe.Axe().run(tab.page).response["violations"]
+    assert [
+        (one["id"], one["impact"], [node["html"][:200] for node in one["nodes"]][:3])
+        for one in found
+        if one["impact"] in {"serious", "critical"}
+    ] == []
+
+
+def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(open_page: Opener, ruined: Path) -> None:
+    tab = open_page(ruined)
+    verdict = tab.text("#verdict")
+    assert verdict.startswith("Needs repair")
+    assert RUINED in verdict
+    assert "bncli recalibrate" in verdict
+    # and it is the layer that one looks at first
+    tab.scroll_through()
+    assert tab.text("[data-reading]").startswith(f"{RUINED}, channel")
+
+
+def test_the_sliders_move_what_they_should(open_page: Opener, ruined: Path) -> None:
+    tab = open_page(ruined)
+    tab.scroll_through()
+    page = tab.page
+    # the file's slider has 13 momenta: the last is 1, where the average is the newest batch
+    page.locator("[data-try] [name=momentum]").fill("12")
+    page.locator("details:has([data-table=average]) summary").click()
+    last = page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts()
+    assert last[0] == last[1]
+    assert last[2] == last[3]
+    assert page.inner_text("[name=momentum_text]") == "1"
+    page.locator("[data-try] [name=momentum]").fill("0")
+    last = page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts()
+    assert last[0] != last[1]
+    assert "of its start, mean 0 and variance 1" in tab.text("[data-lesson]")
+    before = last
+    page.get_by_role("button", name="Draw other batches").click()
+    assert page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts() != before
+    # by keyboard: a batch of one image, one value each
+    page.locator("[data-try] [name=kind]").select_option("single")
+    slider = page.locator("[data-try] [name=size]")
+    slider.focus()
+    for _ in range(4):
+        slider.press("ArrowLeft")
+    assert page.inner_text("[name=size_text]") == "1"
+    assert "A batch of a single value has no variance" in tab.text("[data-lesson]")
+
+
+@SLOW
+def test_batches_follow_the_recorded_images(open_page: Opener, measured: Path) -> None:
+    """A batch of all images has the population's mean and its unbiased variance, whatever was drawn."""
+    tab = open_page(measured)
+    rows = tab.page.evaluate(
+        "() => { const form = document.querySelector('[data-try]');"
+        " const size = form.elements.size; size.value = size.max;"
+        " form.dispatchEvent(new Event('input')); return Number(size.max); }"
+    )
+    channel = tab.page.evaluate("JSON.parse(document.getElementById('data').textContent).channel")
+    assert 2**rows <= len(channel["values"]) < 2 ** (rows + 1)
+    tab.scroll_through()
+    tab.page.locator("details:has([data-table=average]) summary").click()
+    cells = tab.page.locator("[data-table=average] tbody tr").first.locator("td").all_inner_texts()
+    mean, variance = float(cells[0].replace("\N{MINUS SIGN}", "-")), float(cells[2])
+    assert variance == pytest.approx(channel["population_variance"], rel=0.2)
+    assert mean == pytest.approx(channel["population_mean"], abs=0.3 * variance**0.5)
+
+
+def table_names(tab: Tab) -> list[str]:
+    return [text.strip() for text in tab.page.locator("[data-table=layers] tbody th").all_inner_texts()]
+
+
+def test_filters_and_orders_change_map_and_table(open_page: Opener, foreign: Path) -> None:
+    tab = open_page(foreign)
+    tab.scroll_through()
+    page = tab.page
+    names = [f"{key.removesuffix('.running_mean')}" for key in torch.load(foreign.with_suffix(".pt"))]
+    model_order = [
+        name
+        for name, key in zip(names, torch.load(foreign.with_suffix(".pt")), strict=True)
+        if key.endswith(".running_mean")
+    ]
+    assert table_names(tab) == model_order
+    height = page.locator("[data-figure=map] canvas").bounding_box()["height"]
+    page.fill("[name=filter]", "LAYER3.1")
+    page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 2")
+    assert table_names(tab) == ["layer3.1.bn1", "layer3.1.bn2"]
+    assert re.match(r"2 layers, 18 filtered out", tab.text("[data-status]"))
+    page.wait_for_function(
+        f"document.querySelector('[data-figure=map] canvas').getBoundingClientRect().height < {height}"
+    )
+    page.fill("[name=filter]", "")
+    page.select_option("[name=order]", "name")
+    page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 20")
+    assert table_names(tab) == sorted(model_order)
+    page.check("[name=found]")
+    page.select_option("[name=order]", "findings")
+    page.wait_for_timeout(300)
+    assert "layer3.1.bn2" in table_names(tab)[:1]
+
+
+@SLOW
+def test_a_channel_is_read_by_number_by_slider_and_by_pointing(open_page: Opener, foreign: Path) -> None:
+    tab = open_page(foreign)
+    tab.scroll_through()
+    page = tab.page
+    state = torch.load(foreign.with_suffix(".pt"))
+    page.locator("[data-chooser] [name=layer]").select_option(label="layer2.0.bn1")
+    page.locator("[data-chooser] [name=number]").fill("5")
+    reading = tab.text("[data-reading]")
+    assert reading.startswith("layer2.0.bn1, channel 5: ")
+    assert float(re.search(r"weight (\S+),", reading)[1]) == float(state["layer2.0.bn1.weight"][5])
+    slider = page.locator("[data-chooser] [name=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    assert "channel 6" in tab.text("[data-reading]")
+    page.locator("[data-chooser] [name=layer]").select_option(label="layer3.1.bn2")
+    page.locator("[data-chooser] [name=number]").fill("90")
+    assert "running_var NaN" in tab.text("[data-reading]")
+    # the right end of the map's first row is the first layer's last channel
+    page.locator("[data-figure=map]").scroll_into_view_if_needed()
+    box = page.locator("[data-figure=map] canvas").bounding_box()
+    for offset in range(20, 90, 4):  # below the legend, whose height is the fonts'
+        page.mouse.click(box["x"] + box["width"] - 12, box["y"] + offset)
+        if "bn1, channel 6" in tab.text("[data-reading]"):
+            break
+    assert re.match(r"bn1, channel 6[0-3]: ", tab.text("[data-reading]"))
+
+
+@SLOW
+def test_every_control_is_reached_by_keyboard(open_page: Opener, measured: Path) -> None:
+    tab = open_page(measured)
+    tab.scroll_through()
+    count = tab.page.evaluate(
+        "[...document.querySelectorAll('a, button, input, select, summary')]"
+        ".filter(one => one.offsetParent !== null && !one.disabled).length"
+    )
+    reached = set()
+    for _ in range(count + 20):
+        tab.page.keyboard.press("Tab")
+        reached.add(
+            tab.page.evaluate(
+                "(() => { const all = [...document.querySelectorAll('a, button, input, select, summary')];"
+                " return all.indexOf(document.activeElement); })()"
+            )
+        )
+    assert len(reached - {-1}) == count
+
+
+def test_hostile_names_are_text(open_page: Opener, hostile: Path) -> None:
+    tab = open_page(hostile)
+    tab.scroll_through()
+    assert "taken" not in tab.page.title()
+    assert tab.page.query_selector_all("img") == []
+    names = table_names(tab)
+    assert names[0] == HOSTILE[0]
+    assert names[1] == HOSTILE[1]
+    assert names[2] == r"a\x1b[31m\x00\u202e b"
+    assert names[3:] == list(HOSTILE[3:])
+
+
+@SLOW
+def test_the_page_on_paper_has_its_figures_and_no_controls(open_page: Opener, measured: Path) -> None:
+    tab = open_page(measured, scheme="dark")
+    tab.page.emulate_media(media="print")
+    tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    tab.page.wait_for_function(
+        "[...document.querySelectorAll('figure')].every(one => one.querySelector('svg, canvas'))"
+    )
+    assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not tab.page.locator("[data-try]").is_visible()
+    assert tab.page.locator("[data-figure=sweep] svg").is_visible()
+    assert len(tab.page.pdf()) > 20_000
+
+
+@SLOW
+def test_ten_thousand_layers_open_within_seconds(open_page: Opener, folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"layers.{index}.norm.{leaf}": torch.rand(16, generator=generator) + 0.5
+        for index in range(10_000)
+        for leaf in ("running_mean", "running_var", "weight", "bias")
+    }
+    torch.save(state, folder / "many.pt")
+    path = folder / "many.html"
+    report(folder / "many.pt", "-o", path)
+    assert path.stat().st_size < 5e6
+    start = time.perf_counter()
+    tab = open_page(path)
+    assert time.perf_counter() - start < 15  # 3 s on a quiet machine: `make bench-report` measures it
+    tab.scroll_through()
+    assert "10,000 layers" in tab.text("[data-status]")
+    tab.page.fill("[name=filter]", "layers.9999.")
+    tab.page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 1")
+    assert table_names(tab) == ["layers.9999.norm"]
