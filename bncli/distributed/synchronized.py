@@ -89,7 +89,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        total = gradient.contiguous()
+        total = gradient.clone(memory_format=torch.contiguous_format)
         with ctx.processes.exchanging():
             dist.all_reduce(total)
         return total[ctx.processes.rank], None

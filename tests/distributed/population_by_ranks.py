@@ -121,7 +121,7 @@ def failing_disk(rank: int, size: int) -> dict[str, Any]:
     def failing(self: spill.SpillFile, place: Any, layout: Any) -> "Future[Tensor]":
         nonlocal num_reads
         num_reads += 1
-        if rank < size - 1 or num_reads != 11:
+        if rank < size - 1 or num_reads != 5:
             return read(self, place, layout)
         gone: Future[Tensor] = Future()
         gone.set_exception(OSError("the disk is gone"))
