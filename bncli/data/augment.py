@@ -52,6 +52,8 @@ def augment(
         DataError: the images are too small for the configured shift or square.
     """
     check_augmentation(config, images.shape[2], images.shape[3])
+    if len(images) == 0:  # the share of a process that has no part of a small last batch
+        return images
     batch_size, height, width = len(indices), *images.shape[2:]
     rng = generator(Stream.AUGMENT, seed, epoch, step)
     if config.crop_padding or config.flip != "none":
