@@ -75,7 +75,7 @@ def for_training(dataset: Dataset) -> Dataset:
     elif not train.can_shuffle:
         problem = "an iterable data set cannot be shuffled, as training does; return one with a length"
     elif train.labels is None or dataset.test.labels is None:
-        problem = "training needs labels"
+        problem = "training needs labels; in an image folder these are the folders train/CLASS and test/CLASS"
     if problem is not None:
         raise DataError(f"data {dataset.name}: {problem}")
     names = dataset.class_names or numbered_classes(train, dataset.test)

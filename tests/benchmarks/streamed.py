@@ -105,7 +105,7 @@ def bench_streamed(
     Raises BncliError where they cannot be written, or a network cannot be measured.
     """
     model = network_of(network, image_size).eval()
-    runtime = resolve_runtime(RuntimeConfig())
+    runtime = resolve_runtime(RuntimeConfig(precision="float32"))  # as the command computes such networks
     try:
         with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as name:
             folder = Path(name)

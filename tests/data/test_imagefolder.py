@@ -325,12 +325,15 @@ def test_a_path_that_cannot_be_one_is_named(folder):
 
 
 def test_a_split_without_class_folders_is_named(folder):
-    for path in (folder.root / "train").iterdir():
+    for path in (folder.root / "test").iterdir():
         path.rename(folder.root / path.name)
-    assert f"{folder.root / 'train'}: no class folders" in folder.error()
+    assert f"{folder.root / 'test'}: no class folders" in folder.error()
     for name in ("a.png", "b.JPG"):
-        (folder.root / "train" / name).touch()
-    assert f"{folder.root / 'train'}: 2 images in it, but no class folders; expected" in folder.error()
+        (folder.root / "test" / name).touch()
+    assert f"{folder.root / 'test'}: 2 images in it, but no class folders; expected" in folder.error()
+    for path in (folder.root / "train").iterdir():
+        path.rename(folder.root / f"{path.name}2")
+    assert f"{folder.root / 'train'}: no class folders" in folder.error()
 
 
 @pytest.mark.parametrize("stream", [False, True])
