@@ -26,7 +26,7 @@ class Tab:
         return str(self.page.inner_text(selector))
 
     def wait_for(self, condition: str, seconds: float = 30) -> None:
-        """Until JavaScript says so; Playwright's own way would have the page evaluate text, which it forbids."""
+        """Until JavaScript says so; Playwright's own way has the page evaluate text, which it forbids."""
         end = time.monotonic() + seconds
         while not self.page.evaluate(condition):
             assert time.monotonic() < end, f"after {seconds:g} s still not: {condition}"
