@@ -40,6 +40,8 @@ class DrawingLibrary:
             import vl_convert
 
             # inside JavaScript's strings, where alone it can be, \/ is /
-            self._script = re.sub(r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle(None))
+            self._script = re.sub(
+                r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+            )
         except Exception as error:  # whatever the thread meets is told where the script is asked for
             self._error = error
