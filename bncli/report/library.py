@@ -39,8 +39,9 @@ class DrawingLibrary:
         try:
             import vl_convert
 
-            bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
             # inside JavaScript's strings, where alone it can be, \/ is /
-            self._script = re.sub(r"(?i)</(?=script)", r"<\\/", bundle)
+            self._script = re.sub(
+                r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+            )
         except Exception as error:  # whatever the thread meets is told where the script is asked for
             self._error = error

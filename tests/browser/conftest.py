@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+DRAWN = "[...document.querySelectorAll('figure')].every(one => one.querySelector('svg, canvas'))"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -23,6 +25,13 @@ class Tab:
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
 
+    def wait_for(self, condition: str, seconds: float = 30) -> None:
+        """Until JavaScript says so; Playwright's own way has the page evaluate text, which it forbids."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < end, f"after {seconds:g} s still not: {condition}"
+            self.page.wait_for_timeout(50)
+
     def scroll_through(self) -> None:
         """So that every figure is drawn."""
         position = 0
@@ -30,10 +39,7 @@ class Tab:
             self.page.evaluate(f"scrollTo(0, {position})")
             self.page.wait_for_timeout(60)
             position += 700
-        self.page.wait_for_function(
-            "[...document.querySelectorAll('figure')].every(one => one.querySelector('svg, canvas'))",
-            timeout=20_000,
-        )
+        self.wait_for(DRAWN)
         self.page.evaluate("scrollTo(0, 0)")
 
 
@@ -77,7 +83,7 @@ class Opener:
         )
         page.on("dialog", lambda dialog: (tab.complaints.append(dialog.message), dialog.dismiss()))
         page.goto(own)
-        page.wait_for_function("document.documentElement.dataset.ready === 'true'", timeout=20_000)
+        tab.wait_for("document.documentElement.dataset.ready === 'true'")
         return tab
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from bncli.checkpoints import load_checkpoint, save_checkpoint
 from bncli.cli.app import main
 from bncli.torchvision_compat import import_torchvision
-from tests.browser.conftest import Opener, Tab
+from tests.browser.conftest import DRAWN, Opener, Tab
 
 pytestmark = pytest.mark.browser
 
@@ -220,15 +220,15 @@ def test_filters_and_orders_change_map_and_table(open_page: Opener, foreign: Pat
     assert table_names(tab) == model_order
     height = page.locator("[data-figure=map] canvas").bounding_box()["height"]
     page.fill("[name=filter]", "LAYER3.1")
-    page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 2")
+    tab.wait_for("document.querySelectorAll('[data-table=layers] tbody tr').length === 2")
     assert table_names(tab) == ["layer3.1.bn1", "layer3.1.bn2"]
     assert re.match(r"2 layers, 18 filtered out", tab.text("[data-status]"))
-    page.wait_for_function(
+    tab.wait_for(
         f"document.querySelector('[data-figure=map] canvas').getBoundingClientRect().height < {height}"
     )
     page.fill("[name=filter]", "")
     page.select_option("[name=order]", "name")
-    page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 20")
+    tab.wait_for("document.querySelectorAll('[data-table=layers] tbody tr').length === 20")
     assert table_names(tab) == sorted(model_order)
     page.check("[name=found]")
     page.select_option("[name=order]", "findings")
@@ -301,9 +301,7 @@ def test_the_page_on_paper_has_its_figures_and_no_controls(open_page: Opener, me
     tab = open_page(measured, scheme="dark")
     tab.page.emulate_media(media="print")
     tab.page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    tab.page.wait_for_function(
-        "[...document.querySelectorAll('figure')].every(one => one.querySelector('svg, canvas'))"
-    )
+    tab.wait_for(DRAWN)
     assert tab.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not tab.page.locator("[data-try]").is_visible()
     assert tab.page.locator("[data-figure=sweep] svg").is_visible()
@@ -328,5 +326,5 @@ def test_ten_thousand_layers_open_within_seconds(open_page: Opener, folder: Path
     tab.scroll_through()
     assert "10,000 layers" in tab.text("[data-status]")
     tab.page.fill("[name=filter]", "layers.9999.")
-    tab.page.wait_for_function("document.querySelectorAll('[data-table=layers] tbody tr').length === 1")
+    tab.wait_for("document.querySelectorAll('[data-table=layers] tbody tr').length === 1")
     assert table_names(tab) == ["layers.9999.norm"]

@@ -138,7 +138,8 @@ addEventListener("resize", () => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw((_, entry) => entry.renderer === "canvas"));
 addEventListener("beforeprint", () => {
   onPaper.printing = true;
-  for (const place of [...waiting.keys()]) drawNow(place);
+  // what is drawn may bring more places
+  while (waiting.size) for (const place of [...waiting.keys()]) drawNow(place);
   redraw((_, entry) => entry.renderer === "canvas");
 });
 addEventListener("afterprint", () => {
