@@ -51,6 +51,8 @@ def exported_file(path: Path) -> ExportedFile | None:
 
     Raises CheckpointError for a damaged record.
     """
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with path.open("rb") as opened:
             start = opened.read(300)
@@ -77,7 +79,7 @@ def exported_record(path: Path) -> ExportRecord | None:
 
     Raises CheckpointError for a damaged one.
     """
-    text = _text_of_safetensors(path)
+    text = _text_of_safetensors(path) if path.is_file() else None
     if text is not None:
         return ExportRecord.from_json(text, str(path))
     found = exported_file(path)

@@ -24,7 +24,7 @@ def bash(bncli: Bncli, monkeypatch: pytest.MonkeyPatch, words: str) -> list[str]
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("bncli re", ["recalibrate"]),
+        ("bncli rec", ["recalibrate"]),
         ("bncli bench ", ["train", "eval"]),
         ("bncli eval --batch", ["--batch-sizes", "--batch-invariant"]),
         ("bncli bench eval --r", ["--rounds"]),
