@@ -207,6 +207,7 @@ def table_names(tab: Tab) -> list[str]:
     return [text.strip() for text in tab.page.locator("[data-table=layers] tbody th").all_inner_texts()]
 
 
+@SLOW
 def test_filters_and_orders_change_map_and_table(open_page: Opener, foreign: Path) -> None:
     tab = open_page(foreign)
     tab.scroll_through()
