@@ -16,8 +16,10 @@ from bncli.checkpoints.formats.ocdbt import MANIFEST, Place, read_ocdbt
 from bncli.checkpoints.formats.safetensors_file import MAX_HEADER, parse_json
 from bncli.checkpoints.formats.zarr_array import VERSION_2, VERSION_3, zarr_tensor
 from bncli.checkpoints.stored_tensor import StoredTensor
+from bncli.wording import list_names
 
 METADATA = "_METADATA"
+WHOLE = "_CHECKPOINT_METADATA"  # beside it, or above the items of one checkpoint
 MAX_DESCRIPTION = 2**16  # bytes of the JSON of one array
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _STEP = re.compile(r"(?:[A-Za-z]+[_-]?)?(\d{1,18})")
@@ -60,6 +62,7 @@ def read_if_orbax(folder: Folder) -> tuple[str, ForeignNetwork] | None:
     if not found:
         return None
     items, step, notes = _last_step([directory.split("/")[:-1] for directory in found])
+    _check_one(items, folder.names)
     leaves: dict[Path, StoredTensor] = {}
     for parts in items:
         prefix = tuple(parts[step:]) if len(items) > 1 else ()
@@ -99,6 +102,16 @@ def _last_step(places: list[list[str]]) -> tuple[list[list[str]], int, tuple[str
             inner, depth, _ = _last_step(chosen) if len(chosen) > 1 else (chosen, level + 1, ())
             return inner, depth, (note,)
         level += 1
+
+
+def _check_one(places: list[list[str]], names: frozenset[str]) -> None:
+    """Raise UnreadableFileError unless these are the items of one checkpoint: each alone is none then."""
+    paths = ["/".join(parts) for parts in places]
+    whole = any(f"{path}/{WHOLE}" in names for path in paths)
+    if len(paths) > 1 and (whole or len({tuple(parts[:-1]) for parts in places}) > 1):
+        raise UnreadableFileError(
+            f"{len(paths)} checkpoints of Orbax ({list_names(paths, 4)}); give the directory of one of them"
+        )
 
 
 def _arrays(folder: Folder, directory: str) -> Iterator[tuple[Path, StoredTensor]]:

@@ -49,6 +49,11 @@ def test_an_unfinished_step_is_left_out(tmp_path: Path) -> None:
     assert notes == ()
 
 
+def test_several_checkpoints_are_not_taken_for_one() -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoints of Orbax \(.*give the directory of one of them"):
+        opened(FOLDER)
+
+
 def test_items_of_a_step_are_one_network(tmp_path: Path) -> None:
     """As a manager with items `params` and `batch_stats` leaves it."""
     for item in ("params", "batch_stats"):
