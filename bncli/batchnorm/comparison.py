@@ -100,6 +100,10 @@ class Comparison:
         parts += [f"{count:,} only in the {which} file" for which, count in lone.items() if count]
         if changed := [layer.name for layer in self.layers if layer.hyperparameters_changed]:
             parts.append(f"other momentum or eps in {list_names(changed)}")
+        if {layer.relation.kind for layer in self.layers} in ({"rounded"}, {"rounded", "equal"}):
+            largest = max(layer.relation.largest for layer in self.layers)
+            same = f"All BatchNorm layers are the same within rounding (at most {largest:.2g})."
+            return f"{'; '.join(parts)}. {same}"
         moved = [
             (layer.summary.kl, layer.name) for layer in self.layers if layer.summary and layer.summary.kl
         ]

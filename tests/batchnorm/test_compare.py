@@ -1,6 +1,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from bncli.batchnorm import compare, diverge, read_running_stats, summarize_divergence
 from bncli.batchnorm.bits import as_bytes
 from bncli.batchnorm.layers import LayerStats
+from bncli.checkpoints import open_checkpoint
 from bncli.errors import IncomparableError
 
 
@@ -326,3 +328,19 @@ def test_a_divergence_prints_on_one_line_with_what_it_is_measured_in() -> None:
     moved = compare(Contents(state()), changed("3.running_mean")).layers
     assert str(moved[0]).startswith("1: mean shift 0 of the first's deviations")
     assert str(moved[1]).endswith("[statistics_moved_weights_unchanged]")
+
+
+def test_a_file_in_float16_is_the_same_within_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(8)
+    layer(torch.randn(50, 8) + 3)
+    torch.save(layer.state_dict(), tmp_path / "wide.pt")
+    torch.save(layer.half().state_dict(), tmp_path / "narrow.pt")
+    with open_checkpoint(tmp_path / "wide.pt") as one, open_checkpoint(tmp_path / "narrow.pt") as two:
+        verdict = compare(one, two).verdict
+    assert "4 of 5 tensors differ. All BatchNorm layers are the same within rounding (at most" in verdict
+    moved = torch.load(tmp_path / "narrow.pt")
+    moved["running_mean"][0] += 0.1
+    torch.save(moved, tmp_path / "moved.pt")
+    with open_checkpoint(tmp_path / "wide.pt") as one, open_checkpoint(tmp_path / "moved.pt") as two:
+        assert "within rounding" not in compare(one, two).verdict
