@@ -114,7 +114,7 @@ def pages(*quick: tuple[str, object], others: tuple[object, object]) -> list[obj
     return [pytest.param(*one, marks=() if one in quick else SLOW) for one in both]
 
 
-@pytest.mark.parametrize(("name", "width"), pages(("ruined", 390), others=(1280, 390)))
+@pytest.mark.parametrize(("name", "width"), pages(others=(1280, 390)))
 def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
     request: pytest.FixtureRequest, open_page: Opener, name: str, width: int
 ) -> None:

@@ -87,7 +87,8 @@ def kill_at(zygote: Zygote, run_dir: Path, moment: int) -> None:
     assert all(redone <= INTERVAL for redone in redone_steps(run_dir)), moment
 
 
-@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
 def test_a_run_killed_at_any_moment_of_any_write_ends_like_one_that_was_not(
     zygote: Zygote, whole_run: Path, tmp_path: Path, part: int
 ) -> None:

@@ -12,7 +12,7 @@ from bncli.training.share import share_of
 from tests.distributed.torchrun import torchrun
 from tests.distributed.training_worker import CASES, run_case
 
-QUICK = ("parts", "sync", "awkward")
+QUICK = ("parts", "sync")
 
 
 @pytest.fixture(scope="module")
