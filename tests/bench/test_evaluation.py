@@ -93,6 +93,8 @@ def test_the_fastest_is_named_among_those_that_change_hardly_any_prediction() ->
 
 
 @pytest.mark.slow
+# PyTorch warns of itself where its compiler is imported
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_torch_compile_is_timed_on_request(bncli: Bncli, finished_run: Path) -> None:
     result = bncli("bench", "eval", finished_run / "last.pt", *FEW, "--compile", "--json").json
     (path,) = (path for path in result["paths"] if path["name"] == COMPILED)

@@ -165,6 +165,8 @@ def test_a_worker_that_the_system_ends_becomes_one_line():
 
 
 STREAM_FOREVER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
 from bncli.data import sequential_batches
 from bncli.data.streamed import StreamedSplit, default_workers
 from tests.data.test_streamed import read_number
