@@ -20,7 +20,7 @@ from tests.conftest import Bncli
 
 PROGRAM = typer.main.get_command(app)
 # take a minute, or need data that are not here
-LONG = ("bncli demo", "bncli bench", "bncli train")
+LONG = ("bncli demo", "bncli bench", "bncli train", "bncli report runs/first --measure")
 NEED_CIFAR10 = ("bncli train cifar10", "bncli doctor --data-root")
 
 

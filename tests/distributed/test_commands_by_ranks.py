@@ -50,6 +50,7 @@ def check_recalibrated(bncli: Bncli, checkpoint: Path, folder: Path, num_ranks: 
     return found
 
 
+@pytest.mark.slow
 def test_recalibrate_writes_the_bits_of_one_process(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
     """500 images in 9 batches: two ranks have five and four of them."""
     options = ("--batch-size", 60, "--verify")

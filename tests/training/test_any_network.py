@@ -60,7 +60,11 @@ SKIPPING = ("SkipsLayers",)
 TORCHVISION = ("torchvision:mobilenet_v3_small", "model.arguments.dropout=0.5", "data.num_train=50")
 
 
-@pytest.mark.parametrize("network", [DROPOUT, SKIPPING, TORCHVISION], ids=["own", "skipping", "torchvision"])
+@pytest.mark.parametrize(
+    "network",
+    [DROPOUT, SKIPPING, pytest.param(TORCHVISION, marks=pytest.mark.slow)],
+    ids=["own", "skipping", "torchvision"],
+)
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
     base: Path, tmp_path: Path, network: tuple[str, ...], step: int
