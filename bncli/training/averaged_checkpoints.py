@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from bncli.batchnorm import Recalibration
 from bncli.checkpoints import AverageState, average_checkpoints
 from bncli.checkpoints.average import COMBINATIONS, Combination
-from bncli.data import Dataset, sequential_batches
+from bncli.data import Dataset
 from bncli.errors import BncliError
-from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes
 from bncli.evaluation.gap import PhaseProgress
 from bncli.runtime import Runtime
-from bncli.training.recalibrated import Calibration, recalibrate_network
+from bncli.training.recalibrated import Calibration, outcomes_on_test, recalibrate_network
 
 Statistics = Literal["recalibrate", "pooled", "average", "first"]
 
@@ -43,14 +43,9 @@ class Judge:
 
     def outcomes(self, phase: str) -> Outcomes:
         """What the network makes of every test image."""
-        test = self.dataset.test
-        placed = (
-            (self.runtime.place(images), labels)
-            for images, labels in sequential_batches(test, self.eval_batch_size)
-        )
         with self.runtime.autocast():
-            return measure_outcomes(
-                self.model, placed, progress=lambda done: self.progress(phase, done, len(test))
+            return outcomes_on_test(
+                self.model, self.dataset, self.runtime, self.eval_batch_size, phase, self.progress
             )
 
     def recalibrate(self) -> tuple[Recalibration, dict[str, Tensor]]:

@@ -207,14 +207,7 @@ def recalibrate_network(
     def outcomes(phase: str) -> Outcomes | None:
         if not evaluate:
             return None
-        batches = sequential_batches(dataset.test, eval_batch_size, rank=ranks.rank, num_ranks=ranks.size)
-        placed = ((runtime.place(images), labels) for images, labels in batches)
-        return measure_outcomes(
-            model,
-            placed,
-            group=ranks.group,
-            progress=lambda done: progress(phase, done, len(dataset.test)),
-        )
+        return outcomes_on_test(model, dataset, runtime, eval_batch_size, phase, progress, ranks)
 
     with runtime.autocast():
         before = outcomes("test images before")
@@ -235,6 +228,29 @@ def recalibrate_network(
     if before is None or after is None:
         return RecalibratedNetwork(done, None)
     return RecalibratedNetwork(done, Scores(before.score, after.score, compare_outcomes(before, after)))
+
+
+def outcomes_on_test(
+    model: nn.Module,
+    dataset: Dataset,
+    runtime: Runtime,
+    batch_size: int,
+    phase: str,
+    progress: PhaseProgress,
+    ranks: Ranks = ALONE,
+) -> Outcomes:
+    """What a placed classifier in eval mode makes of every test image; `phase` names it in `progress`.
+
+    To be called inside `runtime.autocast()`. Raises DataError: see `measure_outcomes`.
+    """
+    batches = sequential_batches(dataset.test, batch_size, rank=ranks.rank, num_ranks=ranks.size)
+    placed = ((runtime.place(images), labels) for images, labels in batches)
+    return measure_outcomes(
+        model,
+        placed,
+        group=ranks.group,
+        progress=lambda done: progress(phase, done, len(dataset.test)),
+    )
 
 
 def save_recalibrated(
