@@ -16,18 +16,9 @@ from bncli.cli.progress import TrainReporter
 from bncli.training import StepDone
 from tests.conftest import Bncli, Outcome
 from tests.faults.conftest import same_run
+from tests.limits import limited
 
 Fault = Callable[[Path], contextlib.AbstractContextManager[None]]
-
-
-@contextlib.contextmanager
-def limited(which: int, value: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(which)
-    resource.setrlimit(which, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(which, (soft, hard))
 
 
 def file_size_limit(_run_dir: Path) -> contextlib.AbstractContextManager[None]:

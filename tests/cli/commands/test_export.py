@@ -5,9 +5,7 @@ import importlib.util
 import io
 import json
 import resource
-import signal
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from bncli.export import export_network
 from tests.conftest import Bncli
 from tests.export.awkward_networks import Awkward
 from tests.export.exported_networks import AWKWARD, HERE, TORCHVISION, export, make_network, round_trip
+from tests.limits import limited
 
 NEEDS = {
     ".onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -379,26 +378,16 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert output.exists()
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may be larger than 4 KiB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize(
     "suffix",
     [".pt2", ".safetensors", *(pytest.param(one, marks=pytest.mark.slow) for one in (".onnx", ".xml"))],
 )
 def test_a_full_disk_is_told_in_one_line_and_leaves_nothing(
-    bncli: Bncli, finished_run: Path, tmp_path: Path, full_disk: None, suffix: str
+    bncli: Bncli, finished_run: Path, tmp_path: Path, suffix: str
 ) -> None:
     skip_without_engine(suffix)
-    outcome = bncli("export", finished_run / "last.pt", "-o", tmp_path / f"a{suffix}", *EXAMPLE)
+    with limited(resource.RLIMIT_FSIZE, 4096):
+        outcome = bncli("export", finished_run / "last.pt", "-o", tmp_path / f"a{suffix}", *EXAMPLE)
     assert outcome.code == 2
     assert "cannot be written: File too large" in outcome.err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
