@@ -44,7 +44,7 @@ run: $(RUNNING)  ## train, evaluate and inspect on the embedded data set
 	$(BIN)/bncli report $(RUN_DIR) --measure
 
 test: $(DEVELOPING)  ## run the quick tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-all: $(DEVELOPING)  ## run all tests, slow proofs included
 	$(BIN)/python -m pytest -m ''

@@ -1,5 +1,6 @@
 """What several test files share: a command line to call, and one small finished run."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ def save_as_if_whole(content: dict[str, object], path: Path) -> None:
     """With digests that match, as a program would write it that means what it writes."""
     content = {key: value for key, value in content.items() if key != "digests"}
     torch.save({**content, "digests": digest_parts(content)}, path)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: without this, each collection of garbage walks all of it anew."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

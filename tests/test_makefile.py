@@ -158,7 +158,7 @@ def test_make_run_installs_what_running_needs_and_make_test_the_rest(machine: Ma
     assert machine.make("test").returncode == 0
     assert machine.calls() == [
         pip("tested,dev"),
-        ".venv/bin/python -m pytest -n logical --maxprocesses 4 --dist loadgroup",
+        ".venv/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal",
     ]
 
 

@@ -8,7 +8,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -152,7 +153,7 @@ def _guarded(run: Callable[[], int], name: str, fail: Callable[[str | BaseExcept
 def _invoke(program: typer.Typer, name: str, arguments: list[str]) -> int:
     """Run the command that the words name; its exit code."""
     # not app(...), which turns Ctrl-C into an exit code without a word
-    command = typer.main.get_command(program)
+    command = _command_of(program)
     try:
         # the shell asks what the words could go on with
         if f"_{name}_COMPLETE".replace("-", "_").upper() in os.environ:
@@ -165,6 +166,12 @@ def _invoke(program: typer.Typer, name: str, arguments: list[str]) -> int:
     except SystemExit as done:  # so ends what Typer does for completion
         return done.code if isinstance(done.code, int) else 0
     return code if isinstance(code, int) else 0
+
+
+@cache
+def _command_of(program: typer.Typer) -> Any:
+    """Built once: from Python, `main` may be called many times."""
+    return typer.main.get_command(program)
 
 
 def _drop_output() -> None:

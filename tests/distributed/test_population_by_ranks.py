@@ -15,8 +15,6 @@ from tests.distributed import population_by_ranks as program
 from tests.distributed.population_by_ranks import BATCH, NUM_IMAGES, SIZES, Deep, found, images, network
 from tests.distributed.torchrun import torchrun
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one launch answers all of them
-
 Answers = list[dict[str, Any]]  # of each rank, by scenario
 
 
