@@ -49,7 +49,7 @@ def save_as_if_whole(content: dict[str, object], path: Path) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays: without this, each collection of garbage walks all of it anew."""
+    """What was imported and collected stays: it is not searched for garbage again and again."""
     gc.freeze()
 
 

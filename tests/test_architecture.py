@@ -143,20 +143,6 @@ def test_the_command_line_starts_without_torch(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_training_imports_nothing_of_other_commands() -> None:
-    code = "import sys; from bncli.training import train; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
-    assert {"bncli.training.loop", "bncli.batchnorm.tracking", "bncli.evaluation.evaluate"} <= loaded
-    others = {
-        "bncli.batchnorm.audit.rules",
-        "bncli.batchnorm.population.recalibrate",
-        "bncli.determinism.certificate",
-        "bncli.checkpoints.any_file",
-    }
-    assert not others & loaded
-
-
 @pytest.mark.parametrize("stub", sorted(PACKAGE.rglob("__init__.pyi")), ids=lambda path: path.parent.name)
 def test_every_name_of_a_package_is_there_whatever_was_imported_before(stub: Path) -> None:
     package = importlib.import_module(".".join(["bncli", *stub.relative_to(PACKAGE).parts[:-1]]))

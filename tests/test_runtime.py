@@ -1,6 +1,8 @@
 import platform
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,19 +115,14 @@ def test_memory_that_was_freed_is_used_again_and_not_faulted_in_anew() -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
 def test_memory_that_was_kept_can_be_given_back() -> None:
-    code = """
-import torch
-from bncli.runtime import keep_freed_memory, release_freed_memory
-def resident():  # MiB
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-keep_freed_memory()
-torch.ones(64 * 2**20)  # 256 MiB
-kept = resident()
-release_freed_memory()
-print(kept - resident())
-"""
-    given_back = float(subprocess.check_output([sys.executable, "-c", code]))
-    assert given_back > 200
+    def resident() -> int:  # MiB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+    keep_freed_memory()
+    torch.ones(64 * 2**20)  # 256 MiB
+    kept = resident()
+    release_freed_memory()
+    assert kept - resident() > 200
 
 
 def test_without_glibc_memory_is_left_to_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,7 @@ assert torch.ops.torchvision.nms and torch.ops.torchvision.qnms
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_torchvision_that_imports_by_itself_is_left_alone(tmp_path):
     warns = """
 import warnings
@@ -98,6 +99,7 @@ except ImportError as error:
     assert result.stdout == "torchvision cannot be imported: compiled for CUDA 99\n", result.stderr
 
 
+@pytest.mark.slow
 def test_another_warning_at_import_is_not_hidden(tmp_path):
     fake = write_fake_torchvision(tmp_path, "import warnings; warnings.warn('something else')")
     result = run("from bncli.torchvision_compat import import_torchvision; import_torchvision()", fake)

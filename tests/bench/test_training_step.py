@@ -71,6 +71,7 @@ def test_the_rival_allocates_memory_as_pytorch_does(
     assert [found.runtime.reuse_memory for found in handed_over] == [False]
 
 
+@pytest.mark.slow
 def test_what_fails_in_the_rivals_process_is_said_here(
     tiny_config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

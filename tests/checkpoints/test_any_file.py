@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import subprocess
 import sys
 import tarfile
 import threading
@@ -12,6 +11,8 @@ from collections import OrderedDict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
 
 import fsspec
 import pytest
@@ -162,30 +163,32 @@ def test_buffers_that_the_state_dict_leaves_out_are_left_out(tmp_path: Path) -> 
         assert list(checkpoint.tensors) == list(model.state_dict())
 
 
-ULTRALYTICS = """
-import sys, types, torch
-from torch import nn
-module = types.ModuleType("ultralytics.nn.tasks")
-class DetectionModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=0.03))
-        self.yaml, self.names = {"nc": 80}, {0: "person"}
-DetectionModel.__module__ = "ultralytics.nn.tasks"
-module.DetectionModel = DetectionModel
-for name in ("ultralytics", "ultralytics.nn"): sys.modules[name] = types.ModuleType(name)
-sys.modules["ultralytics.nn.tasks"] = module
-torch.manual_seed(1)
-model, ema = DetectionModel().half(), DetectionModel().half()
-for m, value in ((model, 2.0), (ema, 3.0)): m.model[1].running_var.fill_(value)
-torch.save({"epoch": 7, "model": model, "ema": ema, "updates": 9, "optimizer": {"state": {}},
-            "train_args": {"lr0": 0.01}, "date": "now"}, sys.argv[1])
-"""
+def save_as_ultralytics(path: Path) -> None:
+    """Its classes are to be found only while the file is written."""
+
+    class DetectionModel(nn.Module):
+        def __init__(self, variance: float) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=0.03))
+            self.model[1].running_var.fill_(variance)
+            self.yaml, self.names = {"nc": 80}, {0: "person"}
+            self.half()
+
+    content = {"epoch": 7, "model": DetectionModel(2.0), "ema": DetectionModel(3.0), "updates": 9}
+    content |= {"optimizer": {"state": {}}, "train_args": {"lr0": 0.01}, "date": "now"}
+    module = ModuleType("ultralytics.nn.tasks")
+    module.DetectionModel = DetectionModel
+    DetectionModel.__module__, DetectionModel.__qualname__ = module.__name__, "DetectionModel"
+    parents = {name: ModuleType(name) for name in ("ultralytics", "ultralytics.nn")}
+    with patch.dict(sys.modules, parents | {module.__name__: module}):
+        torch.save(content, path)
 
 
 def test_the_layout_of_ultralytics_is_read_without_its_classes(tmp_path: Path) -> None:
     path = tmp_path / "yolo.pt"
-    subprocess.run([sys.executable, "-c", ULTRALYTICS, str(path)], check=True)
+    save_as_ultralytics(path)
+    with pytest.raises(ModuleNotFoundError, match="ultralytics"):
+        torch.load(path, weights_only=False)
     (layer,) = layers_of(path)  # as Ultralytics' own loader: the moving average first
     assert (layer.name, layer.eps, layer.momentum) == ("model.1", 1e-3, 0.03)
     assert layer.running_var.dtype == torch.float16

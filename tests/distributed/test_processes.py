@@ -44,6 +44,7 @@ def failing(num_ranks: int, *words: object, seconds: float = 60, **changes: str)
     return done
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_with_one_line() -> None:
     done = failing(2, "train", "error")
     assert done.errors == ["rank 1 of 2: no data here"]

@@ -27,7 +27,7 @@ SECONDS = 20  # of one case; the slowest took a fraction of one
 MEMORY = 1 << 20  # KiB that the process may grow by over all cases
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # cases of configurations, of checkpoints and of images
-QUICK, SLOW = (150, 200, 150), (2_500, 4_500, 3_000)
+QUICK, SLOW = (60, 80, 60), (2_500, 4_500, 3_000)
 
 
 @contextmanager

@@ -80,8 +80,8 @@ def test_as_many_threads_as_may_run_at_once_and_why(
     ("module", "code"),
     [
         ("torch", "raise OSError('libtorch_cpu.so: cannot open shared object file')"),
-        ("torchvision", "raise RuntimeError('ABI mismatch')"),
         ("numpy", "raise ImportError('broken')"),
+        pytest.param("torchvision", "raise RuntimeError('ABI mismatch')", marks=pytest.mark.slow),
         *(
             pytest.param(module, "raise ImportError('broken')", marks=pytest.mark.slow)
             for module in ("yaml", "matplotlib")

@@ -37,7 +37,14 @@ def ruined(run: Path, layer: str, folder: Path) -> Path:
     return folder / "ruined.pt"
 
 
-@pytest.mark.parametrize("layer", ["stages.0.0.norm", "stages.1.0.norm", "stages.2.0.norm"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param("stages.0.0.norm", marks=pytest.mark.slow),
+        "stages.1.0.norm",
+        pytest.param("stages.2.0.norm", marks=pytest.mark.slow),
+    ],
+)
 def test_the_layer_whose_statistics_were_lost_is_named_and_recalibration_brings_it_back(
     bncli: Bncli, good_run: Path, tmp_path: Path, layer: str
 ) -> None:
