@@ -53,8 +53,12 @@ _BATCH = 256  # samples that are read at a time where all are kept
 _SPLITS = {True: ("train", "trainval"), False: ("test", "val", "valid")}
 
 
-def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -> Dataset:
+def load_named_data(
+    config: NamedDataConfig, progress: Progress | None = None, *, only_train: bool = False
+) -> Dataset:
     """Call what the name names, and read what fits into memory.
+
+    With `only_train` it is called for the training split alone, which is then the test split too.
 
     Raises:
         DataError: there is no such data set, what makes it raises or returns something else, or its samples
@@ -65,7 +69,8 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
     try:
         with running_foreign_code(config.name):
             factory, arguments = _find(config)
-            made = [_call(factory, arguments, is_training=is_training) for is_training in (True, False)]
+            made = [_call(factory, arguments, is_training=True)]
+            made.append(made[0] if only_train else _call(factory, arguments, is_training=False))
     except UnusableError as error:
         # what torchvision says of it is for Python
         missing = "download=True" in str(error) and "download" not in config.arguments
@@ -76,7 +81,7 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
         made[1] = made[0]
         notes.append(f"{config.name} has no argument train or split: the test samples are the training's")
     train = _split(made[0], config, "training", progress)
-    is_same = made[1] is made[0] and config.num_test in (None, config.num_train)
+    is_same = only_train or (made[1] is made[0] and config.num_test in (None, config.num_train))
     test = train if is_same else _split(made[1], config, "test", progress)
     if not (train.can_shuffle and test.can_shuffle):
         notes.append(f"{config.name} gives samples in one order only: a sample of them is its beginning")
