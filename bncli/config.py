@@ -339,6 +339,11 @@ class NamedModelConfig(Section):
         description="What that function takes, by name. A network that takes num_classes gets the data set's"
         " where it is not given. Weights are random at first; none are downloaded.",
     )
+    logits: Annotated[str, Field(min_length=1, max_length=200)] | int | None = Field(
+        None,
+        description="Where the scores of the classes are, if the network returns several outputs: a key, the"
+        " name of an attribute, or a number; null is `logits`, if there is one of that name.",
+    )
 
 
 def _kind_of_model(values: Any) -> str:

@@ -121,6 +121,7 @@ def _plain_twin(setup: Setup) -> nn.Module:
         image_size=setup.image_shape[-1],
         mean=setup.normalization.mean,
         std=setup.normalization.std,
+        keep_helpers=True,
     )
     return model.to(setup.runtime.device)
 

@@ -143,7 +143,7 @@ def _repeated(config: Config, name: str, arguments: Mapping[str, Any], source: s
         raise CheckpointError(f"{source}: it records the network {_shown(recorded.name)}, not {name}{moved}")
     if isinstance(recorded, ConvNetConfig):
         return config
-    values = {"name": name, "arguments": {**recorded.arguments, **arguments}}
+    values = {"name": name, "arguments": {**recorded.arguments, **arguments}, "logits": recorded.logits}
     return config.model_copy(update={"model": NamedModelConfig.model_validate(values)})
 
 

@@ -284,11 +284,16 @@ def _config_of_options(
 
 
 def load_subject_data(
-    subject: Subject, *, classifies: bool = True, processes: "Processes | None" = None
+    subject: Subject,
+    *,
+    classifies: bool = True,
+    only_train: bool = False,
+    processes: "Processes | None" = None,
 ) -> "Dataset":
     """The data set that the network was trained on, or that the overrides name; checked to fit the network.
 
-    Without `classifies` the network is not asked for classes. `processes` that work together have images in
+    Without `classifies` the network is not asked for classes. With `only_train` no test image is read, and
+    the training split stands for the test split. `processes` that work together have images in
     memory only once. Raises DataError, and NoClassifierError.
     """
     from bncli.cli.progress import ProgressReporter
@@ -305,7 +310,7 @@ def load_subject_data(
         )
 
         def load() -> "Dataset":
-            return load_dataset(data, progress=progress, may_download=False)
+            return load_dataset(data, progress=progress, may_download=False, only_train=only_train)
 
         try:
             if processes is None:

@@ -2,9 +2,9 @@
 
 Two levels, so that starting is quick and an edit is never missed:
 
-1. ROOT-SIZE.json, one per image folder, remembers the manifest (every file's path, size and times), the
-   content key it had and, where it was asked for, the data set's digest. While the manifest is the same, no
-   file is opened.
+1. FOLDER-SIZE.json, one for each split of an image folder, remembers the manifest (every file's path, size
+   and times), the content key it had and, where it was asked for, the digest of the whole data set. While
+   the manifest is the same, no file is opened.
 2. Otherwise all files are read and hashed. CONTENT.npy holds the pixels for that content key, so files
    that were only touched, copied or moved as a whole are not decoded again.
 
@@ -64,6 +64,7 @@ def default_cache() -> Path:
 
 def cached_images(
     root: Path,
+    split: str,
     files: list[ImageFile],
     fit: decode.Fit,
     folder: Path,
@@ -71,7 +72,8 @@ def cached_images(
 ) -> Tensor:
     """Return the decoded images (N, 3, image_size, image_size) uint8, in the order of `files`.
 
-    The tensor is a private copy-on-write view of the cache file: writing to it changes no file.
+    The files are those of the folder `split` in `root`. The tensor is a private copy-on-write view of the
+    cache file: writing to it changes no file.
 
     Raises:
         DataError: a file cannot be read or decoded, or the cache cannot be written.
@@ -82,19 +84,19 @@ def cached_images(
         what=f"data: mapping {len(files):,} images of {fit.image_size}x{fit.image_size} pixels",
         fix="raise the limit, or set data.image_size lower",
     )
-    manifest, pointer = _manifest(files), _pointer(root, fit, folder)
+    manifest, pointer = _manifest(files), _pointer(root / split, fit, folder)
     note = _remembered(pointer, manifest)
     images = None if note is None else _map(_entry(pointer, note), shape)
     if note is not None and images is not None:
         _touch(pointer, _entry(pointer, note))
         return images
-    hashes = _hash_files(root, files, progress)
+    hashes = _hash_files(root, split, files, progress)
     named = (f"{file.path}\0{digest}\n" for file, digest in zip(files, hashes, strict=True))
     content = _digest(itertools.chain([f"bncli images {decode.VERSION} {fit}\n"], named))
     entry = folder / f"{content}.npy"
     images = _map(entry, shape)
     if images is None:
-        pixels = _decode_files(root, files, hashes, fit, progress)
+        pixels = _decode_files(root, split, files, hashes, fit, progress)
         _evict(folder)
         with _written(entry) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -118,9 +120,11 @@ class Known(NamedTuple):
     note: dict[str, str]  # what stands in it
 
 
-def known_images(root: Path, files: list[ImageFile], fit: decode.Fit, folder: Path) -> Known | None:
+def known_images(
+    root: Path, split: str, files: list[ImageFile], fit: decode.Fit, folder: Path
+) -> Known | None:
     """Return what `cached_images` would, where no file needs to be opened for it; None elsewhere."""
-    pointer = _pointer(root, fit, folder)
+    pointer = _pointer(root / split, fit, folder)
     note = _remembered(pointer, _manifest(files))
     images = (
         None if note is None else _map(_entry(pointer, note), (len(files), 3, fit.image_size, fit.image_size))
@@ -142,14 +146,14 @@ def note_digest(known: Known, digest: str) -> None:
 
 
 def decoded_images(
-    root: Path, files: list[ImageFile], fit: decode.Fit, progress: Progress | None = None
+    root: Path, split: str, files: list[ImageFile], fit: decode.Fit, progress: Progress | None = None
 ) -> Iterator[bytes]:
     """Yield each image's pixels, (3, image_size, image_size) uint8, in order; the cache plays no part.
 
     Raises:
         DataError: a file cannot be read or decoded.
     """
-    return _decode_files(root, files, None, fit, progress)
+    return _decode_files(root, split, files, None, fit, progress)
 
 
 def _entry(pointer: Path, note: dict[str, str]) -> Path:
@@ -160,8 +164,8 @@ def _manifest(files: list[ImageFile]) -> str:
     return _digest(f"{path}\0{size} {mtime} {ctime}\n" for path, size, mtime, ctime in files)
 
 
-def _pointer(root: Path, fit: decode.Fit, folder: Path) -> Path:
-    return folder / f"{_digest([str(root.resolve())])[:32]}-{fit}.json"
+def _pointer(split: Path, fit: decode.Fit, folder: Path) -> Path:
+    return folder / f"{_digest([str(split.resolve())])[:32]}-{fit}.json"
 
 
 def _digest(parts: Iterable[str]) -> str:
@@ -229,15 +233,16 @@ def _written(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"data.cache: cannot write {path}: {error}; choose another folder") from error
 
 
-def _hash_files(root: Path, files: list[ImageFile], progress: Progress | None) -> list[str]:
+def _hash_files(root: Path, split: str, files: list[ImageFile], progress: Progress | None) -> list[str]:
     def hash_file(index: int) -> str:
         return hashlib.sha256(_read(root / files[index].path)).hexdigest()
 
-    return list(_in_parallel("hash images", hash_file, len(files), progress))
+    return list(_in_parallel(f"hash {split} images", hash_file, len(files), progress))
 
 
 def _decode_files(
     root: Path,
+    split: str,
     files: list[ImageFile],
     hashes: list[str] | None,
     fit: decode.Fit,
@@ -253,7 +258,7 @@ def _decode_files(
         return decode.decode_named(path, content, fit).tobytes()
 
     with decode.bombs_refused():
-        yield from _in_parallel("decode images", decode_file, len(files), progress)
+        yield from _in_parallel(f"decode {split} images", decode_file, len(files), progress)
 
 
 def _in_parallel(what: str, work: Callable[[int], _T], total: int, progress: Progress | None) -> Iterator[_T]:

@@ -26,6 +26,7 @@ from bncli.data.decode import Fit, decode_file
 from bncli.data.fingerprint import content_of, digest_dataset, digest_splits, is_of_listing
 from bncli.data.imagecache import (
     ImageFile,
+    Known,
     cached_images,
     decoded_images,
     default_cache,
@@ -50,8 +51,10 @@ _LIKE_TEST = {"test", "testing", "tests", "val", "validation", "valid", "eval", 
 _SHOWN = 5  # names of folders in a message
 
 
-def find_splits(root: Path) -> tuple[Path, str]:
+def find_splits(root: Path, *, only_train: bool = False) -> tuple[Path, str]:
     """Return the folder above the splits, and the name of the test split in it: train for one without labels.
+
+    With `only_train` no test split is looked for, and the name is train.
 
     Raises:
         DataError: a split is missing; it says what is there instead.
@@ -60,7 +63,7 @@ def find_splits(root: Path) -> tuple[Path, str]:
         root = _above_splits(root)
         if not (root / TRAIN).is_dir():
             raise DataError(f"{_no_split(root, TRAIN)}; {_instead_of_train(root)}")
-        return root, TRAIN if _is_unlabelled(root / TRAIN) else _test_name(root)
+        return root, TRAIN if only_train or _is_unlabelled(root / TRAIN) else _test_name(root)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise DataError(f"data.root: {str(root)!r} cannot be listed: {error}") from error
 
@@ -151,6 +154,7 @@ _checked: dict[ImageFolderConfig, Dataset] = {}
 class _Listing:
     """The files of one split, in order, with their labels."""
 
+    name: str  # of its folder
     classes: tuple[str, ...]  # none: all labels are NO_LABEL
     files: list[ImageFile]
     labels: list[int]
@@ -161,8 +165,12 @@ class _Listing:
         return hashlib.sha256(os.fsencode(listed)).digest()
 
 
-def load_image_folder(config: ImageFolderConfig, progress: Progress | None = None) -> Dataset:
+def load_image_folder(
+    config: ImageFolderConfig, progress: Progress | None = None, *, only_train: bool = False
+) -> Dataset:
     """Load the images, each made a square of `config.image_size` pixels as `decode` says.
+
+    With `only_train` the test split is not even looked for, and the training images are both splits.
 
     Raises:
         DataError: a folder is missing or empty, the splits have different classes, an image is broken,
@@ -171,19 +179,28 @@ def load_image_folder(config: ImageFolderConfig, progress: Progress | None = Non
     checked = _checked.pop(config, None)
     if checked is not None:
         return checked
-    root, train, test = _list_splits(config)
-    why = _why_streamed(config, len(train.files) + len(test.files))
+    root, train, test = _list_splits(config, only_train=only_train)
+    why = _why_streamed(config, train, test)
     if why is not None:
         return _streamed(config, root, train, test, why)
-    files = train.files if test is train else [*train.files, *test.files]
-    images = cached_images(root, files, fit_of(config), _cache_folder(config), progress)
-    return replace(_dataset_of(images, train, test), notes=_notes_of(root, train))
+    images = [
+        cached_images(root, split.name, split.files, fit_of(config), _cache_folder(config), progress)
+        for split in _different(train, test)
+    ]
+    notes = () if only_train else _notes_of(root, train)
+    return replace(_dataset_of(images, train, test), notes=notes)
 
 
-def _why_streamed(config: ImageFolderConfig, num_images: int) -> str | None:
+def _different(train: _Listing, test: _Listing) -> list[_Listing]:
+    """The splits, or the one that is both."""
+    return [train] if test is train else [train, test]
+
+
+def _why_streamed(config: ImageFolderConfig, train: _Listing, test: _Listing) -> str | None:
     """The reason why images are decoded whenever they are asked for; None: they are cached."""
     if config.stream != "auto":
         return "as asked for" if config.stream else None
+    num_images = sum(len(split.files) for split in _different(train, test))
     needed = num_images * 3 * config.image_size**2
     if needed > MAX_CACHED:
         return f"the cache would take {gigabytes(needed)}"
@@ -194,7 +211,7 @@ def _why_streamed(config: ImageFolderConfig, num_images: int) -> str | None:
 
 
 def _streamed(config: ImageFolderConfig, root: Path, train: _Listing, test: _Listing, why: str) -> Dataset:
-    def split(listing: _Listing) -> StreamedSplit:
+    def stream(listing: _Listing) -> StreamedSplit:
         return StreamedSplit(
             _FileReader(root, listing, fit_of(config)),
             len(listing.files),
@@ -206,7 +223,8 @@ def _streamed(config: ImageFolderConfig, root: Path, train: _Listing, test: _Lis
 
     note = f"images are decoded whenever they are used, as {why}; --set data.stream=false keeps them"
     notes = (note,) if config.stream == "auto" else ()
-    return Dataset("imagefolder", split(train), split(test), train.classes, notes + _notes_of(root, train))
+    splits = [stream(split) for split in _different(train, test)]
+    return Dataset("imagefolder", splits[0], splits[-1], train.classes, notes + _notes_of(root, train))
 
 
 def _notes_of(root: Path, train: _Listing) -> tuple[str, ...]:
@@ -250,8 +268,7 @@ def check_digest(
     if found != [classes, classes]:
         raise DataError("it has other classes")
     root, train, test = _list_splits(config)
-    files = [*train.files, *test.files]
-    why = _why_streamed(config, len(files))
+    why = _why_streamed(config, train, test)
     if why is not None or is_of_listing(digest):
         streamed = _streamed(config, root, train, test, why or "")
         if is_of_listing(digest):
@@ -262,18 +279,24 @@ def check_digest(
         if why is not None:
             _checked[config] = streamed
         return
-    key = (root, files, fit_of(config), _cache_folder(config))
-    known = known_images(*key)
-    if known is None:
-        found_digest = _digest_files(root, train, test, fit_of(config), progress)
+    fit, cache = fit_of(config), _cache_folder(config)
+
+    def look_up() -> list[Known]:
+        found = (known_images(root, split.name, split.files, fit, cache) for split in (train, test))
+        return [one for one in found if one is not None]
+
+    known = look_up()
+    if len(known) < 2:
+        found_digest = _digest_files(root, train, test, fit, progress)
+    elif known[0].digest is not None and known[0].digest == known[1].digest:
+        found_digest = known[0].digest  # over both splits: where both note it, both are its images
     else:
-        found_digest = known.digest or digest_dataset(_dataset_of(known.images, train, test))
+        found_digest = digest_dataset(_dataset_of([one.images for one in known], train, test))
     _require_same(found_digest, digest)
-    images = cached_images(*key, progress) if known is None else known.images
+    images = [cached_images(root, split.name, split.files, fit, cache, progress) for split in (train, test)]
     _checked[config] = _dataset_of(images, train, test)
-    known = known or known_images(*key)
-    if known is not None:
-        note_digest(known, digest)
+    for one in look_up():
+        note_digest(one, digest)
 
 
 def _require_same(found: str, digest: str) -> None:
@@ -287,17 +310,14 @@ def _cache_folder(config: ImageFolderConfig) -> Path:
     return default_cache() if config.cache is None else user_path(config.cache, "data.cache")
 
 
-def _dataset_of(images: torch.Tensor, train: _Listing, test: _Listing) -> Dataset:
-    if not train.classes:
-        unlabelled = InMemory(images[: len(train.files)], None)
-        return Dataset("imagefolder", unlabelled, unlabelled, ())
-    num_train = len(train.files)
-    return Dataset(
-        "imagefolder",
-        Split(images[:num_train], torch.tensor(train.labels, dtype=torch.int64)),
-        Split(images[num_train:], torch.tensor(test.labels, dtype=torch.int64)),
-        train.classes,
-    )
+def _dataset_of(images: list[torch.Tensor], train: _Listing, test: _Listing) -> Dataset:
+    splits: list[InMemory] = [
+        Split(pixels, torch.tensor(split.labels, dtype=torch.int64))
+        if split.classes
+        else InMemory(pixels, None)
+        for pixels, split in zip(images, _different(train, test), strict=True)
+    ]
+    return Dataset("imagefolder", splits[0], splits[-1], train.classes)
 
 
 def _digest_files(root: Path, train: _Listing, test: _Listing, fit: Fit, progress: Progress | None) -> str:
@@ -305,7 +325,7 @@ def _digest_files(root: Path, train: _Listing, test: _Listing, fit: Fit, progres
     splits = (
         content_of(
             (len(split.files), 3, fit.image_size, fit.image_size),
-            decoded_images(root, split.files, fit, progress),
+            decoded_images(root, split.name, split.files, fit, progress),
             split.labels,
         )
         for split in (train, test)
@@ -328,9 +348,9 @@ def list_images(folder: Path) -> list[str]:
     return [file.path for _, file in found]
 
 
-def _list_splits(config: ImageFolderConfig) -> tuple[Path, _Listing, _Listing]:
+def _list_splits(config: ImageFolderConfig, *, only_train: bool = False) -> tuple[Path, _Listing, _Listing]:
     """Return the folder above the splits, and both."""
-    root, test_name = find_splits(user_path(config.root, "data.root"))
+    root, test_name = find_splits(user_path(config.root, "data.root"), only_train=only_train)
     train = _list_split(root, TRAIN)
     test = train if test_name == TRAIN else _list_split(root, test_name)
     _check_same_classes(root, train, test, test_name)
@@ -344,7 +364,7 @@ def _list_split(root: Path, split: str) -> _Listing:
         if not names and split == TRAIN:
             unlabelled = [file for _, file in sorted(_walk(folder, split, ()))]
             if unlabelled:
-                return _Listing((), unlabelled, [NO_LABEL] * len(unlabelled))
+                return _Listing(split, (), unlabelled, [NO_LABEL] * len(unlabelled))
         if not names:
             loose = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir())
             what = (
@@ -362,7 +382,7 @@ def _list_split(root: Path, split: str) -> _Listing:
             labels += [label] * len(found)
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error}") from error
-    return _Listing(names, files, labels)
+    return _Listing(split, names, files, labels)
 
 
 def _walk(folder: Path, relative: str, above: tuple[tuple[int, int], ...]) -> list[tuple[str, ImageFile]]:

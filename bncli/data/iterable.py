@@ -14,15 +14,19 @@ from bncli.indexed import Indices
 class IterableSplit:
     """A split of `size` inputs that `begin` gives from the first one on, whenever it is called.
 
+    `name` is what errors call the data set.
+
     Numbers that do not rise are found too, by beginning anew.
     """
 
     can_shuffle = False
     device = torch.device("cpu")
 
-    def __init__(self, begin: Callable[[], Iterator[Sample]], size: int, labels: Tensor | None) -> None:
+    def __init__(
+        self, begin: Callable[[], Iterator[Sample]], size: int, labels: Tensor | None, name: str = ""
+    ) -> None:
         self.labels = labels
-        self._begin, self._size = begin, size
+        self._begin, self._size, self._name = begin, size, name
         self._first, _ = next(begin())
         self.image_shape: tuple[int, ...] = tuple(self._first.shape)
         self.dtype = torch.from_numpy(self._first).dtype
@@ -34,6 +38,7 @@ class IterableSplit:
             lambda: ((found, numbers[label]) for found, label in self._begin()),
             self._size,
             None if self.labels is None else new_labels[self.labels],
+            self._name,
         )
 
     def __len__(self) -> int:
@@ -59,7 +64,8 @@ class IterableSplit:
                         found[number] = sample
                         break
                 else:
-                    raise DataError(f"the first pass gave {self._size:,} inputs and a later one {position:,}")
+                    found_later = f"the first pass gave {self._size:,} inputs and a later one {position:,}"
+                    raise DataError(f"{self._name and f'data {self._name}: '}{found_later}")
             inputs, labels = zip(*(found[number] for number in numbers), strict=True)
-            check_alike(self._first, inputs, numbers)
+            check_alike(self._first, inputs, numbers, self._name)
             yield torch.from_numpy(np.stack(inputs)), torch.tensor(labels)

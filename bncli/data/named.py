@@ -49,12 +49,18 @@ from bncli.indexed import NO_LABEL, Indexed, InMemory, in_order
 FORMS = "torchvision:NAME, package.module:NAME or path/to/file.py:NAME"
 MAX_KEPT = 4_000_000_000  # bytes of inputs
 _BATCH = 256  # samples that are read at a time where all are kept
+_MAX_LABEL = 9_999_999  # each class up to the highest gets a name
+_MAX_COUNTED = 10_000_000  # samples of an iterable, which may never end
 # what `split` may be, in the order in which it is tried
 _SPLITS = {True: ("train", "trainval"), False: ("test", "val", "valid")}
 
 
-def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -> Dataset:
+def load_named_data(
+    config: NamedDataConfig, progress: Progress | None = None, *, only_train: bool = False
+) -> Dataset:
     """Call what the name names, and read what fits into memory.
+
+    With `only_train` it is called for the training split alone, which is then the test split too.
 
     Raises:
         DataError: there is no such data set, what makes it raises or returns something else, or its samples
@@ -65,7 +71,8 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
     try:
         with running_foreign_code(config.name):
             factory, arguments = _find(config)
-            made = [_call(factory, arguments, is_training=is_training) for is_training in (True, False)]
+            made = [_call(factory, arguments, is_training=True)]
+            made.append(made[0] if only_train else _call(factory, arguments, is_training=False))
     except UnusableError as error:
         # what torchvision says of it is for Python
         missing = "download=True" in str(error) and "download" not in config.arguments
@@ -76,7 +83,7 @@ def load_named_data(config: NamedDataConfig, progress: Progress | None = None) -
         made[1] = made[0]
         notes.append(f"{config.name} has no argument train or split: the test samples are the training's")
     train = _split(made[0], config, "training", progress)
-    is_same = made[1] is made[0] and config.num_test in (None, config.num_train)
+    is_same = only_train or (made[1] is made[0] and config.num_test in (None, config.num_train))
     test = train if is_same else _split(made[1], config, "test", progress)
     if not (train.can_shuffle and test.can_shuffle):
         notes.append(f"{config.name} gives samples in one order only: a sample of them is its beginning")
@@ -185,7 +192,7 @@ def _split(made: object, config: NamedDataConfig, which: str, progress: Progress
     if len(made) == 0:
         raise DataError(f"data {config.name}: its {which} split has no samples")
     size = len(made) if limit is None else min(limit, len(made))
-    streamed = StreamedSplit(reader, size, num_workers=workers)
+    streamed = StreamedSplit(reader, size, name=config.name, num_workers=workers)
     first, _ = reader(0)
     needed = first.nbytes * size
     if config.stream is True or (config.stream == "auto" and not _fits(needed)):
@@ -230,6 +237,9 @@ def _read_through(
     labels: list[int] = []
     num_bytes = 0
     for image, label in begin():
+        if limit is None and len(labels) == _MAX_COUNTED:
+            more = f"its {which} split has no length, and yields more than {_MAX_COUNTED:,} samples"
+            raise DataError(f"data {config.name}: {more}; --set {key}=N says how many to read")
         labels.append(label)
         num_bytes += image.nbytes
         if kept is not None:
@@ -242,11 +252,8 @@ def _read_through(
         raise DataError(f"data {config.name}: its {which} split yields nothing")
     known = _labels(torch.tensor(labels))
     if kept is None:
-        return IterableSplit(begin, len(labels), known)
-    try:
-        check_alike(kept[0], kept, range(len(kept)))
-    except DataError as error:
-        raise DataError(f"data {config.name}: {error}") from None
+        return IterableSplit(begin, len(labels), known, config.name)
+    check_alike(kept[0], kept, range(len(kept)), config.name)
     return InMemory(torch.from_numpy(np.stack(kept)), known)
 
 
@@ -315,9 +322,9 @@ def _label(found: object) -> int:
         return NO_LABEL
     if isinstance(found, Tensor | np.ndarray) and found.ndim == 0:
         found = found.item()
-    if not isinstance(found, int | np.integer) or found < NO_LABEL:
+    if not isinstance(found, int | np.integer) or not NO_LABEL <= found <= _MAX_LABEL:
         shown = f"{found!r}" if isinstance(found, int | float | str) else type(found).__name__
-        raise UnusableError(f"its label is {shown[:60]}, expected a whole number of 0 or more")
+        raise UnusableError(f"its label is {shown[:60]}, expected a whole number from 0 to {_MAX_LABEL:,}")
     return int(found)
 
 

@@ -38,8 +38,8 @@ class StreamedSplit:
     """A split whose inputs `read` gives one by one, in worker processes; it raises DataError.
 
     Where `labels` are not given, all inputs are read once when they are asked for, unless it is known that
-    there are none (`are_labelled`). `identity` tells the
-    inputs from others, as far as that is known without reading them. `num_workers` None is as many as there
+    there are none (`are_labelled`). `identity` tells the inputs from others, as far as that is known without
+    reading them. `name` is what errors call the data set. `num_workers` None is as many as there
     are CPUs for this process; 0 reads in this process.
     """
 
@@ -54,9 +54,10 @@ class StreamedSplit:
         labels: Tensor | None = None,
         are_labelled: bool = True,
         identity: bytes = b"",
+        name: str = "",
         num_workers: int | None = None,
     ) -> None:
-        self.identity = identity
+        self.identity, self._name = identity, name
         self._read, self._size, self._known_labels = read, size, labels
         self._are_labelled = are_labelled
         self._num_workers = default_workers() if num_workers is None else num_workers
@@ -70,6 +71,7 @@ class StreamedSplit:
             labels=labels,
             are_labelled=self._are_labelled,
             identity=self.identity,
+            name=self._name,
             num_workers=self._num_workers,
         )
 
@@ -136,7 +138,7 @@ class StreamedSplit:
                 yield torch.from_numpy(inputs), torch.from_numpy(labels)
 
     def _read_chunks(self, chunks: Iterator[list[int]]) -> Generator[_Chunk, None, None]:
-        reader = _ChunkReader(self._read, self._first)
+        reader = _ChunkReader(self._read, self._first, self._name)
         begun = list(islice(chunks, _FEW + 1))
         several = self._num_workers > 0 and len(begun) > _FEW
         read = self._in_workers if several else _in_this_process
@@ -207,27 +209,30 @@ def default_workers() -> int:
 class _ChunkReader:
     """Reads a few inputs at once: what workers have of the split."""
 
-    def __init__(self, read: Callable[[int], Sample], first: npt.NDArray[Any]) -> None:
-        self._read, self._first = read, first
+    def __init__(self, read: Callable[[int], Sample], first: npt.NDArray[Any], name: str) -> None:
+        self._read, self._first, self._name = read, first, name
 
     def __getitem__(self, numbers: list[int]) -> _Chunk | str:
         """Inputs and labels, or what is wrong with one of them."""
         try:
             with bombs_refused():
                 inputs, labels = zip(*map(self._read, numbers), strict=True)
-            check_alike(self._first, inputs, numbers)
+            check_alike(self._first, inputs, numbers, self._name)
         except DataError as error:
             return str(error)
         return np.stack(inputs), np.array(labels, np.int64)
 
 
-def check_alike(first: npt.NDArray[Any], inputs: Iterable[npt.NDArray[Any]], numbers: Iterable[int]) -> None:
+def check_alike(
+    first: npt.NDArray[Any], inputs: Iterable[npt.NDArray[Any]], numbers: Iterable[int], name: str = ""
+) -> None:
     """Raise DataError where inputs differ from the first one of all in shape or type, by their numbers."""
     for number, found in zip(numbers, inputs, strict=True):
         if found.shape != first.shape or found.dtype != first.dtype:
+            fix = "data.image_size resizes PIL images" if found.dtype == first.dtype else "convert them"
             raise DataError(
-                f"inputs 0 and {number:,} differ: {first.dtype} {first.shape} and {found.dtype}"
-                f" {found.shape}; all need one shape and type: resize images, as data.image_size does"
+                f"{name and f'data {name}: '}inputs 0 and {number:,} differ: {first.dtype} {first.shape} and"
+                f" {found.dtype} {found.shape}; all need one shape and type: {fix}"
             )
 
 

@@ -12,17 +12,22 @@ from bncli.wording import list_names, plural
 LOGITS = "logits"
 
 
-def pick_output(network: nn.Module, name: str | None = None) -> None:
+def pick_output(network: nn.Module, name: str | None = None, *, keep_helpers: bool = False) -> None:
     """Let the network return this output alone: see `find_output`.
 
     Without a name the output called logits, where there is one among several. So it is in transformers, and
     in train mode in torchvision's networks with auxiliary heads, which in eval mode return a single tensor.
+    With `keep_helpers` a tuple stays whole without a name: training adds the losses of those heads.
 
     It is a hook, no module around the network: so the layers keep their names.
     """
 
     def pick(_: nn.Module, __: object, outputs: object) -> object:
-        return find_output(outputs, name) if name is not None else _items(outputs).get(LOGITS, outputs)
+        if name is not None:
+            return find_output(outputs, name)
+        if keep_helpers and isinstance(outputs, tuple):
+            return outputs
+        return _items(outputs).get(LOGITS, outputs)
 
     network.register_forward_hook(pick)
 

@@ -36,14 +36,14 @@ def check_network(model: nn.Module, name: str, images: Tensor, num_classes: int)
         try:
             with context(model), preserved_buffers(model), torch.random.fork_rng(devices=[]), torch.no_grad():
                 outputs = model(images)
-        except BncliError:
-            raise
+        except BncliError as error:  # what `model.logits` asks for is not there
+            raise refuse(f"model.logits: {error}") from None
         except Exception as error:  # of anybody's network
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise refuse(f"cannot compute two images of {size} values in {mode} mode: {text}") from None
         logits = find_logits(outputs) if mode == "train" else outputs
         if not isinstance(logits, Tensor):
-            found = f"{describe_outputs(outputs)}; let it return the logits alone"
+            found = f"{describe_outputs(outputs)}; --set model.logits=NAME takes one of them"
         elif logits.ndim != 2 or len(logits) != len(images) or not logits.is_floating_point():
             found = f"a tensor {tuple(logits.shape)} of {str(logits.dtype).removeprefix('torch.')}"
         elif logits.shape[1] != num_classes:

@@ -162,6 +162,7 @@ def prepare(
         mean=normalization.mean,
         std=normalization.std,
         seed=config.train.seed,
+        keep_helpers=True,
     )
     if isinstance(config.model, ConvNetConfig):
         assert isinstance(model, ConvNet)

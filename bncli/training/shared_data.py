@@ -81,7 +81,8 @@ def _tensors_of(dataset: Dataset) -> list[Tensor] | None:
     train, test = dataset.train, dataset.test
     if not isinstance(train, Split) or not isinstance(test, Split):
         return None
-    return [train.images, train.labels, test.images, test.labels]
+    splits = [train] if test is train else [train, test]
+    return [tensor for split in splits for tensor in (split.images, split.labels)]
 
 
 def _mapped(place: _Place) -> Dataset:
@@ -94,5 +95,6 @@ def _mapped(place: _Place) -> Dataset:
         torch.frombuffer(memory, dtype=dtype, count=torch.Size(shape).numel(), offset=offset).view(shape)
         for offset, shape, dtype in place.tensors
     ]
-    train, test = Split(*found[:2]), Split(*found[2:])
+    train = Split(*found[:2])
+    test = Split(*found[2:]) if found[2:] else train
     return Dataset(place.name, train, test, place.class_names, place.notes)

@@ -115,6 +115,30 @@ def bad_label() -> list[tuple[Tensor, object]]:
     return [(torch.zeros(3), 0), (torch.zeros(3), "cat")]
 
 
+def huge_label() -> list[tuple[Tensor, int]]:
+    return [(torch.zeros(3), 10**30)]
+
+
+def real_label() -> list[tuple[Tensor, float]]:
+    return [(torch.zeros(3), 0.5)]
+
+
+def ragged_stream() -> Stream:
+    return RaggedStream(9)
+
+
+class RaggedStream(Stream):
+    """The fifth has another size."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for number, (image, label) in enumerate(super().__iter__()):
+            yield image[:, : 8 - (number == 4)], label
+
+
+def types() -> list[tuple[Tensor, int]]:
+    return [(torch.zeros(3, 4, 4), 0), (torch.zeros(3, 4, 4, dtype=torch.uint8), 1)]
+
+
 def far_label() -> "Far":
     return Far()
 

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,9 @@ from bncli.data.imagefolder import EXTENSIONS
 from bncli.errors import DataError
 from bncli.indexed import NO_LABEL
 from bncli.torchvision_compat import import_torchvision
+
+HASHED = ["hash train images", "hash test images"]
+MADE = ["hash train images", "decode train images", "hash test images", "decode test images"]
 
 
 class Folder:
@@ -42,10 +46,20 @@ class Folder:
         return ImageFolderConfig(root=str(self.root), cache=str(self.cache))
 
     def load(self):
-        """Load, and say which of "hash images" and "decode images" it took."""
+        """Load, and say which steps of MADE it took."""
         steps = []
         dataset = load_dataset(self.config, progress=lambda what, *_: steps.append(what))
         return dataset, steps
+
+    def pointer(self, split: str) -> Path:
+        """What the cache notes of a split."""
+        name = hashlib.sha256(str((self.root / split).resolve()).encode()).hexdigest()
+        (found,) = self.cache.glob(f"{name[:32]}-*.json")
+        return found
+
+    def entry(self, split: str) -> Path:
+        """The pixels of a split."""
+        return self.cache / f"{json.loads(self.pointer(split).read_bytes())['content']}.npy"
 
     def error(self) -> str:
         with pytest.raises(DataError) as caught:
@@ -86,7 +100,7 @@ def test_pngs_come_back_bit_for_bit_in_torchvisions_order(folder):
 
 def test_the_second_load_opens_no_image_and_gives_the_same(folder, monkeypatch):
     first, steps = folder.load()
-    assert steps == ["hash images", "decode images"]
+    assert steps == MADE
     monkeypatch.setattr(imagecache, "_read", None)
     second, steps = folder.load()
     assert steps == []
@@ -94,12 +108,28 @@ def test_the_second_load_opens_no_image_and_gives_the_same(folder, monkeypatch):
     assert torch.equal(first.test.images, second.test.images)
 
 
+def test_training_images_alone_leave_the_rest_untouched_and_are_not_decoded_twice(folder):
+    """The test images are broken, and repaired later."""
+    broken = {path: path.read_bytes() for path in folder.root.glob("test/*/*")}
+    for path in broken:
+        path.write_bytes(b"")
+    alone = load_dataset(folder.config, only_train=True)
+    images, labels = expected(folder, "train")
+    assert np.array_equal(alone.train.images.numpy(), images)
+    assert alone.train.labels.tolist() == labels
+    assert alone.test is alone.train
+    for path, content in broken.items():
+        path.write_bytes(content)
+    dataset, steps = folder.load()
+    assert steps == MADE[2:]
+    assert_equals_torchvision(folder, dataset)
+
+
 def test_progress_ends_at_the_number_of_images(folder, monkeypatch):
     monkeypatch.setattr(imagecache, "_CHUNK", 5)
     calls = []
     load_dataset(folder.config, progress=lambda *call: calls.append(call))
-    counts = [(5, 12), (10, 12), (12, 12)]
-    assert calls == [(what, *c) for what in ("hash images", "decode images") for c in counts]
+    assert calls == [(what, *c) for what in MADE for c in [(5, 6), (6, 6)]]
 
 
 def test_an_edited_image_is_noticed_even_with_its_old_size_and_time(folder):
@@ -112,7 +142,7 @@ def test_an_edited_image_is_noticed_even_with_its_old_size_and_time(folder):
     assert path.stat().st_size == before.st_size
     dataset, steps = folder.load()
     assert dataset.train.images[4].min() == 255
-    assert steps == ["hash images", "decode images"]
+    assert steps == MADE[:2]  # nothing changed in the other split
 
 
 def test_touched_but_identical_images_are_not_decoded_again(folder):
@@ -120,7 +150,7 @@ def test_touched_but_identical_images_are_not_decoded_again(folder):
     for path in folder.root.rglob("*.png"):
         path.touch()
     second, steps = folder.load()
-    assert steps == ["hash images"]
+    assert steps == HASHED
     assert torch.equal(first.train.images, second.train.images)
     assert folder.load()[1] == []
 
@@ -128,7 +158,7 @@ def test_touched_but_identical_images_are_not_decoded_again(folder):
 def test_a_moved_folder_is_not_decoded_again(folder, tmp_path):
     folder.load()
     folder.root = folder.root.rename(tmp_path / "elsewhere")
-    assert folder.load()[1] == ["hash images"]
+    assert folder.load()[1] == HASHED
 
 
 def test_removed_renamed_and_added_images_are_noticed(folder):
@@ -150,10 +180,10 @@ def test_each_image_size_has_its_own_cache_entry(folder):
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "other shape", "other type", "an object", "zip"])
 def test_a_damaged_cache_is_made_again(folder, damage):
     first, _ = folder.load()
-    (entry,) = folder.cache.glob("*.npy")
+    entry = folder.entry("train")
     content = entry.read_bytes()
     entry.unlink()  # `first` still maps the old file
-    arrays = {"other shape": np.zeros((2, 3, 4, 4), np.uint8), "other type": np.zeros((12, 3, 32, 32))}
+    arrays = {"other shape": np.zeros((2, 3, 4, 4), np.uint8), "other type": np.zeros((6, 3, 32, 32))}
     if damage in arrays:
         np.save(entry, arrays[damage])
     elif damage == "an object":
@@ -164,7 +194,7 @@ def test_a_damaged_cache_is_made_again(folder, damage):
     else:
         entry.write_bytes(content[: -100 if damage == "truncated" else 0])
     second, steps = folder.load()
-    assert steps == ["hash images", "decode images"]
+    assert steps == MADE[:2]
     assert torch.equal(first.train.images, second.train.images)
     assert folder.load()[1] == []
 
@@ -172,9 +202,9 @@ def test_a_damaged_cache_is_made_again(folder, damage):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"manifest": 1}', b"\xff"])
 def test_a_damaged_manifest_is_made_again(folder, content):
     folder.load()
-    (pointer,) = folder.cache.glob("*.json")
+    pointer = folder.pointer("train")
     pointer.write_bytes(content)
-    assert folder.load()[1] == ["hash images"]
+    assert folder.load()[1] == ["hash train images"]
     assert set(json.loads(pointer.read_bytes())) == {"manifest", "content"}
 
 
@@ -213,12 +243,15 @@ def test_a_cache_that_cannot_be_written_is_named(folder):
     assert str(folder.cache) in message
 
 
-def test_a_file_that_changes_while_it_is_read_never_enters_the_cache(folder, monkeypatch):
+@pytest.mark.parametrize(("which", "first_changed"), [("train", 6), ("test", 18)])
+def test_a_file_that_changes_while_it_is_read_never_enters_the_cache(
+    folder, monkeypatch, which, first_changed
+):
     read = imagecache._read
     reads = iter(range(100))
-    monkeypatch.setattr(imagecache, "_read", lambda path: read(path) + b"x" * (next(reads) >= 12))
+    monkeypatch.setattr(imagecache, "_read", lambda path: read(path) + b"x" * (next(reads) >= first_changed))
     assert "changed while it was being read" in folder.error()
-    assert list(folder.cache.iterdir()) == []
+    assert len(list(folder.cache.iterdir())) == 2 * (which == "test")  # the training images
 
 
 def broken(content: bytes) -> bytes:
@@ -230,7 +263,7 @@ def test_a_broken_image_is_named(folder, change):
     path = folder.root / "test" / "cat" / "2.png"
     path.write_bytes(change(path.read_bytes()))
     assert f"{path}: not a readable image" in folder.error()
-    assert list(folder.cache.iterdir()) == []
+    assert set(folder.cache.iterdir()) == {folder.pointer("train"), folder.entry("train")}
 
 
 @pytest.mark.parametrize("limit", [32 * 32 - 1, 32 * 32 // 2 - 1])  # warning; error from twice the limit

@@ -134,9 +134,14 @@ def test_an_iterable_that_ends_earlier_the_next_time_is_told():
         (
             "Pictures",
             {"arguments": {"ragged": True}},
-            "inputs 0 and 4 differ: uint8 (3, 8, 8) and uint8 (3, 9, 9)",
+            f"data {FILE}:Pictures: inputs 0 and 4 differ: uint8 (3, 8, 8) and uint8 (3, 9, 9); all need one"
+            " shape and type: data.image_size resizes PIL images",
         ),
-        ("bad_label", {}, "sample 1: its label is 'cat', expected a whole number of 0 or more"),
+        ("ragged_stream", {}, f"data {FILE}:ragged_stream: inputs 0 and 4 differ: uint8 (3, 8, 8) and uint8"),
+        ("types", {}, "float32 (3, 4, 4) and uint8 (3, 4, 4); all need one shape and type: convert them"),
+        ("huge_label", {}, "its label is 1" + 30 * "0" + ", expected a whole number from 0"),
+        ("real_label", {}, "its label is 0.5, expected a whole number from 0"),
+        ("bad_label", {}, "sample 1: its label is 'cat', expected a whole number from 0 to 9,999,999"),
         ("far_label", {}, "label 7 found, but its classes are 0 to 2"),
         ("bad_input", {}, "its input is of type str, expected a tensor"),
         ("Breaking", {}, "sample 5 failed: KeyError: 'five' (" + str(FILE)),
@@ -155,6 +160,24 @@ def test_an_iterable_that_ends_earlier_the_next_time_is_told():
 )
 def test_what_cannot_be_used_is_one_line(name, keys, message):
     assert message in refusal(name, **keys)
+
+
+@pytest.mark.parametrize("name", ["Pictures", "ragged_stream"])
+def test_batches_that_are_read_later_are_told_with_the_name_too(name):
+    arguments = {"ragged": True} if name == "Pictures" else {}
+    dataset = load(name, stream=True, arguments=arguments)
+    with pytest.raises(DataError) as caught:
+        list(sequential_batches(dataset.train, 3))
+    assert str(caught.value).startswith(f"data {FILE}:{name}: inputs 0 and 4 differ: ")
+
+
+@pytest.mark.parametrize("stream", [True, False, "auto"])
+def test_samples_that_never_end_are_not_counted_for_ever(monkeypatch, stream):
+    monkeypatch.setattr(named, "_MAX_COUNTED", 100)
+    message = refusal("Endless", stream=stream)
+    assert "its training split has no length, and yields more than 100 samples" in message
+    assert message.endswith("; --set data.num_train=N says how many to read")
+    assert len(load("Endless", stream=stream, num_train=101, num_test=1).train) == 101
 
 
 @pytest.mark.parametrize("name", ["SVHN", "CIFAR100", "MNIST", "Food101", "STL10"])

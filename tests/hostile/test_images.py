@@ -129,9 +129,9 @@ def test_a_class_folder_may_be_called_anything(bncli: Bncli, images: Path, tmp_p
 
 
 def load(images: Path) -> torch.Tensor:
-    return load_image_folder(
-        ImageFolderConfig(root=str(images), image_size=8, cache=str(images.parent / "cache"))
-    ).train.images
+    """The training images, whose cache has one entry and one pointer."""
+    config = ImageFolderConfig(root=str(images), image_size=8, cache=str(images.parent / "cache"))
+    return load_image_folder(config, only_train=True).train.images
 
 
 class Hostile:

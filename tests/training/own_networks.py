@@ -91,12 +91,14 @@ def untrained(num_classes: int) -> nn.Module:
 
 
 class Answers(nn.Module):
-    def __init__(self, num_classes: int) -> None:
+    """A dict, in which the scores are called what the caller says."""
+
+    def __init__(self, num_classes: int, key: str = "logits", drop: float = 0.0) -> None:
         super().__init__()
-        self.net = small(num_classes)
+        self.net, self.key = small(num_classes, drop), key
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.net(images)}
+        return {"images": images, self.key: self.net(images)}
 
 
 def needs_more(num_classes: int, depth: int) -> nn.Module:

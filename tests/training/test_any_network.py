@@ -24,6 +24,7 @@ from bncli.training.loop import training_step
 from bncli.training.losses import loss_and_logits
 from bncli.training.optimizer import build_optimizer
 from bncli.training.run import Run
+from tests.conftest import Bncli
 from tests.faults.conftest import content_of, same_run
 
 OWN = Path(__file__).parent / "own_networks.py"
@@ -78,6 +79,36 @@ def test_a_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(
     torch.rand(17)  # another program state than in the first session
     train(config, tmp_path / "parts", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [[], ["model.arguments.key=scores", "model.logits=scores"], ["model.logits=-1"]],
+    ids=["logits", "scores", "number"],
+)
+def test_of_several_outputs_the_logits_are_trained(
+    base: Path, tmp_path: Path, bncli: Bncli, changes: list[str]
+) -> None:
+    """As if it returned them alone, also where a run goes on that was stopped, and is recalibrated."""
+    also = ("train.recalibrate=exact", "train.ema_epochs=0.5")
+    expected = train(config_of(base, *DROPOUT, *also), tmp_path / "alone")
+    config = config_of(base, "Answers", "model.arguments.drop=0.5", *changes, *also)
+    report, stop = stop_after(5)
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "dict", report=report, stop=stop)
+    found = train(load_config(tmp_path / "dict" / "config.yaml"), tmp_path / "dict", resume=True)
+    assert (found.test_loss, found.test_accuracy) == (expected.test_loss, expected.test_accuracy)
+    for file in ("last.pt", "recalibrated.pt"):
+        alone = load_checkpoint(tmp_path / "alone" / file)
+        path = tmp_path / "dict" / file
+        checkpoint = load_checkpoint(path, model=config.model.name)
+        assert checkpoint.state_dict.keys() == {f"net.{key}" for key in alone.state_dict}
+        for key, value in alone.state_dict.items():
+            assert torch.equal(checkpoint.state_dict[f"net.{key}"], value)
+    command = ("eval", path, "--model", config.model.name, "--json", "--num-images", 4)
+    outcome = bncli(*command, "--batch-sizes", 2, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["accuracy"] == checkpoint.test_accuracy
 
 
 def test_what_a_network_draws_is_a_matter_of_seed_epoch_and_step(base: Path) -> None:
@@ -290,7 +321,16 @@ def test_a_dry_run_counts_what_pytorch_counts(base: Path) -> None:
         ("raises", [], "making the network failed: ValueError: no network for 10 ("),
         ("no_module", [], "what it made is of type list, not a torch.nn.Module"),
         ("maps", [], "needs logits of shape (N, classes); in train mode it returns a tensor (2, 10, 32, 32)"),
-        ("Answers", [], "in train mode it returns a dict with logits; let it return the logits alone"),
+        (
+            "Answers",
+            ["model.arguments.key=scores"],
+            "in train mode it returns a dict with images, scores; --set model.logits=NAME takes one of them",
+        ),
+        (
+            "Answers",
+            ["model.logits=score"],
+            "model.logits: there is no output 'score'; the network returns a dict with images, logits",
+        ),
         ("five_classes", [], "it has 5 classes, but the data have 10"),
         ("too_deep", [], "cannot compute two images of 3x32x32 values in train mode: RuntimeError: "),
         ("lazy", [], "it has lazy layers"),

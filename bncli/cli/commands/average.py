@@ -277,7 +277,7 @@ def _judge(
     if not (evaluates or needed):
         return None
     try:
-        dataset = load_subject_data(subject, classifies=evaluates)
+        dataset = load_subject_data(subject, classifies=evaluates, only_train=not evaluates)
         if evaluates and dataset.test.labels is None:
             raise DataError(f"{dataset.name}: the images have no labels; --no-evaluate needs none")
     except DataError as error:

@@ -236,7 +236,9 @@ def _check_container(subject: "Subject", layers: str | None) -> None:
 
 def _load_data(subject: "Subject", processes: "Processes | None", *, evaluate: bool) -> "Dataset":
     try:
-        dataset = load_subject_data(subject, classifies=evaluate, processes=processes)
+        dataset = load_subject_data(
+            subject, classifies=evaluate, only_train=not evaluate, processes=processes
+        )
     except NoClassifierError as error:
         fix = "--no-evaluate recalibrates a network that is no classifier of these images"
         raise NoClassifierError(f"{error}; {fix}") from None

@@ -30,9 +30,7 @@ def explained_keys_text(keys: Sequence[ExplainedKey]) -> str:
         kind = key.data_set or key.network
         where = f" ({kind})" if kind else ""
         default = (
-            ""
-            if key.default is None and "null" not in key.allowed
-            else f"; default {dump_value(key.default)}"
+            "" if key.default is None and "null" not in key.allowed else f"; default {_shown(key.default)}"
         )
         lines = [
             *wrapped(f"{key.key}{where}: {key.allowed}{default}", MAX_WIDTH),
@@ -40,3 +38,8 @@ def explained_keys_text(keys: Sequence[ExplainedKey]) -> str:
         ]
         paragraphs.append("\n".join(lines))
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _shown(default: object) -> str:
+    """As the bounds beside it are: thousands have commas."""
+    return f"{default:,}" if type(default) is int else dump_value(default)

@@ -72,6 +72,10 @@ def test_a_key_is_explained_with_its_range_and_default(bncli: Bncli) -> None:
         in outcome.out
     )
     assert "train.momentum: number, at least 0, below 1; default 0.9\n" in outcome.out
+    (paragraph,) = [one for one in bncli("config", "num_train").out.split("\n\n") if "(synthetic)" in one]
+    assert " ".join(paragraph.split()).startswith(
+        "data.num_train (synthetic): whole number, at least 10, at most 1,000,000; default 10,000 "
+    )
     (key,) = bncli("config", "train.epochs", "--json").json["keys"]
     assert (key["key"], key["default"]) == ("train.epochs", 5)
 

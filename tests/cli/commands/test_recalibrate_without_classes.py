@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from bncli.checkpoints import load_checkpoint, load_weights
@@ -270,6 +271,58 @@ def test_an_address_is_answered_before_the_work_begins(bncli: Bncli, folder: Pat
         own = bncli("eval", address)
         assert (own.code, own.err.count("\n")) == (2, 1)
         assert f"{address}: a checkpoint of `bncli train` is read from this machine; download" in own.err
+
+
+ONLY_TRAIN = """
+from torch.utils.data import Dataset, IterableDataset
+import torch
+
+
+class Images(Dataset):
+    def __init__(self, split):
+        assert split == "train", "another split was made"
+
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), 8 * index, dtype=torch.uint8), index % 2
+
+
+class Stream(IterableDataset):
+    def __init__(self, split):
+        self.images = Images(split)
+
+    def __iter__(self):
+        return (self.images[index] for index in range(30))
+"""
+
+
+@pytest.mark.parametrize("data", ["folder", "streamed", "Images", "Stream"])
+def test_no_test_image_is_read_where_nothing_is_evaluated(bncli: Bncli, folder: Path, data: str) -> None:
+    save_ruined("twice")
+    how = ("--model", "nets.py:twice", "--no-evaluate", "--normalization", "half", *COMPUTED)
+    if data in ("Images", "Stream"):
+        (folder / "own.py").write_text(ONLY_TRAIN)
+        words = ("--set", f"data.name=own.py:{data}", *how)
+    else:
+        for number in range(4):
+            path = Path(f"photos/train/class{number % 2}/{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (60 * number, 9, 200)).save(path)
+        stream = ("--set", f"data.stream={str(data == 'streamed').lower()}")
+        cache = ("--set", f"data.cache={folder / 'cache'}", "--set", "data.image_size=8")
+        words = ("--data-root", "photos", *cache, *stream, *how)
+        # no test split is looked for, and one that is there is not opened
+        assert bncli("recalibrate", "a.pt", "-o", "first.pt", *words).code == 0
+        Path("photos/test/another").mkdir(parents=True)
+        Path("photos/test/another/broken.png").write_bytes(b"no image")
+    outcome = bncli("recalibrate", "a.pt", "-o", "new.pt", *words, "--verify")
+    assert outcome.code == 0, outcome.err
+    assert "test" not in outcome.err
+    evaluating = [word for word in words if word != "--no-evaluate"]
+    assert bncli("recalibrate", "a.pt", "-o", "other.pt", *evaluating).code == 2  # which needs them
+    assert not Path("other.pt").exists()
 
 
 DATA_SETS = """
