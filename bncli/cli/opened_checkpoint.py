@@ -193,7 +193,7 @@ def open_subject(
         named = named.with_preset(preset, followed.config.data)
         if needs_images:
             tell_images(followed.config, named, has_preset=preset is not None)
-    runtime = resolve_runtime(_with_rank_device(followed.config.runtime))
+    runtime = _with_processes(resolve_runtime(_with_rank_device(followed.config.runtime)))
     note_emulation(runtime)
     network = runtime.place_model(network)
     model = FixedShape(network) if batch_invariant else network
@@ -205,6 +205,14 @@ def open_subject(
         checkpoint,
         None if named is None or loaded is None else (named, loaded),
     )
+
+
+def _with_processes(runtime: "Runtime") -> "Runtime":
+    """Under torchrun, how many work together."""
+    from bncli.cli.one_voice import last_words
+
+    words = last_words()
+    return runtime if words is None else replace(runtime, processes=words.launch.num_ranks)
 
 
 def _with_rank_device(config: "RuntimeConfig") -> "RuntimeConfig":

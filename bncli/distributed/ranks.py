@@ -26,7 +26,7 @@ class RankError(ProcessesError):
     """What another rank could not do."""
 
 
-class RankStopped(StoppedError):
+class RankStoppedError(StoppedError):
     """Another rank was asked to stop, so that all do."""
 
 
@@ -62,7 +62,7 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """The value that each rank gives, in order of ranks: the same list on all of them.
 
-        Raises RankError where another rank failed, RankStopped where one was asked to stop, PeerLostError
+        Raises RankError where another rank failed, RankStoppedError where one was asked to stop, PeerLostError
         where one ended or did not answer in time.
         """
         if self.size == 1:
@@ -70,7 +70,7 @@ class Ranks:
         told = self._exchange(_Told(value))
         for rank, one in enumerate(told):
             if one.stops:
-                raise RankStopped
+                raise RankStoppedError
             if one.error is not None:
                 raise RankError(f"rank {rank}: {one.error}")
         return [one.value for one in told]  # type: ignore[misc]
@@ -83,7 +83,7 @@ class Ranks:
         """
         try:
             yield
-        except (RankError, RankStopped, PeerLostError):
+        except (RankError, RankStoppedError, PeerLostError):
             raise
         except Exception as error:
             self._tell(error)
