@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
+from bncli.distributed.launch import launched
 from bncli.errors import CheckpointError, ConfigError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def open_subject(
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
-    from bncli.cli.messages import note_emulation
+    from bncli.cli.messages import note_emulation, note_idle_cpus
     from bncli.cli.named_network import as_typed, is_address, tell_images
     from bncli.determinism import FixedShape
     from bncli.models.preset import preset_of
@@ -195,6 +196,7 @@ def open_subject(
             tell_images(followed.config, named, has_preset=preset is not None)
     runtime = _with_processes(resolve_runtime(_with_rank_device(followed.config.runtime)))
     note_emulation(runtime)
+    note_idle_cpus(runtime, followed.config.runtime, launched())
     network = runtime.place_model(network)
     model = FixedShape(network) if batch_invariant else network
     return Subject(

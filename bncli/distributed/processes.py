@@ -141,6 +141,7 @@ def processes(
         store = dist.PrefixStore(words.next_group(), words.store(duration))  # type: ignore[attr-defined]
         words.live()
         _agree(words, store, {**common_facts(), **(facts or {})}, timeout)
+        words.learn_places()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(

@@ -62,8 +62,8 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """The value that each rank gives, in order of ranks: the same list on all of them.
 
-        Raises RankError where another rank failed, RankStoppedError where one was asked to stop, PeerLostError
-        where one ended or did not answer in time.
+        Raises RankError where another rank failed, RankStoppedError where one was asked to stop,
+        PeerLostError where one ended or did not answer in time.
         """
         if self.size == 1:
             return [value]
