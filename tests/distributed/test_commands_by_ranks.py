@@ -195,10 +195,11 @@ def test_one_rank_that_is_told_to_stop_while_all_recalibrate_stops_all(tmp_path:
         "from bncli.cli.app import main\n"
         "from bncli.cli.stop_signals import StopSignals\n"
         "from bncli.training import recalibrated\n"
-        "recalibrate = recalibrated.recalibrate\n"
+        "recalibrate, stops = recalibrated.recalibrate, False\n"
+        "StopSignals.stop_requested = lambda self: stops\n"
         "def told_to_stop(*arguments, **options):\n"
-        f"    told = os.environ['RANK'] == '{stopped}'\n"
-        "    StopSignals.stop_requested = lambda self: told\n"
+        "    global stops\n"
+        f"    stops = os.environ['RANK'] == '{stopped}'\n"
         "    return recalibrate(*arguments, **options)\n"
         "recalibrated.recalibrate = told_to_stop\n"
         "sys.exit(main(None))\n"
@@ -227,8 +228,8 @@ def test_data_may_take_longer_to_prepare_than_processes_wait_for_each_other(
         "    if os.environ['RANK'] == '0':\n"
         "        time.sleep(12)\n"
         "    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)\n"
-        "    labels = torch.arange(60) % 3\n"
-        "    return (images[:40], labels[:40]), (images[40:], labels[40:])\n"
+        "    pairs = [(image, number % 3) for number, image in enumerate(images)]\n"
+        "    return pairs[:40], pairs[40:]\n"
     )
     words = (f"data.name={tmp_path / 'data.py'}:slow", "train.epochs=1", "train.batch_size=20")
     words += ("train.micro_batch_size=10", "runtime.timeout=8", "runtime.device=cpu", "model.widths=[4]")
