@@ -1,4 +1,4 @@
-"""Other ways to start several processes than torchrun on one machine: by hand, as srun does, and on two nodes."""
+"""Other launches than torchrun on one machine: by hand, as plain srun does, and on two nodes."""
 
 import os
 import signal
