@@ -8,15 +8,21 @@ that is saved after it holds the statistics that were validated.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bncli.batches import Batches, GetTensor, inputs_of, read_with
+from bncli.batches import Batches, GetTensor, inputs_of
 from bncli.batchnorm import Recalibration, recalibrate
 from bncli.batchnorm.population.selection import Layers
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import without_repeats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # for the statistics of a whole network they are enough: see .readme/measurements.md, "Averaged weights"
 NUM_IMAGES = 2_000
@@ -28,6 +34,7 @@ def recalibrate_before_validation(
     *,
     num_images: int = NUM_IMAGES,
     layers: Layers = None,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
 ) -> Recalibration:
     """Change the model: write population statistics of training images into its BatchNorm layers, in place.
@@ -38,12 +45,20 @@ def recalibrate_before_validation(
     with persistent workers that training is in the midst of cannot be read a second time: give another one.
     `layers` and `get_input` are those of `recalibrate`. `to_log` of the result has numbers for a log.
 
+    With a process `group` every rank calls it with its own part of the images, reads an equal share of
+    `num_images` of them, and gets the statistics of all: see `recalibrate`.
+
     Raises DataError for batches that cannot be used, and BncliError if no layer can be recalibrated or one
     sees values that are not finite; the model is as it was then.
     """
+    own = -(-num_images // Ranks.of(group).size)
     with _random_numbers_kept(batches):
         return recalibrate(
-            model, _first(read_with(batches, get_input), num_images), method="precise", layers=layers
+            model,
+            _first(without_repeats(batches, get_input), own),
+            method="precise",
+            layers=layers,
+            group=group,
         )
 
 

@@ -33,7 +33,7 @@ class Runtime:
     memory_format: torch.memory_format
     threads: int
     compiles: bool  # the training step, and nothing else
-    processes: int = 1  # that train together, each with its own threads or GPU
+    processes: int = 1  # that work together, each with its own threads or GPU
 
     @property
     def emulates_bfloat16(self) -> bool:
@@ -62,17 +62,17 @@ class Runtime:
 
     def describe(self) -> dict[str, Any]:
         """How evaluation computes: plain values for checkpoints, JSON and headers."""
+        together = {"processes": self.processes} if self.processes > 1 else {}
         return {
             "device": str(self.device),
             "precision": str(self.precision).removeprefix("torch."),
             "memory_format": str(self.memory_format).removeprefix("torch."),
             "threads": self.threads,
-        }
+        } | together
 
     def describe_training(self) -> dict[str, Any]:
         """The same of training."""
-        together = {"processes": self.processes} if self.processes > 1 else {}
-        return self.describe() | {"compile": self.compiles} | together
+        return self.describe() | {"compile": self.compiles}
 
 
 def resolve_runtime(config: RuntimeConfig, *, default_threads: int | None = None) -> Runtime:

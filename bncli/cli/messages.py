@@ -6,11 +6,14 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from bncli import wording
+from bncli.usable_cpus import usable_cpus
 from bncli.wording import expected_value
 
 MAX_WIDTH = 80  # columns of a paragraph: longer lines are hard to read
 
 if TYPE_CHECKING:
+    from bncli.config import RuntimeConfig
+    from bncli.distributed.launch import Launch
     from bncli.runtime import Runtime
 
 
@@ -70,6 +73,20 @@ def note_emulation(runtime: "Runtime") -> None:
         print_note(
             f"warning: runtime.precision: bfloat16 may take many times as long as float32 on"
             f" {runtime.device}, which does not compute in it; use auto or float32"
+        )
+
+
+def note_idle_cpus(runtime: "Runtime", config: "RuntimeConfig", launch: "Launch | None") -> None:
+    """Say that processes leave CPUs idle, as they do where torchrun chose their threads: one for each."""
+    num_local = None if launch is None else launch.num_local
+    if num_local is None or num_local == 1 or config.threads is not None or runtime.device.type != "cpu":
+        return
+    cpus = usable_cpus().count
+    fitting = cpus // num_local
+    if fitting > runtime.threads:
+        print_note(
+            f"{num_local} processes of {wording.plural(runtime.threads, 'thread')} use"
+            f" {num_local * runtime.threads} of {cpus} CPUs; runtime.threads={fitting} uses all"
         )
 
 

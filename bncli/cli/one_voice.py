@@ -66,7 +66,7 @@ class OneVoice:
             message = self._interruption() if "torch" in sys.modules else None
         else:
             named = isinstance(error, BncliError) and not isinstance(error, ProcessesError)
-            message = f"{self._words.launch}: {error}" if named else str(error)
+            message = f"{self._words.named(self._words.launch.rank)}: {error}" if named else str(error)
         if message is not None and self._words.take():
             print(f"{self._name}: error: {one_line(message)}", file=self._stderr, flush=True)
         self.end(code)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bncli.cli.messages import print_note
+from bncli.distributed.launch import launched
 from bncli.errors import CheckpointError, ConfigError, DataError, ForeignNetworkError
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def open_subject(
 
     Raises CheckpointError, ConfigError or DeviceError.
     """
-    from bncli.cli.messages import note_emulation
+    from bncli.cli.messages import note_emulation, note_idle_cpus
     from bncli.cli.named_network import as_typed, is_address, tell_images
     from bncli.determinism import FixedShape
     from bncli.models.preset import preset_of
@@ -193,8 +194,9 @@ def open_subject(
         named = named.with_preset(preset, followed.config.data)
         if needs_images:
             tell_images(followed.config, named, has_preset=preset is not None)
-    runtime = resolve_runtime(_with_rank_device(followed.config.runtime))
+    runtime = _with_processes(resolve_runtime(_with_rank_device(followed.config.runtime)))
     note_emulation(runtime)
+    note_idle_cpus(runtime, followed.config.runtime, launched())
     network = runtime.place_model(network)
     model = FixedShape(network) if batch_invariant else network
     return Subject(
@@ -205,6 +207,14 @@ def open_subject(
         checkpoint,
         None if named is None or loaded is None else (named, loaded),
     )
+
+
+def _with_processes(runtime: "Runtime") -> "Runtime":
+    """Under torchrun, how many work together."""
+    from bncli.cli.one_voice import last_words
+
+    words = last_words()
+    return runtime if words is None else replace(runtime, processes=words.launch.num_ranks)
 
 
 def _with_rank_device(config: "RuntimeConfig") -> "RuntimeConfig":

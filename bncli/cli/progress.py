@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bncli.busy_cpus import ShortageWatch
-from bncli.cli.messages import note_emulation, one_line, print_note
+from bncli.cli.messages import note_emulation, note_idle_cpus, one_line, print_note
 from bncli.cli.tables.table import runtime_line
+from bncli.distributed.launch import launched
 from bncli.training import EpochDone, Started, StepDone
 from bncli.training.convergence import eval_lag
 from bncli.wording import plural
@@ -172,6 +173,7 @@ class TrainReporter:
     def _started(self, event: Started) -> None:
         setup = event.setup
         note_emulation(setup.runtime)
+        note_idle_cpus(setup.runtime, setup.config.runtime, launched())
         for note in setup.dataset.notes:
             print_note(note)
         self._num_epochs = setup.config.train.epochs

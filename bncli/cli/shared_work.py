@@ -20,11 +20,6 @@ class SharedWork:
     processes: "Processes | None" = None
 
     @property
-    def is_divided(self) -> bool:
-        """Whether there are others."""
-        return self.processes is not None
-
-    @property
     def is_main(self) -> bool:
         """Whether this process writes and speaks."""
         return self.ranks.rank == 0
@@ -39,10 +34,8 @@ def shared_work(subject: "Subject", **options: object) -> Iterator[SharedWork]:
     Raises:
         ProcessesError: when a process does not come, or differs from the others.
     """
-    from torch.distributed import group
-
     from bncli.checkpoints import file_sha256
-    from bncli.distributed import ALONE, Ranks, processes
+    from bncli.distributed import ALONE, processes
 
     words, facts = last_words(), {}
     if words is not None:
@@ -53,4 +46,4 @@ def shared_work(subject: "Subject", **options: object) -> Iterator[SharedWork]:
         }
     device, timeout = subject.runtime.device, subject.config.runtime.timeout
     with processes(words, device, timeout=timeout, facts=facts) as found:
-        yield SharedWork(ALONE) if found is None else SharedWork(Ranks.of(group.WORLD), found)
+        yield SharedWork(ALONE) if found is None else SharedWork(found.ranks, found)

@@ -6,6 +6,8 @@ second, so that those that are left know which one died.
 """
 
 import contextlib
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +32,7 @@ class LastWords:
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
         self._num_groups = 0
+        self._places: list[str] = []  # of all ranks, once they are known
 
     def store(self, timeout: timedelta = _CONNECT) -> Any:
         """The store of this launch and restart; imports torch.
@@ -56,11 +59,24 @@ class LastWords:
         """Leave signs of life from now on."""
         if self._beating is None:
             self._stop.clear()
+            self.store().set(_place_key(self.launch.rank), _own_place())
             own = self.store().clone()  # a connection of its own: this one may be waiting
             self._beating = threading.Thread(
                 target=self._beat, args=(own,), daemon=True, name="signs-of-life"
             )
             self._beating.start()
+
+    def learn_places(self) -> None:
+        """Remember where all run; to be called when all live."""
+        ranks = range(self.launch.num_ranks)
+        self._places = [self.store().get(_place_key(rank)).decode() for rank in ranks]
+
+    def named(self, *ranks: int) -> str:
+        """These ranks, and where they run if not all run in one place."""
+        name = f"rank {', '.join(map(str, ranks))} of {self.launch.num_ranks}"
+        if len(set(self._places)) < 2:
+            return name
+        return f"{name} on {', '.join(dict.fromkeys(self._places[rank] for rank in ranks))}"
 
     def end(self) -> None:
         """Leave no more signs of life: this process has done its part."""
@@ -118,11 +134,10 @@ class LastWords:
         if self.taken():
             return None
         if not missing and not silent:
-            return f"{self.launch}: the processes cannot exchange data: {error}"
+            return f"{self.named(self.launch.rank)}: the processes cannot exchange data: {error}"
         found = missing or silent
         what = "gone: killed, or out of reach" if missing else "alive, but did not answer in time"
-        names = ", ".join(map(str, found))
-        return f"rank {names} of {self.launch.num_ranks} {'is' if len(found) == 1 else 'are'} {what}"
+        return f"{self.named(*found)} {'is' if len(found) == 1 else 'are'} {what}"
 
     def _silent(self) -> list[int]:
         """The ranks that did not give up waiting for others: the ones that these others wait for."""
@@ -141,6 +156,16 @@ class LastWords:
         with contextlib.suppress(Exception):  # the store is gone: nobody reads this any more
             while not self._stop.wait(_BEAT):
                 store.add(_key(self.launch.rank), 1)
+
+
+def _own_place() -> str:
+    """The machine, and which of its launch torchrun calls it."""
+    node = os.environ.get("GROUP_RANK")
+    return platform.node() if node is None else f"{platform.node()} (node {node})"
+
+
+def _place_key(rank: int) -> str:
+    return f"bncli/place/{rank}"
 
 
 def _key(rank: int) -> str:

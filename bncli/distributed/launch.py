@@ -18,15 +18,12 @@ class Launch:
     local_rank: int  # among those of its machine, from 0
     restarts: int = 0  # how often torchrun has started all of them anew
     max_restarts: int = 0
+    num_local: int | None = None  # processes on its machine; None: not told
 
     @property
     def is_main(self) -> bool:
         """Whether this one speaks and writes."""
         return self.rank == 0
-
-    def __str__(self) -> str:
-        """Which of how many."""
-        return f"rank {self.rank} of {self.num_ranks}"
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -46,6 +43,7 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launch | None:
         local_rank=_number(environment, "LOCAL_RANK", rank),
         restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         max_restarts=_number(environment, "TORCHELASTIC_MAX_RESTARTS", 0),
+        num_local=_number(environment, "LOCAL_WORLD_SIZE", 0) or None,
     )
 
 

@@ -7,10 +7,9 @@ between GPUs. Every one of them ends within the timeout, and where a process die
 import contextlib
 import hashlib
 import json
-import pickle
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 import bncli
 from bncli.distributed.last_words import LastWords
 from bncli.distributed.launch import Launch
+from bncli.distributed.ranks import Ranks
 from bncli.errors import PeerLostError, ProcessesError
 
 _Value = TypeVar("_Value")
@@ -39,11 +39,17 @@ class Processes:
         self.device = device  # where tensors are exchanged
         self.timeout = timeout  # seconds
         self.store = store
+        self._num_meetings = 0
 
     @property
     def is_main(self) -> bool:
         """Whether this one writes and speaks."""
         return self.rank == 0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The same for what any process group can do."""
+        return Ranks.of(dist.group.WORLD)
 
     def new_group(self) -> dist.ProcessGroup:
         """Connections of their own, whose exchanges need no order among those of others."""
@@ -72,26 +78,21 @@ class Processes:
             dist.broadcast_object_list(values, src=0)
         return values[0]  # type: ignore[no-any-return]
 
-    def told_by_main(self, find: Callable[[], _Value]) -> _Value:
-        """What rank 0 finds, in every process; the others wait as long as it takes, and compute nothing.
+    def wait_for_all(self) -> None:
+        """Wait until all processes are here, as long as it takes: while each gives signs of life.
 
         Raises:
-            PeerLostError: when rank 0 is gone.
+            PeerLostError: when one is gone.
         """
-        key = "told"
-        if self.is_main:
-            value = find()
-            with self.exchanging():
-                self.store.set(key, pickle.dumps(value))
-            return value
+        self._num_meetings += 1
+        keys = [f"met/{self._num_meetings}/{rank}" for rank in range(self.num_ranks)]
         with self.exchanging():
-            pulse = self.words.pulse_of(0)
-            while not self.store.check([key]):
-                if self.words.taken() or not pulse():
-                    raise PeerLostError("rank 0 has ended")
-                time.sleep(0.1)
-            told: _Value = pickle.loads(self.store.get(key))  # of our own process
-            return told
+            self.store.set(keys[self.rank], "1")
+            pulses = [self.words.pulse_of(rank) for rank in range(self.num_ranks) if rank != self.rank]
+            while not self.store.check(keys):
+                if self.words.taken() or not all(is_alive() for is_alive in pulses):
+                    raise PeerLostError("another process has ended")
+                time.sleep(0.05)
 
     @torch.no_grad()
     def copy_from_main(self, tensors: list[Tensor]) -> None:
@@ -101,10 +102,6 @@ class Processes:
                 bits = tensor.to(self.device).contiguous()
                 dist.broadcast(bits, src=0)
                 tensor.copy_(bits)
-
-    def any(self, claim: bool) -> bool:
-        """Whether the claim is true of any process."""
-        return bool(self.gather(torch.tensor([claim], dtype=torch.uint8)).any())
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
@@ -144,6 +141,7 @@ def processes(
         store = dist.PrefixStore(words.next_group(), words.store(duration))  # type: ignore[attr-defined]
         words.live()
         _agree(words, store, {**common_facts(), **(facts or {})}, timeout)
+        words.learn_places()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
-from bncli.errors import BncliError, PeerLostError, ProcessesError
+from bncli.errors import BncliError, PeerLostError, ProcessesError, StoppedError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,10 +26,15 @@ class RankError(ProcessesError):
     """What another rank could not do."""
 
 
+class RankStoppedError(StoppedError):
+    """Another rank was asked to stop, so that all do."""
+
+
 @dataclass(frozen=True)
 class _Told:
     value: object
-    error: str | None
+    error: str | None = None
+    stops: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,15 @@ class Ranks:
     def gather(self, value: Value) -> list[Value]:
         """The value that each rank gives, in order of ranks: the same list on all of them.
 
-        Raises RankError where another rank failed, PeerLostError where one ended or did not answer in time.
+        Raises RankError where another rank failed, RankStoppedError where one was asked to stop,
+        PeerLostError where one ended or did not answer in time.
         """
         if self.size == 1:
             return [value]
-        told = self._exchange(_Told(value, None))
+        told = self._exchange(_Told(value))
         for rank, one in enumerate(told):
+            if one.stops:
+                raise RankStoppedError
             if one.error is not None:
                 raise RankError(f"rank {rank}: {one.error}")
         return [one.value for one in told]  # type: ignore[misc]
@@ -75,7 +83,7 @@ class Ranks:
         """
         try:
             yield
-        except (RankError, PeerLostError):
+        except (RankError, RankStoppedError, PeerLostError):
             raise
         except Exception as error:
             self._tell(error)
@@ -86,7 +94,7 @@ class Ranks:
         text = str(error) if isinstance(error, BncliError) else f"{type(error).__name__}: {error}"
         if self.size > 1:
             try:
-                self._exchange(_Told(None, text))
+                self._exchange(_Told(None, text, isinstance(error, StoppedError)))
             except PeerLostError:
                 return  # nobody is left to be told
 

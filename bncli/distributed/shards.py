@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from bncli.batches import Batches, GetTensor, inputs_of, labelled, read_with
 from bncli.distributed.ranks import Ranks
@@ -40,6 +47,32 @@ class DealtBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         """The number of batches of this rank."""
         return len(self._batches)
+
+
+def divided(batches: Batches, ranks: Ranks) -> Batches:
+    """This rank's part of a DataLoader that gives all images to each rank, in order or at random.
+
+    A DistributedSampler divides it. All else is taken as it is: each rank's own part already.
+    """
+    loader: Any = batches() if callable(batches) else batches
+    if not isinstance(loader, DataLoader):
+        return batches
+    if loader.batch_size is None or type(loader.sampler) not in (RandomSampler, SequentialSampler):
+        return loader
+    shuffle = isinstance(loader.sampler, RandomSampler)
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=DistributedSampler(loader.dataset, ranks.size, ranks.rank, shuffle),
+        drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+    )
 
 
 def without_repeats(batches: Batches, get_input: GetTensor | None = None) -> Batches:

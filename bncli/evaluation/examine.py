@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from bncli.batches import Batches, GetTensor, read_with
+from bncli.batches import Batches, GetTensor
 from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import without_repeats
 from bncli.evaluation.evaluate import Evaluation, evaluate
 from bncli.evaluation.gap import Gap, PhaseProgress, measure_gap
 from bncli.evaluation.labelled_images import labelled_images
@@ -30,10 +31,12 @@ SAMPLE_SIZES = (1, 8, 64)  # batch sizes at which the accuracy of the sample is 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """Of all images: as they are, and averaged over views where that was asked for."""
+    """What is measured on all images, which several processes can share; parts not asked for are empty."""
 
     plain: Evaluation
     augmented: AugmentedEvaluation | None
+    sweep: tuple[SweepPoint, ...]
+    gap: Gap | None
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,25 @@ def examine(
     With `training` images, unaugmented, the gap between the modes is taken apart, on `shuffled`: the same
     data in an order in which every batch is a sample of all classes (default: one random order). For another
     precision call this inside `torch.autocast`. `known` is what `evaluate_whole` found before, as several
-    processes do together.
+    processes do together; then `training`, `shuffled`, `sweep` and `views` are not used.
 
     Raises DataError for data that cannot be used, BncliError for a model that is no classifier, or where the
     gap is asked for and no layer has running statistics.
     """
     images, labels = labelled_images(data, get_input, get_labels)
-
-    def placed(batches: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((place(part), truth) for part, truth in images.batches_of(batches))
-
     if known is None:
-        known = evaluate_whole(model, images, batch_size, views=views, place=place, progress=progress)
+        known = evaluate_whole(
+            model,
+            images,
+            training,
+            shuffled=shuffled,
+            batch_size=batch_size,
+            sweep=sweep,
+            views=views,
+            place=place,
+            get_input=get_input,
+            progress=progress,
+        )
     chosen = stratified_sample(labels, num_images)
     sample = place(pick(images, chosen))
     certificate = certify(model, sample, batch_sizes=batch_sizes, progress=partial(progress, CERTIFYING))
@@ -144,64 +154,76 @@ def examine(
         [size for size in SAMPLE_SIZES if size <= len(chosen)],
         progress=partial(progress, "passes over the compared images, in both modes"),
     )
-    points = (
-        sweep_batch_sizes(
-            model,
-            images,
-            sweep,
-            place=place,
-            progress=partial(progress, "passes over the test images, in both modes"),
-        )
-        if sweep
-        else ()
-    )
-    gap = None
-    if training is not None:
-        network = without_fixed_shape(model)
-        if shuffled is None:
-            order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
-            shuffled = lambda: placed(order)  # noqa: E731
-        gap = measure_gap(network, shuffled, read_with(training, get_input), progress=progress)
     return Examination(
-        known.plain, tuple(chosen.tolist()), certificate, sample_sweep, points, gap, known.augmented
+        known.plain,
+        tuple(chosen.tolist()),
+        certificate,
+        sample_sweep,
+        known.sweep,
+        known.gap,
+        known.augmented,
     )
 
 
 def evaluate_whole(
     model: nn.Module,
     images: Indexed,
-    batch_size: int,
+    training: Batches | None = None,
     *,
+    shuffled: Batches | None = None,
+    batch_size: int = 256,
+    sweep: Sequence[int] = (),
     views: Views | None = None,
     place: Callable[[Tensor], Tensor] = lambda images: images,
     group: "ProcessGroup | None" = None,
+    get_input: GetTensor | None = None,
     progress: PhaseProgress = lambda phase, done, total: None,
 ) -> Evaluations:
-    """Evaluate all images in eval mode, in order, and their views if that is asked for.
+    """Evaluate all images in eval mode, in order, and what else is asked for: see `examine`.
 
-    With a process `group` each rank has all images and computes its part of the batches.
+    With a process `group` each rank has all images and computes its part of the batches; `training` and
+    `shuffled` are its own part of those.
     """
     ranks = Ranks.of(group)
     rows = model.rows if isinstance(model, FixedShape) else 1
     size = -(-batch_size // rows) * rows  # whole chunks: the same bits, and no padding to pay for
 
-    def dealt(size: int) -> Batches:
-        own = islice(in_order(len(images), size), ranks.rank, None, ranks.size)
+    def dealt(batches: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
+        own = islice(batches, ranks.rank, None, ranks.size)
         return ((place(part), truth) for part, truth in images.batches_of(own))
 
     plain = evaluate(
         model,
-        dealt(size),
+        dealt(in_order(len(images), size)),
         group=group,
         progress=lambda done: progress("test images in eval mode", done, len(images)),
     )
-    if views is None:
-        return Evaluations(plain, None)
-    augmented = evaluate_augmented(
-        model,
-        dealt(batch_size),
-        views,
-        group=group,
-        progress=lambda done: progress(VIEWS, done, len(images)),
-    )
-    return Evaluations(plain, augmented)
+    augmented, gap = None, None
+    points: tuple[SweepPoint, ...] = ()
+    if views is not None:
+        augmented = evaluate_augmented(
+            model,
+            dealt(in_order(len(images), batch_size)),
+            views,
+            group=group,
+            progress=lambda done: progress(VIEWS, done, len(images)),
+        )
+    if sweep:
+        points = sweep_batch_sizes(
+            model,
+            images,
+            sweep,
+            place=place,
+            group=group,
+            progress=partial(progress, "passes over the test images, in both modes"),
+        )
+    if training is not None:
+        order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
+        gap = measure_gap(
+            without_fixed_shape(model),
+            shuffled or (lambda: dealt(order)),
+            without_repeats(training, get_input),
+            group=group,
+            progress=progress,
+        )
+    return Evaluations(plain, augmented, points, gap)

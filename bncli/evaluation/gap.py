@@ -18,25 +18,29 @@ own fault.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bncli.batches import Batches, GetTensor, check_repeatable, read_with
+from bncli.batches import Batches, GetTensor, check_repeatable
 from bncli.batchnorm.distance import nan_as_farthest
 from bncli.batchnorm.layers import write_statistics
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.batchnorm.population.measure import Method, measure_population
 from bncli.batchnorm.population.moments import Moments
-from bncli.batchnorm.population.one_pass import measure_pass
+from bncli.batchnorm.population.one_pass import Share, measure_pass
 from bncli.batchnorm.population.recalibrate import apply_population
 from bncli.batchnorm.population.selection import select_layers
 from bncli.batchnorm.population.verify import distance_from
-from bncli.errors import BncliError
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.shards import without_repeats
+from bncli.distributed.wrapped import unwrapped, whole_parameters
 from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
-from bncli.forward import is_too_few_values
 from bncli.wording import list_names
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NUM_TRIAL_IMAGES = 1_000
 MAX_TRIALS = 16  # layers repaired alone, each at the price of NUM_TRIAL_IMAGES
@@ -182,6 +186,7 @@ def measure_gap(
     test_batches: Batches,
     training_batches: Batches,
     *,
+    group: "ProcessGroup | None" = None,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
     progress: PhaseProgress = lambda phase, done, total: None,
@@ -190,14 +195,15 @@ def measure_gap(
 
     `test_batches` are labelled, the same each time, in an order in which every batch is a sample of all
     classes. `training_batches` are unaugmented training images. Both can be gone through again: see
-    `bncli.batches`. For another precision call this inside `torch.autocast`.
+    `bncli.batches`. For another precision call this inside `torch.autocast`. With a process `group` every
+    rank has its own part of both, and gets the result of all: see `measure_population`.
 
     Raises DataError for batches that cannot be used, BncliError if no layer has running statistics, or
     a batch holds a single value per channel.
     """
-
+    model, ranks = unwrapped(model), Ranks.of(group)
     check_repeatable(test_batches)
-    training_batches = read_with(training_batches, get_input)
+    training_batches = without_repeats(training_batches, get_input)
 
     num_test: int | None = None  # known after the first pass
 
@@ -206,6 +212,7 @@ def measure_gap(
             model,
             test_batches,
             num_images=num_images,
+            group=group,
             get_input=get_input,
             get_labels=get_labels,
             progress=lambda done: progress(phase, done, num_images or num_test),
@@ -215,17 +222,20 @@ def measure_gap(
         layers = select_layers(model).layers
         running = test("test images under running statistics")
         num_test = len(running.right)
-        batch = _under_batch_statistics(model, lambda: test("test images under batch statistics"))
-        seen = measure_pass(
-            model,
-            training_batches,
-            layers,
-            progress=lambda done: progress("training images, every layer as it is", done, None),
-        )
+        with batch_statistics_mode(model):
+            batch = test("test images under batch statistics")
+        with ranks.together(), whole_parameters(model):
+            seen = measure_pass(
+                model,
+                training_batches,
+                layers,
+                share=Share.of(ranks, None),
+                progress=lambda done: progress("training images, every layer as it is", done, None),
+            )
         found = {name: tree.total() for name, tree in seen.trees.items()}
         consistency = [_consistency(name, layers[name], moments) for name, moments in found.items()]
         precise, exact = (
-            _under_population(model, training_batches, seen.num_images, method, test, progress)
+            _under_population(model, training_batches, seen.num_images, method, group, test, progress)
             for method in ("precise", "exact")
         )
         explained = compare_outcomes(running, exact)
@@ -246,23 +256,12 @@ def measure_gap(
     )
 
 
-def _under_batch_statistics(model: nn.Module, test: Callable[[], Outcomes]) -> Outcomes:
-    try:
-        with batch_statistics_mode(model):
-            return test()
-    except ValueError as error:
-        if not is_too_few_values(error):
-            raise
-        raise BncliError(
-            "a batch of test images gives BatchNorm a single value per channel: take larger batches"
-        ) from None
-
-
 def _under_population(
     model: nn.Module,
     batches: Batches,
     num_images: int,
     method: Method,
+    group: "ProcessGroup | None",
     test: Callable[[str], Outcomes],
     progress: PhaseProgress,
 ) -> Outcomes:
@@ -271,6 +270,7 @@ def _under_population(
         model,
         batches,
         method=method,
+        group=group,
         progress=lambda number, of, done: progress(
             f"training images, {method}, pass {number} of {of}" if of > 1 else f"training images, {method}",
             done,

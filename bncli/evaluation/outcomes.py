@@ -6,7 +6,7 @@ with Edwards' correction for continuity (1948).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ from bncli.batchnorm.modes import preserved_buffers
 from bncli.distributed.ranks import Ranks
 from bncli.distributed.shards import labelled_once
 from bncli.distributed.wrapped import unwrapped, whole_parameters
-from bncli.errors import DataError
+from bncli.errors import BncliError, DataError
 from bncli.evaluation.evaluate import score_images
 from bncli.evaluation.sweep import NORMAL_QUANTILE
-from bncli.forward import forward
+from bncli.forward import forward, is_too_few_values
 from bncli.wording import plural
 
 if TYPE_CHECKING:
@@ -113,27 +113,34 @@ def measure_outcomes(
 
     `num_images` ends the pass with the batch that reaches so many. `progress` is given the number of images
     done after every batch. For another precision call this inside `torch.autocast`. `group` is that of
-    `evaluate`, and goes without `num_images`; the outcomes are in the order of one process.
+    `evaluate`; the outcomes are in the order of one process.
 
-    Raises DataError if there are no images, or a label is not a class of the model.
+    Raises DataError if there are no images, or a label is not a class of the model; BncliError where a layer
+    that uses batch statistics gets a single value per channel.
     """
     model, ranks = unwrapped(model), Ranks.of(group)
     own: list[tuple[int, Tensor, Tensor]] = []  # of each batch: its index in the whole data set, outcomes
-    done = 0
+    done, is_done = 0, False
     with ranks.together(), whole_parameters(model):
         with preserved_buffers(model), torch.no_grad():
-            for inputs, labels in labelled_once(batches, get_input, get_labels):
-                loss, hits, _ = score_images(forward(model, inputs), labels)
-                own.append((ranks.rank + len(own) * ranks.size, hits, loss))
-                done += len(labels)
-                if progress is not None:
-                    progress(ranks.images_so_far(done, len(own), len(own[0][1])))
-                if num_images is not None and done >= num_images:
-                    break
+            pairs = labelled_once(batches, get_input, get_labels)
+            while not is_done:
+                pair = next(pairs, None)
+                if pair is not None:
+                    inputs, labels = pair
+                    loss, hits, _ = score_images(_logits(model, inputs), labels)
+                    own.append((ranks.rank + len(own) * ranks.size, hits, loss))
+                    done += len(labels)
+                    if progress is not None:
+                        progress(ranks.images_so_far(done, len(own), len(own[0][1])))
+                is_done = pair is None
+                if num_images is not None:  # of all ranks, which go on meeting until there are so many
+                    totals, have_all = zip(*ranks.gather((done, is_done)), strict=True)
+                    is_done = sum(totals) >= num_images or all(have_all)
         found = sorted((one for part in ranks.gather(own) for one in part), key=lambda one: one[0])
         if not found:
             raise DataError("there is nothing to evaluate: the data set has no images")
-    _, right, losses = zip(*found, strict=True)
+    _, right, losses = zip(*_until(found, num_images), strict=True)
     outcomes = Outcomes(torch.cat(right), torch.cat(losses))
     if progress is not None and ranks.size > 1:
         progress(len(outcomes.right))
@@ -160,6 +167,29 @@ def compare_outcomes(first: Outcomes, second: Outcomes) -> PairedDifference:
         loss=loss,
         loss_standard_error=loss_error,
     )
+
+
+def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
+    try:
+        return forward(model, inputs)
+    except ValueError as error:
+        if not is_too_few_values(error):
+            raise
+        raise BncliError(
+            "a batch of test images gives BatchNorm a single value per channel: take larger batches"
+        ) from None
+
+
+def _until(
+    batches: list[tuple[int, Tensor, Tensor]], num_images: int | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Batches up to the one that reaches so many images: other ranks may have computed later ones."""
+    seen = 0
+    for batch in batches:
+        if num_images is not None and seen >= num_images:
+            return
+        yield batch
+        seen += len(batch[1])
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """Accuracy against batch size: flat in eval mode, falling apart where BatchNorm measures small batches."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,19 @@ from bncli.batches import Batches, GetTensor
 from bncli.batchnorm.modes import batch_statistics_mode, eval_mode, preserved_buffers
 from bncli.determinism.difference import predictions
 from bncli.determinism.fixed_shape import without_fixed_shape
+from bncli.distributed.ranks import Ranks
+from bncli.distributed.wrapped import unwrapped, whole_parameters
 from bncli.errors import DataError
 from bncli.evaluation.labelled_images import labelled_images
 from bncli.forward import forward, is_too_few_values
 from bncli.indexed import Indexed
 from bncli.sample import random_order
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 Place = Callable[[Tensor], Tensor]
+_BatchHits = tuple[int, int, int]  # where a batch starts, how many images are right, how many count
 
 NORMAL_QUANTILE = 1.959964  # of 0.975: two-sided 95 %
 
@@ -51,6 +58,7 @@ def sweep_batch_sizes(
     place: Place = lambda images: images,
     get_input: GetTensor | None = None,
     get_labels: GetTensor | None = None,
+    group: "ProcessGroup | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SweepPoint, ...]:
     """Measure accuracy in eval mode and with batch statistics, in batches of each size, in rising order.
@@ -62,6 +70,7 @@ def sweep_batch_sizes(
     BatchNorm layers leave eval mode; of a `FixedShape` it is the module inside that is measured. A last
     batch is filled up from the start, so that all have one size, but every image counts once. Modes and
     buffers are restored, also if the model raises. `progress` is given the passes done and their total.
+    The ranks of a process `group` are all given all images, and share the batches of each pass.
 
     Raises DataError without images or for a batch larger than all of them, ValueError below 1.
     """
@@ -74,16 +83,17 @@ def sweep_batch_sizes(
     if sizes[-1] > len(data):
         raise DataError(f"batches of {sizes[-1]} asked for, but there are {len(data)} images")
     order = random_order(len(data), seed)
+    model, ranks = unwrapped(model), Ranks.of(group)
     inner = without_fixed_shape(model)
     points = []
     for done, size in enumerate(sizes):
-        with preserved_buffers(model), torch.no_grad():
+        with ranks.together(), whole_parameters(model), preserved_buffers(model), torch.no_grad():
             with eval_mode(model):
-                plain = Hits.count(model, data, order, size, place)
+                plain = Hits.of(ranks.gather(list(_hits(model, data, order, size, place, ranks))))
             if progress is not None:
                 progress(2 * done + 1, 2 * len(sizes))
             with batch_statistics_mode(inner):
-                measured = _count_unless_refused(inner, data, order, size, place)
+                measured = _count_unless_refused(inner, data, order, size, place, ranks)
         if progress is not None:
             progress(2 * done + 2, 2 * len(sizes))
         points.append(
@@ -106,10 +116,9 @@ class Hits:
     counted: Tensor  # (num_batches,) float64, images that count
 
     @classmethod
-    def count(cls, model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place) -> "Hits":
-        """Compute all images in batches of `size`, in the model's mode."""
-        pairs = list(_hits(model, data, order, size, place))
-        right, counted = zip(*pairs, strict=True)
+    def of(cls, ranks: Iterable[list[_BatchHits]]) -> "Hits":
+        """Of the batches that each rank has."""
+        _, right, counted = zip(*sorted(one for batches in ranks for one in batches), strict=True)
         return cls(torch.tensor(right).double(), torch.tensor(counted).double())
 
     @property
@@ -145,23 +154,25 @@ def wilson_interval(accuracy: float, num_images: float) -> tuple[float, float]:
 
 
 def _count_unless_refused(
-    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place
+    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place, ranks: Ranks
 ) -> Hits | None:
+    own: list[_BatchHits] | None = None
     try:
-        return Hits.count(model, data, order, size, place)
+        own = list(_hits(model, data, order, size, place, ranks))
     except ValueError as error:
         if not is_too_few_values(error):
             raise
-        return None
+    found = ranks.gather(own)  # of few batches some rank has none that is refused
+    return None if None in found else Hits.of(one for one in found if one is not None)
 
 
 def _hits(
-    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place
-) -> Iterator[tuple[int, int]]:
-    """For every batch, how many of its images are right, and how many count."""
-    starts = range(0, len(order), size)
+    model: nn.Module, data: Indexed, order: Tensor, size: int, place: Place, ranks: Ranks
+) -> Iterator[_BatchHits]:
+    """For every batch of this rank, its start, how many of its images are right, and how many count."""
+    starts = range(0, len(order), size)[ranks.rank :: ranks.size]
     batches = (order[torch.arange(start, start + size) % len(order)] for start in starts)
     for start, (images, labels) in zip(starts, data.batches_of(batches), strict=True):
         num_counted = min(size, len(order) - start)
         right = predictions(forward(model, place(images))).cpu() == labels.cpu()
-        yield int(right[:num_counted].sum()), num_counted
+        yield start, int(right[:num_counted].sum()), num_counted

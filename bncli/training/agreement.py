@@ -77,9 +77,11 @@ class Agreement:
 def measure_agreement(checkpoint: Checkpoint, setup: Setup, stop: Callable[[], bool]) -> Agreement | None:
     """Compare on the run's test split; None where no layer has running statistics, or for a single image.
 
+    Of several processes all call this, and share the batches.
+
     Raises StoppedError when `stop`, which is asked before every batch, says so.
     """
-    runtime, test = setup.runtime, setup.dataset.test
+    runtime, ranks, test = setup.runtime, setup.ranks, setup.dataset.test
     model = runtime.place_model(load_model(checkpoint))
     layers = [layer for _, layer in batch_norm_layers(model) if layer.running_mean is not None]
     num_images = min(NUM_IMAGES, len(test))
@@ -90,12 +92,14 @@ def measure_agreement(checkpoint: Checkpoint, setup: Setup, stop: Callable[[], b
 
     def outcomes() -> Outcomes:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in sample_batches(test, batch_size, num_images):
+            for images, labels in sample_batches(
+                test, batch_size, num_images, rank=ranks.rank, num_ranks=ranks.size
+            ):
                 if stop():
                     raise StoppedError
                 yield runtime.place(images), labels
 
-        return measure_outcomes(model, batches)
+        return measure_outcomes(model, batches, group=ranks.group)
 
     with runtime.autocast():
         with eval_mode(model):

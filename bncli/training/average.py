@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers, has_running_statistics
-from bncli.errors import BncliError, DivergedError, StoppedError
+from bncli.errors import BncliError, DivergedError, PeerLostError, StoppedError
 from bncli.training.setup import Setup, training_sample
 
 # For the statistics. 2,000 repair a ruined network as well as it ever was (README: A demonstration), and take
@@ -66,10 +66,11 @@ def averaged_network(
 ) -> nn.Module:
     """A copy of `model` with the averaged weights and population statistics of its own.
 
-    They are measured on training images, unaugmented, in batches of the size that BatchNorm sees in training.
+    They are measured on training images, unaugmented, in batches of the size that BatchNorm sees in training,
+    by all processes together.
 
     Raises:
-        StoppedError: when `stop`, which is asked after every batch, says so.
+        StoppedError: when `stop`, which is asked after every batch, says so, in any process.
         DivergedError: when the averaged network reaches a number that is not finite.
     """
     from bncli.batchnorm import recalibrate
@@ -85,10 +86,10 @@ def averaged_network(
     try:
         with setup.runtime.autocast():
             sample = training_sample(
-                setup.train_split, setup.runtime, setup.norm_batch_size, NUM_MEASURED_IMAGES
+                setup.train_split, setup.runtime, setup.norm_batch_size, NUM_MEASURED_IMAGES, setup.ranks
             )
-            recalibrate(network, sample, method="precise", progress=ask)
-    except StoppedError:
+            recalibrate(network, sample, method="precise", group=setup.ranks.group, progress=ask)
+    except (StoppedError, PeerLostError):
         raise
     except BncliError as error:
         raise DivergedError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm import batch_norm_layers
-from bncli.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from bncli.checkpoints import Checkpoint, save_checkpoint
 from bncli.config import Config, TrainConfig
 from bncli.data import Progress as DataProgress
 from bncli.distributed import LastWords, processes, rank_device
@@ -183,7 +183,7 @@ def _train_to_the_end(
         check_steps(run, last_good)
         metrics = _training_metrics(run)
         is_due = _ends_interval(run.epoch + 1, config.evaluate_every, config)
-        network = run.network_to_use(stop if run.team is None else _never) if is_due else run.model
+        network = run.network_to_use(stop) if is_due else run.model
         evaluation = run.evaluate(network, stop) if is_due else None
 
         run.is_whole = False
@@ -199,7 +199,7 @@ def _train_to_the_end(
         run.is_whole = True
         report(EpochDone(metrics))
     # here the weights are final
-    if config.recalibrate != "none" and run.setup.is_main:
+    if config.recalibrate != "none":
         # most of bncli.batchnorm and bncli.evaluation: imported in this case only
         from bncli.training.recalibrated import save_recalibrated
 
@@ -298,11 +298,6 @@ def _save_last_step(run: Run, last_good: LastGoodStep, run_dir: Path) -> None:
         _save_last(run, run.checkpoint(run.model, None), run_dir)
 
 
-def _never() -> bool:
-    """In place of `stop` where one of several processes must not leave the others alone."""
-    return False
-
-
 def _ends_interval(epoch: int, every: int, config: TrainConfig) -> bool:
     return epoch % every == 0 or epoch == config.epochs
 
@@ -321,18 +316,11 @@ def _training_metrics(run: Run) -> dict[str, Any]:
 
 
 def _result_of(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
-    if run.setup.processes is None:
-        return _own_result(run, run_dir, stop)
-    # measuring may take longer than processes wait in a collective
-    return run.setup.processes.told_by_main(lambda: _own_result(run, run_dir, stop))
-
-
-def _own_result(run: Run, run_dir: Path, stop: Callable[[], bool]) -> TrainResult:
     from bncli.training.agreement import measure_agreement  # needed here only
 
     recalibrated = run.setup.config.train.recalibrate != "none"
     path = run_dir / (RECALIBRATED if recalibrated else "last.pt")
-    last = load_checkpoint(path, model=run.setup.config.model.name)
+    last = run.setup.loaded(path)
     # every configuration has at least one epoch, and the end of the last one is evaluated
     assert last.test_accuracy is not None and last.test_loss is not None
     return TrainResult(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bncli.batchnorm import LayerConsistency, Recalibration, recalibrate, verify_fixed_point
 from bncli.batchnorm.distance import nan_as_farthest
-from bncli.checkpoints import Checkpoint, file_sha256, load_checkpoint, load_model, save_checkpoint
+from bncli.checkpoints import Checkpoint, file_sha256, load_model, save_checkpoint
 from bncli.data import Dataset, sequential_batches
 from bncli.distributed import ALONE, Ranks
 from bncli.errors import StoppedError
@@ -258,7 +258,8 @@ def save_recalibrated(
 ) -> None:
     """Recalibrate last.pt of a finished run, in batches as BatchNorm saw in training, into a file beside it.
 
-    Raises StoppedError when `stop`, which is asked after every batch, says so.
+    Of several processes all call this, and share the images. Raises StoppedError when `stop`, which is asked
+    after every batch, says so in one of them.
     """
 
     def ask(phase: str, done: int, total: int | None) -> None:
@@ -267,16 +268,18 @@ def save_recalibrated(
 
     setup, path = run.setup, run_dir / "last.pt"
     made = recalibrate_checkpoint(
-        load_checkpoint(path, model=setup.config.model.name),
+        setup.loaded(path),
         setup.dataset,
         setup.runtime,
         Calibration(method, batch_size=setup.norm_batch_size),
-        source={"file": path.name, "sha256": file_sha256(path)},
+        source={"file": path.name, "sha256": file_sha256(path) if setup.is_main else ""},
         eval_batch_size=setup.config.runtime.eval_batch_size,
+        ranks=setup.ranks,
         progress=ask,
     )
-    with writing(run_dir):
-        save_checkpoint(made.checkpoint, run_dir / RECALIBRATED)
+    if setup.is_main:
+        with writing(run_dir):
+            save_checkpoint(made.checkpoint, run_dir / RECALIBRATED)
 
 
 def running_stats(model: nn.Module) -> dict[str, Tensor]:

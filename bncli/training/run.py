@@ -1,6 +1,5 @@
 """The state of a run: what a checkpoint saves and a resumed run restores."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 from bncli.batchnorm import batch_norm_layers, has_running_statistics
 from bncli.checkpoints import Checkpoint
 from bncli.config import Config, ConvNetConfig
-from bncli.data import training_batches
-from bncli.distributed import Processes, synchronized
+from bncli.data import sequential_batches, training_batches
+from bncli.distributed import synchronized
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
-from bncli.indexed import in_order
 from bncli.runtime import keep_freed_memory, release_freed_memory
 from bncli.training.average import (
     AveragedWeights,
@@ -176,28 +174,17 @@ class Run:
         Raises:
             StoppedError: when `stop`, which is asked before every batch, says so.
         """
-        runtime, processes, test = self.setup.runtime, self.setup.processes, self.setup.dataset.test
+        runtime, ranks, test = self.setup.runtime, self.setup.ranks, self.setup.dataset.test
         size = self.setup.config.runtime.eval_batch_size
-        # a process that stopped would leave the others waiting: they stop together, when all are done
-        may_stop = processes is None
-        places = in_order(len(test), size)
-        if processes is not None:
-            places = itertools.islice(places, processes.rank, None, processes.num_ranks)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, labels in test.batches_of(places):
-                if may_stop and stop():
+            for images, labels in sequential_batches(test, size, rank=ranks.rank, num_ranks=ranks.size):
+                if stop():
                     raise StoppedError
                 yield runtime.place(images), labels
 
         with runtime.autocast():
-            if processes is None:
-                return evaluate(network, batches())
-            has_batch = len(test) > processes.rank * size
-            found = pooled(evaluate(network, batches()) if has_batch else None, processes)
-        if processes.any(stop()):
-            raise StoppedError
-        return found
+            return evaluate(network, batches(), group=ranks.group)
 
     def end_epoch(self, evaluation: Evaluation | None) -> bool:
         """Count the epoch, and begin the next one; whether it was evaluated, and the best so far."""
@@ -252,29 +239,6 @@ class Run:
             batch_norm_layers=unconfigured_layers(self.setup.config, self.model),
             may_import=True,  # what this process was told to
         )
-
-
-def pooled(own: Evaluation | None, processes: Processes) -> Evaluation:
-    """What all processes together found in the images of each; None: there were none."""
-    own_sums = [0.0] * 4
-    if own is not None:
-        own_sums = [
-            own.num_images,
-            round(own.accuracy * own.num_images),
-            own.loss * own.num_images,
-            own.seconds,
-        ]
-    everyone = processes.gather(torch.tensor(own_sums, dtype=torch.float64))
-    num_images, num_correct, loss, _ = everyone.sum(0).tolist()
-    seconds = float(everyone[:, 3].max())
-    return Evaluation(
-        num_images=int(num_images),
-        accuracy=num_correct / num_images,
-        loss=loss / num_images,
-        per_class_accuracy=(),
-        seconds=seconds,
-        images_per_second=num_images / seconds,
-    )
 
 
 def unconfigured_layers(config: Config, model: nn.Module) -> dict[str, dict[str, float | None]] | None:

@@ -7,12 +7,14 @@ Training images to measure statistics on begin here too.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from bncli.batchnorm import has_running_statistics
+from bncli.checkpoints import Checkpoint, load_checkpoint
 from bncli.config import Config, ConvNetConfig, ImageFolderConfig
 from bncli.data import (
     BatchPlan,
@@ -62,6 +64,20 @@ class Setup:
     def is_main(self) -> bool:
         """Whether this process writes the run."""
         return self.processes is None or self.processes.is_main
+
+    @property
+    def ranks(self) -> Ranks:
+        """The same processes for what is measured on images."""
+        return ALONE if self.processes is None else self.processes.ranks
+
+    def loaded(self, path: Path) -> Checkpoint:
+        """A checkpoint of this run, to be used only; rank 0 alone, which wrote it, reads the file."""
+        processes = self.processes
+        found = load_checkpoint(path, model=self.config.model.name).finished() if self.is_main else None
+        if processes is not None:
+            found = processes.from_main(found)
+        assert found is not None
+        return found
 
     def share_of(self, batch_size: int) -> Share:
         """What this process computes of a batch."""

@@ -41,6 +41,7 @@ def load_once(load: Callable[[], Dataset], processes: Processes, *, in_memory: b
     place = None
     if dataset is not None and in_memory and hasattr(os, "memfd_create"):
         dataset, place = _share(dataset)
+    processes.wait_for_all()  # to prepare a data set may take longer than an exchange
     places = processes.gather_values(place)
     place = places[launch.rank - launch.local_rank]  # of the first process on this machine
     if dataset is None:

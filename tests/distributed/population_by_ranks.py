@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from copy import deepcopy
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from bncli.batchnorm import (
 )
 from bncli.batchnorm.population.exact import kept, spill
 from bncli.batchnorm.population.exact.restart import Restarts
+from bncli.before_validation import recalibrate_before_validation
 from bncli.distributed import DealtBatches
-from bncli.errors import BncliError
+from bncli.errors import BncliError, StoppedError
+from bncli.evaluation import measure_gap, measure_outcomes, sweep_batch_sizes
 from tests.batchnorm.networks import Residual, Shared
 
 NUM_IMAGES, BATCH = 45, 4  # 12 batches, the last one of a single image
@@ -47,6 +50,27 @@ def network(kind: type[nn.Module] = Residual) -> nn.Module:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
     return model
+
+
+def classifier() -> nn.Module:
+    """Of whose three layers one has statistics that do not fit."""
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(6), nn.Linear(6, 2)),
+    )
+    recalibrate(model, [images()])
+    model[4].running_mean += 3
+    return model
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    """What `classifier` would say of its images if its statistics fitted."""
+    model = classifier()
+    recalibrate(model, [images()])
+    with torch.no_grad():
+        return images(), model.eval()(images()).argmax(1)
 
 
 class Deep(nn.Sequential):
@@ -244,6 +268,40 @@ def in_fsdp(rank: int, size: int) -> dict[str, Any]:
     return _inside_a_training_loop(wrap)
 
 
+def before_validation(rank: int, size: int) -> dict[str, Any]:
+    """With a sampler that repeats images; of each rank all, or whole batches until there are enough."""
+    data = TensorDataset(images())
+    loader = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data, shuffle=False))
+    answers = {}
+    for num_images in (1000, 5 * size):
+        model = network()
+        done = recalibrate_before_validation(
+            model, loader, num_images=num_images, layers="bn[123]", group=dist.group.WORLD
+        )
+        layers = read_running_stats(model)
+        answers[num_images // size] = {
+            "images": done.num_images,
+            "statistics": {one.name: (one.running_mean, one.running_var) for one in layers},
+        }
+    return {"all": answers[1000 // size], "some": answers[5]}
+
+
+def evaluated(rank: int, size: int) -> dict[str, Any]:
+    """The gap, a sweep over batch sizes, and outcomes of the first images."""
+    model = classifier()
+    test, training = labelled(), images().split(9)
+    own = list(zip(*(part.split(7) for part in test), strict=True))[rank::size]
+    group = dist.group.WORLD
+    return {
+        "gap": asdict(measure_gap(model, own, training[rank::size], group=group)),
+        "sweep": [asdict(one) for one in sweep_batch_sizes(model, test, (1, 4, 44), group=group)],
+        "outcomes": {
+            number: measure_outcomes(model, own, num_images=number, group=group).losses
+            for number in (1, 7, 20, 1000)
+        },
+    }
+
+
 def errors(rank: int, size: int) -> dict[str, str]:
     """One rank cannot go on: what each of them is told."""
     last = rank == size - 1
@@ -264,6 +322,12 @@ def errors(rank: int, size: int) -> dict[str, str]:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
+    def stopped() -> Iterator[Tensor]:
+        yield images(2) + rank
+        if last:
+            raise StoppedError
+        yield images(2) - rank
+
     whole = list(images().split(9))
     model = network()
     with warnings.catch_warnings():
@@ -282,13 +346,14 @@ def errors(rank: int, size: int) -> dict[str, str]:
         "no layer": attempt(model, whole[rank::size], layers="x*" if last else None),
         "read once": attempt(model, iter(whole[rank::size])) if last else attempt(model, whole[rank::size]),
         "tolerance of blocks": attempt(model, whole, method="precise", tolerance=0.1, first_batch=9 * rank),
+        "stopped": attempt(model, stopped, method="precise"),
         "sound": attempt(model, whole[rank::size]),
     }
 
 
 SCENARIOS: tuple[Callable[[int, int], Any], ...] = (
     one_image_left_out, ragged, consecutive, implicit, failing_disk, many, tolerance, written,
-    in_ddp, in_fsdp, errors,
+    in_ddp, in_fsdp, before_validation, evaluated, errors,
 )  # fmt: skip
 
 

@@ -14,12 +14,16 @@ import torch
 from PIL import Image
 
 from bncli.checkpoints import load_checkpoint
+from bncli.training import prepare
+from bncli.training.agreement import measure_agreement
 from tests.conftest import Bncli
 from tests.distributed.torchrun import ROOT, Launched, command, environment, torchrun
+from tests.faults.conftest import FAULTY
 
 # what a run takes, and how often ranks look at what depends on what
 TOLERANCE = 0.05  # reached after some of the batches
 VARYING = {"seconds", "images_per_second", "forward_passes", "checkpoint", "input", "output", "machine"}
+VARYING |= {"processes"}  # which only several say
 
 
 def without_times(found: Any) -> Any:
@@ -85,11 +89,14 @@ def test_eval_counts_and_adds_up_what_one_process_does(
     bncli: Bncli, finished_run: Path, num_ranks: int
 ) -> None:
     """Two batches of test images, so that a third rank has none."""
-    words = ("eval", finished_run / "last.pt", "--num-images", 8, "--batch-sizes", "2,3", "--tta", "flip")
-    alone = bncli(*words, "--json")
-    done = bncli_by_ranks(num_ranks, *words, "--json")
-    assert done.code == alone.code == 0, done.err
-    assert without_times(json.loads(done.out)) == without_times(alone.json)
+    words = ("eval", finished_run / "last.pt", "--num-images", 8, "--batch-sizes", "2,3", "--json")
+    for more in (("--tta", "flip"), ("--gap", "--num-calibration-images", 120, "--sweep", "1,7")):
+        alone = bncli(*words, *more)
+        done = bncli_by_ranks(num_ranks, *words, *more)
+        assert done.code == alone.code == 0, done.err
+        found = json.loads(done.out)
+        assert found["runtime"]["processes"] == num_ranks
+        assert without_times(found) == without_times(alone.json)
 
 
 @pytest.mark.slow
@@ -148,6 +155,87 @@ def test_what_no_rank_can_do_is_said_once(finished_run: Path, words: list[str], 
     (error,) = done.errors
     assert told in error
     assert 2 in done.rank_codes.values()
+
+
+@pytest.mark.slow
+def test_what_a_training_measures_at_its_end_has_the_bits_of_one_process(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    """The statistics of averaged weights, those of recalibrated.pt, and how well eval mode agrees."""
+    run_dir, again = tmp_path / "run", tmp_path / "again.pt"
+    (tmp_path / "run.yaml").write_text(
+        FAULTY.replace("batch_size: 25,", "batch_size: 25, micro_batch_size: 7, ema_epochs: 1,")
+    )
+    words = ("train", tmp_path / "run.yaml", "--run-dir", run_dir, "--set", "train.recalibrate=exact")
+    done = bncli_by_ranks(3, *words, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    last, recalibrated = (load_checkpoint(run_dir / name) for name in ("last.pt", "recalibrated.pt"))
+    assert recalibrated.recalibration["runtime"]["processes"] == 3
+    for path, method in ((run_dir / "last.pt", "precise"), (run_dir / "recalibrated.pt", "exact")):
+        again.unlink(missing_ok=True)
+        options = ("--method", method, "--batch-size", 7, "-o", again, "--json")
+        alone = bncli("recalibrate", run_dir / "last.pt", *options)
+        assert alone.code == 0, alone.err
+        torch.testing.assert_close(statistics_of(path), statistics_of(again), rtol=0, atol=0)
+        expected = last if method == "precise" else recalibrated
+        assert alone.json["after"]["accuracy"] == expected.test_accuracy
+        assert alone.json["after"]["loss"] == expected.test_loss
+    setup = prepare(recalibrated.config)
+    agreement = measure_agreement(recalibrated, setup, lambda: False)
+    assert result["agreement"] == json.loads(json.dumps(agreement.to_dict()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_one_rank_that_is_told_to_stop_while_all_recalibrate_stops_all(tmp_path: Path, stopped: int) -> None:
+    run_dir, script = tmp_path / "run", tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        "from bncli.cli.app import main\n"
+        "from bncli.cli.stop_signals import StopSignals\n"
+        "from bncli.training import recalibrated\n"
+        "recalibrate, stops = recalibrated.recalibrate, False\n"
+        "StopSignals.stop_requested = lambda self: stops\n"
+        "def told_to_stop(*arguments, **options):\n"
+        "    global stops\n"
+        f"    stops = os.environ['RANK'] == '{stopped}'\n"
+        "    return recalibrate(*arguments, **options)\n"
+        "recalibrated.recalibrate = told_to_stop\n"
+        "sys.exit(main(None))\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        FAULTY.replace("batch_size: 25,", "batch_size: 25, micro_batch_size: 7,")
+    )
+    words = ("train", tmp_path / "run.yaml", "--run-dir", run_dir, "--set", "train.recalibrate=exact")
+    done = torchrun(2, script, *words)
+    assert done.err.count("stopped after step 20 of 20; continue with") == 1
+    assert set(done.rank_codes.values()) <= {130, 143, -15}
+    assert done.errors == []
+    assert not (run_dir / "recalibrated.pt").exists()
+    done = bncli_by_ranks(2, "train", "--resume", run_dir)
+    assert done.code == 0, done.err
+    assert (run_dir / "recalibrated.pt").exists()
+
+
+@pytest.mark.slow
+def test_data_may_take_longer_to_prepare_than_processes_wait_for_each_other(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    (tmp_path / "data.py").write_text(
+        "import os, time, torch\n"
+        "def slow():\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        time.sleep(12)\n"
+        "    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)\n"
+        "    pairs = [(image, number % 3) for number, image in enumerate(images)]\n"
+        "    return pairs[:40], pairs[40:]\n"
+    )
+    words = (f"data.name={tmp_path / 'data.py'}:slow", "train.epochs=1", "train.batch_size=20")
+    words += ("train.micro_batch_size=10", "runtime.timeout=8", "runtime.device=cpu", "model.widths=[4]")
+    options = [word for one in words for word in ("--set", one)]
+    done = bncli_by_ranks(2, "train", *options, "--run-dir", tmp_path / "run")
+    assert done.code == 0, done.err
 
 
 def ranks_of(launcher: "subprocess.Popen[str]") -> list[int]:

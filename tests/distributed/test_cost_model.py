@@ -1,4 +1,4 @@
-"""The figures of `bncli explain many-processes`, from the networks themselves."""
+"""The figures of `bncli explain communication`, from the networks themselves."""
 
 import re
 
@@ -11,7 +11,7 @@ from bncli.config_file import load_config
 from bncli.models import build_network
 from bncli.models.convnet import build_model
 
-TEXT = " ".join(find_topic("many-processes").text.split())
+TEXT = " ".join(find_topic("communication").text.split())
 
 
 def first_bound(

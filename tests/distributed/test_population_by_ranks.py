@@ -3,6 +3,7 @@
 The program that runs there is `population_by_ranks.py`; one launch goes through all its scenarios.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm import measure_population, read_running_stats, recalibrate
+from bncli.evaluation import measure_gap, measure_outcomes, sweep_batch_sizes
 from tests.batchnorm.networks import Shared
 from tests.distributed import population_by_ranks as program
-from tests.distributed.population_by_ranks import BATCH, NUM_IMAGES, SIZES, Deep, found, images, network
+from tests.distributed.population_by_ranks import (
+    BATCH,
+    NUM_IMAGES,
+    SIZES,
+    Deep,
+    classifier,
+    found,
+    images,
+    labelled,
+    network,
+)
 from tests.distributed.torchrun import torchrun
 
 Answers = list[dict[str, Any]]  # of each rank, by scenario
@@ -153,6 +165,47 @@ def test_training_goes_on_as_if_nothing_had_been_measured(answers: Answers, scen
     for rank in answers:
         assert rank[scenario]["training is the same"]
         assert rank[scenario]["names"] == ["bn1", "bn2", "bn3"]  # no "module." before them
+
+
+def test_before_a_validation_every_rank_reads_its_share(answers: Answers) -> None:
+    size = len(answers)
+    for key, num_images in (("all", NUM_IMAGES), ("some", 8 * size)):
+        expected = network()
+        chosen = torch.cat([images()[rank::size][: num_images // size] for rank in range(size)])
+        if key == "all":
+            chosen = images()
+        recalibrate(expected, [chosen], method="precise", layers="bn1")
+        layer = read_running_stats(expected)[0]
+        for rank in answers:
+            found = rank["before_validation"][key]
+            assert found["images"] == len(chosen)
+            for one, other in zip(
+                found["statistics"]["bn1"], (layer.running_mean, layer.running_var), strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+            first = answers[0]["before_validation"][key]["statistics"]
+            torch.testing.assert_close(found["statistics"], first, rtol=0, atol=0)
+
+
+def test_what_is_evaluated_together_is_what_one_process_finds(answers: Answers) -> None:
+    model, test = classifier(), labelled()
+    batches = list(zip(*(part.split(7) for part in test), strict=True))
+    gap = measure_gap(model, batches, images().split(9))
+    assert gap.num_trial_images == NUM_IMAGES  # so repairs were tried
+    sweep = sweep_batch_sizes(model, test, (1, 4, 44))
+    assert sweep[0].batch_statistics_accuracy is None  # refused, on ranks without a batch of 44 too
+    for rank in answers:
+        assert rank["evaluated"]["gap"] == asdict(gap)
+        assert rank["evaluated"]["sweep"] == [asdict(one) for one in sweep]
+        for number, losses in rank["evaluated"]["outcomes"].items():
+            assert torch.equal(losses, measure_outcomes(model, batches, num_images=number).losses)
+
+
+def test_a_rank_that_is_asked_to_stop_stops_all(answers: Answers) -> None:
+    assert [rank["errors"]["stopped"] for rank in answers] == [
+        *["RankStoppedError: "] * (len(answers) - 1),
+        "StoppedError: ",
+    ]
 
 
 def test_an_error_on_one_rank_is_raised_on_all_and_none_waits(answers: Answers) -> None:

@@ -2,12 +2,17 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bncli.cli import messages
+from bncli.config import RuntimeConfig
 from bncli.distributed import Launch, launched
 from bncli.errors import ProcessesError
+from bncli.runtime import resolve_runtime
+from bncli.usable_cpus import UsableCpus
 from tests.distributed.torchrun import Launched, torchrun
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -20,6 +25,23 @@ def test_the_environment_of_torchrun_is_read() -> None:
     assert launched(TORCHRUN) == Launch(rank=1, num_ranks=3, local_rank=0)
     restarted = launched(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"})
     assert restarted == Launch(1, 3, 0, restarts=2, max_restarts=3)
+    assert launched(TORCHRUN | {"LOCAL_WORLD_SIZE": "2"}) == Launch(1, 3, 0, num_local=2)
+
+
+def test_cpus_that_stay_idle_because_torchrun_chose_one_thread_are_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "usable_cpus", lambda: UsableCpus(16, 9, None))
+    launch, config = Launch(1, 4, 0, num_local=2), RuntimeConfig(device="cpu")
+    runtime = replace(resolve_runtime(config), threads=1)
+    messages.note_idle_cpus(runtime, config, launch)
+    told = "bncli: 2 processes of 1 thread use 2 of 9 CPUs; runtime.threads=4 uses all\n"
+    assert capfd.readouterr().err == told
+    messages.note_idle_cpus(replace(runtime, threads=4), config, launch)
+    messages.note_idle_cpus(runtime, RuntimeConfig(device="cpu", threads=1), launch)
+    messages.note_idle_cpus(runtime, config, replace(launch, num_local=1))
+    messages.note_idle_cpus(runtime, config, None)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from bncli.distributed.ranks import Ranks
-from bncli.distributed.shards import DealtBatches, labelled_once, without_repeats
+from bncli.distributed.shards import DealtBatches, divided, labelled_once, without_repeats
 from bncli.errors import DataError
 
 
@@ -103,3 +103,35 @@ def test_dealt_batches_are_those_of_one_process(num_ranks: int, monkeypatch: pyt
         parts.append([batch.tolist() for (batch,) in loader])
         assert len(loader) == len(parts[-1])
     assert [parts[number % num_ranks][number // num_ranks] for number in range(6)] == expected
+
+
+def first_column(rows: list[tuple[Tensor, ...]]) -> Tensor:
+    return torch.stack([row[0] for row in rows])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_a_loader_that_has_all_images_is_divided(shuffle: bool, as_function: bool) -> None:
+    data = TensorDataset(torch.arange(11)[:, None].float())
+    loader = DataLoader(data, batch_size=2, shuffle=shuffle, collate_fn=first_column)
+    found: list[int] = []
+    for rank in range(3):
+        part = divided((lambda: loader) if as_function else loader, Ranks(None, rank, 3))
+        batches = without_repeats(part)
+        assert callable(batches) or batches is part
+        own = [inputs[:, 0].long().tolist() for inputs in (batches() if callable(batches) else batches)]
+        assert max(map(len, own)) == 2
+        found += chain.from_iterable(own)
+    assert sorted(found) == list(range(11))
+    assert (found[:4] == [0, 3, 6, 9]) is not shuffle
+
+
+def test_what_is_divided_already_is_left_as_it_is() -> None:
+    data = TensorDataset(torch.arange(4)[:, None])
+    ranks = Ranks(None, 1, 2)
+    for loader in (
+        DataLoader(data, sampler=DistributedSampler(data, 2, 1)),
+        DataLoader(data, batch_sampler=DealtBatches(data, 2)),
+        [torch.zeros(2, 1)],
+    ):
+        assert divided(loader, ranks) is loader

@@ -1,5 +1,6 @@
 """`bncli eval`: accuracy in eval mode, and on what a prediction depends beside its image."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,6 +38,15 @@ if TYPE_CHECKING:
     from bncli.distributed import Ranks
     from bncli.evaluation.examine import Evaluations
     from bncli.evaluation.views import Views
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured on all images beside the accuracy."""
+
+    sweep: tuple[int, ...]  # batch sizes
+    num_calibration_images: int | None  # of the gap; None: it is not asked for
+    views: "Views | None"
 
 
 def evaluate_checkpoint(
@@ -170,15 +180,13 @@ def evaluate_checkpoint(
         subject = open_subject(
             checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
         )
-    calibration = num_calibration_images if gap else None
-    with shared_work(subject, tta=tta, batch_invariant=batch_invariant) as work:
+    asked = _Asked(sweep_sizes or (), num_calibration_images if gap else None, tta)
+    with shared_work(subject, asked=asked, batch_invariant=batch_invariant) as work:
         dataset = load_subject_data(subject, processes=work.processes)
-        known = _evaluate(subject, dataset, tta, work.ranks) if work.is_divided else None
+        known = _evaluate(subject, dataset, asked, work.ranks)
     if not work.is_main:
         return 0  # the rest is about the computations of one process
-    report = _examine(
-        checkpoint, subject, dataset, known, num_images, sizes, sweep_sizes or (), calibration, tta
-    )
+    report = _examine(checkpoint, subject, dataset, known, num_images, sizes)
     if save is not None:
         _save_certificate(report, checkpoint, save)
     if plot is not None:
@@ -205,18 +213,32 @@ def _check_outputs(save: Path | None, plot: Path | None, *inputs: Path, sweep: b
         check_writable(plot, *inputs)
 
 
-def _evaluate(subject: "Subject", dataset: "Dataset", views: "Views | None", ranks: "Ranks") -> "Evaluations":
-    """What several processes find together, each on its part of the test images."""
+def _evaluate(subject: "Subject", dataset: "Dataset", asked: _Asked, ranks: "Ranks") -> "Evaluations":
+    """What several processes find together, each on its part of the images."""
     from bncli.cli.progress import ProgressReporter
+    from bncli.data import sample_batches
     from bncli.evaluation.examine import evaluate_whole
+    from bncli.training import training_sample
 
     runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
+    test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
+    training = None
+    if asked.num_calibration_images is not None:
+        training = training_sample(dataset.train, runtime, several, asked.num_calibration_images, ranks)
     with runtime.autocast(), ProgressReporter() as progress:
         return evaluate_whole(
             subject.model,
-            dataset.test,
-            batch_size,
-            views=views,
+            test,
+            training,
+            shuffled=lambda: (
+                (runtime.place(images), labels)
+                for images, labels in sample_batches(
+                    test, several, len(test), rank=ranks.rank, num_ranks=ranks.size
+                )
+            ),
+            batch_size=batch_size,
+            sweep=asked.sweep,
+            views=asked.views,
             place=runtime.place,
             group=ranks.group,
             progress=progress,
@@ -227,38 +249,23 @@ def _examine(
     path: Path,
     subject: "Subject",
     dataset: "Dataset",
-    known: "Evaluations | None",
+    known: "Evaluations",
     num_images: int,
     batch_sizes: tuple[int, ...],
-    sweep: tuple[int, ...],
-    num_calibration_images: int | None,
-    views: "Views | None",
 ) -> "EvalReport":
     from bncli.cli.progress import ProgressReporter
     from bncli.cli.tables.eval import EvalReport
-    from bncli.data import sample_batches
     from bncli.evaluation import examine
     from bncli.hardware import describe_machine
-    from bncli.training import training_sample
 
-    runtime, batch_size = subject.runtime, subject.config.runtime.eval_batch_size
-    test, several = dataset.test, max(2, batch_size)  # one image alone may have no variance
-    training = None
-    if num_calibration_images is not None:
-        training = training_sample(dataset.train, runtime, several, num_calibration_images)
+    runtime = subject.runtime
     with runtime.autocast(), ProgressReporter() as progress:
         found = examine(
             subject.model,
-            test,
-            training,
-            shuffled=lambda: (
-                (runtime.place(images), labels) for images, labels in sample_batches(test, several, len(test))
-            ),
+            dataset.test,
             num_images=num_images,
             batch_sizes=batch_sizes,
-            batch_size=batch_size,
-            sweep=sweep,
-            views=views,
+            batch_size=subject.config.runtime.eval_batch_size,
             place=runtime.place,
             known=known,
             progress=progress,

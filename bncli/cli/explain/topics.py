@@ -34,7 +34,12 @@ GROUPS = {
         "names-elsewhere",
         "conversion",
     ),
-    "Equal bits, and several GPUs": ("batch-invariance", "many-gpus", "many-processes"),
+    "Equal bits, and several GPUs": (
+        "batch-invariance",
+        "many-gpus",
+        "many-processes",
+        "communication",
+    ),
     "Files": ("checkpoint-files", "runs", "your-images"),
     "What inspect-stats finds": ("findings",),
 }

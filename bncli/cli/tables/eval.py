@@ -70,6 +70,7 @@ class EvalReport:
     def certificate_dict(self, checkpoint_sha256: str) -> dict[str, Any]:
         """The certificate as a document of its own, with all that it was obtained on."""
         document = self.to_dict()
+        document["runtime"] = {k: v for k, v in self.runtime.items() if k != "processes"}  # rank 0 alone
         parts = ("batch_invariant", "fixed_rows", "determinism", "runtime", "machine")
         return {
             "checkpoint": self.checkpoint,
