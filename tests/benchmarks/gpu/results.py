@@ -54,7 +54,7 @@ class Results:
             found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
             found["where"] = traceback.format_exc().splitlines()[-7:]
         self.num_failed += not found.get("ok", True)
-        self.add(name, **found, seconds=round(time.perf_counter() - start, 2))
+        self.add(name, **found, took=round(time.perf_counter() - start, 2))
 
 
 def machine() -> dict[str, Any]:
