@@ -254,7 +254,14 @@ def check_last_good_step(checked: Checked) -> dict[str, Any]:
     last_good.go_back()
     back = all(map(torch.equal, before, _state(run)))
     is_ok = held and moved and noticed and back and run.step == 3
-    return {"ok": is_ok, "held": held, "moved": moved, "noticed": noticed, "step": run.step, "same_bits": back}
+    return {
+        "ok": is_ok,
+        "held": held,
+        "moved": moved,
+        "noticed": noticed,
+        "step": run.step,
+        "same_bits": back,
+    }
 
 
 def _state(run: Run) -> list[Tensor]:

@@ -21,7 +21,15 @@ IMAGE_BYTES = 10_000 * 3 * 32 * 32  # of a batch file, all in one place
 NUM_PARTS = 2  # of a batch file's images, each compressed alone, so that every core has something to do
 # What is left is almost noise. Looking far back for repetitions costs 6 times the time and makes it longer
 _FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "dict_size": 1 << 16, "mf": lzma.MF_HC3, "depth": 4, "nice_len": 8, "lc": 0, "pb": 0}
+    {
+        "id": lzma.FILTER_LZMA2,
+        "dict_size": 1 << 16,
+        "mf": lzma.MF_HC3,
+        "depth": 4,
+        "nice_len": 8,
+        "lc": 0,
+        "pb": 0,
+    }
 ]
 
 Planes = npt.NDArray[np.uint8]

@@ -157,9 +157,7 @@ class Rival:
             order = torch.randperm(len(images), device=self.device)
             for chosen in order.split(self.batch_size)[: len(images) // self.batch_size]:
                 logits = network(images[chosen], step < bias_steps)
-                F.cross_entropy(
-                    logits, self.labels[chosen], label_smoothing=0.2, reduction="sum"
-                ).backward()
+                F.cross_entropy(logits, self.labels[chosen], label_smoothing=0.2, reduction="sum").backward()
                 left = 1 - step / steps
                 for group, share in zip(sgd.param_groups, (1 - step / bias_steps, left, left), strict=True):
                     group["lr"] = group["peak"] * share

@@ -140,7 +140,13 @@ def measure_peak(measured: Measured) -> None:
             if dtype == torch.bfloat16:
                 measured.peak = rate
             best = 2 * size**3 / min(seconds)
-            return {"dtype": str(dtype), "size": size, "tflops": rate / 1e12, "best_tflops": best / 1e12, "n": 20}
+            return {
+                "dtype": str(dtype),
+                "size": size,
+                "tflops": rate / 1e12,
+                "best_tflops": best / 1e12,
+                "n": 20,
+            }
 
         measured.results.check(f"peak {dtype}".replace("torch.", ""), measure)
 
