@@ -176,7 +176,7 @@ def _drop_output() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch, which is not imported here, or a library of its, found no memory on a device or CPU."""
+    """Whether PyTorch, which is not imported here, or a library of its found no memory on its device."""
     signs = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED", "MPS backend out of memory")
     return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in signs)
 

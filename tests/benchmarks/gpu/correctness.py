@@ -144,10 +144,9 @@ def check_augmentation(checked: Checked) -> dict[str, Any]:
         "moved": AugmentConfig(crop_padding=4, flip="alternating", cutout=8),
         "small": AugmentConfig(crop_padding=2, flip="random", small_epochs=1, small_size=24),
     }.items():
-        here, there = (
-            augment(each, places, config, seed=3, epoch=0, step=5, fill=(0.5, 0.4, 0.3)).cpu()
-            for each in (images, images.cpu())
-        )
+        where: dict[str, Any] = {"seed": 3, "epoch": 0, "step": 5, "fill": (0.5, 0.4, 0.3)}
+        here = augment(images, places, config, **where).cpu()
+        there = augment(images.cpu(), places, config, **where)
         found[name] = int((here.int() - there.int()).abs().max())
     return {"ok": found["moved"] == 0 and found["small"] <= 1, **found}
 

@@ -1,8 +1,9 @@
 """CIFAR-10 in pieces small enough to be carried to another machine, and back into its files, bit for bit.
 
-Pictures compress badly as they are: xz leaves 143 MiB of them, and 94 MiB of what each pixel differs by from
-its neighbours' guess, red and blue less green (WebP, lossless, in mosaics: 95 MiB, in 15 times the time). The guess is the
-median edge detector of Weinberger, Seroussi and Sapiro (2000), LOCO-I. Needs Python's library and NumPy.
+Pictures compress badly as they are: xz leaves 143 MiB of them, and 95 MiB of what each pixel differs by from
+its neighbours' guess, red and blue less green (WebP, lossless, in mosaics: 95 MiB, in 15 times the time). The
+guess is the median edge detector of Weinberger, Seroussi and Sapiro (2000), LOCO-I. Needs Python's library and
+NumPy.
 """
 
 import hashlib
@@ -67,7 +68,7 @@ def pack(source: Path, target: Path, piece_bytes: int) -> list[Path]:
 
 
 def unpack(source: Path, target: Path) -> None:
-    """Write the files of CIFAR-10 from what all pieces together held; OSError or ValueError without a part."""
+    """Write CIFAR-10's files from what all pieces together held; OSError or ValueError without a part."""
     facts = json.loads((source / "facts.json").read_text())
     folder = target / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

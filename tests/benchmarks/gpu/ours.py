@@ -15,7 +15,7 @@ from bncli.evaluation import evaluate
 from bncli.evaluation.views import evaluate_augmented
 from bncli.models.configured import build_configured
 from bncli.runtime import synchronize
-from bncli.training import Setup, prepare
+from bncli.training import prepare
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import check_steps, take_step
 from bncli.training.run import Run
