@@ -1,9 +1,8 @@
 """CIFAR-10 in pieces small enough to be carried to another machine, and back into its files, bit for bit.
 
 Pictures compress badly as they are: xz leaves 143 MiB of them, and 95 MiB of what each pixel differs by from
-its neighbours' guess, red and blue less green (WebP, lossless, in mosaics: 95 MiB, in 15 times the time). The
-guess is the median edge detector of Weinberger, Seroussi and Sapiro (2000), LOCO-I. Needs Python's library and
-NumPy.
+its neighbours' guess, red and blue less green (WebP, lossless, in mosaics: 95 MiB, in 15 times the time).
+The guess is the median edge detector of LOCO-I (Weinberger, Seroussi and Sapiro 2000). Needs NumPy alone.
 """
 
 import hashlib
