@@ -17,6 +17,7 @@ from bncli.config import RuntimeConfig
 from bncli.errors import CompileError, DeviceError
 from bncli.hardware import has_fast_bfloat16
 from bncli.usable_cpus import usable_cpus
+from bncli.wording import one_line, plural
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
@@ -88,6 +89,8 @@ def resolve_runtime(config: RuntimeConfig, *, default_threads: int | None = None
     if config.threads or threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what names no device, such as a compiled kernel, means this one then
     fast_bfloat16 = has_fast_bfloat16(device)
     wants_bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and fast_bfloat16)
     return Runtime(
@@ -124,9 +127,12 @@ def resolve_device(name: str) -> torch.device:
         raise DeviceError(f"runtime.device: unknown device {name!r}; expected auto, cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        told = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {one_line(visible)!r})"
+        found = f"PyTorch {torch.__version__} finds {plural(count, 'CUDA device')}{told}"
+        first = "cuda:0, " if count else ""
         raise DeviceError(
-            f"runtime.device: {name!r} asked for, but PyTorch {torch.__version__} finds {count} CUDA devices;"
-            " use runtime.device=auto or cpu"
+            f"runtime.device: {name!r} asked for, but {found}; use runtime.device={first}auto or cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("runtime.device: 'mps' is not available here; use runtime.device=auto or cpu")

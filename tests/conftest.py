@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from bncli.cli.app import main
 # that wait for each other are many times slower.
 torch.set_num_threads(1)
 
+DEVICE = os.environ.get("BNCLI_TEST_DEVICE", "cpu")  # tests/benchmarks/gpu.sh runs some tests on cuda
+
 # Small enough for a second, large enough to learn something; float32, so that it runs everywhere alike.
-TINY = """
-data: {name: synthetic, num_train: 500, num_test: 120}
-model: {widths: [8, 16], blocks_per_stage: 1}
-train: {epochs: 2, batch_size: 50, learning_rate: 0.1}
-runtime: {device: cpu, precision: float32, threads: 1, eval_batch_size: 60}
+TINY = f"""
+data: {{name: synthetic, num_train: 500, num_test: 120}}
+model: {{widths: [8, 16], blocks_per_stage: 1}}
+train: {{epochs: 2, batch_size: 50, learning_rate: 0.1}}
+runtime: {{device: {DEVICE}, precision: float32, threads: 1, eval_batch_size: 60}}
 """
 
 

@@ -10,7 +10,7 @@ import torch
 from bncli.config import RuntimeConfig
 from bncli.errors import DeviceError
 from bncli.hardware import has_fast_bfloat16
-from bncli.runtime import keep_freed_memory, release_freed_memory, resolve_runtime
+from bncli.runtime import keep_freed_memory, release_freed_memory, resolve_device, resolve_runtime
 from bncli.usable_cpus import UsableCpus
 
 
@@ -79,6 +79,28 @@ def test_an_unknown_device_is_refused(name: str) -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(DeviceError, match="finds 0 CUDA devices"):
         resolve_runtime(RuntimeConfig(device="cuda"))
+
+
+def test_a_gpu_beyond_those_that_are_visible_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(DeviceError) as caught:
+        resolve_device("cuda:1")
+    found = f"PyTorch {torch.__version__} finds 1 CUDA device (CUDA_VISIBLE_DEVICES is '3')"
+    expected = f"runtime.device: 'cuda:1' asked for, but {found}; use runtime.device=cuda:0, auto or cpu"
+    assert str(caught.value) == expected
+    assert resolve_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_a_gpu_that_is_chosen_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert resolve_runtime(RuntimeConfig(device="cuda:1")).precision == torch.bfloat16
+    assert chosen == [torch.device("cuda:1")]
 
 
 _PAGE_FAULTS = """

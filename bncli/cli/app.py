@@ -182,6 +182,12 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch, which is not imported here, or a library of its found no memory on its device."""
+    signs = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED", "MPS backend out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in signs)
+
+
 def _unforeseen(error: Exception) -> str:
     """What no command expects, and whether it is a bug: a full disk, say, is none."""
     if isinstance(error, OSError) and error.strerror:
@@ -191,6 +197,11 @@ def _unforeseen(error: Exception) -> str:
         return f"{where}{error.strerror}"
     if isinstance(error, MemoryError):
         return "out of memory; try smaller batches or images"
+    if _is_out_of_memory(error):
+        # PyTorch's first sentences say how much there is; what follows is for programmers
+        known = ". ".join(" ".join(str(error).split()).split(". ")[:3]).rstrip(".")
+        keys = "train.micro_batch_size, runtime.eval_batch_size"
+        return f"out of memory; try smaller batches ({keys}) or images; PyTorch says: {known[:300]}"
     if isinstance(error, ImportError):
         return f"{error} (install torch and torchvision versions that belong together)"
     hint = "this is a bug in bncli or in what it calls; set BNCLI_TRACEBACK=1 to see where"

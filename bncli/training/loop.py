@@ -120,6 +120,7 @@ def train(
         DivergedError: when a loss, gradient, weight or running statistic stops being finite; saved is the
             last good step.
         PeerLostError: when another process of the launch is gone; the steps before are saved.
+        torch.OutOfMemoryError: when a device has no room for a step; the steps before are saved.
         BncliError: on a configuration, data or directory that cannot be used.
     """
     run_dir = Path(run_dir)
@@ -151,7 +152,7 @@ def train(
                 f"stopped after step {run.step} of {run.setup.num_steps}; continue with:"
                 f" bncli train --resume {shlex.quote(str(run_dir))}"
             ) from None
-        except (DivergedError, PeerLostError):
+        except (DivergedError, PeerLostError, torch.OutOfMemoryError):
             _save_last_step(run, last_good, run_dir)
             raise
         except KeyboardInterrupt:

@@ -36,11 +36,13 @@ from bncli.cli.tables.table import (
 )
 from bncli.errors import BncliError
 from bncli.hardware import describe_machine
+from bncli.runtime import resolve_device, synchronize
 from bncli.torchvision_compat import import_torchvision
 from bncli.wording import plural
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+_CPU = torch.device("cpu")
 _CUTS = {"equal": (16,) * 8, "unequal": (64, 32, 16, 9, 4, 2, 1), "single image": (1,) * 128}
 
 
@@ -80,6 +82,7 @@ class PopulationBench:
     num_rounds: int
     times: tuple[PassTime, ...]
     exact_forward_passes: float  # what `exact` costs by its own count
+    device: str
     threads: int
     machine: dict[str, Any]
 
@@ -91,16 +94,18 @@ def bench_population(
     num_images: int = 64,
     batch_size: int = 32,
     image_size: int = 224,  # what the network is made for
+    device: str = "cpu",
     report: Callable[[str], None] = lambda _: None,
 ) -> PopulationBench:
     """Measure errors and times.
 
-    Raises BncliError if fvcore is not installed, or for a network that there is not or that has no BatchNorm.
+    Raises BncliError if fvcore is not installed, or for a network or device that there is not, or a network
+    that has no BatchNorm.
     """
-    fvcore = _fvcore()
-    model = network_of(network, image_size)
+    fvcore, where = _fvcore(), resolve_device(device)
+    model = network_of(network, image_size).to(where)
     errors = tuple(_errors(cut, sizes, fvcore) for cut, sizes in _CUTS.items())
-    batches = list(torch.randn(num_images, 3, image_size, image_size).split(batch_size))
+    batches = list(torch.randn(num_images, 3, image_size, image_size).to(where).split(batch_size))
     tools: dict[str, Callable[[], object]] = {
         "plain forward": lambda: plain_forward(model, batches),
         "bncli precise": lambda: measure_population(model, batches, method="precise"),
@@ -108,7 +113,7 @@ def bench_population(
         "update_bn": lambda: update_bn(batches, model),
         "bncli exact": lambda: measure_population(model, batches, method="exact"),
     }
-    times = in_turns(tools, num_rounds, report)
+    times = in_turns(tools, num_rounds, report, where)
     return PopulationBench(
         data_mean=1e3,
         data_deviation=1e-3,
@@ -121,6 +126,7 @@ def bench_population(
         num_rounds=num_rounds,
         times=times,
         exact_forward_passes=measure_population(model, batches).forward_passes,
+        device=str(where),
         threads=torch.get_num_threads(),
         machine=describe_machine(),
     )
@@ -190,7 +196,10 @@ def _errors(cut: str, sizes: Sequence[int], fvcore: Callable[..., object]) -> Re
 
 
 def in_turns(
-    tools: dict[str, Callable[[], object]], num_rounds: int, report: Callable[[str], None]
+    tools: dict[str, Callable[[], object]],
+    num_rounds: int,
+    report: Callable[[str], None],
+    device: torch.device = _CPU,
 ) -> tuple[PassTime, ...]:
     """Time every tool in each round, after one round to warm up. The first one is what ratios are to."""
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
@@ -198,6 +207,7 @@ def in_turns(
         for tool, work in tools.items():
             start = time.perf_counter()
             work()
+            synchronize(device)
             if turn:
                 seconds[tool].append(time.perf_counter() - start)
         if turn:
@@ -230,6 +240,7 @@ def run(
     images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 64,
     batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 32,
     image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 224,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1; errors are measured on the CPU.")] = "cpu",
     as_json: JsonOption = False,
 ) -> int:
     """Compare population statistics with fvcore's and update_bn's: how right, and how fast."""
@@ -239,6 +250,7 @@ def run(
         num_images=images,
         batch_size=batch_size,
         image_size=image_size,
+        device=device,
         report=print_note,
     )
     print_json(result) if as_json else show_population_bench(result)
@@ -275,7 +287,7 @@ def show_population_bench(result: PopulationBench) -> None:
         {
             "network": f"{result.network}, {result.num_layers} BatchNorm layers",
             "images": f"{result.num_images:,} of {result.image_size}x{result.image_size},"
-            f" in batches of {result.batch_size}; {plural(result.threads, 'thread')}",
+            f" in batches of {result.batch_size}; {result.device}, {plural(result.threads, 'thread')}",
             "ratio": f"to the plain forward pass, in eval mode; median of n = {result.num_rounds} rounds",
             "exact": f"{result.exact_forward_passes:.2f} forward passes in FLOPs, {share:.2f} a layer",
         },

@@ -11,16 +11,16 @@ import torch
 from bncli.checkpoints.part_digests import digest_parts
 from bncli.config_file import load_config
 from bncli.training import train
-from tests.conftest import Bncli, Outcome, save_as_if_whole
+from tests.conftest import DEVICE, Bncli, Outcome, save_as_if_whole
 
 # 5 epochs of 4 steps, with a smaller last batch; 3 does not divide 4, so checkpoints fall everywhere
-FAULTY = """
-data: {name: synthetic, num_train: 90, num_test: 20}
-augment: {cutout: 8}
-model: {widths: [4, 8], blocks_per_stage: 1}
-train: {epochs: 5, batch_size: 25, last_batch: keep, learning_rate: 0.1, checkpoint_every: 3,
-  checkpoint_unit: steps}
-runtime: {device: cpu, precision: float32, threads: 1}
+FAULTY = f"""
+data: {{name: synthetic, num_train: 90, num_test: 20}}
+augment: {{cutout: 8}}
+model: {{widths: [4, 8], blocks_per_stage: 1}}
+train: {{epochs: 5, batch_size: 25, last_batch: keep, learning_rate: 0.1, checkpoint_every: 3,
+  checkpoint_unit: steps}}
+runtime: {{device: {DEVICE}, precision: float32, threads: 1}}
 """
 
 

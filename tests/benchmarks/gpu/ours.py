@@ -1,0 +1,94 @@
+"""`bncli train` without its files: the same setup, steps and checks, one seed after the other in one process.
+
+The network is built once, so that what is compiled for it serves every seed; each seed begins with weights,
+whitening and optimiser of its own, as a run of its own does.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from bncli.config import Config
+from bncli.evaluation import evaluate
+from bncli.evaluation.views import evaluate_augmented
+from bncli.models.configured import build_configured
+from bncli.runtime import synchronize
+from bncli.training import prepare
+from bncli.training.last_good_step import LastGoodStep
+from bncli.training.loop import check_steps, take_step
+from bncli.training.run import Run
+from bncli.training.setup import _fit_whitening
+from tests.benchmarks.gpu.rival import BATCH_SIZE, Finished
+
+
+class Ours:
+    """A recipe, and how its training step is computed."""
+
+    def __init__(self, config: Config, mode: str | None) -> None:
+        """`mode` is torch.compile's; None: nothing is compiled."""
+        setup = prepare(config)
+        # once: a setup of its own for every seed would send the images again
+        self.setup = replace(setup, dataset=replace(setup.dataset, train=setup.train_split))
+        self.test = setup.dataset.test
+        self.device = setup.runtime.device
+        self.forward = setup.model if mode is None else torch.compile(setup.model, dynamic=False, mode=mode)
+
+    def share(self, other: "Ours") -> None:
+        """Train the network of another recipe, with what is compiled for it and the images that are there."""
+        self.setup = replace(
+            self.setup, model=other.setup.model, dataset=other.setup.dataset, runtime=other.setup.runtime
+        )
+        self.forward = other.forward
+
+    def start(self, seed: int) -> Run:
+        """A run before its first step."""
+        config = self.setup.config
+        config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+        setup = replace(self.setup, config=config)
+        height, width = config.augment.smallest_size(*setup.image_shape[1:])
+        fresh = build_configured(
+            config.model,
+            len(setup.dataset.class_names),
+            image_size=min(height, width),
+            mean=setup.normalization.mean,
+            std=setup.normalization.std,
+            seed=seed,
+        )
+        setup.model.load_state_dict(fresh.state_dict())
+        _fit_whitening(setup.model, setup.train_split)  # type: ignore[arg-type]
+        run = Run.start(setup)
+        run.forward = self.forward
+        return run
+
+    def steps(self, run: Run) -> Iterator[None]:
+        """The run's steps, checked as `bncli train` checks them."""
+        last_good = LastGoodStep(run)
+        while run.epoch < run.setup.config.train.epochs:
+            run.model.train()
+            for images, labels in run.batches():
+                take_step(run, last_good, images, labels)
+                yield
+            check_steps(run, last_good)
+            run.end_epoch(None)
+
+    def run(self, seed: int) -> Finished:
+        """Train and evaluate, timed as the rival is."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        run = self.start(seed)
+        for _ in self.steps(run):
+            pass
+        network = run.network_to_use(lambda: False)
+        runtime = run.setup.runtime
+        with runtime.autocast():
+            views = evaluate_augmented(network, self._test_batches, "shifts")
+        seconds = time.perf_counter() - start
+        with runtime.autocast():
+            plain = evaluate(network, self._test_batches)
+        return Finished(seconds, plain.accuracy, views.accuracy)
+
+    def _test_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        places = torch.arange(len(self.test)).split(BATCH_SIZE)
+        return ((self.setup.runtime.place(images), labels) for images, labels in self.test.batches_of(places))
