@@ -24,7 +24,7 @@ from bncli.evaluation.gap import SOURCES
 from bncli.report.channel_data import SEVERITIES, describe_channels, describe_layers, rounded
 from bncli.report.content import Content
 from bncli.report.library import DrawingLibrary
-from bncli.report.verdict import is_bad, judge
+from bncli.report.verdict import judge, remedy, state_of
 from bncli.serialization import to_plain
 from bncli.wording import one_line, plural
 
@@ -41,7 +41,8 @@ def render_page(content: Content, library: DrawingLibrary) -> str:
     parts = {
         "content": content,
         "verdict": judge(content),
-        "is_bad": is_bad(content),
+        "remedy": remedy(content),
+        "state": state_of(content),
         "rules": data.pop("rules"),
         "num_shown_channels": len(data["channels"]["layers"]),
         "gap_sources": SOURCES,
@@ -74,9 +75,14 @@ def _template() -> jinja2.Template:
     environment.filters |= {
         "percent": lambda value: f"{value:.2%}",
         "plural": plural,
-        "sentence": lambda text: text[:1].upper() + text[1:],
+        "sentence": _capitalised,
     }
     return environment.get_template("page.html")
+
+
+def _capitalised(text: str) -> str:
+    """As a sentence begins, except with the name of a tensor."""
+    return text if "_" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
 
 
 def _asset(name: str) -> str:
