@@ -180,8 +180,8 @@ function lazily(place, make) {
 // ---------------------------------------------------------------- accuracy by batch size
 
 // of an axis with values of any size: Vega's own formats write 400 as 4e+2
-const WRITTEN = "datum.value != 0 && (abs(datum.value) >= 1e6 || abs(datum.value) < 1e-4) ? format(datum.value, '.2~e') : format(datum.value, ',.6~f')";
-const NUMBERS = { labelExpr: WRITTEN };
+const written = value => `${value} != 0 && (abs(${value}) >= 1e6 || abs(${value}) < 1e-4) ? format(${value}, '.2~e') : format(${value}, ',.6~f')`;
+const NUMBERS = { labelExpr: written("datum.value") };
 const MODES = ["eval mode", "batch statistics"];
 
 function sweepFigure(place) {
@@ -536,7 +536,7 @@ function drawMap(place, form, choose) {
         condition: { test: "!isValid(datum.value)", value: colours.mark },
         field: "value", type: "quantitative",
         scale: diverges ? { domain, range: ["#2166ac", "#f2f2f2", "#b35806"], clamp: true, interpolate: "lab" } : { domain, scheme: "cividis", clamp: true },
-        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, labelExpr: diverges ? WRITTEN : "format(pow(10, datum.value), '.2~g')" },
+        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, labelExpr: written(diverges ? "datum.value" : "toNumber(format(pow(10, datum.value), '.2~g'))") },
       },
       tooltip: [{ field: "name", title: "layer" }, { field: "number", title: "channel" }, { field: "shown", title: title.replace(" (log scale)", "") }],
     },
@@ -729,7 +729,7 @@ function phases(single) {
 function lesson(rows, { size, momentum, single, moves }) {
   const truth = population(single).variance;
   const start = rows.slice(0, moves ? CHANGE.after : STEPS);
-  const waits = share => (momentum === 1 ? 1 : Math.ceil(Math.log(share) / Math.log(1 - momentum)));
+  const waits = share => Math.ceil(Math.log(share) / Math.log(1 - momentum));
   const batches = count => plural(count, "batch").replace("batchs", "batches");
   if (rows[0].batchVariance === null) {
     return [
@@ -739,14 +739,15 @@ function lesson(rows, { size, momentum, single, moves }) {
   }
   const percent = fraction => `${short(Number((100 * fraction).toPrecision(2)))} %`;
   const off = Math.sqrt(start.reduce((sum, row) => sum + (row.batchVariance / truth - 1) ** 2, 0) / start.length);
-  const bias = start.reduce((sum, row) => sum + row.batchVariance, 0) / start.length / truth - 1;
-  const small = size === 1 && bias < 0 ? `, and ${percent(-bias)} too small on average: one image shows its own variance, not how images differ` : "";
+  const alone = size === 1 ? " It is that image’s own, and knows nothing of how images differ. If an image gave 1 value (choose it above), there would be no variance at all." : "";
   const share = (1 - momentum) ** (moves ? STEPS - CHANGE.after : STEPS);
   const left = share > 0.01 ? ` After the last batch ${percent(share)} of what was ${moves ? "before the change" : "at the start, mean 0 and variance 1,"} is still in it.` : "";
   const noise = off * Math.sqrt(momentum / (2 - momentum));
   return [
-    `The variance of ${size === 1 ? "a batch of one image" : `one batch of ${size} images`} is typically off by ${percent(off)}${small}. In train mode the layer normalises by it.`,
-    `With momentum ${momentum} each new batch counts ${percent(momentum)}. So the running average has followed half of a change after ${batches(waits(0.5))} and 99 % after ${batches(waits(0.01))}: until then it lags, and eval mode normalises by numbers of the past.${left} A larger momentum lags less but keeps more of the batches’ noise, here about ${percent(noise)} in the variance.`,
+    `The variance of ${size === 1 ? "a batch of one image" : `one batch of ${size} images`} is typically off by ${percent(off)}, and in train mode the layer normalises by it.${alone}`,
+    momentum === 1
+      ? "With momentum 1 the running average is the newest batch: it does not lag, and has all of that batch’s noise."
+      : `With momentum ${momentum} each new batch counts ${percent(momentum)}. So the running average has followed half of a change after ${batches(waits(0.5))} and 99 % after ${batches(waits(0.01))}: until then it lags, and eval mode normalises by numbers of the past.${left} A larger momentum lags less but keeps more of the batches’ noise, here about ${percent(noise)} in the variance.`,
   ];
 }
 
@@ -799,6 +800,15 @@ function tryIt() {
   update();
 }
 
+const BINS = 36;
+
+function binned(values, low, high) {
+  const width = (high - low || 1) / BINS;
+  const bins = Array.from({ length: BINS }, (_, at) => ({ from: low + at * width, to: low + (at + 1) * width, images: 0 }));
+  for (const value of values) if (Number.isFinite(value)) bins[Math.min(BINS - 1, Math.floor((value - low) / width))].images += 1;
+  return bins;
+}
+
 const FAR = 3; // widths of the histogram to either side, beyond which a bar ends at the figure's edge
 
 function histogramFigure(place) {
@@ -825,7 +835,7 @@ function histogramFigure(place) {
             { mark: { type: "point", filled: true, size: 90, opacity: 1 }, encoding: { ...both, x: { field: "center", type: "quantitative" }, shape: { field: "what", type: "nominal", legend: null, scale: { domain: kinds, range: ["circle", "diamond"] } } } },
           ],
         },
-        { width: inner, height: 190, data: { values: values.map(value => ({ value })) }, mark: { type: "bar", color: colours.soft, opacity: 0.55, binSpacing: 1 }, encoding: { x: { field: "value", bin: { maxbins: 40, extent: [low, high] }, type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 6, ...NUMBERS } }, y: { aggregate: "count", type: "quantitative", axis: { title: "images", tickCount: 4 } } } },
+        { width: inner, height: 190, data: { values: binned(values, low, high) }, mark: { type: "bar", color: colours.soft, opacity: 0.55, binSpacing: 1 }, encoding: { x: { field: "from", bin: "binned", type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 8, ...NUMBERS } }, x2: { field: "to" }, y: { field: "images", type: "quantitative", axis: { title: "images", tickCount: 4 } }, tooltip: [{ field: "from", format: ".3g" }, { field: "to", format: ".3g" }, { field: "images" }] } },
       ],
     };
   }, { label: `Histogram of ${values.length} values. All images: mean ${short(population_mean)}, variance ${short(population_variance)}; the file: running_mean ${short(running_mean)}, running_var ${short(running_var)}.` });
