@@ -91,7 +91,7 @@ def _template() -> jinja2.Template:
 def _with_options(text: str) -> Markup:
     """The words that are options of a command set as code, which a line's end does not break."""
     return Markup(
-        re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<code class="option">\g<0></code>', escape(one_line(text)))
+        re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<code class="option">\g<0></code>', str(escape(one_line(text))))
     )
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from bncli.batchnorm import Finding
+from bncli.batchnorm import Comparison, Finding
 from bncli.batchnorm.distance import nan_as_farthest
 from bncli.evaluation import Gap
 from bncli.evaluation.gap import INCONSISTENT, STALE, LayerGap
@@ -47,7 +47,9 @@ def _subject(content: Content) -> str:
     channels = plural(sum(layer.num_features for layer in content.layers), "channel")
     has = f"{layers} with {channels}"
     if content.comparison is not None:
-        return f"Two checkpoints of one network, {has}: {content.comparison.verdict}"
+        return (
+            f"Two checkpoints of one network, {has}: {content.comparison.verdict}{_moved(content.comparison)}"
+        )
     found = content.measurement
     if found is not None:
         accuracy = found.gap.running.accuracy
@@ -56,6 +58,24 @@ def _subject(content: Content) -> str:
     if content.training is not None:
         return f"{_outcome(content.training)} It has {has}." if content.layers else _outcome(content.training)
     return f"{content.title} has {has}."
+
+
+def _moved(comparison: Comparison) -> str:
+    """How the layer differs whose statistics moved farthest; nothing where none did."""
+    kl, layer = max(
+        ((layer.summary.kl or 0.0, layer) for layer in comparison.layers if layer.summary is not None),
+        key=lambda item: item[0],
+        default=(0.0, None),
+    )
+    if layer is None or layer.summary is None or not kl > 0:
+        return ""
+    shift, ratio = layer.summary.mean_shift_in_first_deviations, layer.summary.var_ratio
+    if shift is None or ratio is None:
+        return ""
+    return (
+        f" In {layer.name_in_second} the second's running_var is {_short(ratio)} times the first's, and"
+        f" running_mean moved by {_short(shift)} standard deviations."
+    )
 
 
 def _outcome(training: Training) -> str:
@@ -135,14 +155,21 @@ def _fault(layer: LayerGap) -> str:
     spread = math.sqrt(max(0.0, layer.self_consistency**2 - shift**2))  # of ln(ratio), RMS over channels
     if not (math.isfinite(shift) and math.isfinite(spread) and ratio > 0):
         return "Its running statistics hold NaN, infinity or a negative variance."
-    mean = f"is off by {shift:.2g} standard deviations of it" if shift >= INCONSISTENT else "is right"
+    mean = f"is off by {_short(shift)} standard deviations of it" if shift >= INCONSISTENT else "is right"
     if spread < INCONSISTENT:
         return f"Compared with what enters it, its running_mean {mean}, and its running_var is right."
     is_alike = abs(math.log(ratio)) > 0.8 * spread  # in all channels, and in one direction
     var = (
-        f"{ratio:.2g} times the variance" if is_alike else f"wrong by factors of about {math.exp(spread):.2g}"
+        f"{_short(ratio)} times the variance"
+        if is_alike
+        else f"wrong by factors of about {_short(math.exp(min(spread, 700.0)))}"
     )
     return f"Compared with what enters it, its running_var is {var}; its running_mean {mean}."
+
+
+def _short(value: float) -> str:
+    """Two digits that count, and no exponent below ten million."""
+    return f"{float(f'{value:.2g}'):,.7g}"
 
 
 def _findings(content: Content, grave: Sequence[Finding]) -> str:
@@ -166,4 +193,4 @@ def _findings(content: Content, grave: Sequence[Finding]) -> str:
     alike = [finding.layer or "the module itself" for finding in grave if finding.code == worst.code]
     where = list_names(alike, 3) if len(alike) < len(content.layers) or len(alike) == 1 else "every layer"
     advice = "" if _is_stale(content) else f" What to do: {worst.advice.rstrip('.')}."
-    return f"{counts}, first of all {worst.name} in {where}: {worst.message}.{advice}"
+    return f"{counts}, first of all in {where}: {worst.message}.{advice}"

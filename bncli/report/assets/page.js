@@ -241,7 +241,7 @@ function guiltFigure(place) {
     data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points${row.name === data.gap.worst ? " ◀" : ""}` })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
-      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in standard deviations", tickCount: 5 }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 140 / Math.max(30, room(width) - 140))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
+      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in standard deviations", tickCount: 5, ...NUMBERS }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 140 / Math.max(30, room(width) - 140))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
       { mark: { type: "text", align: "left", dx: 5 }, encoding: { x: { field: "score", type: "quantitative" }, text: { field: "gain" } } },
     ],
   }), { label: `Bar chart of ${rows.length} layers${data.gap.worst ? `; ${data.gap.worst} is to blame` : ""}. The numbers are in the table below.` });
@@ -311,7 +311,7 @@ function historyFigures(place) {
       mark: { type: "line", point: { size: 22, opacity: 1 } },
       encoding: {
         x: { field: "epoch", type: "quantitative", axis: { title: "epoch", tickMinStep: 1, tickCount: 4, grid: false, format: "d" }, scale: { zero: false, nice: false } },
-        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 3, format: "~g" }, scale: { domain: [0, top] } },
+        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 3, ...NUMBERS }, scale: { domain: [0, top] } },
         color: { field: "what", type: "nominal", legend: null, scale: { domain: ["mean", "variance"], range: [colours.one, colours.two] } },
         strokeDash: { field: "what", type: "nominal", legend: null, scale: { domain: ["mean", "variance"], range: [[1, 0], [5, 3]] } },
         tooltip: [{ field: "epoch" }, { field: "what" }, { field: "value", format: ".3g", title: "distance" }],
@@ -341,7 +341,7 @@ function comparisonFigure(place) {
     mark: { type: "bar", height: 13 },
     encoding: {
       y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } },
-      x: { field: "kl", type: "quantitative", axis: { title: "KL divergence of the layer’s channels, mean (nats)", tickCount: 5, format: "~g" } },
+      x: { field: "kl", type: "quantitative", axis: { title: "KL divergence of the layer’s channels, mean (nats)", tickCount: 5, ...NUMBERS } },
       color: { field: "kind", type: "nominal", scale: { domain: kinds, range: [colours.two, colours.one, colours.soft] } },
       tooltip: [{ field: "name", title: "layer" }, { field: "kl", format: ".3g" }, { field: "shift", format: ".3g", title: "mean shift" }, { field: "ratio", format: ".3g", title: "variance ratio" }, { field: "kind", title: "what moved" }],
     },
@@ -536,7 +536,7 @@ function drawMap(place, form, choose) {
         condition: { test: "!isValid(datum.value)", value: colours.mark },
         field: "value", type: "quantitative",
         scale: diverges ? { domain, range: ["#2166ac", "#f2f2f2", "#b35806"], clamp: true, interpolate: "lab" } : { domain, scheme: "cividis", clamp: true },
-        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, labelExpr: written(diverges ? "datum.value" : "toNumber(format(pow(10, datum.value), '.2~g'))") },
+        legend: { title, titleLimit: 0, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, labelExpr: written(diverges ? "datum.value" : "toNumber(format(pow(10, datum.value), '.2~g'))") },
       },
       tooltip: [{ field: "name", title: "layer" }, { field: "number", title: "channel" }, { field: "shown", title: title.replace(" (log scale)", "") }],
     },
