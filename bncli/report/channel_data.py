@@ -2,7 +2,7 @@
 
 Layers are columns of rounded numbers. Channels are float32, little-endian, in base64: NaN and infinity stay
 what they are, and a channel takes 21 bytes. Of a network with more channels than `MAX_CHANNELS` those layers
-come first in which something was found.
+come first that the page is about, then those in which something was found, then those that stand out.
 """
 
 import base64
@@ -70,10 +70,17 @@ def _momentum(layer: LayerStats) -> float | str | None:
 
 
 def describe_channels(
-    layers: Sequence[LayerStats], findings: Sequence[Finding], *, max_channels: int = MAX_CHANNELS
+    layers: Sequence[LayerStats],
+    findings: Sequence[Finding],
+    *,
+    first: Sequence[str] = (),
+    max_channels: int = MAX_CHANNELS,
 ) -> dict[str, Any]:
-    """The chosen layers' indices, and their channels end to end; `eps` is the one that is computed with."""
-    chosen = _chosen(layers, findings, max_channels)
+    """The chosen layers' indices, and their channels end to end; `eps` is the one that is computed with.
+
+    The layers named in `first` are in the page before any other.
+    """
+    chosen = _chosen(layers, findings, first, max_channels)
     all_of_them = channels_of([layers[index] for index in chosen])
     tensors = {
         "running_mean": all_of_them.running_mean,
@@ -88,19 +95,44 @@ def describe_channels(
     }
 
 
-def _chosen(layers: Sequence[LayerStats], findings: Sequence[Finding], max_channels: int) -> list[int]:
+def _chosen(
+    layers: Sequence[LayerStats], findings: Sequence[Finding], first: Sequence[str], max_channels: int
+) -> list[int]:
     """In model order; a layer that alone is too large is left out, and smaller ones after it are not."""
+    everything = range(len(layers))
+    if sum(layer.num_features for layer in layers) <= max_channels:
+        return list(everything)
+    place = {name: -index for index, name in enumerate(reversed(first), 1)}
     gravity: Mapping[str, int] = {
-        finding.layer: -SEVERITIES.index(finding.severity)
+        finding.layer: SEVERITIES.index(finding.severity)
         for finding in sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
     }
-    order = sorted(range(len(layers)), key=lambda index: -gravity.get(layers[index].name, -len(SEVERITIES)))
+    ranks = _ranks(layers)
+    order = sorted(
+        everything,
+        key=lambda index: (
+            place.get(layers[index].name, 0),
+            gravity.get(layers[index].name, len(SEVERITIES)),
+            ranks[index],
+        ),
+    )
     chosen, room = [], max_channels
     for index in order:
         if layers[index].num_features <= room:
             chosen.append(index)
             room -= layers[index].num_features
     return sorted(chosen)
+
+
+def _ranks(layers: Sequence[LayerStats]) -> list[int]:
+    """Each layer's best place in three orders of the page: largest gain, farthest mean, least variance."""
+    channels = channels_of(layers)
+    best = torch.full((len(layers),), len(layers))
+    for values in (gain(channels), mean_in_deviations(channels), -channels.running_var):
+        largest = _largest(values, channels, len(layers))
+        numbers = torch.tensor([-math.inf if value is None else value for value in largest])
+        best = torch.minimum(best, numbers.argsort(descending=True, stable=True).argsort())
+    return best.tolist()
 
 
 def _packed(values: Tensor) -> str:

@@ -42,6 +42,7 @@ class Content:
     configuration: str | None = None  # YAML
     notes: tuple[str, ...] = ()  # what the file's format leaves open, a sentence each
     how_to_measure: str = ""  # the command that adds what needs the network's images
+    how_to_repair: str = ""  # the command that saves running statistics measured anew
 
     def of_layers(self, names: Collection[str]) -> "Content":
         """The same of these layers only."""

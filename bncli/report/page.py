@@ -8,6 +8,7 @@ everywhere, could not run or fetch anything even if it were not.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -17,18 +18,23 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from bncli.batchnorm import Finding
+from bncli.batchnorm import Comparison, Finding, LayerComparison
 from bncli.batchnorm.audit.rule_pages import find_page
 from bncli.evaluation import RecordedChannel
-from bncli.evaluation.gap import SOURCES
 from bncli.report.channel_data import SEVERITIES, describe_channels, describe_layers, rounded
 from bncli.report.content import Content
 from bncli.report.library import DrawingLibrary
-from bncli.report.verdict import is_bad, judge
+from bncli.report.verdict import judge, remedy, state_of
 from bncli.serialization import to_plain
 from bncli.wording import one_line, plural
 
 MAX_FINDINGS = 200  # of one rule, that the page can show
+SOURCES_IN_WORDS = {  # of a gap's four scores
+    "running": "running statistics, eval mode",
+    "batch": "batch statistics",
+    "precise": "measured anew, in one pass",
+    "exact": "measured anew, layer by layer",
+}
 MAX_COMPARED = 2_000  # layers of two checkpoints in the page, those that moved farthest
 
 
@@ -41,10 +47,11 @@ def render_page(content: Content, library: DrawingLibrary) -> str:
     parts = {
         "content": content,
         "verdict": judge(content),
-        "is_bad": is_bad(content),
+        "remedy": remedy(content),
+        "state": state_of(content),
         "rules": data.pop("rules"),
         "num_shown_channels": len(data["channels"]["layers"]),
-        "gap_sources": SOURCES,
+        "gap_sources": SOURCES_IN_WORDS,
         "configuration": _lines(content.configuration or ""),
         "data": Markup(_in_script(data)),
         "style": Markup(_asset("page.css")),
@@ -73,10 +80,24 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "percent": lambda value: f"{value:.2%}",
+        "number": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
         "plural": plural,
-        "sentence": lambda text: text[:1].upper() + text[1:],
+        "sentence": _capitalised,
+        "with_options": _with_options,
     }
     return environment.get_template("page.html")
+
+
+def _with_options(text: str) -> Markup:
+    """The words that are options of a command set as code, which a line's end does not break."""
+    return Markup(
+        re.sub(r"(?<!\S)--[a-z][a-z-]*", r'<code class="option">\g<0></code>', str(escape(one_line(text))))
+    )
+
+
+def _capitalised(text: str) -> str:
+    """As a sentence begins, except with the name of a tensor."""
+    return text if "_" in text.split(" ", 1)[0] else text[:1].upper() + text[1:]
 
 
 def _asset(name: str) -> str:
@@ -100,7 +121,7 @@ def _data(content: Content) -> dict[str, Any]:
     measured = content.measurement
     return {
         "layers": describe_layers(layers, content.findings),
-        "channels": describe_channels(layers, content.findings),
+        "channels": describe_channels(layers, content.findings, first=_subjects(content)),
         "findings": [rule.pop("findings") for rule in rules],
         "rules": rules,
         "training": None if content.training is None else _training(content.training.epochs),
@@ -110,6 +131,18 @@ def _data(content: Content) -> dict[str, Any]:
         "gap": None if measured is None else _gap(content),
         "channel": None if measured is None else _channel(measured.channel),
     }
+
+
+def _subjects(content: Content) -> list[str]:
+    """The layers that the page is about: those that images put the blame on, or that moved farthest."""
+    names: list[str] = []
+    if content.measurement is not None:
+        gap = content.measurement.gap
+        tried = [layer.name for layer in gap.layers if layer.recovered is not None]
+        names += [*([gap.worst_layer] if gap.worst_layer else []), content.measurement.channel.layer, *tried]
+    if content.comparison is not None:
+        names += [layer.name_in_second for layer in _farthest_moved(content.comparison)]
+    return list(dict.fromkeys(names))
 
 
 def _rules(findings: Sequence[Finding], index_of: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -165,12 +198,19 @@ def _history(content: Content) -> list[dict[str, Any]]:
     ]
 
 
+def _farthest_moved(comparison: Comparison) -> list[LayerComparison]:
+    layers = [layer for layer in comparison.layers if layer.summary is not None]
+    return sorted(layers, key=lambda layer: -((layer.summary and layer.summary.kl) or 0.0))[:MAX_COMPARED]
+
+
 def _comparison(content: Content) -> dict[str, list[Any]]:
     assert content.comparison is not None
-    layers = [layer for layer in content.comparison.layers if layer.summary is not None]
-    far = sorted(layers, key=lambda layer: -((layer.summary and layer.summary.kl) or 0.0))[:MAX_COMPARED]
-    kept = {layer.name for layer in far}
-    rows = [(layer, layer.summary) for layer in layers if layer.name in kept and layer.summary is not None]
+    kept = {layer.name for layer in _farthest_moved(content.comparison)}
+    rows = [
+        (layer, layer.summary)
+        for layer in content.comparison.layers
+        if layer.name in kept and layer.summary is not None
+    ]
     return {
         "name": [one_line(layer.name) for layer, _ in rows],
         "shift": [rounded(found.mean_shift_in_first_deviations) for _, found in rows],
@@ -187,7 +227,7 @@ def _gap(content: Content) -> dict[str, Any]:
     gap = content.measurement.gap
     return {
         "scores": [
-            {"name": SOURCES[name], "accuracy": rounded(score.accuracy), "loss": rounded(score.loss)}
+            {"name": SOURCES_IN_WORDS[name], "accuracy": rounded(score.accuracy), "loss": rounded(score.loss)}
             for name, score in gap.scores().items()
         ],
         "worst": gap.worst_layer and one_line(gap.worst_layer),

@@ -11,6 +11,7 @@ from typing import Any
 
 from bncli.batchnorm import RULES, Comparison, LayerStats, audit_layers
 from bncli.checkpoints import (
+    Checkpoint,
     OpenCheckpoint,
     compare_checkpoints,
     file_sha256,
@@ -72,10 +73,11 @@ def read_content(names: Sequence[str], key: str | None = None) -> Content:
         paths = [path or source.checkpoint for path, source in zip(paths, sources, strict=True)]
         read = _read([path for path in paths if path is not None], key)
         findings = audit_layers(read.layers)
+        owns = [_own(file) for file in read.files]
         facts = [
             fact
-            for source, file, digest in zip(sources, read.files, digests, strict=False)
-            for fact in _facts(source, file, digest)
+            for file, own, digest in zip(read.files, owns, digests, strict=False)
+            for fact in _facts(file, own, digest)
         ]
     return Content(
         title=names[0] if len(names) == 1 else f"{names[0]} and {names[1]}",
@@ -89,7 +91,7 @@ def read_content(names: Sequence[str], key: str | None = None) -> Content:
         facts=(*facts, Fact("report made on", _listed(describe_machine()))),
         configuration=None if run_dir is None else _configuration(run_dir),
         notes=read.notes,
-        how_to_measure=_how_to_measure(names, run_dir),
+        how_to_measure=_how_to_measure(names, paths[0], is_own=run_dir is not None or owns[0] is not None),
     )
 
 
@@ -118,7 +120,17 @@ def _digest(source: Source) -> str | None:
     return file_sha256(path) if path is not None and path.is_file() else None
 
 
-def _facts(source: Source, file: OpenCheckpoint, digest: "Future[str | None]") -> list[Fact]:
+def _own(file: OpenCheckpoint) -> Checkpoint | None:
+    """What more a checkpoint of `bncli train` tells; None of any other file."""
+    if file.key != "state_dict" or not Path(file.source).is_file():
+        return None
+    try:
+        return load_checkpoint(file.source)
+    except CheckpointError:
+        return None
+
+
+def _facts(file: OpenCheckpoint, own: Checkpoint | None, digest: "Future[str | None]") -> list[Fact]:
     """What is known of one file."""
     layers = plural(len(file.layer_names), "BatchNorm layer")
     where = f", under {file.key}" if file.key else ""
@@ -129,8 +141,7 @@ def _facts(source: Source, file: OpenCheckpoint, digest: "Future[str | None]") -
     sha256 = digest.result()
     if sha256 is not None:
         facts.append(Fact("SHA-256", sha256))
-    if source.run_dir is not None:
-        own = load_checkpoint(file.source)
+    if own is not None:
         facts += [
             Fact(
                 "trained", f"{plural(own.epoch, 'epoch')}, {plural(own.step, 'step')}, {own.seconds:,.1f} s"
@@ -151,11 +162,11 @@ def _configuration(run_dir: Path) -> str | None:
     return dump_config(load_config(path)) if path.is_file() else None
 
 
-def _how_to_measure(names: Sequence[str], run_dir: Path | None) -> str:
-    if len(names) > 1:
+def _how_to_measure(names: Sequence[str], path: str | None, *, is_own: bool) -> str:
+    if len(names) > 1 or path is None:
         return ""
     command = f"bncli report {shlex.quote(names[0])} --measure"
-    return command if run_dir is not None else f"{command} --model NAME --data-root FOLDER"
+    return command if is_own else f"{command} --model NAME --data-root FOLDER"
 
 
 def read_training(run_dir: Path) -> Training | None:

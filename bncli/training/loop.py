@@ -137,7 +137,7 @@ def train(
             open_run(run_dir, config, resume=resume, data_progress=data_progress, processes=team, stop=stop)
         )
         log = config.train.log if run.setup.is_main else ()
-        tell = stack.enter_context(logged(report, log, run_dir, run.step))
+        tell = stack.enter_context(logged(report, log, run_dir))
         tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
         last_good = LastGoodStep(run)
         try:

@@ -59,6 +59,19 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_library() -> Iterator[None]:
+    """The drawing library is the same in every page, and takes seconds to make."""
+    pytest.importorskip("vl_convert")
+    from bncli.report import DrawingLibrary
+
+    script = DrawingLibrary().script()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DrawingLibrary, "__init__", lambda self: None)
+        patch.setattr(DrawingLibrary, "script", lambda self: script)
+        yield
+
+
 class Opener:
     """Opens pages, each in a window of its own."""
 
@@ -87,14 +100,15 @@ class Opener:
         return tab
 
     def close(self) -> None:
+        """Fail for any request, error or warning of the pages that were opened."""
+        complaints = [line for tab in self.tabs for line in tab.complaints]
         for context in self._contexts:
             context.close()
+        assert complaints == []
 
 
 @pytest.fixture
 def open_page(chromium: Any) -> Iterator[Opener]:
     opener = Opener(chromium)
     yield opener
-    complaints = [line for tab in opener.tabs for line in tab.complaints]
     opener.close()
-    assert complaints == []

@@ -2,8 +2,10 @@
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,21 +107,34 @@ def hostile(folder: Path) -> Path:
     return path
 
 
-ALL = ("measured", "ruined", "foreign", "two", "hostile")
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A network of one layer, which nobody ever updated: a warning and no error."""
+    leaves = {"running_mean": torch.zeros(8), "running_var": torch.ones(8), "weight": torch.rand(8)}
+    torch.save({f"{leaf}": value for leaf, value in leaves.items()}, folder / "alone.pt")
+    path = folder / "alone.html"
+    report(folder / "alone.pt", "-o", path)
+    return path
 
 
-def pages(*quick: tuple[str, object], others: tuple[object, object]) -> list[object]:
-    """Every page with both of the others; all but the quick ones are slow."""
-    both = [(name, other) for name in ALL for other in others]
-    return [pytest.param(*one, marks=() if one in quick else SLOW) for one in both]
+@pytest.fixture(scope="module")
+def keras(folder: Path) -> Path:
+    path = folder / "keras.html"
+    report(Path(__file__).parent.parent / "frameworks/files/keras_networks/resnet.keras", "-o", path)
+    return path
 
 
-@pytest.mark.parametrize(("name", "width"), pages(others=(1280, 390)))
-def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
-    request: pytest.FixtureRequest, open_page: Opener, name: str, width: int
-) -> None:
-    tab = open_page(request.getfixturevalue(name), width=width)
+@pytest.fixture(scope="module")
+def ruined_tab(chromium: Any, ruined: Path) -> Iterator[Tab]:
+    """The page of the ruined network, open and seen to its end: for all tests that need no fresh one."""
+    opener = Opener(chromium)
+    tab = opener(ruined)
     tab.scroll_through()
+    yield tab
+    opener.close()
+
+
+def check_figures(tab: Tab, width: int) -> None:
     assert tab.page.evaluate("document.documentElement.scrollWidth") == width
     for figure in tab.page.query_selector_all("figure svg, figure canvas"):
         assert figure.get_attribute("role") == "img"
@@ -128,15 +143,8 @@ def test_every_figure_is_drawn_and_nothing_is_wider_than_the_screen(
     assert "NaN" not in "".join(path.get_attribute("d") or "" for path in tab.page.query_selector_all("path"))
 
 
-@pytest.mark.parametrize(("name", "scheme"), pages(("ruined", "light"), others=("light", "dark")))
-def test_axe_finds_no_serious_violation(
-    request: pytest.FixtureRequest, open_page: Opener, name: str, scheme: str
-) -> None:
+def check_access(tab: Tab) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    tab = open_page(request.getfixturevalue(name), scheme=scheme)
-    tab.scroll_through()
-    tab.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
-    tab.page.wait_for_timeout(200)
     found = axe.Axe().run(tab.page).response["violations"]
     assert [
         (one["id"], one["impact"], [node["html"][:200] for node in one["nodes"]][:3])
@@ -145,35 +153,54 @@ def test_axe_finds_no_serious_violation(
     ] == []
 
 
-def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(open_page: Opener, ruined: Path) -> None:
-    tab = open_page(ruined)
-    verdict = tab.text("#verdict")
+def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(ruined_tab: Tab) -> None:
+    verdict = ruined_tab.text("#verdict")
     assert verdict.startswith("Needs repair")
-    assert RUINED in verdict
-    assert "bncli recalibrate" in verdict
+    assert f"Layer {RUINED} is to blame" in verdict
+    times = float(re.search(r"running_var is (\S+) times the variance", verdict)[1])
+    assert times == pytest.approx(60, rel=0.2)  # as `ruin` did
+    assert re.search(r"bncli recalibrate \S+/ruined.pt$", verdict)
     # and it is the layer that one looks at first
-    tab.scroll_through()
-    assert tab.text("[data-reading]").startswith(f"{RUINED}, channel")
+    assert ruined_tab.text("[data-reading]").startswith(f"{RUINED}, channel")
 
 
-def test_the_sliders_move_what_they_should(open_page: Opener, ruined: Path) -> None:
-    tab = open_page(ruined)
-    tab.scroll_through()
-    page = tab.page
-    # the file's slider has 13 momenta: the last is 1, where the average is the newest batch
+def test_what_eval_mode_does_to_a_channel_is_what_the_layer_does(ruined_tab: Tab, ruined: Path) -> None:
+    text = ruined_tab.text("[data-reading]").replace("\N{MINUS SIGN}", "-").replace("- -", "+ ")
+    channel = int(re.search(r"channel (\d+)", text)[1])
+    minus, factor, plus = re.search(r"becomes \(x ([+-] \S+)\) \N{MULTIPLICATION SIGN} (\S+) ([+-] \S+)\.$", text).groups()
+    state = load_checkpoint(ruined.with_suffix(".pt")).state_dict
+    layer = torch.nn.BatchNorm1d(len(state[f"{RUINED}.weight"])).eval()
+    layer.load_state_dict(
+        {name.removeprefix(f"{RUINED}."): value for name, value in state.items() if name.startswith(RUINED)}
+    )
+    with torch.no_grad():
+        expected = layer(torch.full((1, layer.num_features), 2.5))[0, channel]
+    found = (2.5 + float(minus.replace(" ", ""))) * float(factor) + float(plus.replace(" ", ""))
+    assert found == pytest.approx(float(expected), rel=2e-3, abs=2e-3)
+
+
+def test_the_sliders_move_what_they_should(ruined_tab: Tab) -> None:
+    tab, page = ruined_tab, ruined_tab.page
+    # the slider has 13 momenta: the last is 1, where the average is the newest batch
     page.locator("[data-try] [name=momentum]").fill("12")
-    page.locator("details:has([data-table=average]) summary").click()
-    last = page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts()
+    page.evaluate("document.querySelector('details:has([data-table=average])').open = true")
+    tab.wait_for("document.querySelectorAll('[data-table=average] tbody tr').length > 0")
+    rows = page.locator("[data-table=average] tbody tr")
+    last = rows.last.locator("td").all_inner_texts()
     assert last[0] == last[1]
     assert last[2] == last[3]
     assert page.inner_text("[name=momentum_text]") == "1"
     page.locator("[data-try] [name=momentum]").fill("0")
-    last = page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts()
+    last = rows.last.locator("td").all_inner_texts()
     assert last[0] != last[1]
-    assert "of its start, mean 0 and variance 1" in tab.text("[data-lesson]")
-    before = last
+    assert "of what was before the change is still in it" in tab.text("[data-lesson]")
+    # where the input stays as it is, the last batches are like the first
+    page.locator("[data-try] [name=moves]").uncheck()
+    stays = rows.last.locator("td").all_inner_texts()
+    assert float(stays[2]) == pytest.approx(float(last[2]) / 1.5**2, rel=1e-2)
+    assert "of what was at the start" in tab.text("[data-lesson]")
     page.get_by_role("button", name="Draw other batches").click()
-    assert page.locator("[data-table=average] tbody tr").last.locator("td").all_inner_texts() != before
+    assert rows.last.locator("td").all_inner_texts() != stays
     # by keyboard: a batch of one image, one value each
     page.locator("[data-try] [name=kind]").select_option("single")
     slider = page.locator("[data-try] [name=size]")
@@ -182,6 +209,38 @@ def test_the_sliders_move_what_they_should(open_page: Opener, ruined: Path) -> N
         slider.press("ArrowLeft")
     assert page.inner_text("[name=size_text]") == "1"
     assert "A batch of a single value has no variance" in tab.text("[data-lesson]")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ruined",
+        *(
+            pytest.param(one, marks=SLOW)
+            for one in ("measured", "foreign", "two", "hostile", "alone", "keras")
+        ),
+    ],
+)
+def test_a_page_is_drawn_and_accessible_at_every_width_in_both_schemes(
+    request: pytest.FixtureRequest, open_page: Opener, name: str
+) -> None:
+    is_quick = name == "ruined"
+    tab = request.getfixturevalue("ruined_tab") if is_quick else open_page(request.getfixturevalue(name))
+    page = tab.page
+    if not is_quick:
+        tab.scroll_through()
+    check_figures(tab, 1280)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.wait_for_timeout(200)
+    check_access(tab)
+    page.emulate_media(color_scheme="dark")
+    for width in (640, 390):  # 1280 at 200 %, and a phone
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_timeout(400)
+        tab.wait_for(DRAWN)
+        check_figures(tab, width)
+    if not is_quick:
+        check_access(tab)
 
 
 @SLOW

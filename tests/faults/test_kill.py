@@ -142,3 +142,24 @@ def test_a_run_killed_twenty_times_ends_like_one_that_was_not(zygote: Zygote, tm
     redone = redone_steps(run_dir)
     assert any(redone)
     assert all(steps <= INTERVAL for steps in redone)
+
+
+@pytest.mark.slow
+def test_tensorboard_has_every_epoch_once_after_a_kill_at_any_moment(zygote: Zygote, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tests.training.test_event_log import LOG, lines, scalars
+
+    # once with checkpoints in the midst of epochs, once with epochs that none follows
+    for every, unit in ((INTERVAL, "steps"), (2, "epochs")):
+        overrides = [*LOG, f"train.checkpoint_every={every}", f"train.checkpoint_unit={unit}"]
+        zygote.start(tmp_path / unit, *overrides)
+        assert zygote.wait() == 0, Path(f"{tmp_path / unit}.log").read_text()
+        total = int(Path(f"{tmp_path / unit}.log").read_text().split("moments ")[1])
+        for moment in range(5, total + 1, 5):
+            run = tmp_path / f"{unit}-{moment}"
+            zygote.start(run, *overrides, die_at=moment)
+            assert zygote.wait() == signal.SIGKILL
+            zygote.start(run, *overrides)
+            assert zygote.wait() == 0, Path(f"{run}.log").read_text()
+            expected = [(line["step"], pytest.approx(line["test_accuracy"])) for line in lines(run)]
+            assert scalars(run)["test_accuracy"] == expected, moment

@@ -37,11 +37,26 @@ def test_layers_with_findings_come_first_where_there_is_no_room_for_all() -> Non
     layers = list(layers_of(sizes))
     bad = layers_of({"layer5": 10}, running_var=[torch.nan] * 10)[0]
     layers[5] = bad
-    found = describe_channels(layers, audit_layers(layers), max_channels=25)
-    assert found["layers"] == [0, 5]
+    found = describe_channels(layers, audit_layers(layers), max_channels=15)
+    assert found["layers"] == [5]
     # and one that is too wide does not keep out what comes after it
     wide = [layers_of({"wide": 30})[0], *layers[:2]]
     assert describe_channels(wide, (), max_channels=25)["layers"] == [1, 2]
+
+
+def test_without_findings_those_come_first_that_stand_out() -> None:
+    layers = list(layers_of({f"layer{index}": 10 for index in range(12)}))
+    strange = {
+        3: {"weight": [100.0] * 10},  # the largest gain
+        7: {"running_mean": [50.0] * 10},  # the farthest mean
+        9: {"running_var": [0.4] * 10},  # the smallest variance
+    }
+    for index, values in strange.items():
+        layers[index] = layers_of({f"layer{index}": 10}, **values)[0]
+    assert describe_channels(layers, (), max_channels=30)["layers"] == [3, 7, 9]
+    # and before them those that the page is about
+    found = describe_channels(layers, audit_layers(layers), first=["layer11", "layer5"], max_channels=20)
+    assert found["layers"] == [5, 11]
 
 
 def test_the_largest_gain_is_that_of_eval_mode() -> None:

@@ -1,14 +1,16 @@
 """`bncli report`: a page about a network's BatchNorm layers that one opens in a browser."""
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bncli.cli.help_page import MEASURED, OUTPUT
 from bncli.cli.messages import print_note
-from bncli.cli.named_network import named_network
+from bncli.cli.named_network import as_typed, named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_subject
 from bncli.cli.options import (
     ANY_CHECKPOINT,
@@ -105,11 +107,18 @@ def write_report(
         raise ConfigError("--measure", ["measures one network; leave the other SOURCE out"])
     options = {"--model": model, "--set": overrides, "--device": device, "--data-root": data_root}
     given = [name for name, value in options.items() if value]
+    same = options | {  # those that `recalibrate` has too
+        "--model-arg": model_args,
+        "--key": key,
+        "--partial": partial,
+        "--normalization": normalization,
+        "--logits": logits,
+    }
     if given and not measure:
         raise ConfigError(", ".join(given), ["what is read needs no network and no images; add --measure"])
     from bncli.cli.tables.table import print_json
     from bncli.report import DrawingLibrary, checkpoint_of, read_content
-    from bncli.report.verdict import judge
+    from bncli.report.verdict import judge, remedy
 
     target = output or _default_output(sources)
     check_writable(target, *sources)
@@ -124,7 +133,8 @@ def write_report(
         named = named_network(model, model_args, key, partial, normalization, logits)
         path = checkpoint_of(sources[0])
         subject = open_subject(path, overrides, command="report", named=named)
-        found = replace(found, measurement=_measure(subject, num_images))
+        words = ["bncli", "recalibrate", as_typed(path), *_words(same)]
+        found = replace(found, measurement=_measure(subject, num_images), how_to_repair=shlex.join(words))
     size = save_report(found, library, target)
     if open_it:
         open_in_browser(target)
@@ -135,6 +145,7 @@ def write_report(
                 "report": str(target),
                 "sources": sources,
                 "verdict": " ".join(judge(found)),
+                "remedy": remedy(found) or None,
                 "num_bytes": size,
                 "num_layers": len(found.layers),
                 "num_errors": grave.count("error"),
@@ -148,6 +159,8 @@ def write_report(
         console = console_for_results()
         for sentence in judge(found):
             print_wrapped(console, sentence)
+        if command := remedy(found):
+            print(f"to repair it   {command}")
         print(f"report         {target}")
     return 0
 
@@ -155,6 +168,17 @@ def write_report(
 def _default_output(sources: list[str]) -> Path:
     folder = Path(sources[0])
     return folder / NAME if len(sources) == 1 and folder.is_dir() else Path(NAME)
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """The options that were given, as one types them."""
+    return [
+        word
+        for name, value in options.items()
+        if value
+        for one in (value if isinstance(value, list | tuple) else [value])
+        for word in (name, str(one))
+    ]
 
 
 def _measure(subject: "Subject", num_images: int) -> "Measurement":

@@ -23,6 +23,8 @@ function short(value, digits = 4) {
 }
 
 const percent = fraction => (fraction === null ? "–" : `${(100 * fraction).toFixed(2)} %`);
+// as a sentence begins, except with the name of a tensor
+const capitalised = text => (text.split(" ", 1)[0].includes("_") ? text : text[0].toUpperCase() + text.slice(1));
 const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
 function element(tag, attributes = {}, ...children) {
@@ -177,7 +179,9 @@ function lazily(place, make) {
 
 // ---------------------------------------------------------------- accuracy by batch size
 
-const AXIS = { labelFlush: false };
+// of an axis with values of any size: Vega's own formats write 400 as 4e+2
+const written = value => `${value} != 0 && (abs(${value}) >= 1e6 || abs(${value}) < 1e-4) ? format(${value}, '.2~e') : format(${value}, ',.6~f')`;
+const NUMBERS = { labelExpr: written("datum.value") };
 const MODES = ["eval mode", "batch statistics"];
 
 function sweepFigure(place) {
@@ -207,15 +211,13 @@ function sweepFigure(place) {
 
 // ---------------------------------------------------------------- the gap
 
-const SHORT = ["running (eval mode)", "batch", "population, precise", "population, exact"]; // in the data's order
-
 function scoresFigure(place) {
-  const scores = data.gap.scores.map((score, at) => ({ ...score, label: SHORT[at], inUse: at === 0 }));
+  const scores = data.gap.scores.map((score, at) => ({ ...score, inUse: at === 0 }));
   draw(place, (width, colours) => ({
-    width, height: 34 * scores.length, autosize: { type: "fit-x", contains: "padding" },
+    width, height: (width < 500 ? 40 : 34) * scores.length, autosize: { type: "fit-x", contains: "padding" },
     data: { values: scores },
     encoding: {
-      y: { field: "label", type: "nominal", sort: null, axis: { title: null, labelLimit: 0, ticks: false, domain: false } },
+      y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: 0, labelExpr: width < 500 ? "split(datum.label, ', ')" : "datum.label", ticks: false, domain: false } },
       x: { field: "accuracy", type: "quantitative", scale: { domain: [0, 1] }, axis: { format: ".0%", title: "test accuracy", tickCount: 5 } },
     },
     layer: [
@@ -236,10 +238,10 @@ function guiltFigure(place) {
   const room = width => Math.max(40, width - Math.min(Math.max(110, width / 3), 7 * largestOf(rows.map(row => row.name.length))));
   draw(place, (width, colours) => ({
     width, height: 24 * rows.length, autosize: { type: "fit-x", contains: "padding" },
-    data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points` })) },
+    data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points${row.name === data.gap.worst ? " ◀" : ""}` })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
-      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in deviations", tickCount: 5 }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 125 / Math.max(30, room(width) - 125))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
+      { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in standard deviations", tickCount: 5, ...NUMBERS }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 140 / Math.max(30, room(width) - 140))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
       { mark: { type: "text", align: "left", dx: 5 }, encoding: { x: { field: "score", type: "quantitative" }, text: { field: "gain" } } },
     ],
   }), { label: `Bar chart of ${rows.length} layers${data.gap.worst ? `; ${data.gap.worst} is to blame` : ""}. The numbers are in the table below.` });
@@ -247,8 +249,8 @@ function guiltFigure(place) {
 
 function guiltTable(place) {
   fill(place, "Each layer’s running statistics against its input", [
-    ["Layer", row => row.name], ["Distance", row => short(row.score)], ["Mean shift", row => short(row.shift)],
-    ["Variance ratio", row => short(row.ratio)], ["Repaired alone", row => (row.recovered === null ? "not tried" : `${short(100 * row.recovered)} points`)],
+    ["Layer", row => row.name], ["Distance", row => short(row.score)], ["running_mean is off, in standard deviations", row => short(row.shift)],
+    ["running_var ÷ variance", row => short(row.ratio)], ["Repaired alone", row => (row.recovered === null ? "not tried" : `${short(100 * row.recovered)} points`)],
   ], data.gap.layers, { flagged: row => row.name === data.gap.worst });
 }
 
@@ -304,12 +306,12 @@ function historyFigures(place) {
     const figure = element("figure", {}, element("figcaption", { title: layer.name }, layer.name));
     place.append(figure);
     whenSeen(figure, () => draw(figure, (width, colours) => ({
-      width, height: 90, autosize: { type: "fit", contains: "padding" },
+      width, height: 105, autosize: { type: "fit", contains: "padding" },
       data: { values: rows },
       mark: { type: "line", point: { size: 22, opacity: 1 } },
       encoding: {
-        x: { field: "epoch", type: "quantitative", axis: { title: null, tickMinStep: 1, tickCount: 4, grid: false, format: "d" }, scale: { zero: false, nice: false } },
-        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 3, format: "~g" }, scale: { domain: [0, top] } },
+        x: { field: "epoch", type: "quantitative", axis: { title: "epoch", tickMinStep: 1, tickCount: 4, grid: false, format: "d" }, scale: { zero: false, nice: false } },
+        y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 3, ...NUMBERS }, scale: { domain: [0, top] } },
         color: { field: "what", type: "nominal", legend: null, scale: { domain: ["mean", "variance"], range: [colours.one, colours.two] } },
         strokeDash: { field: "what", type: "nominal", legend: null, scale: { domain: ["mean", "variance"], range: [[1, 0], [5, 3]] } },
         tooltip: [{ field: "epoch" }, { field: "what" }, { field: "value", format: ".3g", title: "distance" }],
@@ -322,7 +324,7 @@ function historyFigures(place) {
 function historyTable(place) {
   const rows = data.history.flatMap(layer => layer.epoch.map((epoch, at) => ({ name: layer.name, epoch, shift: layer.shift[at], ratio: layer.ratio[at] })));
   fill(place, "Running statistics against the epoch’s batches", [
-    ["Layer", row => row.name], ["Epoch", row => short(row.epoch)], ["Mean shift, in deviations", row => short(row.shift)], ["Variance ratio", row => short(row.ratio)],
+    ["Layer", row => row.name], ["Epoch", row => short(row.epoch)], ["running_mean is off, in standard deviations", row => short(row.shift)], ["running_var ÷ variance", row => short(row.ratio)],
   ], rows.slice(0, 5000));
 }
 
@@ -339,7 +341,7 @@ function comparisonFigure(place) {
     mark: { type: "bar", height: 13 },
     encoding: {
       y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } },
-      x: { field: "kl", type: "quantitative", axis: { title: "KL divergence of the layer’s channels, mean (nats)", tickCount: 5, format: "~g" } },
+      x: { field: "kl", type: "quantitative", axis: { title: "KL divergence of the layer’s channels, mean (nats)", tickCount: 5, ...NUMBERS } },
       color: { field: "kind", type: "nominal", scale: { domain: kinds, range: [colours.two, colours.one, colours.soft] } },
       tooltip: [{ field: "name", title: "layer" }, { field: "kl", format: ".3g" }, { field: "shift", format: ".3g", title: "mean shift" }, { field: "ratio", format: ".3g", title: "variance ratio" }, { field: "kind", title: "what moved" }],
     },
@@ -348,8 +350,8 @@ function comparisonFigure(place) {
 
 function comparisonTable(place) {
   fill(place, "Running statistics of the second checkpoint against the first’s", [
-    ["Layer", row => row.name], ["KL divergence", row => short(row.kl)], ["Mean shift, in deviations", row => short(row.shift)],
-    ["Variance ratio", row => short(row.ratio)], ["Farthest channel", row => short(row.channel)], ["Weights", row => (row.weights ? "moved" : "same")],
+    ["Layer", row => row.name], ["KL divergence", row => short(row.kl)], ["running_mean moved, in standard deviations", row => short(row.shift)],
+    ["running_var, second ÷ first", row => short(row.ratio)], ["Farthest channel", row => short(row.channel)], ["Weights", row => (row.weights ? "moved" : "same")],
   ], transposed(data.comparison));
 }
 
@@ -428,7 +430,7 @@ function drawStrips(place, layer, marked = [], chosen = null) {
           mark: { type: "point", filled: true, opacity: 0.85 },
           encoding: {
             x: { field: "number", type: "quantitative", axis: { title: "channel", grid: false, tickCount: 5, format: "d" }, scale: { domain: [-0.5, Math.max(0.5, all.length - 0.5)], nice: false } },
-            y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, format: "~g" }, scale },
+            y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, ...NUMBERS }, scale },
             color: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: [colours.one, colours.mark, colours.two] } },
             shape: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: ["circle", "triangle-up", "diamond"] } },
             size: { condition: [{ test: "datum.kind === 'chosen'", value: 140 }, { test: "datum.kind === 'found'", value: 90 }], value: 22 },
@@ -442,8 +444,13 @@ function drawStrips(place, layer, marked = [], chosen = null) {
 }
 
 function readingOf(layer, one) {
-  const off = Number.isFinite(one.deviations) ? `, its mean is ${short(Math.abs(one.deviations))} deviations from 0` : "";
-  return `${layers.name[layer]}, channel ${one.number}: running_mean ${short(one.running_mean)}, running_var ${short(one.running_var)}, weight ${short(one.weight)}, bias ${short(one.bias)}. Eval mode multiplies it by ${short(one.gain)}${off}.`;
+  const minus = value => (value < 0 ? `+ ${short(-value)}` : `− ${short(value)}`);
+  const plus = value => (value < 0 ? `− ${short(-value)}` : `+ ${short(value)}`);
+  const factor = (one.weight < 0 ? -1 : 1) * one.gain;
+  const formula = Number.isFinite(factor) && Number.isFinite(one.running_mean)
+    ? ` In eval mode an input x becomes (x ${minus(one.running_mean)}) × ${short(factor)} ${plus(one.bias)}.`
+    : "";
+  return `${layers.name[layer]}, channel ${one.number}: running_mean ${short(one.running_mean)}, running_var ${short(one.running_var)}, weight ${short(one.weight)}, bias ${short(one.bias)}.${formula}`;
 }
 
 // ---------------------------------------------------------------- findings
@@ -455,7 +462,8 @@ function findingCards() {
     const pick = find("[data-pick]", card);
     const show = () => {
       const one = found[pick ? Number(pick.value) : 0];
-      find("[data-message]", card).textContent = `${one.message[0].toUpperCase()}${one.message.slice(1)}.`;
+      find("[data-message]", card).textContent = `${capitalised(one.message)}.`;
+      find("[data-marks]", card).hidden = !one.channels.length;
       find("[data-advice]", card).textContent = one.advice;
       drawStrips(place, one.layer, one.channels);
     };
@@ -472,9 +480,9 @@ function findingCards() {
 const ROWS = 60;
 const DIGITS = 3; // of a row's place
 const QUANTITIES = {
-  deviations: ["running_mean in deviations", one => one.deviations, true],
-  variance: ["log10 running_var", one => Math.log10(one.running_var), false],
-  gain: ["log10 gain", one => Math.log10(one.gain), false],
+  deviations: ["running_mean ÷ √running_var", one => one.deviations, true],
+  variance: ["running_var (log scale)", one => Math.log10(one.running_var), false], // drawn as logarithms
+  gain: ["gain (log scale)", one => Math.log10(one.gain), false],
   weight: ["weight", one => one.weight, true],
   bias: ["bias", one => one.bias, true],
 };
@@ -507,7 +515,7 @@ function drawMap(place, form, choose) {
   rows.forEach((layer, row) => {
     for (const one of channelsOf(layer)) {
       const number = value(one);
-      cells.push({ row: places[row], name: layers.name[layer], layer, number: one.number, start: one.number / layers.channels[layer], end: (one.number + 1) / layers.channels[layer], value: Number.isFinite(number) ? number : null });
+      cells.push({ row: places[row], name: layers.name[layer], layer, number: one.number, start: one.number / layers.channels[layer], end: (one.number + 1) / layers.channels[layer], value: Number.isFinite(number) ? number : null, shown: short(diverges ? number : 10 ** number) });
     }
   });
   const sorted = cells.map(cell => cell.value).filter(one => one !== null).sort((a, b) => a - b);
@@ -528,9 +536,9 @@ function drawMap(place, form, choose) {
         condition: { test: "!isValid(datum.value)", value: colours.mark },
         field: "value", type: "quantitative",
         scale: diverges ? { domain, range: ["#2166ac", "#f2f2f2", "#b35806"], clamp: true, interpolate: "lab" } : { domain, scheme: "cividis", clamp: true },
-        legend: { title, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, format: "~g" },
+        legend: { title, titleLimit: 0, gradientLength: Math.min(220, width / 2), titleOrient: width < 500 ? "top" : "left", tickCount: 4, labelExpr: written(diverges ? "datum.value" : "toNumber(format(pow(10, datum.value), '.2~g'))") },
       },
-      tooltip: [{ field: "name", title: "layer" }, { field: "number", title: "channel" }, { field: "value", title, format: ".4g" }],
+      tooltip: [{ field: "name", title: "layer" }, { field: "number", title: "channel" }, { field: "shown", title: title.replace(" (log scale)", "") }],
     },
   }), { renderer: "canvas", label: `Map of ${plural(rows.length, "layer")} coloured by ${title}. The channel chooser below reads single channels.` }).then(view => {
     view?.addEventListener?.("click", (_, item) => item?.datum?.layer !== undefined && choose(item.datum.layer, item.datum.number));
@@ -619,7 +627,7 @@ function explorer() {
     const three = name => at => [layers[`${name}_min`][at], layers[`${name}_median`][at], layers[`${name}_max`][at]].map(value => short(value, 3)).join(" / ");
     fill(table, `${shown.length.toLocaleString("en")} of ${plural(numLayers, "layer")}`, [
       ["Layer", button], ["Channels", at => short(layers.channels[at])], ["Batches", at => short(layers.tracked[at])], ["Momentum", at => short(layers.momentum[at])],
-      ["running_mean, min / median / max", three("running_mean")], ["running_var, min / median / max", three("running_var")],
+      ["running_mean: min / median / max", three("running_mean")], ["running_var: min / median / max", three("running_var")],
       ["Largest gain", at => short(layers.gain_max[at])], ["Findings", at => short(layers.error[at] + layers.warning[at] + layers.info[at])],
     ], shown, { flagged: worst });
     more.replaceChildren(...(shown.length < state.order.length ? [
@@ -654,6 +662,7 @@ function explorer() {
 
 const MOMENTA = [0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 1];
 const STEPS = 150;
+const CHANGE = { after: 75, factor: 1.5, shift: 1 }; // of the input, `shift` in its standard deviations
 
 // a small generator with a seed (mulberry32), so that a picture can be had again
 function randomness(seed) {
@@ -668,7 +677,7 @@ function randomness(seed) {
 
 // mean and variance of batches, and the averages that follow them as PyTorch's do: from 0 and 1, with the
 // unbiased variance; a batch of a single value has none, and train mode refuses it
-function simulate({ size, momentum, single, seed }) {
+function simulate({ size, momentum, single, seed, moves }) {
   const { values, means, variances, num_positions: positions } = data.channel;
   const random = randomness(seed);
   const order = [...values.keys()];
@@ -685,13 +694,16 @@ function simulate({ size, momentum, single, seed }) {
   };
   const count = size * (single ? 1 : positions);
   let [mean, variance] = [0, 1];
+  const [same, changed] = phases(single);
   return Array.from({ length: STEPS }, (_, step) => {
     const batch = Array.from({ length: size }, pick);
     const centers = batch.map(at => (single ? values[at] : means[at]));
-    const batchMean = centers.reduce((sum, one) => sum + one, 0) / size;
-    const between = centers.reduce((sum, one) => sum + (one - batchMean) ** 2, 0) / size;
+    const center = centers.reduce((sum, one) => sum + one, 0) / size;
+    const between = centers.reduce((sum, one) => sum + (one - center) ** 2, 0) / size;
     const within = single ? 0 : batch.reduce((sum, at) => sum + variances[at], 0) / size;
-    const batchVariance = count > 1 ? ((between + within) * count) / (count - 1) : null;
+    const now = moves && step >= CHANGE.after ? changed : same;
+    const batchMean = now.mean(center);
+    const batchVariance = count > 1 ? now.variance(((between + within) * count) / (count - 1)) : null;
     if (batchVariance !== null) {
       mean += momentum * (batchMean - mean);
       variance += momentum * (batchVariance - variance);
@@ -700,21 +712,43 @@ function simulate({ size, momentum, single, seed }) {
   });
 }
 
-function lesson(rows, { size, momentum, single }) {
-  const channel = data.channel;
-  const truth = single ? spread(channel.values) : { mean: channel.population_mean, variance: channel.population_variance };
-  const memory = momentum === 1 ? 1 : Math.round(Math.log(0.01) / Math.log(1 - momentum));
+// the mean and variance of all images
+const population = single => single ? spread(data.channel.values) : { mean: data.channel.population_mean, variance: data.channel.population_variance };
+
+// what becomes of a mean and a variance before the change and after it
+function phases(single) {
+  const { mean, variance } = population(single);
+  const far = CHANGE.shift * Math.sqrt(variance);
+  return [
+    { mean: one => one, variance: one => one },
+    { mean: one => mean + far + CHANGE.factor * (one - mean), variance: one => CHANGE.factor ** 2 * one },
+  ];
+}
+
+// what there is to see, a sentence or two on each slider
+function lesson(rows, { size, momentum, single, moves }) {
+  const truth = population(single).variance;
+  const start = rows.slice(0, moves ? CHANGE.after : STEPS);
+  const waits = share => Math.ceil(Math.log(share) / Math.log(1 - momentum));
+  const batches = count => plural(count, "batch").replace("batchs", "batches");
   if (rows[0].batchVariance === null) {
-    return "A batch of a single value has no variance: n − 1 is 0, and its distance from its own mean is 0. PyTorch refuses such a batch in train mode, so the running statistics stay at 0 and 1.";
+    return [
+      "A batch of a single value has no variance: the value is its own mean, so its distance from the mean is 0, and n − 1 is 0 too. PyTorch refuses such a batch in train mode.",
+      "So there is nothing to average, and the running statistics stay what they were at the start, 0 and 1.",
+    ];
   }
-  const errors = rows.map(row => (row.batchVariance / truth.variance - 1) ** 2);
-  const noise = Math.sqrt(errors.reduce((sum, one) => sum + one, 0) / rows.length);
-  const last = rows.at(-1);
-  const share = (1 - momentum) ** STEPS;
-  return `The variance of one batch of ${size} is typically off by ${short(Number((100 * noise).toPrecision(2)))} %. ` +
-    `With momentum ${momentum} the running average forgets 99 % of what was before in ${plural(memory, "batch").replace("batchs", "batches")}` +
-    `${share > 0.01 ? `, so after these ${STEPS} it still holds ${short(Number((100 * share).toPrecision(2)))} % of its start, mean 0 and variance 1` : ""}. ` +
-    `It ends with variance ${short(last.variance)}; the population’s is ${short(truth.variance)}.`;
+  const percent = fraction => `${short(Number((100 * fraction).toPrecision(2)))} %`;
+  const off = Math.sqrt(start.reduce((sum, row) => sum + (row.batchVariance / truth - 1) ** 2, 0) / start.length);
+  const alone = size === 1 ? " It is that image’s own, and knows nothing of how images differ. If an image gave 1 value (choose it above), there would be no variance at all." : "";
+  const share = (1 - momentum) ** (moves ? STEPS - CHANGE.after : STEPS);
+  const left = share > 0.01 ? ` After the last batch ${percent(share)} of what was ${moves ? "before the change" : "at the start, mean 0 and variance 1,"} is still in it.` : "";
+  const noise = off * Math.sqrt(momentum / (2 - momentum));
+  return [
+    `The variance of ${size === 1 ? "a batch of one image" : `one batch of ${size} images`} is typically off by ${percent(off)}, and in train mode the layer normalises by it.${alone}`,
+    momentum === 1
+      ? "With momentum 1 the running average is the newest batch: it does not lag, and has all of that batch’s noise."
+      : `With momentum ${momentum} each new batch counts ${percent(momentum)}. So the running average has followed half of a change after ${batches(waits(0.5))} and 99 % after ${batches(waits(0.01))}: until then it lags, and eval mode normalises by numbers of the past.${left} A larger momentum lags less but keeps more of the batches’ noise, here about ${percent(noise)} in the variance.`,
+  ];
 }
 
 function spread(values) {
@@ -725,7 +759,11 @@ function spread(values) {
 function tryIt() {
   const form = find("[data-try]");
   if (!form) return;
-  const { size, momentum, kind, again, size_text: sizeText, momentum_text: momentumText } = form.elements;
+  for (const [name, value] of Object.entries(data.channel)) { // behind a ruined layer some are words: NaN
+    if (Array.isArray(value)) data.channel[name] = value.map(asNumber);
+    else if (/^(population|running)_/.test(name)) data.channel[name] = asNumber(value);
+  }
+  const { size, momentum, kind, again, moves, size_text: sizeText, momentum_text: momentumText } = form.elements;
   size.max = Math.floor(Math.log2(data.channel.values.length));
   size.value = Math.min(3, size.max);
   let seed = 1;
@@ -734,7 +772,7 @@ function tryIt() {
   const table = find("[data-table='average']");
   const details = table.closest("details");
   let rows = [];
-  const settings = () => ({ size: 2 ** Number(size.value), momentum: MOMENTA[Number(momentum.value)], single: !kind || kind.value === "single", seed });
+  const settings = () => ({ size: 2 ** Number(size.value), momentum: MOMENTA[Number(momentum.value)], single: !kind || kind.value === "single", moves: moves.checked, seed });
   const fillTable = () => details.open && fill(table, "The batches, in order", [
     ["Batch", row => short(row.step)], ["Mean of the batch", row => short(row.batchMean)], ["Running mean", row => short(row.mean)],
     ["Variance of the batch", row => short(row.batchVariance)], ["Running variance", row => short(row.variance)],
@@ -746,7 +784,7 @@ function tryIt() {
     size.setAttribute("aria-valuetext", `${now.size} images`);
     momentum.setAttribute("aria-valuetext", String(now.momentum));
     rows = simulate(now);
-    find("[data-lesson]").textContent = lesson(rows, now);
+    find("[data-lesson]").replaceChildren(...lesson(rows, now).map(text => element("p", {}, text)));
     fillTable();
     if (!waiting.has(average)) averageFigure(average, rows, now);
   };
@@ -762,40 +800,71 @@ function tryIt() {
   update();
 }
 
-function histogramFigure(place) {
-  const { values, population_mean: population, running_mean: running } = data.channel;
-  const lines = [{ what: "population mean", value: population }, { what: "running_mean in the file", value: running }];
-  draw(place, (width, colours) => ({
-    width, height: 300, autosize: { type: "fit", contains: "padding" },
-    layer: [
-      { data: { values: values.map(value => ({ value })) }, mark: { type: "bar", color: colours.soft, opacity: 0.55, binSpacing: 1 }, encoding: { x: { field: "value", bin: { maxbins: 30 }, type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 5 } }, y: { aggregate: "count", type: "quantitative", axis: { title: "images", tickCount: 4 } } } },
-      { data: { values: lines }, mark: { type: "rule", strokeWidth: 2.5 }, encoding: { x: { field: "value", type: "quantitative" }, color: { field: "what", type: "nominal", scale: { domain: lines.map(line => line.what), range: [colours.three, colours.two] }, legend: null }, strokeDash: { field: "what", type: "nominal", legend: null, scale: { domain: lines.map(line => line.what), range: [[6, 4], [1, 0]] } }, tooltip: [{ field: "what" }, { field: "value", format: ".4g" }] } },
-    ],
-  }), { label: `Histogram of ${values.length} values; the population’s mean is ${short(population)}, the file’s running_mean ${short(running)}.` });
+const BINS = 36;
+
+function binned(values, low, high) {
+  const width = (high - low || 1) / BINS;
+  const bins = Array.from({ length: BINS }, (_, at) => ({ from: low + at * width, to: low + (at + 1) * width, images: 0 }));
+  for (const value of values) if (Number.isFinite(value)) bins[Math.min(BINS - 1, Math.floor((value - low) / width))].images += 1;
+  return bins;
 }
 
-function averageFigure(place, rows, { single }) {
-  const channel = data.channel;
-  const truth = single ? spread(channel.values) : { mean: channel.population_mean, variance: channel.population_variance };
-  const series = ["one batch", "running average", "population"];
-  const panel = (title, batch, running, level, width, colours, isLast) => ({
-    width, height: 118,
+const FAR = 3; // widths of the histogram to either side, beyond which a bar ends at the figure's edge
+
+function histogramFigure(place) {
+  const { values, population_mean, population_variance, running_mean, running_var } = data.channel;
+  const kinds = ["all images", "the file"];
+  const [low, high] = [-largestOf(values.map(value => -value)), largestOf(values)];
+  const reach = (high - low || 1) * FAR;
+  const inside = value => Math.min(high + reach, Math.max(low - reach, value));
+  const bars = [[kinds[0], population_mean, population_variance], [kinds[1], running_mean, running_var]].map(([what, center, variance]) => {
+    const [mean, deviation] = [asNumber(center), Math.sqrt(asNumber(variance))];
+    return { what, mean, deviation, low: inside(mean - deviation), high: inside(mean + deviation), center: inside(mean) };
+  }).filter(bar => Number.isFinite(bar.mean) && Number.isFinite(bar.deviation));
+  draw(place, (width, colours) => {
+    const both = { y: { field: "what", type: "nominal", sort: null, scale: { domain: kinds }, axis: { title: null, ticks: false, domain: false } }, color: { field: "what", type: "nominal", legend: null, scale: { domain: kinds, range: [colours.three, colours.two] } } };
+    const inner = width - 96;
+    return {
+      spacing: 4,
+      resolve: { scale: { x: "shared", y: "independent" } },
+      vconcat: [
+        {
+          width: inner, height: 52, data: { values: bars },
+          layer: [
+            { mark: { type: "rule", strokeWidth: 5 }, encoding: { ...both, x: { field: "low", type: "quantitative", axis: null }, x2: { field: "high" }, tooltip: [{ field: "what" }, { field: "mean", format: ".4g" }, { field: "deviation", format: ".4g", title: "standard deviation" }] } },
+            { mark: { type: "point", filled: true, size: 90, opacity: 1 }, encoding: { ...both, x: { field: "center", type: "quantitative" }, shape: { field: "what", type: "nominal", legend: null, scale: { domain: kinds, range: ["circle", "diamond"] } } } },
+          ],
+        },
+        { width: inner, height: 190, data: { values: binned(values, low, high) }, mark: { type: "bar", color: colours.soft, opacity: 0.55, binSpacing: 1 }, encoding: { x: { field: "from", bin: "binned", type: "quantitative", axis: { title: "value that enters the channel", grid: false, tickCount: 8, ...NUMBERS } }, x2: { field: "to" }, y: { field: "images", type: "quantitative", axis: { title: "images", tickCount: 4 } }, tooltip: [{ field: "from", format: ".3g" }, { field: "to", format: ".3g" }, { field: "images" }] } },
+      ],
+    };
+  }, { label: `Histogram of ${values.length} values. All images: mean ${short(population_mean)}, variance ${short(population_variance)}; the file: running_mean ${short(running_mean)}, running_var ${short(running_var)}.` });
+}
+
+function averageFigure(place, rows, { single, moves }) {
+  const truth = population(single);
+  const parts = moves ? [[0, CHANGE.after], [CHANGE.after, STEPS]] : [[0, STEPS]];
+  const levels = name => parts.map(([from, to], at) => ({ from, to, value: phases(single)[at][name](truth[name]), series: "all images" }));
+  const series = ["one batch", "running average", "all images"];
+  const panel = (title, batch, running, width, colours, isLast) => ({
+    width, height: 140,
     encoding: { x: { field: "step", type: "quantitative", axis: isLast ? { title: "batches", grid: false, tickCount: 6 } : { title: null, labels: false, grid: false, ticks: false }, scale: { domain: [0, STEPS], nice: false } } },
     layer: [
-      ...(rows[0][batch] === null ? [] : [{ transform: [{ calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, format: "~g" }, scale: { zero: false } }, color: colour(colours, series), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } }]), // a single value has no variance
-      { transform: [{ calculate: "'running average'", as: "series" }], mark: { type: "line", strokeWidth: 2.5 }, encoding: { y: { field: running, type: "quantitative" }, color: colour(colours, series) } },
-      { data: { values: [{ value: level, series: "population" }] }, mark: { type: "rule", strokeWidth: 2, strokeDash: [6, 4] }, encoding: { x: null, y: { field: "value", type: "quantitative" }, color: colour(colours, series) } },
+      ...(rows[0][batch] === null ? [] : [{ transform: [{ calculate: "'one batch'", as: "series" }], mark: { type: "point", filled: true, size: 16, opacity: 0.75 }, encoding: { y: { field: batch, type: "quantitative", axis: { title, tickCount: 4, ...NUMBERS }, scale: { zero: false } }, color: colour(colours, series), tooltip: [{ field: "step", title: "batch" }, { field: batch, format: ".4g", title }] } }]), // a single value has no variance
+      { transform: [{ calculate: "'running average'", as: "series" }], mark: { type: "line", strokeWidth: 2.5 }, encoding: { y: { field: running, type: "quantitative", axis: { title, tickCount: 4, ...NUMBERS }, scale: { zero: false } }, color: colour(colours, series) } },
+      { data: { values: levels(running) }, mark: { type: "rule", strokeWidth: 2, strokeDash: [6, 4] }, encoding: { x: { field: "from", type: "quantitative" }, x2: { field: "to" }, y: { field: "value", type: "quantitative" }, color: colour(colours, series) } },
     ],
   });
   const last = rows.at(-1);
+  const end = name => short(levels(name).at(-1).value);
   draw(place, (width, colours) => ({
     data: { values: rows },
     spacing: 8,
     vconcat: [
-      panel("mean", "batchMean", "mean", truth.mean, width - 66, colours, false),
-      panel("variance", "batchVariance", "variance", truth.variance, width - 66, colours, true),
+      panel("mean", "batchMean", "mean", width - 66, colours, false),
+      panel("variance", "batchVariance", "variance", width - 66, colours, true),
     ],
-  }), { label: `Mean and variance of ${rows.length} batches with their running averages. At the end the running mean is ${short(last.mean)} and the running variance ${short(last.variance)}; the population’s are ${short(truth.mean)} and ${short(truth.variance)}.` });
+  }), { label: `Mean and variance of ${rows.length} batches with their running averages. At the end the running mean is ${short(last.mean)} and the running variance ${short(last.variance)}; those of all images are ${end("mean")} and ${end("variance")}.` });
 }
 
 const colour = (colours, series) => ({ field: "series", type: "nominal", legend: null, scale: { domain: series, range: [colours.one, colours.two, colours.three] } });
