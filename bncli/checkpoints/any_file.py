@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
+from bncli.batchnorm.conventions import PYTORCH
 from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
 from bncli.checkpoints.any_content import named, read_source, without_collector
@@ -57,6 +58,12 @@ class OpenCheckpoint:
             f"OpenCheckpoint({self.source!r}, {self.kind}: {plural(len(self.tensors), 'tensor')}{where},"
             f" {plural(len(self.layer_names), 'BatchNorm layer')})"
         )
+
+    @property
+    def foreign_framework(self) -> str | None:
+        """Which framework its layers are of, where they are not PyTorch's."""
+        conventions = (known.convention for known in self.hyperparameters.values())
+        return next((one.framework for one in conventions if one is not PYTORCH), None)
 
     def layers(self) -> tuple[LayerStats, ...]:
         """All BatchNorm layers; only their tensors are read.
