@@ -17,6 +17,7 @@ from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.formats.foreign import recognise_shard
+from bncli.checkpoints.formats.window import Window
 from bncli.checkpoints.locate import (
     Candidate,
     NothingToReadError,
@@ -50,6 +51,7 @@ class OpenCheckpoint:
     prefix: str = ""  # the common prefixes: with it before them, names are those of the file
     is_whole_module: bool = False  # a pickled module, not a state dict
     notes: tuple[str, ...] = ()  # what its format leaves open, a sentence each
+    windows: Mapping[str, Window] = field(default_factory=dict)  # of convolutions, where the file tells
 
     def __repr__(self) -> str:
         """Which file, of what kind, and what it holds: one line."""
@@ -127,6 +129,7 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             prefix=chosen.prefix,
             is_whole_module=chosen.is_whole_module,
             notes=notes,
+            windows=chosen.windows,
         )
 
 
