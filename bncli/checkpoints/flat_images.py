@@ -34,8 +34,9 @@ def run_on_meta(network: nn.Module, watch_of: Callable[[nn.Module], W]) -> W | N
         return watch_of(twin)
     for size in SIZES:
         shape = (2, first.in_channels, *[size] * (first.weight.dim() - 2))
+        watch = watch_of(twin)
         try:
-            with torch.no_grad(), watch_of(twin) as watch:
+            with torch.no_grad(), watch:
                 twin(torch.empty(shape, device="meta"))
         except Exception:
             continue

@@ -79,7 +79,7 @@ def _of_each_axis(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def describe_windows(found: Mapping[str, Window], wanted: Mapping[str, Window], framework: str) -> list[str]:
-    """What has to be set so that a network computes what the file's does: `wanted`, by the network's names."""
+    """What has to be set so that a network computes what the file's does; both by the network's names."""
     notes = []
     strides = {
         name: window.stride

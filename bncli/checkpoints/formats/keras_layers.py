@@ -45,9 +45,7 @@ def read_keras(file: Hdf5File, config: object, metadata: object) -> ForeignNetwo
     """
     version = str(metadata.get("keras_version", "")) if isinstance(metadata, dict) else ""
     layers = dict(_by_group(config)) if isinstance(config, dict) else {}
-    return replace(
-        _read_vars([file], layers, _convention(version)), windows=dict(keras_windows(config))
-    )
+    return replace(_read_vars([file], layers, _convention(version)), windows=dict(keras_windows(config)))
 
 
 def read_weights(files: list[Hdf5File]) -> ForeignNetwork:

@@ -83,7 +83,7 @@ def _window(config: Entry, padding: Entry | None) -> Window | None:
 
 
 def _numbers(value: object, axes: int = 1) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value] * axes
+    values: list[Any] = value if isinstance(value, list) else [value] * axes
     return tuple(values) if all(type(one) is int and 0 < one < 2**31 for one in values) else ()
 
 
