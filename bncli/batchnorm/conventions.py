@@ -35,6 +35,15 @@ class Convention:
         """The default momentum in PyTorch's meaning."""
         return self.translate_momentum(self.default_momentum)
 
+    @property
+    def remeasured_by(self) -> str:
+        """What measures statistics again where such a file is: `bncli recalibrate` writes PyTorch's only."""
+        if self is PYTORCH:
+            return "bncli recalibrate"
+        if self.framework.startswith(ONNX.framework):
+            return "bncli recalibrate, on the checkpoint that the file was exported from"
+        return f"in {self.framework} itself, or by bncli convert and then bncli recalibrate"
+
     def translate_momentum(self, momentum: float) -> float:
         """A momentum of the framework in PyTorch's meaning, or the other way: 1 - m is its own inverse."""
         return momentum if self.momentum_weighs == "new batch" else complement(momentum)

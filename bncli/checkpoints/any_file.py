@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bncli.batchnorm import Hyperparameters, LayerStats, read_running_stats
+from bncli.batchnorm.conventions import PYTORCH
 from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.batchnorm.state_dict import batch_norm_keys
 from bncli.checkpoints.any_content import named, read_source, without_collector
 from bncli.checkpoints.byte_source import ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.formats.foreign import recognise_shard
+from bncli.checkpoints.formats.window import Window
 from bncli.checkpoints.locate import (
     Candidate,
     NothingToReadError,
@@ -49,6 +51,7 @@ class OpenCheckpoint:
     prefix: str = ""  # the common prefixes: with it before them, names are those of the file
     is_whole_module: bool = False  # a pickled module, not a state dict
     notes: tuple[str, ...] = ()  # what its format leaves open, a sentence each
+    windows: Mapping[str, Window] = field(default_factory=dict)  # of convolutions, where the file tells
 
     def __repr__(self) -> str:
         """Which file, of what kind, and what it holds: one line."""
@@ -57,6 +60,12 @@ class OpenCheckpoint:
             f"OpenCheckpoint({self.source!r}, {self.kind}: {plural(len(self.tensors), 'tensor')}{where},"
             f" {plural(len(self.layer_names), 'BatchNorm layer')})"
         )
+
+    @property
+    def foreign_framework(self) -> str | None:
+        """Which framework its layers are of, where they are not PyTorch's."""
+        conventions = (known.convention for known in self.hyperparameters.values())
+        return next((one.framework for one in conventions if one is not PYTORCH), None)
 
     def layers(self) -> tuple[LayerStats, ...]:
         """All BatchNorm layers; only their tensors are read.
@@ -120,6 +129,7 @@ def open_checkpoint(source: str | Path, key: str | None = None) -> Iterator[Open
             prefix=chosen.prefix,
             is_whole_module=chosen.is_whole_module,
             notes=notes,
+            windows=chosen.windows,
         )
 
 

@@ -1,11 +1,13 @@
-"""A whole network of Keras as the state dict of a network of PyTorch, where its layers map one to one.
+"""A whole network of another framework as a state dict of PyTorch, where layers map one to one.
 
-Layers are matched by name where both libraries are known to have the network (`resnet_names`), else by their
-order and shapes. The bias of a convolution whose output goes into BatchNorm alone, and whose counterpart has
-none, is taken off the running mean: `conv + bias - mean` is `conv - (mean - bias)`.
+Layers are matched by name where a library is known to have the network (`resnet_names`), else by equal names,
+and those of Keras, whose files have the network's order, else by their order and shapes. The bias of a
+convolution whose output goes into BatchNorm alone, and whose counterpart has none, is taken off the running
+mean: `conv + bias - mean` is `conv - (mean - bias)`.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +16,35 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
-from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3
+from bncli.batchnorm.conventions import FLAX, HAIKU, KERAS_2, KERAS_2_OR_3, KERAS_3, MLX, PADDLE, Convention
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
 from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.convert import Conversion, convert_layers
 from bncli.checkpoints.flat_images import flat_pixels
-from bncli.checkpoints.kernel_axes import KernelLayer, flat_of_pytorch, of_pytorch
-from bncli.checkpoints.resnet_names import keras_names, note_strides
+from bncli.checkpoints.formats.window import Window, same_padding
+from bncli.checkpoints.kernel_axes import KernelLayer, Layout, flat_of_pytorch, is_channels_last, of_pytorch
+from bncli.checkpoints.resnet_names import flax_names, haiku_names, keras_names, note_strides
 from bncli.checkpoints.stored_tensor import StoredTensor
+from bncli.checkpoints.windows import describe_windows, windows_of
 from bncli.wording import list_names, plural
 
-_KERNELS = ("0", "kernel", "depthwise_kernel")  # as `.keras` and as `.h5` call them
-_KERAS = (KERAS_2, KERAS_3, KERAS_2_OR_3)
-_BIASES = ("1", "bias")
+_KERNELS = ("0", "kernel", "depthwise_kernel", "w", "weight")  # as `.keras`, `.h5` and others call them
+_PARAMS = re.compile(r"(.*\.)?params\.")
+_BIASES = ("1", "bias", "b")
+_LAYOUTS: dict[Convention, Layout] = {
+    KERAS_2: "keras", KERAS_3: "keras", KERAS_2_OR_3: "keras",
+    FLAX: "jax", HAIKU: "jax", PADDLE: "paddle", MLX: "mlx",
+}  # fmt: skip
+# by framework, where it has a ResNet: its layers' names by torchvision's
+_KNOWN: dict[Convention, tuple[str, Callable[[Collection[str]], dict[str, str] | None]]] = {
+    KERAS_2: ("Keras applications", keras_names),
+    KERAS_3: ("Keras applications", keras_names),
+    KERAS_2_OR_3: ("Keras applications", keras_names),
+    FLAX: ("Flax's ImageNet example", flax_names),
+    HAIKU: ("Haiku's ResNet", haiku_names),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,15 @@ class _Kernel:
 
     kernel: str  # names of its tensors
     bias: str | None
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """Which layer of the file is which of the network."""
+
+    chosen: Mapping[str, str]  # by module of the network
+    sentence: str  # how they were found
+    library: str | None = None  # whose names are known
 
 
 def kernel_layers(network: nn.Module) -> list[tuple[str, KernelLayer]]:
@@ -52,7 +77,7 @@ def convert_network(
     *,
     values_per_channel: float | None = None,
 ) -> Conversion:
-    """Translate a file of Keras for a network.
+    """Translate a file of another framework for a network.
 
     `norm_behind` has, by the name of a convolution, that of the BatchNorm layer that takes all of its output.
     Where other layers do not map one to one, BatchNorm layers alone are translated; `missing` tells what the
@@ -62,25 +87,31 @@ def convert_network(
         CheckpointError: naming the file, where its BatchNorm layers are not those of the network.
     """
     with named(checkpoint.source):
-        return _convert(checkpoint.tensors, layers, network, norm_behind, values_per_channel)
+        return _convert(checkpoint, layers, network, norm_behind, values_per_channel)
 
 
 def _convert(
-    tensors: Mapping[str, StoredTensor],
+    checkpoint: OpenCheckpoint,
     layers: Sequence[LayerStats],
     network: nn.Module,
     norm_behind: Mapping[str, str],
     values_per_channel: float | None,
 ) -> Conversion:
+    tensors = checkpoint.tensors
     modules, norms = kernel_layers(network), [name for name, _ in batch_norm_layers(network)]
-    is_keras = all(layer.convention in _KERAS for layer in layers)
-    found = _kernels_of(tensors, {layer.name for layer in layers}) if is_keras else {}
-    chosen, notes = _counterparts(found, layers, network)
+    conventions = {layer.convention for layer in layers}
+    layout = _LAYOUTS.get(layers[0].convention) if len(conventions) == 1 else None
+    found = {} if layout is None else _kernels_of(tensors, {layer.name for layer in layers})
+    matched = _counterparts(found, layers, network)
+    chosen, notes = matched.chosen, [matched.sentence]
     pixels = flat_pixels(network)
-    weights = None if pixels is None else _weights_of(tensors, found, modules, chosen, pixels)
+    weights = None
+    if pixels is not None and layout is not None:
+        weights = _weights_of(tensors, found, modules, chosen, pixels, layout)
     by_name = {layer.name: layer for layer in layers}
+    of_flat = pixels if pixels is not None and layout is not None and is_channels_last(layout) else {}
     conversion = convert_layers(
-        [_in_order(by_name[chosen[name]], (pixels or {}).get(name, 1)) for name in norms],
+        [_in_order(by_name[chosen[name]], of_flat.get(name, 1)) for name in norms],
         values_per_channel=values_per_channel,
         names=norms,
     )
@@ -98,12 +129,17 @@ def _convert(
             folded.append(name)
         if source.bias is not None and (module.bias is not None or name in norm_behind):
             used.add(source.bias)
-    if not is_keras:
-        notes.append("BatchNorm layers alone were converted: whole networks are converted from Keras only.")
+    if layout is None:
+        framework = layers[0].convention.framework
+        notes.append(
+            f"BatchNorm layers alone were converted: whole networks are not converted from {framework}."
+        )
     elif pixels is None:
         notes.append("BatchNorm layers alone were converted, as the network could not be run.")
     elif weights is None:
         notes.append("BatchNorm layers alone were converted: others do not map one to one.")
+    else:
+        notes += _note_windows(matched, checkpoint.windows, layers[0].convention, network, modules)
     if folded:
         biases, names = plural(len(folded), "bias", "biases"), list_names(folded, 3)
         notes.append(
@@ -120,32 +156,76 @@ def _convert(
     )
 
 
-def _counterparts(
-    found: Collection[str], layers: Sequence[LayerStats], network: nn.Module
-) -> tuple[dict[str, str], list[str]]:
-    """By module of the network the file's layer, and in words how they were matched, and what is to be set.
+def _counterparts(found: Collection[str], layers: Sequence[LayerStats], network: nn.Module) -> _Matched:
+    """Which layer is which, and how that was found.
 
     Raises:
         UnreadableFileError: where the BatchNorm layers are not those of the network.
     """
     modules, norms = kernel_layers(network), batch_norm_layers(network)
-    known = keras_names([name for name, _ in (*modules, *norms)])
-    by_last = {name.rpartition(".")[2]: name for name in (*found, *(layer.name for layer in layers))}
-    if known is not None and set(known.values()) <= set(by_last):
-        chosen = {name: by_last[other] for name, other in known.items()}
-        strides = note_strides(network, [name for name, _ in modules])
-        return chosen, [
-            "Layers were matched by their names in Keras applications.",
-            *([strides] if strides else []),
-        ]
+    wanted = [name for name, _ in (*modules, *norms)]
+    own = [*found, *(layer.name for layer in layers)]
+    convention = layers[0].convention
+    library, names_of = _KNOWN.get(convention, ("", lambda _: None))
+    if (known := names_of(wanted)) is not None and (chosen := _by_end(known, own)) is not None:
+        return _Matched(chosen, f"Layers were matched by their names in {library}.", library)
+    by_words = {_words(name): name for name in own}
+    if len(by_words) == len(own) and {_words(name) for name in wanted} <= set(by_words):
+        chosen = {name: by_words[_words(name)] for name in wanted}
+        return _Matched(chosen, "Layers were matched by their names, which are the same in both.")
     _check_channels(layers, [(name, norm.num_features) for name, norm in norms])
     chosen = {name: layer.name for (name, _), layer in zip(norms, layers, strict=True)}
-    if len(found) == len(modules):
+    in_order = _LAYOUTS.get(convention) == "keras" and len(found) == len(modules)
+    if in_order:
         chosen |= {name: source for (name, _), source in zip(modules, found, strict=True)}
-    return chosen, [
+    return _Matched(
+        chosen,
         "Layers were matched by their order, shapes and numbers of channels: compare an output with that of"
-        f" {layers[0].convention.framework}, as padding, strides and activations are in no state dict."
-    ]
+        f" {convention.framework}, as activations and pooling are in no state dict.",
+    )
+
+
+def _by_end(known: Mapping[str, str], own: Collection[str]) -> dict[str, str] | None:
+    """The file's layers by the network's, where their names end as `known` says; None unless all do."""
+    ends: dict[str, list[str]] = {}
+    for name in own:
+        for start in (0, *(match.end() for match in re.finditer(r"\.|/~/", name))):
+            ends.setdefault(name[start:], []).append(name)
+    chosen = {name: ends.get(other, []) for name, other in known.items()}
+    if any(len(names) != 1 for names in chosen.values()):
+        return None
+    return {name: names[0] for name, names in chosen.items()}
+
+
+def _words(name: str) -> str:
+    """A name as it is in any framework: a list's elements are `blocks.0` in PyTorch, `blocks_0` in linen."""
+    return re.sub(r"_(?=\d+(\.|$))", ".", name)
+
+
+def _note_windows(
+    matched: _Matched,
+    of_file: Mapping[str, Window],
+    convention: Convention,
+    network: nn.Module,
+    modules: Sequence[tuple[str, KernelLayer]],
+) -> list[str]:
+    """What has to be set in the network, as neither strides nor padding are in a state dict."""
+    wanted = {name: of_file[own] for name, own in matched.chosen.items() if own in of_file}
+    own = windows_of(network)
+    if convention in (FLAX, HAIKU) and matched.library is not None:
+        wanted = {
+            name: Window(module.stride, same_padding(module.kernel_size, module.stride, module.dilation))
+            for name, module in modules
+            if isinstance(module, _ConvNd) and (convention is HAIKU or name != "conv1")
+        }
+        notes = describe_windows(own, wanted, matched.library)
+        return [*notes, f"{matched.library} pads max pooling as it pads convolutions."] if notes else []
+    if wanted and own:
+        return describe_windows(own, wanted, convention.framework)
+    if matched.library is not None:
+        strides = note_strides(network, [name for name, _ in modules])
+        return [] if strides is None else [strides]
+    return ["The file does not tell strides and padding: compare them by hand."]
 
 
 def _in_order(layer: LayerStats, pixels: int) -> LayerStats:
@@ -160,10 +240,16 @@ def _in_order(layer: LayerStats, pixels: int) -> LayerStats:
 
 
 def _kernels_of(tensors: Mapping[str, StoredTensor], norms: set[str]) -> dict[str, _Kernel]:
-    """The file's layers that have one kernel and perhaps a bias, in its order."""
+    """The file's layers that have one kernel and perhaps a bias, in its order.
+
+    Flax' `params.` is left out of their names, as it is of BatchNorm layers', and the optimizer's copies are.
+    """
     leaves: dict[str, dict[str, str]] = {}
     for name in tensors:
         owner, _, leaf = name.rpartition(".")
+        if "opt_state" in owner.split("."):
+            continue
+        owner = _PARAMS.sub("", owner)
         if owner not in norms:
             leaves.setdefault(owner, {})[leaf] = name
     found = {}
@@ -182,14 +268,15 @@ def _weights_of(
     modules: Sequence[tuple[str, KernelLayer]],
     chosen: Mapping[str, str],
     pixels: Mapping[str, int],
+    layout: Layout,
 ) -> dict[str, Tensor] | None:
     """The weights of all modules in PyTorch's axes; None where one of them has no fitting kernel."""
     weights = {}
     for name, module in modules:
         source = found.get(chosen.get(name, ""))
-        weight = (
-            None if source is None else of_pytorch(module, tensors[source.kernel].read(), pixels.get(name, 1))
-        )
+        if source is None:
+            return None
+        weight = of_pytorch(module, tensors[source.kernel].read(), pixels.get(name, 1), layout)
         if weight is None:
             return None
         weights[name] = weight

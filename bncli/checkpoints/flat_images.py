@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+W = TypeVar("W", bound=TorchFunctionMode)
 SIZES = (224, 32, 28, 64, 96, 128, 299)  # of the images that are tried, squares
 
 
-def flat_pixels(network: nn.Module) -> dict[str, int] | None:
-    """By linear or BatchNorm layer behind images that were laid flat: how many pixels they had, if over one.
+def run_on_meta(network: nn.Module, watch_of: Callable[[nn.Module], W]) -> W | None:
+    """What watched a run on an image; of a network without convolutions, no run at all.
 
     None where the network cannot be run on an image of any usual size. `network` is left alone.
     """
@@ -30,16 +31,26 @@ def flat_pixels(network: nn.Module) -> dict[str, int] | None:
         return None
     first = next((part for part in twin.modules() if isinstance(part, _ConvNd)), None)
     if first is None:
-        return {}
+        return watch_of(twin)
     for size in SIZES:
         shape = (2, first.in_channels, *[size] * (first.weight.dim() - 2))
+        watch = watch_of(twin)
         try:
-            with torch.no_grad(), _Watch(twin) as watch:
+            with torch.no_grad(), watch:
                 twin(torch.empty(shape, device="meta"))
         except Exception:
             continue
-        return {name: pixels for name, pixels in watch.found.items() if pixels > 1}
+        return watch
     return None
+
+
+def flat_pixels(network: nn.Module) -> dict[str, int] | None:
+    """By linear or BatchNorm layer behind images that were laid flat: how many pixels they had, if over one.
+
+    None where the network cannot be run on an image of any usual size. `network` is left alone.
+    """
+    watch = run_on_meta(network, _Watch)
+    return None if watch is None else {name: pixels for name, pixels in watch.found.items() if pixels > 1}
 
 
 class _Watch(TorchFunctionMode):

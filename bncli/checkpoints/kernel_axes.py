@@ -1,14 +1,19 @@
-"""The weights of convolutions and dense layers in PyTorch's order of axes and in Keras'.
+"""The weights of convolutions and dense layers in PyTorch's order of axes and in other frameworks'.
 
 PyTorch's (out, in, height, width) is Keras' (height, width, in, out), a depthwise one's (in x multiplier, 1,
 height, width) is (height, width, in, multiplier), and a linear layer's (out, in) is (in, out). Behind images
 that were laid flat, the inputs are (channel, height, width) in PyTorch and (height, width, channel) in Keras.
+Flax and Haiku have Keras' axes but for depthwise ones, which are as any in groups: (height, width, 1, out).
+PaddlePaddle has PyTorch's, and (in, out) for linear layers. MLX has (out, height, width, in) and (out, in).
 """
+
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 KernelLayer = _ConvNd | nn.Linear
+Layout = Literal["keras", "jax", "paddle", "mlx"]
 
 
 def is_depthwise(module: KernelLayer) -> bool:
@@ -16,15 +21,27 @@ def is_depthwise(module: KernelLayer) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
-def of_pytorch(module: KernelLayer, kernel: Tensor, pixels: int = 1) -> Tensor | None:
-    """Keras' array as the weight of a module; None where it cannot be that.
+def is_channels_last(layout: Layout) -> bool:
+    """Whether its images, and what was laid flat of them, have the channels as their last axis."""
+    return layout != "paddle"
+
+
+def of_pytorch(
+    module: KernelLayer, kernel: Tensor, pixels: int = 1, layout: Layout = "keras"
+) -> Tensor | None:
+    """A framework's array as the weight of a module; None where it cannot be that.
 
     `pixels` has each channel of the images that a dense layer is given flat.
     """
     if kernel.dim() != module.weight.dim():
         return None
     if isinstance(module, nn.Linear):
-        weight = flat_of_pytorch(kernel, pixels).T
+        columns = kernel.T if layout == "mlx" else kernel  # (in, out)
+        weight = flat_of_pytorch(columns, pixels if is_channels_last(layout) else 1).T
+    elif layout != "keras":
+        if isinstance(module, _ConvTransposeNd):
+            return None  # turned around in JAX
+        weight = {"jax": kernel.movedim((-1, -2), (0, 1)), "mlx": kernel.movedim(-1, 1)}.get(layout, kernel)
     else:
         weight = kernel.movedim((-1, -2), (0, 1))  # a transposed one has its two the other way in both
         if is_depthwise(module):

@@ -7,7 +7,7 @@ the outermost, then the first.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -17,6 +17,7 @@ from bncli.checkpoints.byte_source import UnreadableFileError
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, walk
 from bncli.checkpoints.formats.pickled_module import is_module, is_uninitialised, read_module
+from bncli.checkpoints.formats.window import Window
 from bncli.checkpoints.stored_tensor import StoredTensor
 from bncli.errors import NoBatchNormError
 from bncli.wording import list_names, plural
@@ -59,6 +60,7 @@ class StateDict:
     is_whole_module: bool = False
     prefix: str = ""  # what every name in the file has before those here
     notes: tuple[str, ...] = ()  # as in OpenCheckpoint
+    windows: Mapping[str, Window] = field(default_factory=dict)  # as in ForeignNetwork
     uninitialised: tuple[str, ...] = ()  # BatchNorm layers that are lazy still, under their names in the file
 
     @property
@@ -85,7 +87,11 @@ def find_state_dicts(content: object) -> list[StateDict]:
             if isinstance(value, ForeignNetwork):
                 layers = dict(value.layers)
                 tensors = dict(value.tensors)
-                found.append(StateDict(key, tensors, list(layers), layers, True, notes=value.notes))
+                found.append(
+                    StateDict(
+                        key, tensors, list(layers), layers, True, notes=value.notes, windows=value.windows
+                    )
+                )
                 continue
             if isinstance(value, Inert) and is_module(value):
                 module = _from_module(key, value)

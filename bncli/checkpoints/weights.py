@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from bncli.batchnorm.conventions import ONNX
 from bncli.batchnorm.layers import AVERAGED_KEY
 from bncli.checkpoints.any_content import named, without_collector
 from bncli.checkpoints.any_file import OpenCheckpoint, open_checkpoint
@@ -101,7 +102,16 @@ def load_weights(
     state = model.state_dict(keep_vars=True)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with named(source.source), without_collector():
-        match = _match(tensors, source.tensors, partial)
+        try:
+            match = _match(tensors, source.tensors, partial)
+        except _MisfitError:
+            framework = source.foreign_framework
+            if framework is None or partial:
+                raise
+            raise _MisfitError(
+                f"a file of {framework}, with other tensors than the network;"
+                f" {_remedy_of_framework(source.source, framework)}"
+            ) from None
         with torch.no_grad():
             for name, origin in match.names.items():
                 source.tensors[origin].copy_into(tensors[name].detach())
@@ -158,6 +168,13 @@ def _match(
     if problems or not names:
         raise _MisfitError(_describe(problems, names, origins, tensors, stored))
     return _Match(names, tuple(absent), tuple(name for name in stored if name not in set(names.values())))
+
+
+def _remedy_of_framework(path: str, framework: str) -> str:
+    """What to do with a file whose tensors have names and axes of another framework."""
+    if framework.startswith(ONNX.framework):
+        return "give the checkpoint that it was exported from"
+    return f"run bncli convert {path} -o NEW.pt --model NAME first, and give NEW.pt"
 
 
 @dataclass(frozen=True)

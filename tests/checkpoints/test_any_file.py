@@ -414,7 +414,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
         layers_of(tmp_path / "a.tar")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(CheckpointError, match=r"without data\.pkl; it holds hello\.txt"):
+    with pytest.raises(CheckpointError, match=r"a zip archive with hello\.txt; bncli reads"):
         layers_of(tmp_path / "b.zip")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="neither a file nor a URL"):

@@ -192,7 +192,7 @@ OF_BYTES = {
     "Paddle program": (message((1, message((1, 0), (2, 2**64 - 1)))), "a program of Paddle (.pdmodel)"),
     "Flax": (flax, "no BatchNorm layer with running statistics in it, but 1 tensor, batch.mean"),
     "Flax, one letter": (b"\x81\xa1a" + flax[7:], "no BatchNorm layer with running statistics in it"),
-    "other MessagePack": (b"\x81\xa1a\x01", "not a checkpoint: no file of torch.save or safetensors"),
+    "other MessagePack": (b"\x81\xa1a\x01", "a file of an unknown kind, or a damaged one; bncli reads "),
     "MXNet symbol": (b'{"nodes": [], "arg_nodes": [], "heads": []}', "a network of MXNet (-symbol.json)"),
     "Paddle JSON": (b'{"base_code": {"magic": "pir"}}', "a program of Paddle (.json)"),
     "TensorFlow.js": (b'{"modelTopology": {}, "weightsManifest": []}', "a model of TensorFlow.js; "),
@@ -213,6 +213,12 @@ OF_BYTES = {
     "zip of a checkpoint": (zipped("run/last.pt"), "a zip archive that holds run/last.pt; unpack it"),
     "TorchServe": (zipped("MAR-INF/MANIFEST.json", "model.pt"), "a model archive of TorchServe (.mar); "),
     "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(30), "a PNG image; not a checkpoint"),
+    "GIF": (b"GIF89a....", "a GIF image; not a checkpoint"),  # which is a pickle of a number, too
+    "video": (b"\0\0\0\x18ftypmp42", "a video or image (MP4, HEIF, AVIF); "),
+    "OCDBT": (b"\x0c\xdb:*" + bytes(40), "the manifest of an OCDBT database (Orbax, TensorStore); give"),
+    "part of OCDBT": (b"\x0c\xdb\x20\xde" + bytes(40), "a part of an OCDBT database (Orbax, TensorStore); "),
+    "wheel": (zipped("a-1.dist-info/METADATA", "a/a.h5"), "a Python package (.whl); unpack it"),
+    "other zip": (zipped("a.txt"), "not a checkpoint, but a zip archive with a.txt; bncli reads "),
     "text": (b"epochs: 30\nwidths: [8, 16]\n", "plain text; not a checkpoint"),
     "JSON list": (b"[1, 2]", "JSON; not a checkpoint"),
     "JSON lines": (b'{"epoch": 1}\n{"epoch": 2}\n', "not a checkpoint: text that begins like JSON"),
@@ -236,7 +242,7 @@ OF_NAMES = {
     "ck-1.data-00000-of-00001": "by its name the numbers of a TensorFlow checkpoint; ",
     "model.ckpt.meta": "by its name the graph of a TensorFlow checkpoint; give the .index file",
     "a.pdparams": "by its name a parameter file of Paddle; ",
-    "a.pt": "not a checkpoint: no file of torch.save or safetensors",
+    "a.pt": "a file of an unknown kind, or a damaged one; bncli reads checkpoints of PyTorch, ",
 }
 
 
@@ -356,3 +362,12 @@ def test_no_name_keeps_a_readable_file_from_being_read(tmp_path: Path, suffix: s
 def test_no_content_of_a_text_is_shown(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("SECRET=tiger\n")
     assert "tiger" not in refusal(tmp_path / ".env")
+
+
+@pytest.mark.parametrize(("beside", "expected"), [("net.xml", "OpenVINO"), ("net.param", "ncnn")])
+def test_numbers_are_named_by_the_description_beside_them(tmp_path: Path, beside: str, expected: str) -> None:
+    (tmp_path / "net.bin").write_bytes(bytes(range(1, 200)) * 3)
+    assert "of an unknown kind" in refusal(tmp_path / "net.bin", CheckpointError)
+    (tmp_path / beside).touch()
+    assert refusal(tmp_path / "net.bin").startswith(f"by the {beside[3:]} file beside it the numbers of")
+    assert expected in refusal(tmp_path / "net.bin")

@@ -378,3 +378,12 @@ else:
     kib = 16 * 2048 * 2048 * 4 // 1024
     assert int(run("pytorch")) > 0.9 * kib
     assert int(run("ours")) < 0.1 * kib
+
+
+def test_a_file_of_another_framework_is_refused_with_what_makes_one_of_it() -> None:
+    files = Path(__file__).parents[1] / "frameworks" / "files"
+    network = build_network("torchvision:resnet18", {})
+    with pytest.raises(MismatchError, match=r"a file of Flax, .* run bncli convert .*nnx\.msgpack -o NEW"):
+        load_weights(network, files / "flax" / "nnx.msgpack")
+    with pytest.raises(MismatchError, match=r"a file of ONNX .*; give the checkpoint that it was exported"):
+        load_weights(network, files / "onnx" / "dynamo.onnx")

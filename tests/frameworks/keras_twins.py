@@ -33,6 +33,22 @@ class ResNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class Halved(nn.Module):
+    """A network that halves images, padded alike on all sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 5, 3, padding="same"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.images(x))
+
+
 class Mixed(nn.Module):
     """All kinds of kernels, and BatchNorm and a linear layer behind images that were laid flat."""
 

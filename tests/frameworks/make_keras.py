@@ -256,10 +256,18 @@ def whole_networks(target: Path) -> None:
         ],
         name="mixed",
     )  # fmt: skip
+    image = keras.Input((8, 8, 3))  # halved three times, each with other zeros around it than PyTorch has
+    x = L.Conv2D(4, 3, strides=2, padding="same", use_bias=False, name="same")(image)
+    x = L.ReLU()(L.BatchNormalization(name="first")(x))
+    x = L.ZeroPadding2D(((0, 1), (0, 1)), name="zeros")(x)
+    x = L.DepthwiseConv2D(3, strides=2, use_bias=False, name="depthwise")(x)
+    x = L.ReLU()(L.BatchNormalization(name="second")(x))
+    x = L.Conv2D(5, 3, padding="same", name="alike")(x)
+    halved = keras.Model(image, L.Dense(2, name="last")(L.GlobalAveragePooling2D()(x)), name="halved")
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     generator, answers = np.random.default_rng(0), {}
-    for model in (small, mixed):
+    for model in (small, mixed, halved):
         for variable in model.weights:  # few different numbers, which compress well
             low, high = (2, 12) if variable.name in ("gamma", "moving_variance") else (-6, 7)
             variable.assign(generator.integers(low, high, variable.shape) / 8)

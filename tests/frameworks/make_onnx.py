@@ -190,7 +190,7 @@ def main() -> None:
         file = f"training_{opset}.onnx"
         mode = torch.onnx.TrainingMode.TRAINING
         export(training.train(), file, dynamo=False, opset_version=opset, training=mode)
-        note(file, training, ["0", "2"], "0, 2: in training mode")
+        note(file, training, ["0", "2"], "by the batch's own statistics: 0, 2")
 
     untracked = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3, track_running_stats=False))
     trained(untracked)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bncli.batchnorm.audit.channels import network_of
 from bncli.batchnorm.audit.rule_definition import Hit, Rule, Severity, Values
+from bncli.batchnorm.audit.rule_pages import RECALIBRATE
 from bncli.batchnorm.audit.rules import DEFAULT_THRESHOLDS, RULES, find_rule
 from bncli.batchnorm.layers import LayerStats
 from bncli.errors import BncliError
@@ -91,7 +92,7 @@ def _finding(rule: Rule, hit: Hit, layer: LayerStats, limits: Mapping[str, float
         values=hit.values,
         thresholds={threshold.name: limits[threshold.name] for threshold in rule.thresholds},
         message=where + hit.text,
-        advice=hit.advice or rule.advice,
+        advice=(hit.advice or rule.advice).replace(RECALIBRATE, f"({layer.convention.remeasured_by})"),
     )
 
 

@@ -7,6 +7,8 @@ A page is text only, so that it can be shown without torch. The function that lo
 from bncli.batchnorm.audit.rule_definition import RulePage, Threshold
 from bncli.errors import BncliError
 
+RECALIBRATE = "(bncli recalibrate)"  # in an advice: replaced where the file is not PyTorch's
+
 PAGES = (
     RulePage(
         code="BN001",

@@ -10,7 +10,7 @@ A reader for one of these formats is a file beside this one; its row here then g
 import json
 from collections.abc import Collection
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
@@ -43,6 +43,7 @@ _OPENVINO = (
 JOIN = 'torch.distributed.checkpoint.format_utils.dcp_to_torch_save("DIRECTORY", "FILE.pt") joins it into one'
 GIVE_DIRECTORY = "give its directory, with .metadata and all shards in it"
 _OF_SAVED_MODEL = "its numbers lie in variables/ beside it, which is missing"
+_OF_OCDBT = "give the directory of the checkpoint that it lies in"
 GIVE_INDEX = "give the .index file, with the .data files beside it"
 _OF_PADDLE_PROGRAM = f"{READ}; its numbers lie in the .pdiparams file beside it"
 _OF_MXNET_SYMBOL = f"{READ}; its numbers lie in the .params file beside it"
@@ -84,26 +85,49 @@ _SIGNATURES = (
     (0, b"\x04\x22\x4d\x18", Format("a file compressed by lz4", UNPACK)),
     (0, b"7z\xbc\xaf\x27\x1c", Format("a 7z archive", UNPACK)),
     (0, b"Rar!\x1a\x07", Format("a RAR archive", UNPACK)),
+    (0, b"\x0c\xdb:*", Format("the manifest of an OCDBT database (Orbax, TensorStore)", _OF_OCDBT)),
+    (0, b"\x0c\xdb ", Format("a part of an OCDBT database (Orbax, TensorStore)", _OF_OCDBT)),
+    (0, b"\x0c\xdb\x124", Format("a part of an OCDBT database (Orbax, TensorStore)", _OF_OCDBT)),
     (0, b"\x89PNG\r\n\x1a\n", Format("a PNG image", OTHER)),
     (0, b"\xff\xd8\xff", Format("a JPEG image", OTHER)),
+    (0, b"GIF8", Format("a GIF image", OTHER)),
+    (8, b"WEBP", Format("a WebP image", OTHER)),
+    (0, b"II*\0", Format("a TIFF image", OTHER)),
+    (0, b"MM\0*", Format("a TIFF image", OTHER)),
+    (8, b"WAVE", Format("a sound (WAV)", OTHER)),
+    (4, b"ftyp", Format("a video or image (MP4, HEIF, AVIF)", OTHER)),
     (0, b"%PDF-", Format("a PDF document", OTHER)),
+    (0, b"SQLite format 3\0", Format("an SQLite database", OTHER)),
+    (0, b"PAR1", Format("a Parquet file", OTHER)),
+    (0, b"ARROW1", Format("an Arrow file", OTHER)),
     (0, b"\x7fELF", Format("a compiled library or program (ELF)", ORIGIN)),
+)
+# without a signature, or under one that says nothing
+UNKNOWN = (
+    "bncli reads checkpoints of PyTorch, Keras, TensorFlow, JAX (Flax, Orbax, Haiku, Equinox), ONNX,"
+    " PaddlePaddle, MXNet, MindSpore and Chainer, .safetensors and .npz"
 )
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 def recognise_file(source: ByteSource) -> Format | None:
     """What a file is that no reader knows, by its content, or else by its name."""
-    start = source.read_at(0, min(source.size, 300))
-    for offset, signature, found in _SIGNATURES:
-        if start.startswith(signature, offset):
-            return found
     return (
-        _hdf5(source)
+        recognise_signature(source)
+        or _hdf5(source)
         or _text(source)
         or _protocol_buffer(source)
         or _tensorflow_table(source)
         or recognise_name(source.name)
+        or _numbers_beside(source.name)
+    )
+
+
+def recognise_signature(source: ByteSource) -> Format | None:
+    """What a file is that begins as no reader's does."""
+    start = source.read_at(0, min(source.size, 300))
+    return next(
+        (found for offset, signature, found in _SIGNATURES if start.startswith(signature, offset)), None
     )
 
 
@@ -171,6 +195,10 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
         return Format("a model archive of TorchServe (.mar)", UNPACK)
     if "Manifest.json" in below | set(names) and any("com.apple.CoreML" in name for name in names):
         return Format("a packed Core ML package (.mlpackage)", _CORE_ML)
+    if any(top.endswith(".dist-info") for top in tops):
+        return Format("a Python package (.whl)", f"{UNPACK}, if it has one")
+    if "[Content_Types].xml" in names:
+        return Format("an office document", OTHER)
     inside = next((name for name in names if PurePosixPath(name).suffix in _CHECKPOINT_SUFFIXES), None)
     if inside is not None:
         return Format(f"a zip archive that holds {inside[:80]}", UNPACK)
@@ -188,6 +216,10 @@ _CHECKPOINT_SUFFIXES = {
     ".keras",
     ".onnx",
     ".npz",
+    ".tflite",
+    ".msgpack",
+    ".pdparams",
+    ".params",
 }
 
 
@@ -346,6 +378,16 @@ def _is_name(source: ByteSource, field: Field) -> bool:
 def _tensorflow_table(source: ByteSource) -> Format | None:
     # the first key of a checkpoint's index is empty; this one's is not
     return Format("a table of LevelDB", OTHER) if is_table(source) else None
+
+
+def _numbers_beside(file_name: str) -> Format | None:
+    """The numbers of a network whose description lies beside them, under the same name."""
+    if "://" in file_name or not file_name.endswith(".bin"):
+        return None
+    for suffix, framework, advice in ((".xml", "OpenVINO", _OPENVINO), (".param", "ncnn", _NCNN)):
+        if Path(file_name).with_suffix(suffix).is_file():
+            return Format(f"by the {suffix} file beside it the numbers of a network of {framework}", advice)
+    return None
 
 
 # suffix of the name: where the bytes do not tell

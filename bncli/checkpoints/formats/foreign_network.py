@@ -1,9 +1,10 @@
 """A network as a file of another framework holds it, in PyTorch's terms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bncli.batchnorm.layers import Hyperparameters
+from bncli.checkpoints.formats.window import Window
 from bncli.checkpoints.stored_tensor import StoredTensor
 
 
@@ -18,3 +19,4 @@ class ForeignNetwork:
     tensors: Mapping[str, StoredTensor]
     layers: Mapping[str, Hyperparameters]  # in the order of the network, as far as the file tells it
     notes: tuple[str, ...] = ()  # what a reader of the output should know, a sentence each
+    windows: Mapping[str, Window] = field(default_factory=dict)  # of convolutions, as far as the file tells

@@ -10,6 +10,7 @@ from bncli.batchnorm.conventions import Convention
 from bncli.batchnorm.layers import Hyperparameters
 from bncli.batchnorm.state_dict import FLOATS
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
+from bncli.checkpoints.formats.window import Window
 from bncli.checkpoints.stored_tensor import StoredTensor, contiguous_stride, stored_tensor
 
 LEAVES = {
@@ -68,6 +69,7 @@ class Found:
     layers: dict[str, Hyperparameters] = field(default_factory=dict)
     ambiguous: list[str] = field(default_factory=list)
     renormalised: list[str] = field(default_factory=list)
+    windows: Mapping[str, Window] = field(default_factory=dict)
     numbers: Counter[str] = field(default_factory=Counter)  # how often a name was given
 
     def add(
@@ -112,7 +114,7 @@ class Found:
                 f"{_listed(self.renormalised)}: batch renormalization, whose moving_variance is no average"
                 " of variances",
             )
-        return ForeignNetwork(self.tensors, self.layers, notes)
+        return ForeignNetwork(self.tensors, self.layers, notes, self.windows)
 
 
 def _listed(names: list[str]) -> str:

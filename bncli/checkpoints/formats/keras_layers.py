@@ -9,6 +9,7 @@ order of layers comes from the configuration, or from the numbers.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, Convention
@@ -24,6 +25,7 @@ from bncli.checkpoints.formats.keras_batch_norm import (
     is_batch_norm,
     natural_order,
 )
+from bncli.checkpoints.formats.keras_windows import keras_windows
 from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.stored_tensor import StoredTensor
 
@@ -43,7 +45,7 @@ def read_keras(file: Hdf5File, config: object, metadata: object) -> ForeignNetwo
     """
     version = str(metadata.get("keras_version", "")) if isinstance(metadata, dict) else ""
     layers = dict(_by_group(config)) if isinstance(config, dict) else {}
-    return _read_vars([file], layers, _convention(version))
+    return replace(_read_vars([file], layers, _convention(version)), windows=dict(keras_windows(config)))
 
 
 def read_weights(files: list[Hdf5File]) -> ForeignNetwork:
@@ -195,7 +197,10 @@ def read_legacy(file: Hdf5File) -> ForeignNetwork | None:
     described = file.attributes(nodes[root]) if root else top
     version = str(top.get("keras_version") or described.get("keras_version") or "")
     found = Found(_convention(version))
-    configured = _configured(top.get("model_config"))
+    text = top.get("model_config")
+    config = parse_json(text.encode()) if isinstance(text, str) and text else {}
+    found.windows = dict(keras_windows(config))
+    configured = _configured(config)
     for group in _texts(described, "layer_names"):
         place = f"{root}/{group}" if root else group
         if place not in nodes:
@@ -240,9 +245,8 @@ def _texts(attributes: Mapping[str, Any], name: str) -> list[str]:
     return [text for part in parts if isinstance(part, list) for text in part if isinstance(text, str)]
 
 
-def _configured(text: object) -> Callable[[str, str], LayerConfig | None]:
+def _configured(content: Mapping[str, Any]) -> Callable[[str, str], LayerConfig | None]:
     """Tells what the configuration says of the layer `own` within the network's layer `group`."""
-    content = parse_json(text.encode()) if isinstance(text, str) and text else {}
     layers: dict[str, list[LayerConfig]] = {}
     for _, layer in _by_group(content):
         if layer.is_batch_norm:

@@ -389,14 +389,15 @@ class _Model:
         elif self._has_renamed:
             yield "the exporter folded some BatchNorm layers into convolutions (weights named onnx::Conv_...)"
         if self._training:
-            yield f"{listed(self._training)}: in training mode, so normalised by the batch's own statistics"
+            names = listed(self._training)
+            yield f"layers in training mode, which normalise by the batch's own statistics: {names}"
         if self._computed:
             yield (
-                f"{listed(self._computed)}: without running statistics, mean and variance are computed from"
-                " the batch"
+                "layers without running statistics, whose mean and variance are computed from the batch:"
+                f" {listed(self._computed)}"
             )
         if self._called:
-            yield f"called more than once: {listed(self._called)}"
+            yield f"layers that are called more than once: {listed(self._called)}"
 
     @property
     def _has_renamed(self) -> bool:

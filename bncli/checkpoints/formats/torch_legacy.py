@@ -7,7 +7,12 @@ The storages follow in the order of the keys, each a count of elements (8 bytes)
 from collections.abc import Callable
 
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
-from bncli.checkpoints.formats.foreign import recognise_file, recognise_pickle
+from bncli.checkpoints.formats.foreign import (
+    UNKNOWN,
+    recognise_file,
+    recognise_pickle,
+    recognise_signature,
+)
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, read_pickle
 from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
@@ -57,11 +62,13 @@ def read_torch_legacy(
 
 def _other_format(source: ByteSource, first: object) -> UnreadableFileError:
     """What a file is that does not begin with the magic number but, maybe, with another pickle."""
-    known = recognise_file(source) if first is None else recognise_pickle(first, source.name)
+    is_pickle = isinstance(first, dict | list | tuple | set | Inert)  # nearly any text has a scalar's opcodes
+    known = recognise_signature(source)
+    known = known or (recognise_pickle(first, source.name) if is_pickle else recognise_file(source))
     if known:
         return ForeignFileError(known.sentence)
-    what = "no file of torch.save or safetensors" if first is None else "a pickle, but not of torch.save"
-    return UnreadableFileError(f"not a checkpoint: {what}")
+    what = "a pickle, but not of torch.save" if is_pickle else "a file of an unknown kind, or a damaged one"
+    return UnreadableFileError(f"{what}; {UNKNOWN}")
 
 
 class _Storages:

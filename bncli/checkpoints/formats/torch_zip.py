@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
-from bncli.checkpoints.formats.foreign import recognise_zip
+from bncli.checkpoints.formats.foreign import UNKNOWN, recognise_zip
 from bncli.checkpoints.formats.inert_pickle import read_pickle
 from bncli.checkpoints.formats.torch_pickle import FindStorage, PlainMeanings, TorchMeanings
 from bncli.checkpoints.stored_tensor import Storage
@@ -88,7 +88,7 @@ class ZipArchive:
             if known:
                 raise ForeignFileError(known.sentence)
             names = ", ".join(list(self.entries)[:4]) or "nothing"
-            raise ForeignFileError(f"not a checkpoint: a zip archive without data.pkl; it holds {names}")
+            raise ForeignFileError(f"not a checkpoint, but a zip archive with {names}; {UNKNOWN}")
         pickle = self.entries[min(found, key=len)]
         self.check_byte_order(pickle.filename.removesuffix("data.pkl"))
         return pickle

@@ -39,10 +39,10 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     layers = list(comparison.layers)
     if layers:
         console.print()
-        across = comparison.only_batch_norm
-        _show_layers(console, layers, across=across)
+        shows_changes = not comparison.only_batch_norm and not comparison.identical
+        _show_layers(console, layers, shows_changes=shows_changes)
         console.print()
-        _show_legend(console, layers, across=across)
+        _show_legend(console, layers, shows_changes=shows_changes)
     _show_mismatches(console, comparison)
     _show_flags(console, comparison)
     for sentence in comparison.conversion:
@@ -52,7 +52,7 @@ def show_comparison(first: str, second: str, comparison: Comparison) -> None:
     print_wrapped(console, comparison.verdict, style="bold")
 
 
-def _show_layers(console: Console, layers: list[LayerComparison], *, across: bool) -> None:
+def _show_layers(console: Console, layers: list[LayerComparison], *, shows_changes: bool) -> None:
     summaries = [layer.summary or DivergenceSummary(num_incomparable=0) for layer in layers]
     columns = {
         "mean shift\nrms  max": aligned(
@@ -67,7 +67,7 @@ def _show_layers(console: Console, layers: list[LayerComparison], *, across: boo
         ),
         "KL divergence\nmean  max": aligned([[number(x.kl), number(x.max_kl)] for x in summaries], gap=2),
     }
-    if not across:
+    if shows_changes:
         columns["changed"] = [_marks(layer) for layer in layers]
     styles = ["bold red" if layer.flags else None for layer in layers]
     show_layer_table(console, [layer.name for layer in layers], columns, styles)
@@ -78,8 +78,8 @@ def _marks(layer: LayerComparison) -> str:
     return f"{'S' if layer.statistics_moved else '-'} {'W' if layer.weights_moved else '-'} {fed}"
 
 
-def _show_legend(console: Console, layers: Sequence[LayerComparison], *, across: bool) -> None:
-    used = "" if across else "SWF" + "".join(map(_marks, layers))
+def _show_legend(console: Console, layers: Sequence[LayerComparison], *, shows_changes: bool) -> None:
+    used = "SWF" + "".join(map(_marks, layers)) if shows_changes else ""
     meanings = {
         "mean shift": "move of running_mean, in standard deviations of the first file",
         "variance ratio": "running_var + eps of the second file, divided by the first's",
@@ -100,7 +100,7 @@ def _show_mismatches(console: Console, comparison: Comparison) -> None:
     if comparison.only_batch_norm:
         _show_groups(console, comparison)
         return
-    if not comparison.order_known:
+    if not comparison.order_known and not comparison.identical:
         console.print()
         text = (
             "Both files sort their tensors by name. So the order of the layers is unknown, and also whether"

@@ -1,10 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from bncli.batchnorm.audit.audit_layers import audit_layers
+from bncli.batchnorm.conventions import CONVENTIONS, PYTORCH, Convention
 from bncli.batchnorm.layers import LayerStats, read_running_stats
 
 
@@ -127,3 +129,13 @@ def test_a_channel_that_is_constant_in_the_data_ends_up_dead() -> None:
     inputs[:, 1] = 5.0
     norm(inputs)
     assert dead_channels(read(norm)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS, ids=lambda one: one.framework)
+def test_no_advice_names_a_command_that_cannot_write_the_file(convention: Convention) -> None:
+    norm = trained_norm()
+    norm.running_var[1] = -1
+    (finding,) = audit_layers((replace(read(norm), convention=convention),), select=["negative_variance"])
+    assert ("(bncli recalibrate)" in finding.advice) == (convention is PYTORCH)
+    if convention is not PYTORCH:
+        assert "exported from" in finding.advice or f"(in {convention.framework} itself" in finding.advice

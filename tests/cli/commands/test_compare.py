@@ -34,6 +34,7 @@ def test_a_checkpoint_against_itself_is_identical(bncli: Bncli, finished_run: Pa
     outcome = bncli("compare", finished_run / "last.pt", finished_run / "last.pt")
     assert outcome.code == 0
     assert "Identical: all" in outcome.out
+    assert "changed" not in outcome.out  # a column and a legend that would say nothing
 
 
 def test_recalibrated_statistics_are_told_from_training(

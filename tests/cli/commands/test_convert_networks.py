@@ -24,7 +24,7 @@ from tests.frameworks.recorded import FILES
 FOLDER = FILES / "keras_networks"
 ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 TWINS = Path(keras_twins.__file__)
-CLASSES = {"resnet": "ResNet", "mixed": "Mixed"}
+CLASSES = {"resnet": "ResNet", "mixed": "Mixed", "halved": "Halved"}
 
 
 def converted(bncli: Bncli, tmp_path: Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -57,9 +57,44 @@ def test_a_whole_network_computes_in_pytorch_what_it_computes_in_keras(
     assert (said["tensors_left_out"], said["tensors_missing"]) == ([], [])
     if name == "resnet":  # what is said of the strides
         assert not torch.allclose(output(network, name), expected, **close)
-        assert any("layer2.0 have conv1.stride (2, 2)" in note for note in said["notes"])
+        assert any(
+            "2 convolutions of Keras 3 have other strides: outputs differ until these are set:"
+            " layer2.0.conv1.stride (2, 2), layer2.0.conv2.stride (1, 1)." in note
+            for note in said["notes"]
+        )
         network.layer2[0].conv1.stride, network.layer2[0].conv2.stride = (2, 2), (1, 1)
     torch.testing.assert_close(output(network, name), expected, **close)
+
+
+def test_zeros_around_images_are_compared_and_what_is_said_of_them_makes_outputs_equal(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    new, said = converted(bncli, tmp_path, "halved")
+    network: Any = keras_twins.Halved().eval()
+    network.load_state_dict(torch.load(new, weights_only=True), strict=True)
+    for norm in (network.images[1], network.images[4]):
+        norm.eps = 1e-3
+    expected = torch.tensor(ANSWERS["halved"]["output"])
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
+    assert not torch.allclose(output(network, "halved"), expected, **close)
+    padding = [note for note in said["notes"] if "padded in another way" in note]
+    assert padding == [
+        "2 convolutions of Keras 3 are padded in another way: outputs differ until images.0, images.3 have"
+        " padding 0 behind nn.ZeroPad2d((0, 1, 0, 1))."
+    ]
+    for index in (0, 3):
+        network.images[index].padding = (0, 0)
+        network.images[index] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), network.images[index])
+    torch.testing.assert_close(output(network, "halved"), expected, **close)
+    # the same network again, built as it was said: there is nothing to say
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nfrom tests.frameworks.keras_twins import Halved\n"
+        "def make():\n    net = Halved()\n    for i in (0, 3):\n        net.images[i].padding = (0, 0)\n"
+        "        net.images[i] = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), net.images[i])\n    return net\n"
+    )
+    model = ("--model", f"{tmp_path / 'net.py'}:make")
+    outcome = bncli("convert", FOLDER / "halved.keras", "-o", tmp_path / "again.pt", *model, "--json")
+    assert not any("padded" in note or "strides" in note for note in json.loads(outcome.out)["notes"])
 
 
 @pytest.mark.parametrize("name", ["resnet", "mixed"])
