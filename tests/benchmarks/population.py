@@ -200,18 +200,22 @@ def in_turns(
     num_rounds: int,
     report: Callable[[str], None],
     device: torch.device = _CPU,
+    *,
+    warm_up: bool = True,
 ) -> tuple[PassTime, ...]:
-    """Time every tool in each round, after one round to warm up. The first one is what ratios are to."""
+    """Time every tool in each round; in every second one they come in the opposite order.
+
+    The first tool is what ratios are to. With `warm_up` there is one round more, which is not timed.
+    """
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
-    for turn in range(num_rounds + 1):
-        for tool, work in tools.items():
+    for turn in range(1 - warm_up, num_rounds + 1):
+        for tool, work in list(tools.items())[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
             work()
             synchronize(device)
             if turn:
                 seconds[tool].append(time.perf_counter() - start)
-        if turn:
-            report(f"round {turn} of {num_rounds}")
+                report(f"round {turn} of {num_rounds}: {tool}, {seconds[tool][-1]:.1f} s")
     plain = next(iter(seconds.values()))
     times = []
     for tool, taken in seconds.items():

@@ -1,12 +1,15 @@
 """`bncli recalibrate --method precise` on streamed images: beside a plain evaluation, and its memory.
 
+    make bench-streamed ARGS="--only speed"     4 rounds of 1,000 JPEGs of 224x224: 6 minutes on two cores
+    make bench-streamed ARGS="--only memory"    1,000 and 20,000 JPEGs of 64x64: 3 minutes
+
 Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
 library measures the population over that same DataLoader, and the command's own function reads the folder by
 workers of its own; all in turns, in one process, with the same weights, precision, memory format, batch size
-and number of workers. Ratios are taken within a round.
+and number of workers. Ratios are taken within a round. All of them first run over a few images, untimed.
 
-Memory: the whole command in a process of its own for each number of images, which are smaller ones, so that
-20,000 take a minute. Each process tells its peak at its end; Linux knows it.
+Memory: the whole command in a process of its own for each number of images, which are smaller ones, since
+what could grow is what is kept for each image. Each process tells its peak at its end; Linux knows it.
 """
 
 import json
@@ -17,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -100,9 +103,10 @@ def bench_streamed(
     directory: Path | None,
     report: Callable[[str], None],
 ) -> StreamedBench:
-    """Make the images, measure both, and remove them.
+    """Make the images, measure what is asked for, and remove them.
 
-    Raises BncliError where they cannot be written, or a network cannot be measured.
+    Without rounds speed is not measured, without numbers of images memory is not. Raises BncliError where
+    images cannot be written, or a network cannot be measured.
     """
     model = network_of(network, image_size).eval()
     runtime = resolve_runtime(RuntimeConfig(precision="float32"))  # as the command computes such networks
@@ -115,15 +119,24 @@ def bench_streamed(
                 small = make_images(folder / "small", max(memory_images), memory_image_size)
                 torch.save(model.state_dict(), folder / "network.pt")
                 for number in memory_images:
+                    report(f"memory: recalibrates {number:,} images")
                     command = _command(folder, small, network, number, memory_image_size, batch_size)
                     peaks.append(_peak([*command, "--set", f"data.workers={num_workers}"], number))
                     report(f"memory: {number:,} images, {peaks[-1].mib:.0f} MiB")
-            report(f"speed: makes {num_images:,} images")
-            root = make_images(folder / "images", num_images, image_size)
-            files = list((root / "train").rglob("*.jpg"))
-            size = sum(file.stat().st_size for file in files) / len(files)
-            tools = _tools(model, root, runtime, image_size, batch_size, num_workers)
-            times = in_turns(tools, num_rounds, lambda text: report(f"speed: {text}"))
+            times: tuple[PassTime, ...] = ()
+            size = 0.0
+            if num_rounds:
+                report(f"speed: makes {num_images:,} images")
+                root = make_images(folder / "images", num_images, image_size)
+                files = list((root / "train").rglob("*.jpg"))
+                size = sum(file.stat().st_size for file in files) / len(files)
+                model = runtime.place_model(model)
+                normalize_input(model, *IMAGENET, runtime.device)
+                few = make_images(folder / "few", 2 * batch_size, image_size)
+                for work in _tools(model, few, runtime, image_size, batch_size, num_workers).values():
+                    work()
+                tools = _tools(model, root, runtime, image_size, batch_size, num_workers)
+                times = in_turns(tools, num_rounds, lambda text: report(f"speed: {text}"), warm_up=False)
     except OSError as error:
         raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
     return StreamedBench(
@@ -170,12 +183,10 @@ def _make_image(folder: Path, size: int, number: int) -> None:
 def _tools(
     model: nn.Module, root: Path, runtime: Runtime, image_size: int, batch_size: int, num_workers: int
 ) -> dict[str, Callable[[], object]]:
-    """The plain loop, the library over its DataLoader, and the command's function, over the same network."""
+    """The plain loop, the library over its DataLoader, and the command's function, over a placed network."""
     from torchvision.datasets import ImageFolder  # behind `network_of`, which imports torchvision
     from torchvision.transforms.v2 import PILToTensor
 
-    model = runtime.place_model(model)
-    normalize_input(model, *IMAGENET, runtime.device)
     loader: DataLoader[Any] = DataLoader(
         ImageFolder(str(root / "train"), transform=PILToTensor()),
         batch_size=batch_size,
@@ -239,16 +250,20 @@ sys.exit(code)
 @app.command()
 def run(
     network: Annotated[str, typer.Option(metavar="NAME", help="A classifier of torchvision's.")] = "resnet18",
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 3,
-    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 5000,
+    only: Annotated[
+        Literal["speed", "memory"] | None,
+        typer.Option(metavar="PART", help="speed or memory. Default: both."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of all tools, in turns.")] = 4,
+    images: Annotated[int, typer.Option(min=2, max=100_000, help="Images in a pass.")] = 1000,
     image_size: Annotated[int, typer.Option(min=32, max=1024, help="Height and width in pixels.")] = 224,
     batch_size: Annotated[int, typer.Option(min=2, max=10_000, help="Images in a batch.")] = 250,
     workers: Annotated[
         int | None, typer.Option(min=0, max=1024, help="Processes that read. Default: one for each CPU.")
     ] = None,
     memory: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Images whose peak of memory is measured; '' is none.")
-    ] = "1000,5000,20000",
+        str, typer.Option(metavar="N,N,...", help="Numbers of images whose peak of memory is measured.")
+    ] = "1000,20000",
     memory_image_size: Annotated[
         int, typer.Option(min=32, max=1024, help="Height and width in pixels of these.")
     ] = 64,
@@ -260,12 +275,12 @@ def run(
     """Time recalibration from an image folder beside a plain evaluation, and measure its memory."""
     result = bench_streamed(
         network=network,
-        num_rounds=rounds,
+        num_rounds=0 if only == "memory" else rounds,
         num_images=images,
         image_size=image_size,
         batch_size=batch_size,
         num_workers=usable_cpus().count if workers is None else workers,
-        memory_images=_numbers(memory),
+        memory_images=() if only == "speed" else _numbers(memory),
         memory_image_size=memory_image_size,
         directory=directory,
         report=print_note,
@@ -277,13 +292,13 @@ def run(
 def _numbers(text: str) -> tuple[int, ...]:
     """Numbers of images, rising. Raises ConfigError for others."""
     try:
-        found = sorted({int(part) for part in text.split(",")} if text else ())
+        found = sorted({int(part) for part in text.split(",")})
     except ValueError:
         found = [0]
     if any(one < 2 for one in found):
         raise ConfigError("--memory", [f"expected numbers of images such as 1000,5000, found {text!r}"])
-    if found and not Path("/proc/self/status").exists():
-        raise ConfigError("--memory", ["only Linux tells the peak of memory; leave it out: --memory ''"])
+    if not Path("/proc/self/status").exists():
+        raise ConfigError("--memory", ["only Linux tells the peak of memory; leave it out: --only speed"])
     return tuple(found)
 
 
@@ -292,19 +307,21 @@ def show_streamed_bench(result: StreamedBench) -> None:
     console = console_for_results()
     show_lines(console, {"machine": machine_line(result.machine), "runtime": runtime_line(result.runtime)})
     console.print()
-    table = table_of("One pass, in turns", "tool", "seconds", "ratio", "from", "to")
-    for one in result.times:
-        ratios = (f"{value:.3f}" for value in (one.ratio, one.ratio_min, one.ratio_max))
-        table.add_row(one.tool, f"{one.seconds:.2f}", *ratios)
-    console.print(table)
-    console.print()
-    lines = {
-        "images": f"{result.num_images:,} JPEGs of {result.image_size}x{result.image_size},"
-        f" {result.kilobytes_an_image:.0f} kB each, in batches of {result.batch_size};"
-        f" {plural(result.num_workers, 'worker')}",
-        "ratio": f"to the plain evaluation with {result.network}; median of n = {result.num_rounds} rounds",
-        "tools": "bncli.recalibrate has the plain evaluation's DataLoader; bncli recalibrate reads by itself",
-    }
+    lines = {}
+    if result.times:
+        table = table_of("One pass, in turns", "tool", "seconds", "ratio", "from", "to")
+        for one in result.times:
+            ratios = (f"{value:.3f}" for value in (one.ratio, one.ratio_min, one.ratio_max))
+            table.add_row(one.tool, f"{one.seconds:.2f}", *ratios)
+        console.print(table)
+        console.print()
+        lines = {
+            "images": f"{result.num_images:,} JPEGs of {result.image_size}x{result.image_size},"
+            f" {result.kilobytes_an_image:.0f} kB each, in batches of {result.batch_size};"
+            f" {plural(result.num_workers, 'worker')}",
+            "ratio": f"to the plain evaluation with {result.network}; median of n = {result.num_rounds}",
+            "tools": "bncli.recalibrate has the plain DataLoader; bncli recalibrate reads by itself",
+        }
     if result.peaks:
         peaks = table_of("Peak of memory of the whole command", "images", "MiB", "largest worker", left=0)
         for peak in result.peaks:

@@ -34,9 +34,12 @@ def test_the_bench_prints_ratios_and_peaks_and_leaves_nothing(benchmark: Benchma
     assert [one["num_images"] for one in found["peaks"]] == [16, 40]
     assert all(100 < one["mib"] < 2000 for one in found["peaks"])
     assert list(tmp_path.iterdir()) == []
-    out = benchmark(*SMALL, "--memory", "").out
+    out = benchmark(*SMALL, "--only", "speed").out
     assert "Peak of memory" not in out
     assert "24 JPEGs of 32x32" in out
+    outcome = benchmark(app, "--only", "memory", *options)
+    assert "One pass" not in outcome.out
+    assert "memory: recalibrates 40 images" in outcome.err
 
 
 @pytest.mark.parametrize("wrong", ["many", "0,5", "1000;5000"])
