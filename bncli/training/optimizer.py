@@ -7,19 +7,23 @@ of `torch.optim.Muon`.
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 from torch.optim.sgd import sgd
 
 from bncli.config import TrainConfig
 
 _NEWTON_SCHULZ_STEPS = 3  # enough for filters (Jordan 2024, airbench94_muon); PyTorch's default is 5
 _SMALLEST_NORM = 1e-30  # filters may begin at 0
+# f(s * x + b) = s * f(x) + b for s > 0: always true of these, and without b of the others
+_ALWAYS = (_MaxPoolNd, _AdaptiveMaxPoolNd, nn.Identity)
+_WITHOUT_BIAS = (nn.ReLU, nn.LeakyReLU, _AvgPoolNd, _AdaptiveAvgPoolNd, _DropoutNd)
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Jordan's quintic: the steepest at 0 that stays bounded
 
 
@@ -216,15 +220,21 @@ def _head_of(model: nn.Module) -> Tensor | None:
 def _normalized_filters(model: nn.Module) -> set[Tensor]:
     """The weights of convolutions that a BatchNorm or InstanceNorm layer follows in the same module.
 
-    By the order of definition, past layers that hold nothing, such as pooling. So a convolution at the end of
-    a block, whose output is added to another one and normalised later, is none.
+    By the order of definition, past layers that a scale passes through, such as pooling and, without a bias,
+    ReLU. So a convolution before a GELU is none, nor one at the end of a block, whose output is added to
+    another one and normalised later.
     """
     found: set[Tensor] = set()
     for module in model.modules():
-        layers = [one for one in module.children() if one.state_dict() or isinstance(one, _NormBase)]
-        for layer, following in pairwise(layers):
-            if isinstance(layer, nn.Conv2d) and isinstance(following, _NormBase):
-                found.add(layer.weight)
+        last: nn.Conv2d | None = None
+        for layer in module.children():
+            if isinstance(layer, _NormBase) and last is not None:
+                found.add(last.weight)
+            passes = isinstance(layer, _ALWAYS)
+            if last is not None and last.bias is None:
+                passes |= isinstance(layer, _WITHOUT_BIAS)
+            if not passes:
+                last = layer if isinstance(layer, nn.Conv2d) else None
     return found
 
 

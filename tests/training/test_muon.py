@@ -9,6 +9,7 @@ from torch import nn
 from bncli.config import TrainConfig
 from bncli.config_file import load_config
 from bncli.errors import ConfigError
+from bncli.models import build_network
 from bncli.training import prepare
 from bncli.training.last_good_step import LastGoodStep
 from bncli.training.loop import training_step
@@ -125,6 +126,75 @@ def test_muon_scales_no_filters_whose_scale_matters() -> None:
     assert {name for name, weight in filters.items() if weight in turned} == {
         "0.0.weight", "1.conv1.weight", "2.conv1.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Identity(),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(3, padding=1),
+        nn.ReLU(),
+        nn.LeakyReLU(),
+        nn.GELU(),
+        nn.SiLU(),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_what_lies_between_filters_and_normalization_decides_whether_their_scale_matters(
+    between: nn.Module, bias: bool
+) -> None:
+    convolution = nn.Conv2d(3, 6, 3, bias=bias)
+    network = nn.Sequential(convolution, between, nn.BatchNorm2d(6, eps=1e-12)).double()
+    if bias:
+        nn.init.normal_(convolution.bias)
+    images = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    turned = {
+        weight
+        for group in build_optimizer(
+            nn.Sequential(network, nn.Conv2d(6, 2, 1)), TrainConfig(optimizer="muon")
+        ).param_groups
+        if group["muon"]
+        for weight in group["params"]
+    }
+    with torch.no_grad():
+        expected = network(images)
+        convolution.weight.mul_(2)
+        assert (convolution.weight in turned) == torch.allclose(network(images), expected, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_turned"),
+    [
+        ("resnet18", 20), ("densenet121", 59), ("googlenet", 59), ("mobilenet_v3_small", 34),
+        ("efficientnet_b0", 49), ("shufflenet_v2_x0_5", 56),
+    ],
+)  # fmt: skip
+def test_the_scale_of_turned_filters_matters_nowhere_in_real_networks(name: str, num_turned: int) -> None:
+    """In the order in which they compute, which may be another than that of their definition."""
+    network = build_network(f"torchvision:{name}").double().train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-15
+        if type(module).__name__ in ("Dropout", "StochasticDepth"):
+            module.p = 0.0  # type: ignore[assignment]
+    groups = build_optimizer(network, TrainConfig(optimizer="muon")).param_groups
+    turned = [weight for group in groups if group["muon"] for weight in group["params"]]
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = network(images)
+        for weight in turned:
+            weight.mul_(2)
+        found = network(images)
+    assert len(turned) == num_turned
+    for one, other in zip(as_tuple(found), as_tuple(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def as_tuple(outputs: object) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)  # type: ignore[return-value]
 
 
 def test_gradients_of_filters_are_forgotten() -> None:
