@@ -285,8 +285,12 @@ def _check_logits(logits: object, named: NamedNetwork, dataset: "Dataset", path:
     if names == tuple(map(str, range(len(names)))) and len(names) < num_classes:  # they are only numbers
         return replace(dataset, class_names=tuple(map(str, range(num_classes))))
     if num_classes != len(names):
-        fix = "; data.classes names a file with all of them, in order" if num_classes > len(names) else ""
+        fix = (
+            "data.classes names a file with all of them, in order"
+            if num_classes > len(names)
+            else "give images of its classes alone"
+        )
         raise NoClassifierError(
-            f"{path}: the network has {num_classes:,} classes, but {dataset.name} has {len(names):,}{fix}"
+            f"{path}: the network has {num_classes:,} classes, but {dataset.name} has {len(names):,}; {fix}"
         )
     return dataset

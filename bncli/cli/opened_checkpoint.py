@@ -352,6 +352,15 @@ def load_subject_data(
     return dataset
 
 
+def check_labels(dataset: "Dataset", fix: str) -> None:
+    """Raise DataError where test images have no labels, with the `fix`, or others than the classes."""
+    from bncli.data.dataset import require_known
+
+    if dataset.test.labels is None:
+        raise DataError(f"data {dataset.name}: the images have no labels; {fix}")
+    require_known(dataset.test, dataset.class_names, dataset.name)
+
+
 def _record_of(checkpoint: "Checkpoint | ExportRecord | None") -> "DataRecord":
     return (None, ()) if checkpoint is None else (checkpoint.data_digest, checkpoint.class_names)
 

@@ -148,6 +148,18 @@ class Far(Named):
         return super().__getitem__(number)[0], 7
 
 
+class Unlabelled(Pictures):
+    def __getitem__(self, number: int) -> Image.Image:  # type: ignore[override]
+        return super().__getitem__(number)[0]
+
+
+class TooFar(Pictures):
+    """Nothing says how many classes there are."""
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return super().__getitem__(number)[0], 7
+
+
 def bad_input() -> list[tuple[str, int]]:
     return [("a.png", 0)]
 

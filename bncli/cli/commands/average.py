@@ -10,7 +10,7 @@ import typer
 from bncli.cli.help_page import COMPUTED, INPUT, OUTPUT
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import named_network
-from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.opened_checkpoint import check_labels, load_subject_data, open_subject
 from bncli.cli.options import (
     DataRootOption,
     DeviceOption,
@@ -278,8 +278,8 @@ def _judge(
         return None
     try:
         dataset = load_subject_data(subject, classifies=evaluates, only_train=not evaluates)
-        if evaluates and dataset.test.labels is None:
-            raise DataError(f"{dataset.name}: the images have no labels; --no-evaluate needs none")
+        if evaluates:
+            check_labels(dataset, "--no-evaluate needs none")
     except DataError as error:
         if needed:
             raise DataError(f"{error}; --statistics pooled needs no images") from None

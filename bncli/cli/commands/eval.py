@@ -9,7 +9,7 @@ import typer
 from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import named_network
-from bncli.cli.opened_checkpoint import load_subject_data, open_subject
+from bncli.cli.opened_checkpoint import check_labels, load_subject_data, open_subject
 from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
     BatchInvariantOption,
@@ -183,6 +183,7 @@ def evaluate_checkpoint(
     asked = _Asked(sweep_sizes or (), num_calibration_images if gap else None, tta)
     with shared_work(subject, asked=asked, batch_invariant=batch_invariant) as work:
         dataset = load_subject_data(subject, processes=work.processes)
+        check_labels(dataset, "bncli predict needs none")
         known = _evaluate(subject, dataset, asked, work.ranks)
     if not work.is_main:
         return 0  # the rest is about the computations of one process

@@ -10,7 +10,7 @@ import typer
 from bncli.cli.help_page import CHECKED, COMPUTED, OUTPUT
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import as_typed, is_address, named_network
-from bncli.cli.opened_checkpoint import load_subject_data, open_again, open_subject
+from bncli.cli.opened_checkpoint import check_labels, load_subject_data, open_again, open_subject
 from bncli.cli.options import (
     CheckpointArgument,
     DataRootOption,
@@ -27,7 +27,7 @@ from bncli.cli.options import (
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.shared_work import shared_work
-from bncli.errors import BncliError, ConfigError, DataError, NoClassifierError
+from bncli.errors import BncliError, ConfigError, NoClassifierError
 from bncli.wording import list_names
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def recalibrate_into_file(
         bool,
         typer.Option(
             "--no-evaluate",
-            help="Do not evaluate before and after: for networks that are no classifiers, and images without"
-            " labels.",
+            help="Do not evaluate before and after, and read no test image: for networks that are no"
+            " classifiers, and images without labels.",
             rich_help_panel=COMPUTED,
         ),
     ] = False,
@@ -242,8 +242,8 @@ def _load_data(subject: "Subject", processes: "Processes | None", *, evaluate: b
     except NoClassifierError as error:
         fix = "--no-evaluate recalibrates a network that is no classifier of these images"
         raise NoClassifierError(f"{error}; {fix}") from None
-    if evaluate and dataset.test.labels is None:
-        raise DataError(f"{dataset.name}: the images have no labels; --no-evaluate recalibrates without any")
+    if evaluate:
+        check_labels(dataset, "--no-evaluate recalibrates without any")
     return dataset
 
 

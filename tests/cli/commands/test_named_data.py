@@ -130,6 +130,25 @@ def test_bad_data_is_one_line_and_nothing_is_written(bncli, file, tmp_path, name
     assert not (tmp_path / "new.pt").exists()
 
 
+@pytest.mark.parametrize("command", ["eval", "recalibrate"])
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_labels_that_cannot_be_evaluated_are_told_with_the_data_set(bncli, file, tmp_path, command, stream):
+    new = ("-o", tmp_path / "new.pt") if command == "recalibrate" else ()
+    common = (command, file, *new, "--model", "net.py:net")
+    outcome = bncli(*common, *words("Unlabelled", f"data.stream={stream}"))
+    fix = "--no-evaluate recalibrates without any" if new else "bncli predict needs none"
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].endswith(f"data {DATA}:Unlabelled: the images have no labels; {fix}")
+    outcome = bncli(*common, *words("TooFar", f"data.stream={stream}"))
+    assert outcome.code == 2
+    expected = (
+        "label 7 found, but its classes are 0 to 2" if stream == "true" else "has 8; give images of its"
+    )
+    assert f"{DATA}:TooFar" in outcome.err.splitlines()[-1]
+    assert expected in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "new.pt").exists()
+
+
 CONFIG = """
 data: {{name: "{name}", workers: 0}}
 augment: {{crop_padding: 1}}
