@@ -1,7 +1,7 @@
 """`bncli recalibrate --method precise` on streamed images: beside a plain evaluation, and its memory.
 
-    make bench-streamed ARGS="--only speed"     4 rounds of 1,000 JPEGs of 224x224: 6 minutes on two cores
-    make bench-streamed ARGS="--only memory"    1,000 and 20,000 JPEGs of 64x64: 3 minutes
+    make bench-streamed ARGS="--only speed"     4 rounds of 1,000 JPEGs of 224x224
+    make bench-streamed ARGS="--only memory"    1,000 and 20,000 JPEGs of 64x64
 
 Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
 library measures the population over that same DataLoader, and the command's own function reads the folder by
