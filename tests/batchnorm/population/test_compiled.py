@@ -78,7 +78,7 @@ def test_a_channel_of_it_is_recorded() -> None:
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(images()[0])
-    found, expected = (record_channel(one, "bn2", images()) for one in (compiled, model))
+    found, expected = (record_channel(one, images(), "bn2") for one in (compiled, model))
     assert torch.equal(found.values, expected.values)
 
 
