@@ -136,7 +136,8 @@ def test_two_versions_of_torch_are_refused(tmp_path: Path) -> None:
 def test_other_code_of_bncli_in_one_rank_is_refused(tmp_path: Path) -> None:
     """As where one node has another version from git."""
     root = Path(__file__).parent.parent.parent
-    shutil.copytree(root / "bncli", tmp_path / "other" / "bncli")
+    for folder in ("bncli", "configs"):
+        shutil.copytree(root / folder, tmp_path / "other" / folder)
     with (tmp_path / "other" / "bncli" / "wording.py").open("a") as file:
         file.write("# another comment\n")
     script = tmp_path / "start.py"
