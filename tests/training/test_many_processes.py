@@ -82,7 +82,7 @@ def test_any_number_of_processes_learns_what_one_does(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-@pytest.mark.filterwarnings("default::DeprecationWarning")  # of what PyTorch itself imports
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch itself imports
 def test_two_processes_that_compile_their_network_learn_what_one_does(
     one_process: Path, tmp_path: Path
 ) -> None:
