@@ -1,6 +1,7 @@
 """Temporary changes of a model that are undone whatever happens, and the proof that they were."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,16 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 def train_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in train mode; at the end give every module its own earlier mode back."""
     with _mode(model, training=True):
+        yield
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """Let modules compute as they are written: compiled code leaves out hooks that came after it."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and to import it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

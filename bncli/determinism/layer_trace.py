@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm.bits import bitwise_equal
+from bncli.batchnorm.modes import not_compiled
 from bncli.determinism.fixed_shape import FixedShape
+from bncli.distributed.wrapped import as_written
 from bncli.forward import forward
 
 WHOLE_MODEL = "(model)"  # the name of the root module, whose own is empty
@@ -33,6 +35,7 @@ def first_differing_layer(model: nn.Module, first: Seat, second: Seat) -> str:
     if isinstance(model, FixedShape):
         first, second = (Seat(*model.chunk_of(seat.batch, seat.row)) for seat in (first, second))
         model = model.model
+    model = as_written(model)
     for (name, one), (_, two) in zip(_trace(model, first), _trace(model, second), strict=False):
         # of other shapes are only tensors that do not belong to the image, such as a table of positions
         if one.shape == two.shape and not bitwise_equal(one, two):
@@ -43,7 +46,7 @@ def first_differing_layer(model: nn.Module, first: Seat, second: Seat) -> str:
 def _trace(model: nn.Module, seat: Seat) -> list[tuple[str, Tensor]]:
     """Who made what, for one image: pairs of a module's name and a tensor, in order of execution."""
     trace: list[tuple[str, Tensor]] = []
-    with _recording(model, seat, trace), torch.no_grad():
+    with _recording(model, seat, trace), not_compiled(), torch.no_grad():
         forward(model, seat.batch)
     return trace
 

@@ -19,8 +19,20 @@ from bncli.errors import BncliError
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel; any other as it is."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module inside DistributedDataParallel, compiled or not; any other as it is."""
+    inside = _uncompiled(model)
+    return unwrapped(inside.module) if isinstance(inside, DistributedDataParallel) else model
+
+
+def as_written(model: nn.Module) -> nn.Module:
+    """The same, and not compiled: whose layers have the names that they have in its checkpoints."""
+    return _uncompiled(unwrapped(model))
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    # what was never compiled needs no import of the compiler, which takes a second
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    return model._orig_mod if dynamo and isinstance(model, dynamo.OptimizedModule) else model
 
 
 @contextmanager

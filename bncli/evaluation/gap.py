@@ -35,7 +35,7 @@ from bncli.batchnorm.population.selection import select_layers
 from bncli.batchnorm.population.verify import distance_from
 from bncli.distributed.ranks import Ranks
 from bncli.distributed.shards import without_repeats
-from bncli.distributed.wrapped import unwrapped, whole_parameters
+from bncli.distributed.wrapped import as_written, whole_parameters
 from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.wording import list_names
 
@@ -201,7 +201,7 @@ def measure_gap(
     Raises DataError for batches that cannot be used, BncliError if no layer has running statistics, or
     a batch holds a single value per channel.
     """
-    model, ranks = unwrapped(model), Ranks.of(group)
+    model, ranks = as_written(model), Ranks.of(group)
     check_repeatable(test_batches)
     training_batches = without_repeats(training_batches, get_input)
 

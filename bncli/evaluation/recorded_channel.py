@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, inputs_of
 from bncli.batchnorm.layers import batch_norm_layers, float64_statistics
-from bncli.batchnorm.modes import eval_mode, preserved_buffers
+from bncli.batchnorm.modes import eval_mode, not_compiled, preserved_buffers
 from bncli.batchnorm.population.hooks import input_of_call
+from bncli.distributed.wrapped import as_written
 from bncli.errors import BncliError
 from bncli.forward import model_device
 
@@ -56,6 +57,7 @@ def record_channel(
 
     Raises BncliError where there is no such layer, it keeps no running statistics, or no image reaches it.
     """
+    model = as_written(model)
     module = dict(batch_norm_layers(model)).get(layer)
     if module is None or module.running_mean is None:
         raise BncliError(f"there is no BatchNorm layer {layer!r} with running statistics")
@@ -92,7 +94,7 @@ def _record(
         if not seen:
             seen.append(input_of_call(args, kwargs).detach())
 
-    with preserved_buffers(model), eval_mode(model), torch.no_grad():
+    with preserved_buffers(model), eval_mode(model), not_compiled(), torch.no_grad():
         handle = layer.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             for inputs in inputs_of(batches):

@@ -33,7 +33,7 @@ from bncli.batchnorm.population.exact.restart import Restarts
 from bncli.before_validation import recalibrate_before_validation
 from bncli.distributed import DealtBatches
 from bncli.errors import BncliError, StoppedError
-from bncli.evaluation import measure_gap, measure_outcomes, sweep_batch_sizes
+from bncli.evaluation import evaluate, measure_gap, measure_outcomes, sweep_batch_sizes
 from tests.batchnorm.networks import Residual, Shared
 
 NUM_IMAGES, BATCH = 45, 4  # 12 batches, the last one of a single image
@@ -291,8 +291,11 @@ def evaluated(rank: int, size: int) -> dict[str, Any]:
     model = classifier()
     test, training = labelled(), images().split(9)
     own = list(zip(*(part.split(7) for part in test), strict=True))[rank::size]
-    group = dist.group.WORLD
+    group, data = dist.group.WORLD, TensorDataset(*test)
+    repeating = DataLoader(data, batch_size=BATCH, sampler=DistributedSampler(data))
+    accuracy = evaluate(model, repeating, group=group)
     return {
+        "accuracy": (accuracy.num_images, accuracy.accuracy, accuracy.per_class_accuracy),
         "gap": asdict(measure_gap(model, own, training[rank::size], group=group)),
         "sweep": [asdict(one) for one in sweep_batch_sizes(model, test, (1, 4, 44), group=group)],
         "outcomes": {

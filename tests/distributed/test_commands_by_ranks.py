@@ -224,12 +224,12 @@ def test_data_may_take_longer_to_prepare_than_processes_wait_for_each_other(
 ) -> None:
     (tmp_path / "data.py").write_text(
         "import os, time, torch\n"
-        "def slow():\n"
-        "    if os.environ['RANK'] == '0':\n"
+        "def slow(train):\n"
+        "    if train and os.environ['RANK'] == '0':\n"
         "        time.sleep(12)\n"
         "    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8)\n"
         "    pairs = [(image, number % 3) for number, image in enumerate(images)]\n"
-        "    return pairs[:40], pairs[40:]\n"
+        "    return pairs[:40] if train else pairs[40:]\n"
     )
     words = (f"data.name={tmp_path / 'data.py'}:slow", "train.epochs=1", "train.batch_size=20")
     words += ("train.micro_batch_size=10", "runtime.timeout=8", "runtime.device=cpu", "model.widths=[4]")

@@ -103,6 +103,21 @@ def test_without_torchrun_too_the_one_that_is_left_says_who_died(
     assert err.count(f"bncli: error: rank {victim} of 2 is gone: killed, or out of reach") == 1
 
 
+def test_a_process_that_stands_still_ends_all_after_the_timeout_that_the_user_sets(
+    config: Path, tmp_path: Path
+) -> None:
+    options = (*FOREVER, "--set", "runtime.timeout=4")
+    with by_hand("train", config, "--run-dir", tmp_path / "run", *options) as programs:
+        wait_for(tmp_path / "run" / "best.pt")
+        first, second = programs.running
+        second.send_signal(signal.SIGSTOP)
+        stopped = time.monotonic()
+        _, err = first.communicate(timeout=60)
+        assert 3 < time.monotonic() - stopped < 30
+    assert first.returncode == 2
+    assert err.count("bncli: error: rank 1 of 2 is gone: killed, or out of reach") == 1
+
+
 def two_nodes(*words: object) -> Programs:
     """The command that `bncli explain many-processes` gives for Slurm, as srun would start it twice."""
     (block,) = find_topic("many-processes").code("text")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.batchnorm import measure_population, read_running_stats, recalibrate
-from bncli.evaluation import measure_gap, measure_outcomes, sweep_batch_sizes
+from bncli.evaluation import evaluate, measure_gap, measure_outcomes, sweep_batch_sizes
 from tests.batchnorm.networks import Shared
 from tests.distributed import population_by_ranks as program
 from tests.distributed.population_by_ranks import (
@@ -194,7 +194,10 @@ def test_what_is_evaluated_together_is_what_one_process_finds(answers: Answers) 
     assert gap.num_trial_images == NUM_IMAGES  # so repairs were tried
     sweep = sweep_batch_sizes(model, test, (1, 4, 44))
     assert sweep[0].batch_statistics_accuracy is None  # refused, on ranks without a batch of 44 too
+    alone = evaluate(model, batches)
     for rank in answers:
+        expected = (alone.num_images, alone.accuracy, alone.per_class_accuracy)
+        assert rank["evaluated"]["accuracy"] == expected  # though a sampler repeats images
         assert rank["evaluated"]["gap"] == asdict(gap)
         assert rank["evaluated"]["sweep"] == [asdict(one) for one in sweep]
         for number, losses in rank["evaluated"]["outcomes"].items():

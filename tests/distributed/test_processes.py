@@ -1,6 +1,7 @@
 """Several processes under torchrun: one of them speaks, and each end is explained once, in seconds."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -129,6 +130,27 @@ def test_two_versions_of_torch_are_refused(tmp_path: Path) -> None:
     (line,) = done.errors
     assert line.startswith("rank 1 differs from rank 0 in version of torch: '2.13.0")
     assert "'2.12.9' in rank 1" in line
+
+
+@pytest.mark.slow
+def test_other_code_of_bncli_in_one_rank_is_refused(tmp_path: Path) -> None:
+    """As where one node has another version from git."""
+    root = Path(__file__).parent.parent.parent
+    for folder in ("bncli", "configs"):
+        shutil.copytree(root / folder, tmp_path / "other" / folder)
+    with (tmp_path / "other" / "bncli" / "wording.py").open("a") as file:
+        file.write("# another comment\n")
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, '{tmp_path}/other' if os.environ['RANK'] == '1' else '{root}')\n"
+        "from bncli.cli.app import main\n"
+        "sys.exit(main(None))\n"
+    )
+    done = torchrun(2, script, "train", "quickstart", "--run-dir", tmp_path / "run")
+    (line,) = done.errors
+    assert line.startswith("rank 1 differs from rank 0 in code of bncli (SHA-256): '")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_differs_is_told_by_its_dotted_key() -> None:

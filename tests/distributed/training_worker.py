@@ -40,6 +40,7 @@ CASES = {
     ],  # 6 parts; then 5
     "sync": [*SMALL, "model.batch_norm.sync=true"],
     "awkward": [f"model.name={Path(__file__).parent / 'own_network.py'}:awkward", "train.micro_batch_size=4"],
+    "compiled": [*SMALL, "train.micro_batch_size=4", "runtime.compile=true"],
 }
 
 

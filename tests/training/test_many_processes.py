@@ -1,6 +1,7 @@
 """Training with torchrun: what is learned does not depend on the number of processes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,17 @@ def test_two_processes_learn_what_one_does(one_process: Path, tmp_path: Path) ->
 def test_any_number_of_processes_learns_what_one_does(
     one_process: Path, tmp_path: Path, num_ranks: int
 ) -> None:
-    check_against_one_process(num_ranks, tuple(CASES), one_process, tmp_path)
+    cases = tuple(case for case in CASES if case != "compiled")
+    check_against_one_process(num_ranks, cases, one_process, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what PyTorch itself imports
+def test_two_processes_that_compile_their_network_learn_what_one_does(
+    one_process: Path, tmp_path: Path
+) -> None:
+    check_against_one_process(2, ("compiled",), one_process, tmp_path)
 
 
 @pytest.mark.parametrize(

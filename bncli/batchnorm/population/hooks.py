@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.hooks import RemovableHandle
 
-from bncli.batchnorm.modes import eval_mode, preserved_buffers
+from bncli.batchnorm.modes import eval_mode, not_compiled, preserved_buffers
 from bncli.batchnorm.population.moments import Moments, pooled
 from bncli.errors import BncliError
 from bncli.forward import model_device
@@ -90,7 +90,13 @@ def recording(
     device = model_device(model)
     changed = nn.ModuleList(layers[name] for name in by_batch)
     handles: list[RemovableHandle] = []
-    with preserved_buffers(changed), eval_mode(model), unbuilt_layers_refused(model), torch.no_grad():
+    with (
+        preserved_buffers(changed),
+        eval_mode(model),
+        unbuilt_layers_refused(model),
+        torch.no_grad(),
+        not_compiled(),
+    ):
         try:
             for name, layer in layers.items():
                 handles.append(layer.register_forward_pre_hook(_hook(measure, name), with_kwargs=True))

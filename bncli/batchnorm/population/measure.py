@@ -27,7 +27,7 @@ from bncli.batchnorm.population.one_pass import PassProgress, Share, measure_pas
 from bncli.batchnorm.population.selection import Layers, Selection, SkippedLayer, select_layers
 from bncli.distributed.ranks import Ranks
 from bncli.distributed.shards import without_repeats
-from bncli.distributed.wrapped import unwrapped, whole_parameters
+from bncli.distributed.wrapped import as_written, whole_parameters
 from bncli.errors import BncliError
 from bncli.wording import plural
 
@@ -146,7 +146,7 @@ def measure_population(
     Raises DataError for batches that cannot be used, BncliError if no layer can be measured, ProcessesError
     for what failed on another rank.
     """
-    model, ranks = unwrapped(model), Ranks.of(group)
+    model, ranks = as_written(model), Ranks.of(group)
     with ranks.together(), whole_parameters(model):
         selection = select_layers(model, layers)
         share = Share.of(ranks, first_batch)

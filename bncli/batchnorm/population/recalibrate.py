@@ -21,7 +21,7 @@ from bncli.batchnorm.population.moments import Moments
 from bncli.batchnorm.population.one_pass import PassProgress
 from bncli.batchnorm.population.selection import Layers, SkippedLayer, select_layers
 from bncli.batchnorm.population.verify import distance_from
-from bncli.distributed.wrapped import unwrapped
+from bncli.distributed.wrapped import as_written
 from bncli.errors import BncliError
 from bncli.wording import plural
 
@@ -163,7 +163,7 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
 
     Raises BncliError if a layer is missing or a value is not finite in its buffer; nothing is written then.
     """
-    modules = dict(batch_norm_layers(unwrapped(model)))
+    modules = dict(batch_norm_layers(as_written(model)))
     writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
     changes = []
     for one in population.layers:
@@ -197,7 +197,7 @@ def apply_population(model: nn.Module, population: Population) -> Recalibration:
 
 
 def _debias(model: nn.Module, layers: Layers) -> Recalibration:
-    selection = select_layers(unwrapped(model), layers)
+    selection = select_layers(as_written(model), layers)
     writes: list[tuple[_BatchNorm, Tensor, Tensor]] = []
     changes, skipped = [], list(selection.skipped)
     for name, layer in selection.layers.items():

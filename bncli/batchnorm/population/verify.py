@@ -19,7 +19,7 @@ from bncli.batchnorm.population.one_pass import Share, measure_pass
 from bncli.batchnorm.population.selection import Layers, select_layers
 from bncli.distributed.ranks import Ranks
 from bncli.distributed.shards import without_repeats
-from bncli.distributed.wrapped import unwrapped, whole_parameters
+from bncli.distributed.wrapped import as_written, whole_parameters
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,7 +62,7 @@ def verify_fixed_point(
 
     Raises DataError without images, BncliError if no layer can be measured.
     """
-    model, ranks = unwrapped(model), Ranks.of(group)
+    model, ranks = as_written(model), Ranks.of(group)
     with ranks.together(), whole_parameters(model):
         chosen = select_layers(model, layers).layers
         share = Share.of(ranks, first_batch)

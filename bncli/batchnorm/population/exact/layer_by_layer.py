@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bncli.batches import Batches, SameImages, check_repeatable, inputs_of
 from bncli.batchnorm.layers import write_statistics
-from bncli.batchnorm.modes import preserved_buffers
+from bncli.batchnorm.modes import not_compiled, preserved_buffers
 from bncli.batchnorm.population.exact.dataflow import trace_flow
 from bncli.batchnorm.population.exact.restart import LostError, Restarts
 from bncli.batchnorm.population.exact.stages import Stage, plan_stages
@@ -77,7 +77,7 @@ def measure_exact(
         lent = ranks.gather(None if sample is None or ranks.rank != leader else sample[:2].cpu())[leader]
         sample = lent if sample is None else sample
     assert sample is not None
-    with preserved_buffers(nn.ModuleList(layers.values())):
+    with preserved_buffers(nn.ModuleList(layers.values())), not_compiled():
         flow = trace_flow(model, sample, layers)
         # in the same order on all ranks
         stages = ranks.gather(plan_stages(flow.calls) if ranks.rank == leader else ())[leader]
