@@ -165,11 +165,10 @@ def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(ruined_tab: Ta
 
 
 def test_what_eval_mode_does_to_a_channel_is_what_the_layer_does(ruined_tab: Tab, ruined: Path) -> None:
-    text = ruined_tab.text("[data-reading]").replace("\N{MINUS SIGN}", "-").replace("- -", "+ ")
+    text = ruined_tab.text("[data-reading]").replace("\N{MINUS SIGN}", "-")
     channel = int(re.search(r"channel (\d+)", text)[1])
-    minus, factor, plus = re.search(
-        r"becomes \(x ([+-] \S+)\) \N{MULTIPLICATION SIGN} (\S+) ([+-] \S+)\.$", text
-    ).groups()
+    formula = r"becomes \(x ([+-] \S+)\) \N{MULTIPLICATION SIGN} (\S+) ([+-] \S+)\.$"
+    minus, factor, plus = re.search(formula, text).groups()
     state = load_checkpoint(ruined.with_suffix(".pt")).state_dict
     layer = torch.nn.BatchNorm1d(len(state[f"{RUINED}.weight"])).eval()
     layer.load_state_dict(

@@ -19,7 +19,7 @@ function short(value, digits = 4) {
     : size >= 1e6 || size < 1e-3 ? number.toExponential(digits - 2)
     : Number.isInteger(number) ? number.toLocaleString("en")
     : String(Number(number.toPrecision(digits)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 const percent = fraction => (fraction === null ? "–" : `${(100 * fraction).toFixed(2)} %`);
