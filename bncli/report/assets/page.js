@@ -165,6 +165,16 @@ function fill(place, caption, columns, rows, { flagged = () => false, onSort } =
   place.replaceChildren(table);
 }
 
+// a table that is wider than the screen is reached by keyboard, so that it can be scrolled
+const tables = new ResizeObserver(entries => {
+  for (const { target: place } of entries) {
+    if (place.classList.contains("tall")) continue; // is reached always
+    const scrolls = place.scrollWidth > place.clientWidth;
+    const values = { tabindex: "0", role: "region", "aria-label": find("caption", place)?.textContent ?? "Table" };
+    for (const [name, value] of Object.entries(values)) scrolls ? place.setAttribute(name, value) : place.removeAttribute(name);
+  }
+});
+
 function lazily(place, make) {
   const details = place.closest("details");
   if (!details) return make();
@@ -885,6 +895,7 @@ for (const [name, make] of Object.entries(TABLES)) {
   const place = find(`[data-table='${name}']`);
   if (place) lazily(place, () => make(place));
 }
+document.querySelectorAll(".table").forEach(place => tables.observe(place));
 explorer();
 findingCards();
 tryIt();
