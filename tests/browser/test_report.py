@@ -245,6 +245,31 @@ def test_a_page_is_drawn_and_accessible_at_every_width_in_both_schemes(
 
 
 @SLOW
+def test_a_layer_of_nan_is_named_and_drawn_though_it_has_no_distance(
+    open_page: Opener, trained: Path, folder: Path
+) -> None:
+    checkpoint = load_checkpoint(trained / "last.pt")
+    state = dict(checkpoint.state_dict)
+    state[f"{RUINED}.running_var"] = (
+        state[f"{RUINED}.running_var"].clone().index_fill_(0, torch.tensor(5), torch.nan)
+    )
+    save_checkpoint(replace(checkpoint, state_dict=state), folder / "nan.pt")
+    report(folder / "nan.pt", "--measure", "--num-images", 120, "-o", folder / "nan.html")
+    tab = open_page(folder / "nan.html")
+    tab.scroll_through()
+    check_figures(tab, 1280)
+    assert f"Layer {RUINED} is to blame" in tab.text("#verdict")
+    assert "1 error, in " in tab.text("#verdict")
+    bars = tab.page.locator("[data-figure=guilt] svg text").all_text_contents()
+    assert RUINED in bars
+    assert any(
+        re.fullmatch(r"NaN or infinite: repair \+\S+ points \N{BLACK LEFT-POINTING TRIANGLE}", text)
+        for text in bars
+    )
+    assert "running_var NaN" in tab.text("#try")
+
+
+@SLOW
 def test_batches_follow_the_recorded_images(open_page: Opener, measured: Path) -> None:
     """A batch of all images has the population's mean and its unbiased variance, whatever was drawn."""
     tab = open_page(measured)
