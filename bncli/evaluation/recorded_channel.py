@@ -115,9 +115,13 @@ def _record(
 
 
 def _farthest(means: Tensor, variances: Tensor, mean: Tensor, var: Tensor, eps: float) -> int:
-    """The channel whose running statistics are farthest from its input, of those whose input varies."""
+    """The channel whose running statistics are farthest from its input, of those whose input varies.
+
+    What is no number is farthest of all, unless the input is none either.
+    """
     spread = variances.mean(0) + means.var(0, correction=0)
     shift = (mean - means.mean(0)).square() / (spread + eps)
     ratio = ((var + eps) / (spread + eps)).log().square()
-    distance = (shift + ratio).nan_to_num(0.0, posinf=0.0).masked_fill(spread <= eps, -1.0)
+    distance = (shift + ratio).nan_to_num(torch.inf, posinf=torch.inf)
+    distance = distance.masked_fill(~spread.isfinite() | (spread <= eps), -1.0)
     return int(distance.argmax())

@@ -80,7 +80,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "percent": lambda value: f"{value:.2%}",
-        "number": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}"),
+        "number": lambda value: f"{value:.3g}".replace("-", "\N{MINUS SIGN}").replace("nan", "NaN"),
         "plural": plural,
         "sentence": _capitalised,
         "with_options": _with_options,

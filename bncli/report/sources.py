@@ -91,7 +91,7 @@ def read_content(names: Sequence[str], key: str | None = None) -> Content:
         facts=(*facts, Fact("report made on", _listed(describe_machine()))),
         configuration=None if run_dir is None else _configuration(run_dir),
         notes=read.notes,
-        how_to_measure=_how_to_measure(names, paths[0], is_own=run_dir is not None or owns[0] is not None),
+        how_to_measure=_how_to_measure(names, read.files, is_own=any(owns)),
     )
 
 
@@ -162,8 +162,9 @@ def _configuration(run_dir: Path) -> str | None:
     return dump_config(load_config(path)) if path.is_file() else None
 
 
-def _how_to_measure(names: Sequence[str], path: str | None, *, is_own: bool) -> str:
-    if len(names) > 1 or path is None:
+def _how_to_measure(names: Sequence[str], files: Sequence[OpenCheckpoint], *, is_own: bool) -> str:
+    """Nothing for two files, for a run without one, and for those of other frameworks, whose names differ."""
+    if len(files) != 1 or not files[0].kind.startswith(("torch", "safetensors")):
         return ""
     command = f"bncli report {shlex.quote(names[0])} --measure"
     return command if is_own else f"{command} --model NAME --data-root FOLDER"

@@ -193,4 +193,5 @@ def _findings(content: Content, grave: Sequence[Finding]) -> str:
     alike = [finding.layer or "the module itself" for finding in grave if finding.code == worst.code]
     where = list_names(alike, 3) if len(alike) < len(content.layers) or len(alike) == 1 else "every layer"
     advice = "" if _is_stale(content) else f" What to do: {worst.advice.rstrip('.')}."
-    return f"{counts}, first of all in {where}: {worst.message}.{advice}"
+    first = "first of all in" if len(grave) > 1 else "in"
+    return f"{counts}, {first} {where}: {worst.message}.{advice}"

@@ -165,11 +165,10 @@ def test_the_ruined_layer_is_named_first_and_repair_is_the_advice(ruined_tab: Ta
 
 
 def test_what_eval_mode_does_to_a_channel_is_what_the_layer_does(ruined_tab: Tab, ruined: Path) -> None:
-    text = ruined_tab.text("[data-reading]").replace("\N{MINUS SIGN}", "-").replace("- -", "+ ")
+    text = ruined_tab.text("[data-reading]").replace("\N{MINUS SIGN}", "-")
     channel = int(re.search(r"channel (\d+)", text)[1])
-    minus, factor, plus = re.search(
-        r"becomes \(x ([+-] \S+)\) \N{MULTIPLICATION SIGN} (\S+) ([+-] \S+)\.$", text
-    ).groups()
+    formula = r"becomes \(x ([+-] \S+)\) \N{MULTIPLICATION SIGN} (\S+) ([+-] \S+)\.$"
+    minus, factor, plus = re.search(formula, text).groups()
     state = load_checkpoint(ruined.with_suffix(".pt")).state_dict
     layer = torch.nn.BatchNorm1d(len(state[f"{RUINED}.weight"])).eval()
     layer.load_state_dict(
@@ -243,6 +242,31 @@ def test_a_page_is_drawn_and_accessible_at_every_width_in_both_schemes(
         check_figures(tab, width)
     if not is_quick:
         check_access(tab)
+
+
+@SLOW
+def test_a_layer_of_nan_is_named_and_drawn_though_it_has_no_distance(
+    open_page: Opener, trained: Path, folder: Path
+) -> None:
+    checkpoint = load_checkpoint(trained / "last.pt")
+    state = dict(checkpoint.state_dict)
+    state[f"{RUINED}.running_var"] = (
+        state[f"{RUINED}.running_var"].clone().index_fill_(0, torch.tensor(5), torch.nan)
+    )
+    save_checkpoint(replace(checkpoint, state_dict=state), folder / "nan.pt")
+    report(folder / "nan.pt", "--measure", "--num-images", 120, "-o", folder / "nan.html")
+    tab = open_page(folder / "nan.html")
+    tab.scroll_through()
+    check_figures(tab, 1280)
+    assert f"Layer {RUINED} is to blame" in tab.text("#verdict")
+    assert "1 error, in " in tab.text("#verdict")
+    bars = tab.page.locator("[data-figure=guilt] svg text").all_text_contents()
+    assert RUINED in bars
+    assert any(
+        re.fullmatch(r"NaN or infinite: repair \+\S+ points \N{BLACK LEFT-POINTING TRIANGLE}", text)
+        for text in bars
+    )
+    assert "running_var NaN" in tab.text("#try")
 
 
 @SLOW

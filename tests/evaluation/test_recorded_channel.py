@@ -39,6 +39,9 @@ def test_the_channel_whose_running_statistics_are_farthest_is_taken() -> None:
     model[1].running_var[3] = 1e4
     assert record_channel(model, batches(), "1").channel == 3
     assert record_channel(model, batches(), "1").running_var == pytest.approx(1e4)
+    model[1].running_var[2] = torch.nan  # no number at all is farther still
+    assert record_channel(model, batches(), "1").channel == 2
+    assert record_channel(model, batches(), "3").channel != 2  # behind it, where nothing but NaN enters
 
 
 def test_vectors_have_one_value_each() -> None:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from bncli.batchnorm import RULES
 from bncli.checkpoints import load_checkpoint, open_checkpoint
@@ -37,6 +38,22 @@ def test_a_run_has_its_training_its_layers_and_where_they_are_from(finished_run:
     assert written == load_config(finished_run / "config.yaml")
     assert found.num_rules == len(RULES)
     assert found.how_to_measure == f"bncli report {finished_run} --measure"
+
+
+def test_how_to_measure_depends_on_whose_file_it_is(finished_run: Path, tmp_path: Path) -> None:
+    def command(path: Path) -> str:
+        return read_content([str(path)]).how_to_measure
+
+    own = finished_run / "last.pt"
+    assert command(own) == f"bncli report {own} --measure"
+    assert "trained" in facts(read_content([str(own)]))
+    state = load_checkpoint(own).state_dict
+    torch.save({"state_dict": state}, tmp_path / "theirs.pt")
+    named = f"bncli report {tmp_path / 'theirs.pt'} --measure --model NAME --data-root FOLDER"
+    assert command(tmp_path / "theirs.pt") == named
+    assert "trained" not in facts(read_content([str(tmp_path / "theirs.pt")]))
+    keras = Path(__file__).parent.parent / "frameworks/files/keras_networks/resnet.keras"
+    assert command(keras) == ""
 
 
 def test_a_line_that_was_torn_and_one_of_somebody_else_are_left_out(tmp_path: Path) -> None:

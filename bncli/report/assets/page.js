@@ -19,7 +19,7 @@ function short(value, digits = 4) {
     : size >= 1e6 || size < 1e-3 ? number.toExponential(digits - 2)
     : Number.isInteger(number) ? number.toLocaleString("en")
     : String(Number(number.toPrecision(digits)));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 const percent = fraction => (fraction === null ? "–" : `${(100 * fraction).toFixed(2)} %`);
@@ -165,6 +165,16 @@ function fill(place, caption, columns, rows, { flagged = () => false, onSort } =
   place.replaceChildren(table);
 }
 
+// a table that is wider than the screen is reached by keyboard, so that it can be scrolled
+const tables = new ResizeObserver(entries => {
+  for (const { target: place } of entries) {
+    if (place.classList.contains("tall")) continue; // is reached always
+    const scrolls = place.scrollWidth > place.clientWidth;
+    const values = { tabindex: "0", role: "region", "aria-label": find("caption", place)?.textContent ?? "Table" };
+    for (const [name, value] of Object.entries(values)) scrolls ? place.setAttribute(name, value) : place.removeAttribute(name);
+  }
+});
+
 function lazily(place, make) {
   const details = place.closest("details");
   if (!details) return make();
@@ -230,15 +240,23 @@ function scoresFigure(place) {
 
 const MAX_BARS = 40;
 
+// what is written beside a layer's bar
+function repairOf({ name, score, recovered }) {
+  const sign = recovered >= 0 ? "+" : "−";
+  const repair = recovered === null ? "" : `repair ${sign}${Math.abs(100 * recovered).toFixed(1)} points${name === data.gap.worst ? " ◀" : ""}`;
+  return [Number.isFinite(score) ? "" : "NaN or infinite", repair].filter(Boolean).join(": ");
+}
+
 function guiltFigure(place) {
   const all = data.gap.layers.map((layer, index) => ({ ...layer, index, score: asNumber(layer.score) }));
-  const rows = [...all].sort((a, b) => (b.name === data.gap.worst) - (a.name === data.gap.worst) || b.score - a.score).slice(0, MAX_BARS);
+  const far = row => (Number.isNaN(row.score) ? Infinity : row.score);
+  const rows = [...all].sort((a, b) => (b.name === data.gap.worst) - (a.name === data.gap.worst) || (far(b) > far(a)) - (far(b) < far(a))).slice(0, MAX_BARS);
   rows.sort((a, b) => a.index - b.index);
   const farthest = largestOf(rows.map(row => row.score).filter(Number.isFinite));
   const room = width => Math.max(40, width - Math.min(Math.max(110, width / 3), 7 * largestOf(rows.map(row => row.name.length))));
   draw(place, (width, colours) => ({
     width, height: 24 * rows.length, autosize: { type: "fit-x", contains: "padding" },
-    data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : null, guilty: row.name === data.gap.worst, gain: row.recovered === null ? "" : `repair ${row.recovered >= 0 ? "+" : "−"}${Math.abs(100 * row.recovered).toFixed(1)} points${row.name === data.gap.worst ? " ◀" : ""}` })) },
+    data: { values: rows.map(row => ({ ...row, score: Number.isFinite(row.score) ? row.score : 0, guilty: row.name === data.gap.worst, gain: repairOf(row) })) },
     encoding: { y: { field: "name", type: "nominal", sort: null, axis: { title: null, labelLimit: Math.max(110, width / 3), ticks: false, domain: false } } },
     layer: [
       { mark: { type: "bar", height: 13 }, encoding: { x: { field: "score", type: "quantitative", axis: { title: "distance, in standard deviations", tickCount: 5, ...NUMBERS }, scale: { domain: [0, (farthest > 0 ? farthest : 1) * (1 + 140 / Math.max(30, room(width) - 140))], nice: false } }, color: { condition: { test: "datum.guilty", value: colours.two }, value: colours.one }, tooltip: [{ field: "name", title: "layer" }, { field: "score", format: ".3g", title: "distance" }, { field: "gain", title: "alone" }] } },
@@ -400,6 +418,13 @@ const STRIPS = [
 ];
 const WIDE = 30; // largest over smallest from which a log scale reads better
 
+// some four, for the axis of a log scale
+function powersOfTen(sizes) {
+  const [low, high] = [Math.floor(Math.log10(-largestOf(sizes.map(size => -size)))), Math.ceil(Math.log10(largestOf(sizes)))];
+  const step = Math.max(1, Math.ceil((high - low) / 4));
+  return Array.from({ length: Math.floor((high - low) / step) + 1 }, (_, at) => 10 ** (low + at * step));
+}
+
 // four charts of a layer's channels; `marked` are found by a rule, `chosen` is pointed at
 function drawStrips(place, layer, marked = [], chosen = null) {
   if (!firstOf.has(layer)) {
@@ -416,6 +441,7 @@ function drawStrips(place, layer, marked = [], chosen = null) {
     const isLog = sizes.length > 0 && largestOf(sizes) / -largestOf(sizes.map(size => -size)) > WIDE;
     const title = `${quantity}${isLog ? " (log scale)" : ""}`;
     find("figcaption", place.children[at]).textContent = title;
+    const ticks = isLog ? { values: powersOfTen(sizes) } : { tickCount: 4 };
     const usable = all.filter(one => Number.isFinite(one[name]) && (!isLog || one[name] > 0));
     const broken = all.filter(one => !usable.includes(one));
     const scale = isLog ? { type: "log", nice: true } : { zero: false, nice: true };
@@ -430,7 +456,7 @@ function drawStrips(place, layer, marked = [], chosen = null) {
           mark: { type: "point", filled: true, opacity: 0.85 },
           encoding: {
             x: { field: "number", type: "quantitative", axis: { title: "channel", grid: false, tickCount: 5, format: "d" }, scale: { domain: [-0.5, Math.max(0.5, all.length - 0.5)], nice: false } },
-            y: { field: "value", type: "quantitative", axis: { title: null, tickCount: 4, ...NUMBERS }, scale },
+            y: { field: "value", type: "quantitative", axis: { title: null, ...ticks, ...NUMBERS }, scale },
             color: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: [colours.one, colours.mark, colours.two] } },
             shape: { field: "kind", type: "nominal", legend: null, scale: { domain: kinds, range: ["circle", "triangle-up", "diamond"] } },
             size: { condition: [{ test: "datum.kind === 'chosen'", value: 140 }, { test: "datum.kind === 'found'", value: 90 }], value: 22 },
@@ -885,6 +911,7 @@ for (const [name, make] of Object.entries(TABLES)) {
   const place = find(`[data-table='${name}']`);
   if (place) lazily(place, () => make(place));
 }
+document.querySelectorAll(".table").forEach(place => tables.observe(place));
 explorer();
 findingCards();
 tryIt();

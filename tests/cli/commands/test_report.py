@@ -1,6 +1,9 @@
 """`bncli report`, and the page that `bncli train` keeps."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +133,22 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(
     outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", "--report")
     assert outcome.code == 0
     assert outcome.err.count("the report was not written: the disk is full") == 1
+
+
+@pytest.mark.slow
+def test_the_page_of_a_run_is_whole_whenever_it_is_read(tiny_config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run" / "report.html"
+    words = ["train", str(tiny_config), "--run-dir", str(path.parent), "--report", "--set", "train.epochs=25"]
+    seen: set[str] = set()
+    with subprocess.Popen([sys.executable, "-m", "bncli", *words], stdout=subprocess.DEVNULL) as training:
+        while training.poll() is None:
+            if path.exists():
+                text = path.read_text()
+                assert text.startswith("<!DOCTYPE html>")
+                assert text.endswith("</html>")
+                data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)[1]
+                assert len(json.loads(data)["training"]["epoch"]) > 0
+                seen.add(text)
+    assert training.returncode == 0
+    assert len(seen) > 3  # versions, so it was read while it was being replaced
+    assert "After epoch 25 the network" in path.read_text()
