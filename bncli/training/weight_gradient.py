@@ -38,9 +38,9 @@ def layers_by_patches(setup: Setup, recorded: tuple[str, ...] | None) -> tuple[s
     is_slow = runtime.device.type == "cpu" and runtime.precision == torch.bfloat16 and has_amx()
     if runtime.compiles or not is_slow:
         return ()
-    if setup.processes is None:
-        return measured_layers(setup)
-    return setup.processes.told_by_main(lambda: measured_layers(setup))
+    # of several processes all measure, for they share the machine, and take what the first one found
+    found = measured_layers(setup)
+    return found if setup.processes is None else setup.processes.from_main(found)
 
 
 def measured_layers(setup: Setup) -> tuple[str, ...]:
