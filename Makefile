@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale bench-streamed
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale bench-step bench-streamed
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ bench-report: $(DEVELOPING)  ## time bncli report on 10,000 layers, and the brow
 
 bench-scale: $(DEVELOPING)  ## measure speed by size of the data, peak memory and start; ARGS="CONFIG"
 	@$(BIN)/python -m tests.benchmarks.scale $(ARGS)
+
+bench-step: $(DEVELOPING)  ## compare the training step with that of an earlier commit; ARGS="speedrun --data-root data"
+	@$(BIN)/python -m tests.benchmarks.step $(ARGS)
 
 bench-streamed: $(DEVELOPING)  ## time recalibration from an image folder, and measure its memory
 	@$(BIN)/python -m tests.benchmarks.streamed $(ARGS)

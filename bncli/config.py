@@ -501,6 +501,12 @@ class RuntimeConfig(Section):
         description="Whether the training step is compiled with torch.compile, which takes up to a minute;"
         " evaluation is not compiled.",
     )
+    weight_gradient: Literal["auto", "torch", "patches"] = Field(
+        "auto",
+        description="How convolutions compute the gradient by their weights: `torch`, `patches` (one matrix"
+        " product), or `auto`: `torch`, except on a CPU with AMX, where each layer takes what is faster in a"
+        " short measurement. They round differently; a resumed run keeps what was measured.",
+    )
     reuse_memory: bool = Field(
         True,
         description="Whether, on a CPU, the process keeps freed memory for its next step, which is faster.",

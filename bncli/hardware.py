@@ -20,6 +20,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def has_amx() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in tiles: AMX."""
+    return bool(_cpu_capabilities().get("amx_bf16"))
+
+
 def describe_machine() -> dict[str, Any]:
     """Versions and hardware, as plain values: what a number is worth nothing without."""
     import bncli

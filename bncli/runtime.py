@@ -21,7 +21,8 @@ from bncli.wording import one_line, plural
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -2, -3, -4
+_LARGE_BLOCK = 2**20  # bytes: weights and activations, not the small things in between
 _HEAP_GROWTH = 64 * 2**20  # bytes by which the heap grows at least: few calls of the kernel, little unused
 
 
@@ -168,6 +169,17 @@ def _compile_error(error: Exception) -> CompileError:
     return CompileError(
         f"runtime.compile: PyTorch {torch.__version__} cannot compile this: {reason}; set it to false"
     )
+
+
+def map_large_blocks() -> None:
+    """Let glibc give each block of 1 MiB or more pages of its own, until `keep_freed_memory`.
+
+    For the first step of a training: what it allocates for good would otherwise lie scattered among its
+    activations, and in the gaps between later steps' would not fit.
+    """
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def keep_freed_memory() -> bool:

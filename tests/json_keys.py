@@ -58,7 +58,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
     ("bncli demo", "demo run/last.pt --num-images 50"),
     (
         "bncli bench train",
-        f"bench train quickstart {CONVNET} {SMALL_BATCHES} --rounds 1 --steps 1",
+        f"bench train quickstart {CONVNET} {SMALL_BATCHES} --rounds 1 --steps 1 --layers",
     ),
     ("bncli bench eval", "bench eval run/last.pt --rounds 1"),
 )

@@ -1,3 +1,5 @@
+from .convolutions import ConvolutionSpeed as ConvolutionSpeed
+from .convolutions import ProductSpeed as ProductSpeed
 from .evaluation import EvaluationBench as EvaluationBench
 from .evaluation import PathSpeed as PathSpeed
 from .evaluation import Ratio as Ratio

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bncli.bench.convolutions import ConvolutionSpeed, bench_convolutions
 from bncli.bench.plain_loop import plain_process
 from bncli.config import Config
 from bncli.data import Progress as DataProgress
@@ -23,7 +24,7 @@ from bncli.errors import ConfigError
 from bncli.hardware import describe_machine
 from bncli.models.convnet import measure_layers
 from bncli.runtime import synchronize
-from bncli.training import Setup, prepare
+from bncli.training import prepare
 from bncli.training.loop import training_step
 from bncli.training.run import Run
 
@@ -58,6 +59,7 @@ class TrainingStepBench:
     plain_workers: int  # of the plain loop's DataLoader
     runtime: dict[str, Any]
     machine: dict[str, Any]
+    convolutions: tuple[ConvolutionSpeed, ...] | None = None  # None: not asked for
 
 
 def bench_training_step(
@@ -66,10 +68,11 @@ def bench_training_step(
     num_rounds: int = 5,
     steps_per_round: int = 4,
     plain_workers: int = 0,
+    with_convolutions: bool = False,
     data_progress: DataProgress | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> TrainingStepBench:
-    """Time both loops in turns, after one round each to warm up.
+    """Time both loops in turns, after one round each to warm up; and each convolution, if asked for.
 
     Raises:
         BncliError: when the configuration cannot be trained here.
@@ -82,7 +85,8 @@ def bench_training_step(
         raise ConfigError(
             "train", [f"train.batch_size: an epoch has {setup.plan.num_steps} steps; use smaller batches"]
         )
-    ours = _bncli_rounds(setup, steps_per_round)
+    run = Run.start(setup)
+    ours = _bncli_rounds(run, steps_per_round)
     rates: list[tuple[float, float]] = []
     with plain_process(config, steps_per_round, plain_workers) as plain_round:
         report("one round of both loops, untimed, to warm up")
@@ -96,6 +100,12 @@ def bench_training_step(
     peak = matrix_gflops(setup.runtime.device, setup.runtime.precision)
     images_per_second = statistics.median(rate for rate, _ in rates)
     _, flops = measure_layers(setup.model, setup.image_shape)
+    convolutions = None
+    if with_convolutions:
+        report("the products of each convolution, and of matrices of the same sizes")
+        convolutions = bench_convolutions(
+            setup, run.by_patches, peak=peak, seconds_per_image=1 / images_per_second
+        )
     gflops = 3 * flops * images_per_second / 1e9
     ratios = [fast / slow for fast, slow in rates]
     return TrainingStepBench(
@@ -111,14 +121,14 @@ def bench_training_step(
         share_of_peak=gflops / peak,
         peak_gflops_per_second=peak,
         plain_workers=plain_workers,
-        runtime=setup.runtime.describe_training(),
+        runtime=run.describe_runtime(),
         machine=describe_machine(),
+        convolutions=convolutions,
     )
 
 
-def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
+def _bncli_rounds(run: Run, num_steps: int) -> Iterator[float]:
     """Images per second of `num_steps` steps of bncli's own loop, again and again."""
-    run = Run.start(setup)
     run.model.train()
     while True:
         num_images = 0
@@ -126,7 +136,7 @@ def _bncli_rounds(setup: Setup, num_steps: int) -> Iterator[float]:
         for _, (images, labels) in zip(range(num_steps), run.batches(), strict=False):
             training_step(run, images, labels)
             num_images += len(labels)
-        synchronize(setup.runtime.device)
+        synchronize(run.setup.runtime.device)
         yield num_images / (time.perf_counter() - start)
         run.epoch += 1
         run.step = 0

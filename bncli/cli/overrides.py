@@ -64,6 +64,7 @@ EFFECTIVE = {
         "train.ema_epochs",
         *_COMPUTING,
         "runtime.compile",
+        "runtime.weight_gradient",
         "runtime.reuse_memory",
     ),
     "bench eval": (*_IMAGES, "data.num_test", *_COMPUTING),

@@ -273,6 +273,8 @@ def _take_unchecked(run: Run, last_good: LastGoodStep, images: Tensor, labels: T
     batch_size = run.share_in(labels).batch_size
     with last_good.or_back(), short_compile_errors():
         loss, num_correct = training_step(run, images, labels)
+        # not in the next step: its images would be laid between them, and its activations around
+        run.optimizer.zero_grad()
         run.running_epoch.add(loss, num_correct, batch_size)
 
 
@@ -376,6 +378,7 @@ def training_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
         losses, hits = team.finish(share, losses, hits, observe)
     run.optimizer.step()
     run.step += 1
+    run.settle_memory()
     if run.average is not None:
         run.average.add(run.step)
     return torch.stack(losses).sum(), torch.stack(hits).sum()

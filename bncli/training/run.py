@@ -17,7 +17,7 @@ from bncli.distributed import synchronized
 from bncli.errors import CheckpointError, RunError, StoppedError
 from bncli.evaluation import Evaluation, evaluate
 from bncli.hardware import describe_machine
-from bncli.runtime import keep_freed_memory, release_freed_memory
+from bncli.runtime import keep_freed_memory, map_large_blocks, release_freed_memory
 from bncli.training.average import (
     AveragedWeights,
     averaged_network,
@@ -25,10 +25,16 @@ from bncli.training.average import (
 )
 from bncli.training.network_randomness import network_randomness
 from bncli.training.optimizer import Optimizer, build_optimizer, schedule_at
+from bncli.training.patch_convolution import use_patches
+from bncli.training.pooling import pool_before_relu
 from bncli.training.running_epoch import RunningEpoch
 from bncli.training.setup import Setup, synchronizes
 from bncli.training.share import Share
 from bncli.training.team import Team
+from bncli.training.weight_gradient import layers_by_patches
+
+_SECONDS_BETWEEN_RELEASES = 10.0
+_BY_PATCHES = "weight_gradient_by_patches"  # in a checkpoint's `runtime`: names of layers
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Run:
     running_epoch: RunningEpoch
     average: AveragedWeights | None  # of the weights, where configured
     team: Team | None = None  # of the processes that take its steps together
+    by_patches: tuple[str, ...] = ()  # the convolutions whose weights' gradients are products of patches
     epoch: int = 0  # epochs finished
     step: int = 0  # training steps finished
     best_accuracy: float = 0.0  # on the test split, of all epochs, as a fraction
@@ -51,16 +58,32 @@ class Run:
     former_processes: int | None = None  # that it had
     # False while a step or the end of an epoch is under way, when saving would save half of it
     is_whole: bool = True
+    released: float | None = None  # when freed memory was last given back, see `settle_memory`
     last_tick: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def start(cls, setup: Setup, stop: Callable[[], bool] = lambda: False) -> "Run":
-        """A run before its first step; several processes tell each other what `stop` says."""
+    def start(
+        cls,
+        setup: Setup,
+        stop: Callable[[], bool] = lambda: False,
+        *,
+        by_patches: tuple[str, ...] | None = None,
+    ) -> "Run":
+        """A run before its first step; several processes tell each other what `stop` says.
+
+        `by_patches` are the convolutions of a run that is resumed, see `layers_by_patches`.
+
+        Raises:
+            ValueError: they are not those of this network.
+        """
         if setup.reuses_memory:
-            # not before: what preparing the data took for a moment would be kept, and fit no activation
-            keep_freed_memory()
+            map_large_blocks()
         optimizer = build_optimizer(setup.model, setup.config.train)
         forward: Callable[[Tensor], Any] = setup.model
+        if setup.runtime.device.type == "cpu" and not setup.runtime.compiles:
+            pool_before_relu(setup.model)
+        by_patches = layers_by_patches(setup, by_patches)
+        use_patches(setup.model, by_patches)
         if setup.runtime.compiles:
             # for each size of images anew: a network for any size is slower
             forward = torch.compile(setup.model, dynamic=False)
@@ -71,7 +94,7 @@ class Run:
         team = None
         if setup.processes is not None:
             team = Team(setup.processes, setup.model, stop, sync=synchronizes(setup.config))
-        return cls(setup, setup.model, forward, optimizer, epoch, average, team)
+        return cls(setup, setup.model, forward, optimizer, epoch, average, team, by_patches)
 
     @classmethod
     def restore(cls, setup: Setup, last: Checkpoint, stop: Callable[[], bool] = lambda: False) -> "Run":
@@ -81,7 +104,10 @@ class Run:
             CheckpointError: when the checkpoint does not fit the network.
             RunError: when the data are not those of the checkpoint.
         """
-        run = cls.start(setup, stop)
+        try:
+            run = cls.start(setup, stop, by_patches=tuple(last.runtime.get(_BY_PATCHES, ())))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"cannot resume: the checkpoint does not fit: {error}") from None
         if last.data_digest not in {None, setup.data_digest}:
             raise RunError(
                 f"cannot resume: the images or labels are not those of the checkpoint (SHA-256 was"
@@ -154,6 +180,23 @@ class Run:
             return nullcontext()
         return synchronized(self.model, self.team.processes)
 
+    def settle_memory(self) -> None:
+        """Keep freed memory from the end of the first step on, and give it back now and then, as configured.
+
+        Not before: what preparing the data took for a moment would be kept, and fit no activation; and what
+        the first step allocates for good, such as momenta, would lie between the activations. Gaps between
+        tensors grow from step to step all the same: cifar10.yaml's took 960 MiB after 8 steps and 1,056
+        later. To find the pages again takes a quarter of a second there.
+        """
+        if not self.setup.reuses_memory:
+            return
+        now = time.perf_counter()
+        if self.released is None:
+            keep_freed_memory()
+        if self.released is None or now - self.released > _SECONDS_BETWEEN_RELEASES:
+            release_freed_memory()
+            self.released = now
+
     def stops(self, stop: Callable[[], bool]) -> bool:
         """Whether to stop after the step taken last: of several processes all do, or none."""
         return stop() if self.team is None else self.team.stops
@@ -208,6 +251,11 @@ class Run:
         self.running_epoch.seconds += now - self.last_tick
         self.last_tick = now
 
+    def describe_runtime(self) -> dict[str, Any]:
+        """How this run computes: plain values."""
+        by_patches = {_BY_PATCHES: list(self.by_patches)} if self.by_patches else {}
+        return self.setup.runtime.describe_training() | by_patches
+
     def checkpoint(self, network: nn.Module, evaluation: Evaluation | None) -> Checkpoint:
         """The run as it is now, and the network to use, which is the one that `evaluation` is of, if any."""
         self.tick()
@@ -229,7 +277,7 @@ class Run:
             test_loss=evaluation.loss if evaluation else None,
             best_accuracy=self.best_accuracy,
             seconds=self.seconds,
-            runtime=self.setup.runtime.describe_training(),
+            runtime=self.describe_runtime(),
             machine=describe_machine(),
             optimizer=self.optimizer.state_dict(),
             running_epoch=None if evaluation else self.running_epoch.state_dict(),

@@ -21,6 +21,7 @@ from tests.benchmarks import (
     ranks,
     report,
     scale,
+    step,
     streamed,
 )
 from tests.benchmarks.conftest import Benchmark
@@ -36,6 +37,7 @@ PROGRAMS = {
     "ranks": ranks,
     "report": report,
     "scale": scale,
+    "step": step,
     "streamed": streamed,
 }
 

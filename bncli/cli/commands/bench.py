@@ -66,6 +66,14 @@ def bench_train(
             rich_help_panel=MEASURED,
         ),
     ] = 0,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers",
+            help="Show how fast each convolution is, beside matrix products of the same sizes.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Time the training step beside a plain PyTorch loop.
@@ -75,6 +83,7 @@ def bench_train(
     Examples:
     bncli bench train
     bncli bench train quickstart --rounds 3 --workers 2
+    bncli bench train quickstart --rounds 1 --layers
     """
     from bncli.bench import bench_training_step
     from bncli.cli.progress import ProgressReporter
@@ -88,6 +97,7 @@ def bench_train(
             num_rounds=rounds,
             steps_per_round=steps,
             plain_workers=workers,
+            with_convolutions=layers,
             data_progress=progress,
             report=progress.note,
         )

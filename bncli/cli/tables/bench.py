@@ -1,6 +1,11 @@
 """The output of `bncli bench`."""
 
-from bncli.bench import EvaluationBench, Ratio, TrainingStepBench
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from bncli.bench import ConvolutionSpeed, EvaluationBench, Ratio, TrainingStepBench
+from bncli.cli.messages import one_line
 from bncli.cli.tables.table import (
     console_for_results,
     machine_line,
@@ -25,7 +30,40 @@ def show_training_step_bench(result: TrainingStepBench) -> None:
         "of the peak": f"{result.share_of_peak:.0%} ({result.gflops_per_second:,.0f} of"
         f" {result.peak_gflops_per_second:,.0f} GFLOP/s, the best 2048x2048 matrix product)",
     }
-    show_lines(console_for_results(), lines)
+    console = console_for_results()
+    show_lines(console, lines)
+    if result.convolutions is not None:
+        console.print()
+        _show_convolutions(console, result.convolutions)
+
+
+def _show_convolutions(console: Console, convolutions: Sequence[ConvolutionSpeed]) -> None:
+    """Each convolution's products, and what the columns mean."""
+    table = table_of(None, "convolution", "product", "GFLOP/s", "of peak", "matrix", "of step", left=2)
+    for layer in convolutions:
+        size = f"{layer.in_channels}-{layer.out_channels}, {layer.output_size[0]}x{layer.output_size[1]}"
+        names = [one_line(layer.name), size, *[""] * len(layer.products)]
+        for name, product in zip(names, layer.products, strict=False):
+            table.add_row(
+                name,
+                product.product,
+                f"{product.gflops_per_second:,.0f}",
+                f"{product.share_of_peak:.0%}",
+                f"{product.matrix_gflops_per_second:,.0f}",
+                "-" if product.share_of_step is None else f"{product.share_of_step:.1%}",
+            )
+    console.print(table)
+    console.print()
+    num_images = max((layer.num_images for layer in convolutions), default=0)
+    meanings = {
+        "convolution": "name; channels in and out, and pixels of the output",
+        "product": "forward, or the gradient by the input or the weight; patches: bncli's own way",
+        "GFLOP/s": f"the best of several times, {plural(num_images, 'image')} at once",
+        "of peak": "share of the best 2048x2048 matrix product",
+        "matrix": "GFLOP/s of a matrix product of the same sizes",
+        "of step": "share of a training step's time; -: the step does not compute it",
+    }
+    show_lines(console, meanings)
 
 
 def show_evaluation_bench(result: EvaluationBench) -> None:
