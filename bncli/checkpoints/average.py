@@ -62,10 +62,8 @@ def average_checkpoints(
     weighed = _normalised(shares if shares is not None else [1.0] * len(sources), len(sources))
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(source, key)) for source in sources]
+        _check_one_network(opened)
         first = opened[0]
-        for other in opened[1:]:
-            with named(other.source):
-                _check_alike(first, other)
         means = _running_statistics(first)
         statistics: dict[Combination, dict[str, Tensor]] = {how: {} for how in COMBINATIONS}
         for mean_name, var_name in means.items():
@@ -83,6 +81,18 @@ def average_checkpoints(
             else:
                 weights[name] = _read(stored)
     return AverageState(weights, num_averaged, statistics, weighed)
+
+
+def check_one_network(sources: Sequence[str | Path], key: str | None = None) -> None:
+    """Raise CheckpointError, naming the file, unless all hold tensors of the same names and shapes."""
+    with ExitStack() as stack:
+        _check_one_network([stack.enter_context(open_checkpoint(source, key)) for source in sources])
+
+
+def _check_one_network(opened: Sequence[OpenCheckpoint]) -> None:
+    for other in opened[1:]:
+        with named(other.source):
+            _check_alike(opened[0], other)
 
 
 def _normalised(shares: Sequence[float], number: int) -> tuple[float, ...]:

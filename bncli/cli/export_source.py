@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import bncli
 from bncli.cli.messages import print_note
-from bncli.cli.opened_checkpoint import Subject, load_subject_data, open_subject
+from bncli.cli.opened_checkpoint import Subject, load_subject_data, open_subject, records_network
 from bncli.errors import BncliError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class ExportSource:
 
 def open_export_source(path: Path, overrides: list[str], named: "NamedNetwork | None") -> ExportSource:
     """Read the checkpoint. Raises CheckpointError, ConfigError, and DataError where images are named."""
-    if named is None:
-        return _own(path, overrides)
+    if named is None or records_network(path):
+        return _own(path, overrides, named)
     from bncli.config_file import override_values
 
     data = override_values(overrides).get("data")
@@ -109,8 +109,8 @@ def open_export_source(path: Path, overrides: list[str], named: "NamedNetwork | 
     return _without_data(subject)
 
 
-def _own(path: Path, overrides: list[str]) -> ExportSource:
-    subject = open_subject(path, [*overrides, *_PLAIN], command="export")
+def _own(path: Path, overrides: list[str], repeated: "NamedNetwork | None") -> ExportSource:
+    subject = open_subject(path, [*overrides, *_PLAIN], command="export", named=repeated)
     own = subject.checkpoint
     dataset = None
     try:

@@ -182,7 +182,7 @@ def open_subject(
         reason = "a checkpoint of `bncli train` is read from this machine; download it first"
         raise CheckpointError(f"{as_typed(path)}: {reason}, or name another network with --model")
     loaded = checkpoint = None
-    repeated = None if named is None or not _records_network(path) else named
+    repeated = None if named is None or not records_network(path) else named
     if named is None or repeated is not None:
         named = None
         network, checkpoint, followed = _open_own(path, overrides, command, repeated, trusted)
@@ -241,7 +241,7 @@ def open_again(subject: Subject, path: Path, dataset: "Dataset", *, classifies: 
     return replace(subject, path=path, model=network, named=(named, loaded))
 
 
-def _records_network(path: Path) -> bool:
+def records_network(path: Path) -> bool:
     """Whether it is a checkpoint of bncli's that records the name of another network than its own."""
     from bncli.checkpoints import recorded_network
 
@@ -259,17 +259,25 @@ def _open_own(
     trusted: str | None,
 ) -> "tuple[Module, Checkpoint, FollowedConfig]":
     from bncli.checkpoints import load_checkpoint, load_model
-    from bncli.cli.overrides import effective_overrides, has_effect
+    from bncli.cli.overrides import EFFECTIVE, effective_overrides, has_effect
+    from bncli.export.exported_file import exported_record
     from bncli.recorded_config import follow_config
 
     name, arguments = trusted, {}
     if repeated is not None:
         repeated.check_repeats()
-        effective_overrides(command, overrides)  # without those for files that say less of themselves
+        if f"{command} --model" in EFFECTIVE:  # which takes more, for files that say less of themselves
+            effective_overrides(command, overrides)
         name, arguments = repeated.name, repeated.arguments
     try:
         checkpoint = load_checkpoint(path, model=name, arguments=arguments)
     except ForeignNetworkError as error:
+        exported = exported_record(path)
+        if exported is not None:
+            raise CheckpointError(
+                f"{path}: tensors that `bncli export` wrote, without their network; give"
+                f" {exported.source.get('file', 'the checkpoint')}, or export it to .onnx or .pt2"
+            ) from None
         if command not in ("eval", "recalibrate", "predict", "report", "export"):
             raise
         raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None

@@ -8,6 +8,7 @@ larger, and neither draws SVG that follows the page's colours.
 
 import re
 import threading
+from functools import cache
 from importlib.util import find_spec
 
 from bncli.errors import BncliError
@@ -37,11 +38,15 @@ class DrawingLibrary:
 
     def _make(self) -> None:
         try:
-            import vl_convert
-
-            # inside JavaScript's strings, where alone it can be, \/ is /
-            self._script = re.sub(
-                r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-            )
+            self._script = _bundled()
         except Exception as error:  # whatever the thread meets is told where the script is asked for
             self._error = error
+
+
+@cache
+def _bundled() -> str:
+    """The same for every page that this process writes."""
+    import vl_convert
+
+    # inside JavaScript's strings, where alone it can be, \/ is /
+    return re.sub(r"(?i)</(?=script)", r"<\\/", vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))

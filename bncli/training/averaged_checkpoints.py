@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bncli.batchnorm import Recalibration
 from bncli.checkpoints import AverageState, average_checkpoints
-from bncli.checkpoints.average import COMBINATIONS, Combination
+from bncli.checkpoints.average import COMBINATIONS, Combination, check_one_network
 from bncli.data import Dataset
 from bncli.errors import BncliError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes
@@ -127,6 +127,7 @@ def average_and_judge(
         raise BncliError("running statistics are measured on images, and there are none")
     if greedy and evaluator is None:
         raise BncliError("greedy averaging compares accuracies: it needs labelled images")
+    check_one_network(sources, key)  # before any of them is evaluated
     alone = [None] * len(sources) if evaluator is None else [
         _outcomes_alone(source, key, evaluator) for source in sources
     ]  # fmt: skip

@@ -201,7 +201,13 @@ def test_help_takes_at_most_a_quarter_of_importing_torch() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
 @pytest.mark.parametrize(
-    "words", [("--help",), ("explain",), ("config", "cifar10"), ("inspect-stats", "CHECKPOINT", "--json")]
+    "words",
+    [
+        ("--help",),
+        ("explain",),
+        ("config", "cifar10"),
+        pytest.param(("inspect-stats", "CHECKPOINT", "--json"), marks=pytest.mark.slow),  # imports torch
+    ],
 )
 def test_a_full_disk_is_called_so(finished_run: Path, words: tuple[str, ...]) -> None:
     arguments = [str(finished_run / "last.pt") if word == "CHECKPOINT" else word for word in words]

@@ -87,20 +87,19 @@ def kill_at(zygote: Zygote, run_dir: Path, moment: int) -> None:
     assert all(redone <= INTERVAL for redone in redone_steps(run_dir)), moment
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moment_of_any_write_ends_like_one_that_was_not(
     zygote: Zygote, whole_run: Path, tmp_path: Path, part: int
 ) -> None:
     """Before and after every mkdir, rename and fsync, in every temporary file, and half-way through writes.
 
-    The quick suite takes every 17th moment, the slow one the others.
+    The quick suite takes every 41st moment, the slow one the others.
     """
     total = num_moments(zygote, tmp_path / "counted")
     assert total > 100
     assert same_run(whole_run, tmp_path / "counted")
     for moment in range(1, total + 1):
-        if (moment % 17 == 0) == (part == 0):
+        if (moment % 41 == 0) == (part == 0):
             kill_at(zygote, tmp_path / f"run-{moment}", moment)
             assert same_run(whole_run, tmp_path / f"run-{moment}"), moment
 
@@ -117,6 +116,7 @@ def kill_sometime(pid: int, run_dir: Path, seconds: float, *, in_write: bool) ->
     return bool(list(run_dir.glob(".*.tmp")))
 
 
+@pytest.mark.slow
 def test_a_run_killed_twenty_times_ends_like_one_that_was_not(zygote: Zygote, tmp_path: Path) -> None:
     """At seeded random times; every second one while a checkpoint is being written."""
     longer = "train.epochs=25"

@@ -1,6 +1,7 @@
 """Speed changes no result: bncli's loop against the same training written out in a few lines."""
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,11 @@ def plain_losses(
     return losses
 
 
+@cache  # two tests ask for the same
 def both_losses(
-    config_path: Path, changes: list[str], dtype: torch.dtype, parts: tuple[int, ...] = (50,)
+    config_path: Path, changes: tuple[str, ...], dtype: torch.dtype, parts: tuple[int, ...] = (50,)
 ) -> tuple[list[float], list[float]]:
-    setup = prepare(load_config(config_path, OVERRIDES + changes))
+    setup = prepare(load_config(config_path, [*OVERRIDES, *changes]))
     setup.model.to(dtype)
     assert setup.model.stages[0][0].conv.weight.is_contiguous(memory_format=torch.channels_last)
     plain = copy.deepcopy(setup.model).to(memory_format=torch.contiguous_format)
@@ -81,22 +83,22 @@ def both_losses(
 def test_in_float32_the_losses_of_50_steps_are_those_of_a_plain_loop(tiny_config: Path) -> None:
     # without the kinks of ReLU and max pooling: at them a rounding error of 1e-7 sends a gradient elsewhere,
     # and after 50 steps the losses of the same network differ by 1e-2, in either loop (measured)
-    smooth = ["model.activation=gelu", "model.pool=avg", "model.head_pool=avg"]
+    smooth = ("model.activation=gelu", "model.pool=avg", "model.head_pool=avg")
     losses, plain = both_losses(tiny_config, smooth, torch.float32)
     assert losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [[], ["model.pool_before_norm=true", "model.activation=gelu"]])
-def test_in_float64_the_kinks_do_not_matter(tiny_config: Path, changes: list[str]) -> None:
+@pytest.mark.parametrize("changes", [(), ("model.pool_before_norm=true", "model.activation=gelu")])
+def test_in_float64_the_kinks_do_not_matter(tiny_config: Path, changes: tuple[str, ...]) -> None:
     losses, plain = both_losses(tiny_config, changes, torch.float64)
     assert losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(plain, rel=1e-9)
 
 
 def test_micro_batches_add_up_to_the_batch_and_are_normalised_apart(tiny_config: Path) -> None:
-    changes = ["train.micro_batch_size=20"]  # of 50 images: parts of 17, 17 and 16
+    changes = ("train.micro_batch_size=20",)  # of 50 images: parts of 17, 17 and 16
     losses, plain = both_losses(tiny_config, changes, torch.float64, parts=(17, 17, 16))
     assert losses == pytest.approx(plain, rel=1e-9)
-    whole, _ = both_losses(tiny_config, [], torch.float64)
+    whole, _ = both_losses(tiny_config, (), torch.float64)
     assert losses != pytest.approx(whole, rel=1e-6)

@@ -137,7 +137,8 @@ def test_every_epoch_sees_the_same_images_in_another_order(
     ("precision", "threads", "optimizer"),
     [
         ("float32", 1, "sgd"),
-        ("float32", 2, "sgd"),
+        # where other processes take the cores, two threads wait for each other
+        pytest.param("float32", 2, "sgd", marks=pytest.mark.slow),
         ("bfloat16", 1, "sgd"),
         pytest.param("bfloat16", 2, "sgd", marks=pytest.mark.slow),
         ("bfloat16", 1, "muon"),

@@ -191,6 +191,8 @@ def recognise_zip(names: Collection[str], file_name: str) -> Format | None:
         return Format(
             "a package of torch.package", "load it there and save model.state_dict() with torch.save"
         )
+    if {"archive_format", "serialized_exported_program.json"} & {*names, *below}:
+        return Format("a program of torch.export (.pt2)", ORIGIN)
     if "MAR-INF" in tops:
         return Format("a model archive of TorchServe (.mar)", UNPACK)
     if "Manifest.json" in below | set(names) and any("com.apple.CoreML" in name for name in names):

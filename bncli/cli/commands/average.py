@@ -202,6 +202,8 @@ def _find_sources(sources: list[Path], run_dir: Path | None, last: int | None) -
         raise ConfigError("--of", ["give checkpoints or a run, not both"])
     from bncli.training.run_dir import kept_epochs
 
+    if not run_dir.is_dir():
+        raise ConfigError("--of", [f"{run_dir}: no such directory"])
     found = kept_epochs(run_dir)
     if len(found) < 2:
         raise ConfigError(

@@ -9,7 +9,7 @@ import torch
 from bncli.checkpoints import load_checkpoint
 from bncli.evaluation import evaluate
 from tests.cli.commands.test_named_networks import COMPUTED, DATA, NET
-from tests.conftest import Bncli
+from tests.conftest import Bncli, save_as_if_whole
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,12 @@ def test_a_strangers_network_is_recalibrated(bncli: Bncli, foreign: list[Path], 
 def test_what_cannot_be_averaged(bncli: Bncli, foreign: list[Path], kept_run: Path, tmp_path: Path) -> None:
     new = tmp_path / "new.pt"
     last = kept_run / "last.pt"
+    other = tmp_path / "other.pt"
+    content = torch.load(last, weights_only=True)
+    content["state_dict"] = {f"other.{name}": tensor for name, tensor in content["state_dict"].items()}
+    save_as_if_whole(content, other)
     for arguments, said in (
+        ((last, other, "-o", new), "only checkpoints of one network are averaged"),
         ((last, "-o", new), "give two or more checkpoints, or --of RUN_DIR"),
         ((last, last), "give -o NEW"),
         ((last, last, "-o", last), "is an input, which is never changed"),
@@ -135,6 +140,7 @@ def test_what_cannot_be_averaged(bncli: Bncli, foreign: list[Path], kept_run: Pa
         ((*foreign, "-o", new), "or --statistics pooled, which needs none"),
         ((*foreign, "-o", new, "--statistics", "pooled", "--greedy"), "give --model NAME"),
         (("--of", tmp_path, "-o", new), "keeps 0 epochs, and two are needed"),
+        (("--of", tmp_path / "none", "-o", new), "none: no such directory"),
         (("--of", kept_run, last, "-o", new), "not both"),
         ((last, last, "--last", 2, "-o", new), "goes with --of"),
     ):

@@ -419,6 +419,24 @@ def test_what_exists_and_what_means_nothing_is_refused(
     assert path.read_bytes() == before
 
 
+def test_commands_that_need_the_checkpoint_ask_for_it(
+    bncli: Bncli, exported: dict[str, Any], finished_run: Path, tmp_path: Path
+) -> None:
+    tensors = tmp_path / "net.safetensors"
+    assert bncli("export", finished_run / "last.pt", "-o", tensors, *EXAMPLE).code == 0
+    for arguments, said in (
+        (("eval", tensors), "tensors that `bncli export` wrote, without their network; give last.pt, or"),
+        (
+            ("recalibrate", exported["path"], "-o", tmp_path / "new.pt"),
+            "(.pt2); bncli does not read it: give the",
+        ),
+        (("bench", "eval", exported["path"]), "give the checkpoint that it was exported from"),
+    ):
+        outcome = bncli(*arguments)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert said in outcome.err, outcome.err
+
+
 def test_named_networks_need_to_know_their_images(bncli: Bncli, tmp_path: Path) -> None:
     path = save_awkward(tmp_path / "a.pt")
     words = ("export", path, "--model", f"{HERE}Awkward", "-o", tmp_path / "b.safetensors")

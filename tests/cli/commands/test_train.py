@@ -111,7 +111,7 @@ def test_busy_cores_are_named_once_with_what_to_type(
     seen = itertools.count()
     watch = partial(ShortageWatch, read=lambda: _one_cpu_taken(seen))
     monkeypatch.setattr("bncli.cli.progress.ShortageWatch", watch)
-    few = ("--set", f"runtime.threads={threads}", "--set", "train.epochs=1")
+    few = ("--set", f"runtime.threads={threads}", "--set", "train.epochs=1", "--set", "data.num_train=200")
     outcome = bncli("train", tiny_config, "--run-dir", tmp_path / "run", *few)
     notes = [line for line in outcome.err.splitlines() if "other processes" in line]
     assert len(notes) == (threads == 2)
@@ -127,7 +127,9 @@ def test_a_resumed_run_keeps_its_number_of_threads(
     bncli: Bncli, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = tmp_path / "auto.yaml"
-    recorded.write_text(tiny_config.read_text().replace("threads: 1, ", ""))
+    # few steps: two threads wait for each other where other processes take the cores
+    few = tiny_config.read_text().replace("num_train: 500, num_test: 120", "num_train: 100, num_test: 20")
+    recorded.write_text(few.replace("threads: 1, ", ""))
     for run in ("whole", "parts"):
         torch.set_num_threads(2)
         epochs = () if run == "whole" else ("--set", "train.epochs=1")

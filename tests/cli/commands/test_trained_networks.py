@@ -222,6 +222,9 @@ def test_repeating_the_name_runs_it_also_where_the_file_has_moved(
     assert bncli("recalibrate", last, "-o", new, "--verify", "--model", "net.py:net").code == 0
     assert load_checkpoint(new).config.model.arguments == {"width": 5}
     assert bncli("eval", new, "--model", "net.py:net").code == 0
+    exported = bncli("export", last, "-o", "net.pt2", "--model", "net.py:net", "--json")
+    assert exported.code == 0, exported.err
+    assert bncli("eval", "net.pt2", "--json").json["accuracy"] == saved  # it carries the computation itself
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,18 @@ def test_a_sweep(sizes: tuple[int, ...], eval_accuracy: float, share: float, lay
     assert layout_faults(lambda path: plot_sweep(points, path, source="s", num_classes=10)) == []
 
 
-@pytest.mark.parametrize("num_layers", [1, 40])
+LAGS: list[list[float | None]] = [
+    [0.3, 0.2], [None, None], [0.0, 0.0], [1e12, 1e-12], [1.0, 1.0], [0.9, 1.1]
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "values", [[0.3, 0.2], [None, None], [0.0, 0.0], [1e12, 1e-12], [1.0, 1.0], [0.9, 1.1]]
+    ("num_layers", "values"),
+    [
+        *((1, values) for values in LAGS),
+        (40, LAGS[0]),
+        *(pytest.param(40, values, marks=pytest.mark.slow) for values in LAGS[1:]),
+    ],
 )
 def test_a_history(num_layers: int, values: list[float | None], layout_faults: Faults) -> None:
     points = tuple(EpochPoint(epoch, x, x, 1.0, 1.0) for epoch, x in enumerate(values * 9, 1))
