@@ -128,7 +128,7 @@ try() {  # DATA: everything above but the tests, small and on a CPU
   "$PYTHON" -m tests.benchmarks.gpu.data pack "$1" /tmp/gpu-try/pieces 50 || return
   mkdir -p "$KEPT" && cp /tmp/gpu-try/pieces/piece0/* "$KEPT" && cp /tmp/gpu-try/pieces/piece1/* "$KEPT" 
   unpack || return
-  correctness 600 --small
+  correctness 1200 --small
   steps 300 --small --modes eager
   runs 300 --small --mode eager --seeds 2
   bench 600 --small

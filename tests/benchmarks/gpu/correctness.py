@@ -131,7 +131,7 @@ def main() -> int:
                     needs=5,
                 )
     for name, words, code in commands(checked):
-        results.check(f"command: {name}", functools.partial(check_command, words, code))
+        results.check(f"command: {name}", functools.partial(check_command, words, code), needs=20)
     return 1 if results.num_failed else 0
 
 
