@@ -1,4 +1,4 @@
-"""Everything that computes on a device, on the CPU and on the simulated one: what came out, as JSON by name."""
+"""Everything that computes on a device, here and on the simulated one: what came out, as JSON by name."""
 
 import copy
 import json

@@ -1,10 +1,11 @@
 """A device of its own on a machine that has none: the values lie on the CPU, the rules are those of a GPU.
 
-Its tensors mix with tensors of the CPU in no operation, apart from numbers without a dimension and the indices
-of a tensor, as on CUDA. Every look at a value makes the CPU wait, and is counted by the operation that does
-so. Results have the CPU's bits, so what is computed there can be compared bit for bit.
+Its tensors mix with tensors of the CPU in no operation, apart from numbers without a dimension and the
+indices of a tensor, as on CUDA. Every look at a value makes the CPU wait, and is counted by the operation that
+does so. Results have the CPU's bits, so what is computed there can be compared bit for bit.
 
-It is built from PyTorch's hooks for backends written in Python, which are experimental: one process, one device.
+It is built from PyTorch's hooks for backends written in Python, which are experimental, and stays for the rest
+of the process.
 """
 
 from collections import Counter
@@ -99,11 +100,10 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     kwargs.pop("pin_memory", None)
-    # in place where nothing would happen on one device, such as _to_copy to another one: a copy all the same
     found = func(*_raw(args), **_raw(kwargs))
 
     def wrapped(value: torch.Tensor) -> torch.Tensor:
-        if to_cpu and not (func is aten.copy_.default):
+        if to_cpu and func is not aten.copy_.default:
             return value
         return wrappers[id(value)] if id(value) in wrappers else SimTensor(value)
 

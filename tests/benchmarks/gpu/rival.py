@@ -1,9 +1,9 @@
 """The rival on a GPU: a loop of our own after airbench94_muon, as its README and its paper describe it.
 
 K. Jordan, arXiv 2404.00498 and github.com/KellerJordan/cifar10-airbench: 2.59 s on an A100, 94.01 % over
-views. Network, data and hyperparameters are its own: float16 weights with BatchNorm in float32, 8 epochs of 25
-batches of 2000, Muon for the filters and SGD for the rest, `torch.compile(mode="max-autotune")`. It is timed as
-that is: whitening, training and the pass over the views count; loading and compiling do not.
+views. Network, data and hyperparameters are its own: float16 weights with BatchNorm in float32, 8 epochs of
+25 batches of 2000, Muon for the filters and SGD for the rest, `torch.compile(mode="max-autotune")`. It is
+timed as that is: whitening, training and the pass over the views count; loading and compiling do not.
 """
 
 import math
