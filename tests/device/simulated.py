@@ -1,11 +1,11 @@
 """A device of its own on a machine that has none: the values lie on the CPU, the rules are those of a GPU.
 
 Its tensors mix with tensors of the CPU in no operation, apart from numbers without a dimension and the
-indices of a tensor, as on CUDA. Every look at a value makes the CPU wait, and is counted by the operation that
-does so. Results have the CPU's bits, so what is computed there can be compared bit for bit.
+indices of a tensor, as on CUDA. Every look at a value makes the CPU wait, and is counted by the operation
+that does so. Results have the CPU's bits: what is computed there can be compared bit for bit.
 
-It is built from PyTorch's hooks for backends written in Python, which are experimental, and stays for the rest
-of the process.
+It is built from PyTorch's hooks for backends written in Python, which are experimental, and stays for the
+rest of the process.
 """
 
 from collections import Counter
