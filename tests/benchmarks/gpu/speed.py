@@ -67,7 +67,7 @@ class Measured:
         arguments = self.arguments
         data = [f"data.root={arguments.data}"]
         if arguments.data is None:
-            data = ["data={name: synthetic, num_train: 2000, num_test: 200}"]
+            data = ["data={name: synthetic, num_train: 20000, num_test: 2000}"]
         small = SMALL if arguments.small else ()
         overrides = [*WHOLE_BATCHES, *RECIPES[recipe], f"runtime.device={arguments.device}", *small, *data]
         if arguments.small and arguments.data is None:
