@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bncli.config import Config
-from bncli.data import Dataset, load_dataset
+from bncli.data import Dataset, Split, load_dataset
 from bncli.evaluation import evaluate
 from bncli.evaluation.views import evaluate_augmented
 from bncli.models.configured import build_configured
@@ -55,8 +55,9 @@ class Ours:
         setup = prepare(config)
         # once: a setup of its own for every seed would send the images again
         self.setup = replace(setup, dataset=replace(setup.dataset, train=setup.train_split))
-        self.test = setup.dataset.test
-        self.device = setup.runtime.device
+        self.device, test = setup.runtime.device, setup.dataset.test
+        assert isinstance(test, Split)
+        self.test = Split(test.images.to(self.device), test.labels.to(self.device))
         self.forward = setup.model if mode == EAGER else torch.compile(setup.model, dynamic=False, mode=mode)
 
     def share(self, other: "Ours") -> None:
