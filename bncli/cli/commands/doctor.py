@@ -120,6 +120,7 @@ LIBRARIES = (
     "fsspec",
     "lazy_loader",
 )
+_NVIDIA = Path("/dev/nvidia0")  # where Linux has the first GPU of theirs
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}  # where the module has another name
 _LITTLE_SPACE = 1 << 30  # bytes; a checkpoint of a large network with its optimiser is half of it
 
@@ -240,6 +241,13 @@ def _devices() -> Check:
         found.append(f"cuda:{index} {properties.name}, {gigabytes(properties.total_memory, 0)}")
     if torch.backends.mps.is_available():
         found.append("mps")
+    if len(found) == 1 and _NVIDIA.exists():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {one_line(visible)!r}"
+        fix = "install a torch that is built for the CUDA version of its driver, or unset what hides it"
+        return Check(
+            "devices", "warning", f"cpu; there is an NVIDIA GPU that PyTorch does not see{hidden}", fix
+        )
     return Check("devices", "ok", "; ".join(found))
 
 

@@ -34,8 +34,9 @@ GROUPS = {
         "names-elsewhere",
         "conversion",
     ),
-    "Equal bits, and several GPUs": (
+    "Equal bits, and GPUs": (
         "batch-invariance",
+        "gpu",
         "many-gpus",
         "many-processes",
         "communication",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bncli.cli.commands import doctor as command
 from bncli.usable_cpus import UsableCpus
 from bncli.wording import plural
 from tests.conftest import Bncli
@@ -74,6 +75,20 @@ def test_as_many_threads_as_may_run_at_once_and_why(
     assert (checks["threads"]["verdict"], checks["threads"]["found"]) == (verdict, found)
     if verdict == "warning":
         assert "unset it, or set it to 1" in checks["threads"]["fix"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_gpu_that_pytorch_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_NVIDIA", tmp_path / "nvidia0")
+    assert command._devices().verdict == "ok"
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    found = command._devices()
+    assert found.verdict == "warning"
+    assert (
+        found.found == "cpu; there is an NVIDIA GPU that PyTorch does not see; CUDA_VISIBLE_DEVICES is '-1'"
+    )
+    assert found.fix is not None
 
 
 @pytest.mark.parametrize(
