@@ -33,7 +33,6 @@ from bncli.training.share import Share
 from bncli.training.team import Team
 from bncli.training.weight_gradient import layers_by_patches
 
-_SECONDS_BETWEEN_RELEASES = 10.0
 _BY_PATCHES = "weight_gradient_by_patches"  # in a checkpoint's `runtime`: names of layers
 
 
@@ -58,7 +57,7 @@ class Run:
     former_processes: int | None = None  # that it had
     # False while a step or the end of an epoch is under way, when saving would save half of it
     is_whole: bool = True
-    released: float | None = None  # when freed memory was last given back, see `settle_memory`
+    keeps_memory: bool = False  # whether the process keeps what it frees by now, see `settle_memory`
     last_tick: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -181,21 +180,15 @@ class Run:
         return synchronized(self.model, self.team.processes)
 
     def settle_memory(self) -> None:
-        """Keep freed memory from the end of the first step on, and give it back now and then, as configured.
+        """Keep freed memory from the end of the first step on, where configured.
 
         Not before: what preparing the data took for a moment would be kept, and fit no activation; and what
-        the first step allocates for good, such as momenta, would lie between the activations. Gaps between
-        tensors grow from step to step all the same: cifar10.yaml's took 960 MiB after 8 steps and 1,056
-        later. To find the pages again takes a quarter of a second there.
+        the first step allocates for good, such as momenta, would lie between the activations.
         """
-        if not self.setup.reuses_memory:
-            return
-        now = time.perf_counter()
-        if self.released is None:
+        if self.setup.reuses_memory and not self.keeps_memory:
             keep_freed_memory()
-        if self.released is None or now - self.released > _SECONDS_BETWEEN_RELEASES:
             release_freed_memory()
-            self.released = now
+            self.keeps_memory = True
 
     def stops(self, stop: Callable[[], bool]) -> bool:
         """Whether to stop after the step taken last: of several processes all do, or none."""
