@@ -107,14 +107,14 @@ bench() {  # SECONDS [--small]: ResNet-50 at batch 256; commands of bncli's own,
   if [ "${2:-}" = --small ]; then batch=4 images=8 side=32 network=resnet18 count=16; fi
   limited "$third" population "$PYTHON" -m tests.benchmarks.population --network "$network" --device "$DEVICE" \
     --images "$images" --batch-size "$batch" --image-size "$side" --rounds 5
-  local run
+  local run data
   run=$(mktemp -d)/run
+  data="data={name: torchvision:FakeData, arguments: {size: $count, image_size: [3, $side, $side], num_classes: 10}}"
   limited "$third" bench-eval-network "$PYTHON" -m bncli train quickstart --run-dir "$run" --device "$DEVICE" \
-    --set "model={name: torchvision:$network}" --set train.epochs=1 --set "train.batch_size=$((count / 8))" \
-    --set augment.crop_padding=0 --set "data={name: torchvision:FakeData, arguments: {size: $count,
-      image_size: [3, $side, $side], num_classes: 10}}"
-  limited "$third" bench-eval "$PYTHON" -m bncli bench eval "$run/last.pt" --device "$DEVICE" --batch-size "$batch" \
-    --batches 4 --rounds 5 --calls 50
+    --set "$data" --set "model={name: torchvision:$network}" --set augment.crop_padding=0 \
+    --set train.epochs=1 --set "train.batch_size=$((count / 8))" --set train.learning_rate=0.001
+  limited "$third" bench-eval "$PYTHON" -m bncli bench eval "$run/last.pt" --device "$DEVICE" --set "$data" \
+    --batch-size "$batch" --batches 4 --rounds 5 --calls 50
 }
 
 tests() {  # SECONDS: the quick tests above, with their network on the device
