@@ -59,7 +59,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_library() -> Iterator[None]:
     """The drawing library is the same in every page, and takes seconds to make."""
     pytest.importorskip("vl_convert")
