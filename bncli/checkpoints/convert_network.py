@@ -219,7 +219,7 @@ def _note_windows(
             if isinstance(module, _ConvNd) and (convention is HAIKU or name != "conv1")
         }
         notes = describe_windows(own, wanted, matched.library)
-        return [*notes, f"{matched.library} pads max pooling as it pads convolutions."] if notes else []
+        return [*notes, "So it does in max pooling, by zeros as well behind a ReLU."] if notes else []
     if wanted and own:
         return describe_windows(own, wanted, convention.framework)
     if matched.library is not None:
