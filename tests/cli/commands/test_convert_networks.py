@@ -5,6 +5,7 @@ ResNet-50 and the real Keras, both ways.
 """
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +228,27 @@ def test_a_resnet_of_flax_computes_in_pytorch_what_it_computes_in_flax(
         assert pads == []
     with torch.no_grad():
         torch.testing.assert_close(network(images), expected, **close)
+
+
+def test_a_network_of_paddle_with_the_same_names_is_converted_whole(bncli: Bncli, tmp_path: Path) -> None:
+    """As its own ResNet has them, whose file is a pickle of arrays; its linear weights are (in, out)."""
+    network = keras_twins.ResNet()
+    for norm in (part for part in network.modules() if isinstance(part, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    state = {name: one for name, one in network.state_dict().items() if not name.endswith("tracked")}
+    arrays = {
+        name.replace("running_mean", "_mean").replace("running_var", "_variance"): one.numpy()
+        for name, one in (state | {"fc.weight": state["fc.weight"].T}).items()
+    }
+    (tmp_path / "net.pdparams").write_bytes(pickle.dumps(arrays, protocol=4))
+    new = tmp_path / "new.pt"
+    outcome = bncli("convert", tmp_path / "net.pdparams", "-o", new, "--model", f"{TWINS}:ResNet")
+    assert outcome.code == 0, outcome.err
+    found = torch.load(new, weights_only=True)
+    assert found.keys() == network.state_dict().keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_names_of_haiku_s_resnets() -> None:
