@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
-from bncli.batchnorm.conventions import FLAX, HAIKU, KERAS_2, KERAS_2_OR_3, KERAS_3, MLX, PADDLE, Convention
+from bncli.batchnorm.conventions import FLAX, HAIKU, KERAS_2, KERAS_2_OR_3, KERAS_3, PADDLE, Convention
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
@@ -35,7 +35,7 @@ _PARAMS = re.compile(r"(.*\.)?params\.")
 _BIASES = ("1", "bias", "b")
 _LAYOUTS: dict[Convention, Layout] = {
     KERAS_2: "keras", KERAS_3: "keras", KERAS_2_OR_3: "keras",
-    FLAX: "jax", HAIKU: "jax", PADDLE: "paddle", MLX: "mlx",
+    FLAX: "jax", HAIKU: "jax", PADDLE: "paddle",
 }  # fmt: skip
 # by framework, where it has a ResNet: its layers' names by torchvision's
 _KNOWN: dict[Convention, tuple[str, Callable[[Collection[str]], dict[str, str] | None]]] = {
@@ -219,7 +219,7 @@ def _note_windows(
             if isinstance(module, _ConvNd) and (convention is HAIKU or name != "conv1")
         }
         notes = describe_windows(own, wanted, matched.library)
-        return [*notes, f"{matched.library} pads max pooling as it pads convolutions."] if notes else []
+        return [*notes, "So it does in max pooling, by zeros as well behind a ReLU."] if notes else []
     if wanted and own:
         return describe_windows(own, wanted, convention.framework)
     if matched.library is not None:

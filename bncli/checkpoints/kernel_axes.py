@@ -4,7 +4,7 @@ PyTorch's (out, in, height, width) is Keras' (height, width, in, out), a depthwi
 height, width) is (height, width, in, multiplier), and a linear layer's (out, in) is (in, out). Behind images
 that were laid flat, the inputs are (channel, height, width) in PyTorch and (height, width, channel) in Keras.
 Flax and Haiku have Keras' axes but for depthwise ones, which are as any in groups: (height, width, 1, out).
-PaddlePaddle has PyTorch's, and (in, out) for linear layers. MLX has (out, height, width, in) and (out, in).
+PaddlePaddle has PyTorch's, and (in, out) for linear layers.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 KernelLayer = _ConvNd | nn.Linear
-Layout = Literal["keras", "jax", "paddle", "mlx"]
+Layout = Literal["keras", "jax", "paddle"]
 
 
 def is_depthwise(module: KernelLayer) -> bool:
@@ -36,12 +36,11 @@ def of_pytorch(
     if kernel.dim() != module.weight.dim():
         return None
     if isinstance(module, nn.Linear):
-        columns = kernel.T if layout == "mlx" else kernel  # (in, out)
-        weight = flat_of_pytorch(columns, pixels if is_channels_last(layout) else 1).T
+        weight = flat_of_pytorch(kernel, pixels if is_channels_last(layout) else 1).T
     elif layout != "keras":
         if isinstance(module, _ConvTransposeNd):
             return None  # turned around in JAX
-        weight = {"jax": kernel.movedim((-1, -2), (0, 1)), "mlx": kernel.movedim(-1, 1)}.get(layout, kernel)
+        weight = kernel.movedim((-1, -2), (0, 1)) if layout == "jax" else kernel
     else:
         weight = kernel.movedim((-1, -2), (0, 1))  # a transposed one has its two the other way in both
         if is_depthwise(module):

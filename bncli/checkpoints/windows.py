@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from bncli.checkpoints.flat_images import run_on_meta
 from bncli.checkpoints.formats.window import Window, same_padding
-from bncli.wording import list_names, plural
+from bncli.wording import list_names
 
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -88,10 +88,7 @@ def describe_windows(found: Mapping[str, Window], wanted: Mapping[str, Window], 
     }
     if strides:
         listed = list_names([f"{name}.stride {stride}" for name, stride in strides.items()], 8)
-        notes.append(
-            f"{plural(len(strides), 'convolution')} of {framework} have other strides: outputs differ until"
-            f" these are set: {listed}."
-        )
+        notes.append(f"{framework} has other strides: outputs differ until these are set: {listed}.")
     by_padding: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name, window in wanted.items():
         if name in found and found[name].padding != window.padding:
@@ -99,12 +96,9 @@ def describe_windows(found: Mapping[str, Window], wanted: Mapping[str, Window], 
     for padding, names in by_padding.items():
         layers = list_names(names, 8)
         if all(before == behind for before, behind in padding):
-            to_set = f"padding {tuple(before for before, _ in padding)}"
+            to_set = f"padding is {tuple(before for before, _ in padding)}"
         else:
             pads = tuple(size for pair in reversed(padding) for size in pair)
-            to_set = f"padding 0 behind nn.ZeroPad{len(padding)}d({pads})"
-        notes.append(
-            f"{plural(len(names), 'convolution')} of {framework} are padded in another way: outputs differ"
-            f" until {layers} have {to_set}."
-        )
+            to_set = f"padding is 0 behind nn.ZeroPad{len(padding)}d({pads})"
+        notes.append(f"{framework} pads in another way: outputs differ until {to_set} in {layers}.")
     return notes

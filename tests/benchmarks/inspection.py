@@ -1,13 +1,17 @@
 """`bncli inspect-stats` on files far larger than what it has to read: seconds, and peak of memory.
 
 The files are written as sparse files where the file system can: the weights are holes that read as zeros,
-which is as good, since nobody reads them. Each is inspected by a process of its own.
+which is as good, since nobody reads them. A directory of torch.distributed.checkpoint, and safetensors of the
+same size beside it, have one GiB at most, as the former is written whole. Each is inspected by a process of
+its own.
 """
 
 import json
+import shutil
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed.checkpoint
 import typer
 from torch import Tensor
 
@@ -29,6 +34,7 @@ from tests.benchmarks.child_process import BNCLI, run_child
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 CHANNELS = 256
+MAX_WRITTEN = 1.0  # GiB of what cannot be sparse
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def bench_inspection(
     directory: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> InspectionBench:
-    """Write, inspect and remove three files: two large ones, and one with many small layers.
+    """Write, inspect and remove five: large ones in each format, and a file with many small layers.
 
     Raises:
         BncliError: when they cannot be written or inspected.
@@ -71,17 +77,23 @@ def bench_inspection(
     cases = [
         ("torch zip", gib, num_layers),
         ("safetensors", gib, num_layers),
+        ("safetensors", min(gib, MAX_WRITTEN), num_layers),
+        ("distributed", min(gib, MAX_WRITTEN), num_layers),
         ("torch zip", small, many_layers),
     ]
+    writers = {
+        "torch zip": _write_torch_zip,
+        "safetensors": _write_safetensors,
+        "distributed": _write_distributed,
+    }
     inspections = []
     try:
         with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as folder:
             for kind, size, layers in cases:
                 path = Path(folder) / "model.pt"
-                write = _write_torch_zip if kind == "torch zip" else _write_safetensors
-                write(path, _state_dict(layers, int(size * 2**30)))
+                writers[kind](path, _state_dict(layers, int(size * 2**30)))
                 inspections.append(_inspect(path, kind))
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
                 report(f"{kind} of {inspections[-1].gib:.2f} GiB: {inspections[-1].seconds:.2f} s")
     except OSError as error:
         raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
@@ -89,7 +101,8 @@ def bench_inspection(
 
 
 def _inspect(path: Path, kind: str) -> Inspection:
-    gib = path.stat().st_size / 2**30
+    files = path.iterdir() if path.is_dir() else (path,)
+    gib = sum(file.stat().st_size for file in files) / 2**30
     seconds, peak, output = _run([*BNCLI, "inspect-stats", str(path), "--json"])
     found = json.loads(output)
     return Inspection(kind, gib, found["num_layers"], found["num_tensors"], seconds, peak)
@@ -147,6 +160,13 @@ def _write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
                 file.seek(start + header[name]["data_offsets"][0])
                 file.write(tensor.numpy().tobytes())
         file.truncate(start + position)
+
+
+def _write_distributed(path: Path, state: dict[str, Tensor]) -> None:
+    """By PyTorch, in one process; it writes every number."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is what no_dist asks for
+        torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
 
 
 @app.command()

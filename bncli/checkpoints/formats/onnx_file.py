@@ -393,7 +393,7 @@ class _Model:
             yield f"layers in training mode, which normalise by the batch's own statistics: {names}"
         if self._computed:
             yield (
-                "layers without running statistics, whose mean and variance are computed from the batch:"
+                "layers whose mean and variance are not stored but computed, from the batch as a rule:"
                 f" {listed(self._computed)}"
             )
         if self._called:

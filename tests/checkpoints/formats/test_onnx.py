@@ -58,7 +58,7 @@ def test_what_is_left_of_a_network_without_batch_norm_is_said(tmp_path: Path) ->
 def test_a_layer_without_running_statistics_is_listed() -> None:
     with open_checkpoint(PLACE / "untracked.onnx") as checkpoint:
         tracked, untracked = checkpoint.layers()
-        assert any("without running statistics" in note and note.endswith(": 2") for note in checkpoint.notes)
+        assert any("not stored but computed" in note and note.endswith(": 2") for note in checkpoint.notes)
     assert (tracked.name, untracked.name, untracked.num_features) == ("0", "2", 3)
     assert (untracked.running_mean, untracked.running_var) == (None, None)
     assert untracked.weight is not None

@@ -5,6 +5,8 @@ ResNet-50 and the real Keras, both ways.
 """
 
 import json
+import pickle
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from bncli.checkpoints.resnet_names import keras_names
+from bncli.checkpoints.resnet_names import haiku_names, keras_names
 from bncli.models import build_network
 from tests.checkpoints.formats.framework_answers import input_of
 from tests.conftest import Bncli
@@ -58,8 +60,8 @@ def test_a_whole_network_computes_in_pytorch_what_it_computes_in_keras(
     if name == "resnet":  # what is said of the strides
         assert not torch.allclose(output(network, name), expected, **close)
         assert any(
-            "2 convolutions of Keras 3 have other strides: outputs differ until these are set:"
-            " layer2.0.conv1.stride (2, 2), layer2.0.conv2.stride (1, 1)." in note
+            "Keras 3 has other strides: outputs differ until these are set: layer2.0.conv1.stride (2, 2),"
+            " layer2.0.conv2.stride (1, 1)." in note
             for note in said["notes"]
         )
         network.layer2[0].conv1.stride, network.layer2[0].conv2.stride = (2, 2), (1, 1)
@@ -77,10 +79,9 @@ def test_zeros_around_images_are_compared_and_what_is_said_of_them_makes_outputs
     expected = torch.tensor(ANSWERS["halved"]["output"])
     close = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
     assert not torch.allclose(output(network, "halved"), expected, **close)
-    padding = [note for note in said["notes"] if "padded in another way" in note]
-    assert padding == [
-        "2 convolutions of Keras 3 are padded in another way: outputs differ until images.0, images.3 have"
-        " padding 0 behind nn.ZeroPad2d((0, 1, 0, 1))."
+    assert [note for note in said["notes"] if "pads" in note] == [
+        "Keras 3 pads in another way: outputs differ until padding is 0 behind nn.ZeroPad2d((0, 1, 0, 1)) in"
+        " images.0, images.3."
     ]
     for index in (0, 3):
         network.images[index].padding = (0, 0)
@@ -94,7 +95,7 @@ def test_zeros_around_images_are_compared_and_what_is_said_of_them_makes_outputs
     )
     model = ("--model", f"{tmp_path / 'net.py'}:make")
     outcome = bncli("convert", FOLDER / "halved.keras", "-o", tmp_path / "again.pt", *model, "--json")
-    assert not any("padded" in note or "strides" in note for note in json.loads(outcome.out)["notes"])
+    assert not any("pads" in note or "strides" in note for note in json.loads(outcome.out)["notes"])
 
 
 @pytest.mark.parametrize("name", ["resnet", "mixed"])
@@ -191,6 +192,82 @@ def test_resnet_18_has_no_twin_among_keras_applications() -> None:
     assert found["resnet50"] is not None
     assert len(set(found["resnet50"].values())) == 53 + 53 + 1
     assert found["resnet50"]["layer4.2.bn3"] == "conv5_block3_3_bn"
+
+
+@pytest.mark.parametrize("file", ["linen.msgpack", "nnx.msgpack"])
+def test_a_resnet_of_flax_computes_in_pytorch_what_it_computes_in_flax(
+    bncli: Bncli, tmp_path: Path, file: str
+) -> None:
+    """Linen's names are those of Flax' ImageNet example, nnx' are torchvision's, padding included."""
+    with zipfile.ZipFile(FILES / "jax_networks" / "files.zip") as archive:
+        archive.extract(file, tmp_path)
+    answer = json.loads((FILES / "jax_networks" / "answers.json").read_text())[file]
+    new = tmp_path / "new.pt"
+    outcome = bncli("convert", tmp_path / file, "-o", new, "--model", f"{TWINS}:ResNet", "--json")
+    assert outcome.code == 0, outcome.err
+    said = json.loads(outcome.out)
+    assert (said["tensors_left_out"], said["tensors_missing"]) == ([], [])
+    network: Any = keras_twins.ResNet().eval()
+    network.load_state_dict(torch.load(new, weights_only=True), strict=True)
+    expected = torch.tensor(answer["output"])
+    images = input_of(answer["shape"]).permute(0, 3, 1, 2)
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(expected.abs().max())}
+    pads = [note for note in said["notes"] if "pads" in note]
+    if file == "linen.msgpack":
+        assert pads == [
+            "Flax's ImageNet example pads in another way: outputs differ until padding is 0 behind"
+            " nn.ZeroPad2d((0, 1, 0, 1)) in layer2.0.conv2."
+        ]
+        with torch.no_grad():
+            assert not torch.allclose(network(images), expected, **close)
+        block, zeros = network.layer2[0], nn.ZeroPad2d((0, 1, 0, 1))
+        block.conv2.padding = (0, 0)
+        block.conv2 = nn.Sequential(zeros, block.conv2)
+        network.maxpool = nn.Sequential(zeros, nn.MaxPool2d(3, 2))
+    else:
+        assert pads == []
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, **close)
+
+
+def test_a_network_of_paddle_with_the_same_names_is_converted_whole(bncli: Bncli, tmp_path: Path) -> None:
+    """As its own ResNet has them, whose file is a pickle of arrays; its linear weights are (in, out)."""
+    network = keras_twins.ResNet()
+    for norm in (part for part in network.modules() if isinstance(part, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    state = {name: one for name, one in network.state_dict().items() if not name.endswith("tracked")}
+    arrays = {
+        name.replace("running_mean", "_mean").replace("running_var", "_variance"): one.numpy()
+        for name, one in (state | {"fc.weight": state["fc.weight"].T}).items()
+    }
+    (tmp_path / "net.pdparams").write_bytes(pickle.dumps(arrays, protocol=4))
+    new = tmp_path / "new.pt"
+    outcome = bncli("convert", tmp_path / "net.pdparams", "-o", new, "--model", f"{TWINS}:ResNet")
+    assert outcome.code == 0, outcome.err
+    found = torch.load(new, weights_only=True)
+    assert found.keys() == network.state_dict().keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_names_of_haiku_s_resnets() -> None:
+    """As hk.nets.ResNet50 and ResNet18 call them below their own name."""
+    with torch.device("meta"):
+        networks = {name: build_network(f"torchvision:{name}", {}) for name in ("resnet18", "resnet50")}
+    for name, network in networks.items():
+        known = haiku_names(
+            [layer for layer, part in network.named_modules() if list(part.parameters(False))]
+        )
+        assert known is not None
+        assert len(set(known.values())) == len(known) == {"resnet18": 41, "resnet50": 107}[name]
+        assert known["layer1.0.conv2"] == "block_group_0/~/block_0/~/conv_1"
+        assert known["layer2.0.downsample.0"] == "block_group_1/~/block_0/~/shortcut_conv"
+        assert known["layer4.1.bn2"] == "block_group_3/~/block_1/~/batchnorm_1"
+        assert known["fc"] == "logits"
+    with torch.device("meta"):
+        vgg = build_network("torchvision:vgg11_bn", {})
+    assert haiku_names([name for name, _ in vgg.named_modules()]) is None
 
 
 def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:
