@@ -485,6 +485,12 @@ class RuntimeConfig(Section):
         description="`float32`, `bfloat16` (autocast; weights and statistics stay float32), or `auto`:"
         " bfloat16 where the hardware is fast at it.",
     )
+    engine: Literal["torch", "auto", "onnxruntime", "openvino"] = Field(
+        "torch",
+        description="What computes the network in `eval` and `predict`: `torch`, `onnxruntime` (float32),"
+        " `openvino` (in `precision`), or `auto`: the fastest of those installed, measured at the start. Not"
+        " read from a checkpoint.",
+    )
     memory_format: Literal["channels_last", "contiguous"] = Field(
         "channels_last",
         description="Order of the values in memory: `channels_last` (NHWC), which is mostly faster, or"

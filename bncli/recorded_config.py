@@ -34,8 +34,12 @@ FOLLOWED = {
 }
 BOUNDED = {"data.workers", "runtime.device", "runtime.threads", "runtime.eval_batch_size", "train.batch_size"}
 PLACES = ("data.root", "data.url", "data.archive", "data.cache", "data.arguments", "data.classes")
-# of training alone, which goes on in a run directory, and of those who start several processes
-UNUSED = {"runtime.compile", "runtime.reuse_memory", "runtime.timeout", "runtime.weight_gradient"}
+# of training alone, which goes on in a run directory, of those who start several processes, and of what is
+# installed here
+UNUSED = {
+    *("runtime.compile", "runtime.engine", "runtime.reuse_memory", "runtime.timeout"),
+    "runtime.weight_gradient",
+}
 
 MAX_EVAL_BATCH = 1_000  # images
 MAX_TRAIN_BATCH = 10_000

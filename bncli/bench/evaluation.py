@@ -25,7 +25,7 @@ from bncli.checkpoints import Checkpoint, load_model
 from bncli.export import MissingEngineError, prepare
 from bncli.export.engines import OpenVino, require
 from bncli.export.record import Precision
-from bncli.export.write import openvino_file
+from bncli.export.write import engine_files
 from bncli.hardware import describe_machine, has_fast_bfloat16
 from bncli.inference import fold_batch_norm, optimize_for_inference
 from bncli.runtime import Runtime, short_compile_errors

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bncli.data import Dataset, Progress
     from bncli.data.recorded_root import DataRecord
     from bncli.distributed import Processes
-    from bncli.export import ExportRecord
+    from bncli.export import EngineNetwork, ExportRecord
     from bncli.models.preset import Preset
     from bncli.recorded_config import FollowedConfig
     from bncli.runtime import Runtime
@@ -129,13 +129,19 @@ class Subject:
 
     def describe_runtime(self) -> dict[str, object]:
         """How it is computed, for JSON documents and headers."""
-        described = self.runtime.describe()
-        if self.exported is None:
+        described, network = self.runtime.describe(), self.engine_network
+        if network is None:
             return described
-        from bncli.determinism.fixed_shape import without_fixed_shape
+        return described | {"precision": network.precision_name, "engine": network.extra_repr()}
 
-        engine = without_fixed_shape(self.model).extra_repr()
-        return described | {"precision": self.exported.precision, "engine": engine}
+    @property
+    def engine_network(self) -> "EngineNetwork | None":
+        """The network, where another engine than PyTorch's own computes it, in eval mode alone."""
+        from bncli.determinism.fixed_shape import without_fixed_shape
+        from bncli.export.engine_network import EngineNetwork
+
+        network = without_fixed_shape(self.model)
+        return network if isinstance(network, EngineNetwork) else None
 
     def with_streamed_data(self) -> "Subject":
         """The same, whose data set is not kept where it need not be."""

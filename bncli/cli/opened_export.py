@@ -52,6 +52,6 @@ def open_exported(
     recorded = config_from_dict(dict(record.config), source=f"{source} (its configuration)")
     followed = follow_config(recorded, [*overrides, *_PLAIN], source=source)
     runtime = resolve_runtime(followed.config.runtime)
-    network = EngineNetwork(exported, open_engine(exported, runtime.threads))
+    network = EngineNetwork.of(exported, open_engine(exported, runtime.threads))
     model = FixedShape(network) if batch_invariant else network
     return Subject(exported.path, followed, runtime, model, None, exported=record)

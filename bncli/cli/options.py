@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import typer
 
@@ -71,6 +71,15 @@ DeviceOption = Annotated[
         help="Compute on auto, cpu, cuda, cuda:1 or mps. Short for --set runtime.device=DEVICE.",
         rich_help_panel=DATA,
         autocompletion=complete_device,
+    ),
+]
+EngineOption = Annotated[
+    Literal["torch", "auto", "onnxruntime", "openvino"] | None,
+    typer.Option(
+        "--engine",
+        help="What computes the network; auto measures which one is the fastest here. Short for --set"
+        " runtime.engine=NAME.",
+        rich_help_panel=DATA,
     ),
 ]
 DataRootOption = Annotated[

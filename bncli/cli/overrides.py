@@ -16,6 +16,7 @@ _IMAGES = (
     *("data.stream", "data.workers", "data.normalization", "data.classes", "data.arguments"),
 )
 _EVALUATING = ("data", *_COMPUTING, "runtime.eval_batch_size")
+_ENGINE = "runtime.engine"
 _SHARED = (*_EVALUATING, "runtime.timeout")  # among the processes of torchrun
 _AUGMENTING = ("augment.crop_padding", "augment.flip", "augment.cutout")
 # the steps that `demo` goes on for, at the highest learning rate
@@ -35,12 +36,12 @@ _ALL = ("data", "augment", "model", "train", "runtime")
 # whole sections, and single keys
 EFFECTIVE = {
     "train": _ALL,
-    "eval": _SHARED,
+    "eval": (*_SHARED, _ENGINE),
     "report": _EVALUATING,
     "eval of an exported file": ("data", "runtime.threads", "runtime.eval_batch_size"),
-    "predict": _COMPUTING,
+    "predict": (*_COMPUTING, _ENGINE),
     "predict with an exported file": ("runtime.threads",),
-    "predict --model": ("data", *_COMPUTING),  # whose classes and size are those of the data
+    "predict --model": ("data", *_COMPUTING, _ENGINE),  # whose classes and size are those of the data
     "export": ("data", "runtime.threads"),  # plain float32 on the CPU
     "recalibrate": _SHARED,
     "average": _EVALUATING,
@@ -72,9 +73,14 @@ EFFECTIVE = {
 
 
 def effective_overrides(
-    command: str, sets: list[str] | None, *, device: str | None = None, data_root: str | None = None
+    command: str,
+    sets: list[str] | None,
+    *,
+    device: str | None = None,
+    data_root: str | None = None,
+    engine: str | None = None,
 ) -> list[str]:
-    """The overrides of one command: `--set`, and the two options that stand for a key each.
+    """The overrides of one command: `--set`, and the options that stand for a key each.
 
     `command` is a key of `EFFECTIVE`.
 
@@ -90,6 +96,7 @@ def effective_overrides(
     for option, key, value in (
         ("--device", "runtime.device", device),
         ("--data-root", "data.root", data_root),
+        ("--engine", _ENGINE, engine),
     ):
         if value is None:
             continue

@@ -2,6 +2,7 @@ from .engine_network import EngineNetwork as EngineNetwork
 from .engines import MissingEngineError as MissingEngineError
 from .exported_file import ExportedFile as ExportedFile
 from .exported_file import exported_file as exported_file
+from .on_engine import on_engine as on_engine
 from .open_engine import open_engine as open_engine
 from .prepared import prepare as prepare
 from .prepared import problems_of as problems_of

@@ -1,28 +1,35 @@
-"""An exported file as an `nn.Module`, for all that evaluates one."""
+"""A network that an engine computes, as an `nn.Module`: for all that evaluates one."""
 
 import torch
 from torch import Tensor, nn
 
 from bncli.export.engines import Engine
 from bncli.export.exported_file import ExportedFile
+from bncli.export.record import Pixels, Precision
 
 
 class EngineNetwork(nn.Module):
-    """Images (N, ...) to what the file makes of them, on the CPU; in eval mode, as it has no other.
+    """Images (N, ...) to what an engine makes of them, on the CPU; in eval mode, as it has no other.
 
-    Images may be uint8 in 0..255 or floating point in 0..1, whichever the file takes itself.
+    Images may be uint8 in 0..255 or floating point in 0..1, whichever `pixels` it takes itself. `sentence`
+    says what became of BatchNorm.
     """
 
-    def __init__(self, exported: ExportedFile, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, pixels: Pixels, precision: Precision, sentence: str) -> None:
         super().__init__()
-        self.exported, self.engine = exported, engine
+        self.engine, self.pixels, self.precision_name, self.sentence = engine, pixels, precision, sentence
         self.training = False
         # tells the precision to whoever judges rounding by it
-        precision: torch.dtype = getattr(torch, exported.known.precision)
-        self.register_buffer("precision", torch.empty(0, dtype=precision), persistent=False)
+        self.register_buffer("precision", torch.empty(0, dtype=getattr(torch, precision)), persistent=False)
+
+    @classmethod
+    def of(cls, exported: ExportedFile, engine: Engine) -> "EngineNetwork":
+        """What a file of `bncli export` records of itself. Raises CheckpointError for another file."""
+        record = exported.known
+        return cls(engine, pixels=record.pixels, precision=record.precision, sentence=record.sentence)
 
     def train(self, mode: bool = True) -> "EngineNetwork":
-        """Nothing: the file computes what eval mode does."""
+        """Nothing: the engine computes what eval mode does."""
         return self
 
     def extra_repr(self) -> str:
@@ -32,10 +39,9 @@ class EngineNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        record = self.exported.known
         images = images.cpu()
-        if record.pixels == "uint8" and images.is_floating_point():
+        if self.pixels == "uint8" and images.is_floating_point():
             images = (images * 255).round().to(torch.uint8)
-        elif record.pixels == "float32" and not images.is_floating_point():
+        elif self.pixels == "float32" and not images.is_floating_point():
             images = images.float() / 255
         return torch.from_numpy(self.engine(images.contiguous().numpy()))

@@ -14,6 +14,7 @@ from bncli.export.record import Precision
 
 Array = npt.NDArray[Any]
 Extra = Literal["onnx", "openvino"]
+EngineName = Literal["onnxruntime", "openvino"]
 _PACKAGES: dict[Extra, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
@@ -22,6 +23,15 @@ _PACKAGES: dict[Extra, tuple[str, ...]] = {
 
 class MissingEngineError(BncliError):
     """An engine, or what writes for it, is not installed."""
+
+
+_EXTRAS: dict[EngineName, Extra] = {"onnxruntime": "onnx", "openvino": "openvino"}
+TITLES: dict[EngineName, str] = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+
+
+def require_engine(name: EngineName) -> None:
+    """Raise MissingEngineError unless the engine can be handed a network here."""
+    require(_EXTRAS[name])
 
 
 def require(extra: Extra, *packages: str) -> None:
@@ -85,11 +95,12 @@ class OpenVino:
 
     description: str
     path: Path
-    compiled: Any
+    request: Any  # one for all calls: to make another takes longer than a small network
+    engine: Any
 
     @classmethod
     def open(cls, path: Path, threads: int | None = None, precision: Precision = "float32") -> "OpenVino":
-        """The same; in float32, unless `precision` is bfloat16: OpenVINO itself would take what is fast."""
+        """The same, also of ONNX; in float32, unless `precision` is bfloat16: by itself it takes what is fast."""
         require("openvino")
         engine: Any = importlib.import_module("openvino")
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"}
@@ -97,16 +108,18 @@ class OpenVino:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         try:
             core = engine.Core()
-            compiled = core.compile_model(core.read_model(path), "CPU", settings)
+            request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
         except Exception as error:
             raise CheckpointError(f"{path}: OpenVINO cannot open it: {in_one_line(error)}") from None
-        return cls(f"OpenVINO {engine.__version__.partition('-')[0]}", path, compiled)
+        return cls(f"OpenVINO {engine.__version__.partition('-')[0]}", path, request, engine)
 
     def __call__(self, images: Array) -> Array:
         """See `Engine`."""
         try:
+            self.request.set_input_tensor(self.engine.Tensor(images, shared_memory=True))
+            self.request.infer()
             # its own memory is used again by the next call
-            return np.array(self.compiled(images)[0])
+            return np.array(self.request.get_output_tensor().data)
         except Exception as error:
             raise BncliError(f"{self.path}: OpenVINO cannot compute it: {in_one_line(error)}") from None
 

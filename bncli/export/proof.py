@@ -107,4 +107,4 @@ def opened_again(file: Path, network: nn.Module, threads: int | None = None) -> 
     if exported is None:
         raise BncliError(f"{file.name}: what was written cannot be recognised")
     engine = open_engine(exported, threads)
-    return EngineNetwork(exported, engine), engine.description
+    return EngineNetwork.of(exported, engine), engine.description

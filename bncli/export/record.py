@@ -47,12 +47,7 @@ class ExportRecord:
     @property
     def sentence(self) -> str:
         """What became of BatchNorm, in words."""
-        num_layers = len(self.folded) + len(self.kept)
-        if not num_layers:
-            return "the network had no BatchNorm layer"
-        if not self.folded:
-            return f"all {num_layers:,} BatchNorm layers are kept"
-        return f"{len(self.folded):,} of {num_layers:,} BatchNorm layers were folded away"
+        return folding_in_words(len(self.folded), len(self.kept))
 
     @property
     def origin(self) -> str:
@@ -79,6 +74,16 @@ class ExportRecord:
             raise CheckpointError(
                 f"{source}: what `bncli export` wrote about it is damaged: {error}"
             ) from None
+
+
+def folding_in_words(num_folded: int, num_kept: int) -> str:
+    """What became of so many BatchNorm layers."""
+    num_layers = num_folded + num_kept
+    if not num_layers:
+        return "the network had no BatchNorm layer"
+    if not num_folded:
+        return f"all {num_layers:,} BatchNorm layers are kept"
+    return f"{num_folded:,} of {num_layers:,} BatchNorm layers were folded away"
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -128,9 +128,9 @@ def _as_pt2(program: torch.export.ExportedProgram, record: ExportRecord) -> byte
     return memory.getvalue()
 
 
-def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> bytes:
+def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord | None) -> bytes:
     # the exporter's own optimisation folds BatchNorm as well, where it is behind a convolution
-    keeps = bool(record.kept) and not record.folded
+    keeps = record is not None and bool(record.kept) and not record.folded
     try:
         with _quiet():
             made: Any = torch.onnx.export(
@@ -144,7 +144,8 @@ def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> byt
         for node in function:
             for key in _PRIVATE:
                 node.metadata_props.pop(key, None)
-    model.metadata_props[KEY] = record.to_json()
+    if record is not None:
+        model.metadata_props[KEY] = record.to_json()
     proto = made.model_proto
     if proto.ByteSize() > MAX_ONNX:
         raise BncliError(
@@ -154,10 +155,17 @@ def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord) -> byt
     return content
 
 
-def openvino_file(network: nn.Module, example: Tensor, file: Path) -> Path:
-    """The network as OpenVINO's .xml and .bin, without a record: for who computes it at once."""
-    _write_openvino(_exported(network, example), file, None)
-    return file
+def engine_files(network: nn.Module, example: Tensor, *files: Path) -> None:
+    """The network as .onnx, or as OpenVINO's .xml and .bin, without a record: for who computes it at once.
+
+    `example` are two inputs. Raises BncliError where it cannot be exported.
+    """
+    program = _exported(network, example)
+    for file in files:
+        if format_of(file) == "onnx":
+            file.write_bytes(_as_onnx(program, None))
+        else:
+            _write_openvino(program, file, None)
 
 
 def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: ExportRecord | None) -> None:

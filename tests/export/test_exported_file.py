@@ -106,7 +106,7 @@ def test_an_engine_is_a_module_that_takes_either_kind_of_pixels(tmp_path: Path, 
     pytest.importorskip("onnxruntime")
     exported = exported_file(write_onnx(tmp_path / "a.onnx", a_record().to_json()))
     assert exported is not None
-    network = EngineNetwork(exported, open_engine(exported, 1))
+    network = EngineNetwork.of(exported, open_engine(exported, 1))
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     given = images if pixels == "uint8" else images / 255
     expected = torch.from_numpy(logits_of(images.numpy())).float()

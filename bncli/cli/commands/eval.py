@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bncli.cli.chosen_engine import check_engine, with_engine
 from bncli.cli.help_page import MEASURED, OUTPUT, SHOWN
 from bncli.cli.messages import print_note
 from bncli.cli.named_network import named_network
+from bncli.cli.one_voice import last_words
 from bncli.cli.opened_checkpoint import check_labels, load_subject_data, open_subject
 from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
@@ -16,6 +18,7 @@ from bncli.cli.options import (
     ComputedArgument,
     DataRootOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     KeyOption,
     LogitsOption,
@@ -59,6 +62,7 @@ def evaluate_checkpoint(
     logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     data_root: DataRootOption = None,
     num_images: Annotated[
         int,
@@ -152,6 +156,7 @@ def evaluate_checkpoint(
     bncli eval a.pt --model net.py:Net --data-root pics --set data.image_size=32
     """
     from bncli.cli.tables.eval import show_eval
+    from bncli.indexed import pick
     from bncli.cli.tables.table import print_json
 
     sizes = parse_sizes(batch_sizes, "--batch-sizes")
@@ -171,19 +176,25 @@ def evaluate_checkpoint(
         given |= {"--normalization": normalization, "--logits": logits}
         refuse(checkpoint, given)
         refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        refuse(checkpoint, {"--engine": engine}, "it has its engine")
         refuse(checkpoint, {"--gap": gap, "--sweep": sweep}, "it has no train mode")
         overrides = effective_overrides("eval of an exported file", overrides, data_root=data_root)
         subject = open_exported(exported, overrides, batch_invariant=batch_invariant)
     else:
-        overrides = effective_overrides("eval", overrides, device=device, data_root=data_root)
+        overrides = effective_overrides(
+            "eval", overrides, device=device, data_root=data_root, engine=engine
+        )
         named = named_network(model, model_args, key, partial, normalization, logits)
         subject = open_subject(
             checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named
         )
+    check_engine(subject, processes=last_words() is not None, gap=gap, sweep=sweep)
     asked = _Asked(sweep_sizes or (), num_calibration_images if gap else None, tta)
     with shared_work(subject, asked=asked, batch_invariant=batch_invariant) as work:
         dataset = load_subject_data(subject, processes=work.processes)
         check_labels(dataset, "bncli predict needs none")
+        first = range(min(len(dataset.test), subject.config.runtime.eval_batch_size))
+        subject = with_engine(subject, lambda: pick(dataset.test, first))
         known = _evaluate(subject, dataset, asked, work.ranks)
     if not work.is_main:
         return 0  # the rest is about the computations of one process
@@ -280,7 +291,7 @@ def _examine(
         found=found,
         runtime=subject.describe_runtime(),
         machine=describe_machine(),
-        exported=subject.exported,
+        folding=None if subject.engine_network is None else subject.engine_network.sentence,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bncli.cli.chosen_engine import check_engine, with_engine
 from bncli.cli.help_page import SHOWN
 from bncli.cli.messages import MAX_WIDTH, one_line, print_error, wrapped
 from bncli.cli.named_network import named_network
@@ -19,6 +20,7 @@ from bncli.cli.options import (
     ComputedArgument,
     DataRootOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     KeyOption,
     LogitsOption,
@@ -32,6 +34,8 @@ from bncli.cli.overrides import effective_overrides
 from bncli.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bncli.cli.named_network import NamedNetwork
     from bncli.cli.opened_checkpoint import Subject
     from bncli.config import DataConfig
@@ -64,6 +68,7 @@ def predict_images(
     logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     data_root: DataRootOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -82,13 +87,18 @@ def predict_images(
         given |= {"--normalization": normalization, "--logits": logits, "--data-root": data_root}
         refuse(checkpoint, given)
         refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        refuse(checkpoint, {"--engine": engine}, "it has its engine")
         best_of, described = _exported_answers(exported, overrides, top, batch_invariant=batch_invariant)
     else:
         named = named_network(model, model_args, key, partial, normalization, logits)
-        subject = _opened(checkpoint, named, overrides, device, data_root, batch_invariant=batch_invariant)
+        subject = _opened(
+            checkpoint, named, overrides, device, data_root, engine, batch_invariant=batch_invariant
+        )
+        check_engine(subject)
         classes = _classes(subject)
+        subject = with_engine(subject, partial_of(_random_image, classes.fit.image_size))
         best_of = partial_of(_best_classes, subject, classes, top)
-        described = subject.describe_network() | {"runtime": subject.runtime.describe()}
+        described = subject.describe_network() | {"runtime": subject.describe_runtime()}
     answers: list[dict[str, Any]] = []
     all_answered = True
     for name in images:
@@ -113,13 +123,16 @@ def _opened(
     overrides: list[str] | None,
     device: str | None,
     data_root: str | None,
+    engine: str | None,
     *,
     batch_invariant: bool,
 ) -> "Subject":
     if named is None and data_root is not None:
         raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
     command = "predict" if named is None else "predict --model"
-    overrides = effective_overrides(command, overrides, device=device, data_root=data_root)
+    overrides = effective_overrides(
+        command, overrides, device=device, data_root=data_root, engine=engine
+    )
     return open_subject(
         checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
     )
@@ -235,6 +248,14 @@ def _fit(data: "DataConfig", image_size: int) -> "Fit":
     if not isinstance(data, ImageFolderConfig):
         return Fit(image_size)
     return replace(fit_of(data), image_size=image_size)
+
+
+def _random_image(size: int) -> "Tensor":
+    """(1, 3, size, size)"""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=random)
 
 
 def _sources(name: str) -> Iterator[str]:

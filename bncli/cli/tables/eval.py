@@ -18,7 +18,6 @@ from bncli.cli.tables.table import (
 from bncli.determinism import Apart, Certificate
 from bncli.evaluation import Examination, Gap, LayerGap, SweepPoint
 from bncli.evaluation.gap import SOURCES
-from bncli.export import ExportRecord
 from bncli.wording import plural
 
 CLAIMS = {
@@ -48,12 +47,12 @@ class EvalReport:
     found: Examination
     runtime: dict[str, Any]
     machine: dict[str, Any]
-    exported: ExportRecord | None = None  # of a file that an engine computes, in eval mode alone
+    folding: str | None = None  # where an engine computes, in eval mode alone: what became of BatchNorm
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document; of an exported file without what train mode would do."""
+        """The JSON document; of an engine without what train mode would do."""
         found = self.found.to_dict(self.class_names)
-        if self.exported is not None:
+        if self.folding is not None:
             found["determinism"]["train_mode"] = None
             for point in found["sample_sweep"]:
                 point["batch_statistics_accuracy"] = point["batch_statistics_interval"] = None
@@ -130,7 +129,7 @@ def _show_answer(console: Console, report: EvalReport) -> None:
         *_apart(certificate.eval_mode, certificate, rounding),
         _accuracies([point.eval_accuracy for point in found.sample_sweep]),
     )
-    if report.exported is None:
+    if report.folding is None:
         table.add_row(
             "train mode",
             *_apart(certificate.train_mode.any_batch_size, certificate),
@@ -138,11 +137,10 @@ def _show_answer(console: Console, report: EvalReport) -> None:
         )
     console.print(table)
     console.print()
-    if report.exported is None:
+    if report.folding is None:
         notes = _notes(certificate)
     else:
-        folded = report.exported.sentence
-        notes = [f"Computed by {report.runtime['engine']}, in eval mode alone: {folded}."]
+        notes = [f"Computed by {report.runtime['engine']}, in eval mode alone: {report.folding}."]
     for note in notes:
         print_wrapped(console, note)
     print_wrapped(console, certificate.verdict, style="bold")
@@ -200,7 +198,7 @@ def _show_details(console: Console, report: EvalReport) -> None:
         "checkpoint": report.checkpoint + after_epoch(report.epoch),
         "data": report.dataset,
         "runtime": runtime_line(report.runtime)
-        + (f", {report.runtime['engine']}" if report.exported is not None else ""),
+        + (f", {report.runtime['engine']}" if report.folding is not None else ""),
         "machine": "{cpu}, {cpu_capability}, torch {torch}".format(**report.machine),
         "speed": f"{found.evaluation.images_per_second:,.0f} images/s",
     }
@@ -215,7 +213,7 @@ def _show_details(console: Console, report: EvalReport) -> None:
         table.add_row(one_line(name), "-" if accuracy is None else f"{accuracy:.2%}")
     console.print(table)
     _show_claims(console, found.certificate)
-    _show_batch_sizes(console, found.certificate, has_train_mode=report.exported is None)
+    _show_batch_sizes(console, found.certificate, has_train_mode=report.folding is None)
 
 
 def _show_claims(console: Console, found: Certificate) -> None:
