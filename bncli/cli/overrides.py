@@ -69,6 +69,7 @@ EFFECTIVE = {
         "runtime.reuse_memory",
     ),
     "bench eval": (*_IMAGES, "data.num_test", *_COMPUTING),
+    "bench eval of an exported file": (*_IMAGES, "data.num_test", "runtime.threads"),
 }
 
 

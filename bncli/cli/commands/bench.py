@@ -10,6 +10,7 @@ from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import MEASURED, CommandPage, GroupPage
 from bncli.cli.messages import print_note
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
+from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
     ConfigArgument,
     DataRootOption,
@@ -108,7 +109,11 @@ def bench_train(
 @bench_app.command("eval", cls=CommandPage)
 def bench_eval(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A file that `bncli train` saved, such as last.pt.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A checkpoint of `bncli train`, such as last.pt, or a file of `bncli export`.",
+        ),
     ],
     overrides: SetOption = None,
     device: DeviceOption = None,
@@ -141,6 +146,16 @@ def bench_eval(
             rich_help_panel=MEASURED,
         ),
     ] = 100,
+    starts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="N",
+            help="Processes of its own for each way, for memory and the time to the first answer.",
+            rich_help_panel=MEASURED,
+        ),
+    ] = 3,
     compiles: Annotated[
         bool,
         typer.Option(
@@ -153,29 +168,38 @@ def bench_eval(
 ) -> int:
     """Time evaluation beside plain PyTorch and other engines.
 
-    Measures images per second in batches, the time of a single image, and how many predictions change, and
-    says what is the fastest here. ONNX Runtime and OpenVINO are left out where they are not installed.
+    Measures images per second in batches, the time of a single image, how many predictions change, memory,
+    and the time from the start of a process to its first answer. The last line says what to use here. ONNX
+    Runtime and OpenVINO are left out where they are not installed.
 
     Examples:
     bncli bench eval runs/first/last.pt
-    bncli bench eval runs/first/last.pt --batch-size 32 --rounds 3
+    bncli bench eval runs/first/last.pt --batch-size 32 --starts 1
     """
     from bncli.bench import bench_evaluation
     from bncli.cli.tables.bench import show_evaluation_bench
     from bncli.cli.tables.table import print_json
     from bncli.indexed import pick
 
-    overrides = effective_overrides("bench eval", overrides, device=device, data_root=data_root)
-    subject = open_subject(checkpoint, overrides, command="bench eval")
+    exported = find_export(checkpoint)
+    if exported is not None:
+        refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
+        overrides = effective_overrides("bench eval of an exported file", overrides, data_root=data_root)
+        subject = open_exported(exported, overrides)
+    else:
+        overrides = effective_overrides("bench eval", overrides, device=device, data_root=data_root)
+        subject = open_subject(checkpoint, overrides, command="bench eval")
     dataset = load_subject_data(subject)
     result = bench_evaluation(
-        subject.checkpoint,
+        checkpoint,
+        exported or subject.checkpoint,
         pick(dataset.test, range(len(dataset.test))),
         subject.runtime,
         num_rounds=rounds,
         batch_size=batch_size,
         batches_per_round=batches,
         calls_per_round=calls,
+        num_starts=starts,
         compiles=compiles,
         report=print_note,
     )

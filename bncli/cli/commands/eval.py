@@ -156,8 +156,8 @@ def evaluate_checkpoint(
     bncli eval a.pt --model net.py:Net --data-root pics --set data.image_size=32
     """
     from bncli.cli.tables.eval import show_eval
-    from bncli.indexed import pick
     from bncli.cli.tables.table import print_json
+    from bncli.indexed import pick
 
     sizes = parse_sizes(batch_sizes, "--batch-sizes")
     if max(sizes) == 1:
@@ -181,9 +181,7 @@ def evaluate_checkpoint(
         overrides = effective_overrides("eval of an exported file", overrides, data_root=data_root)
         subject = open_exported(exported, overrides, batch_invariant=batch_invariant)
     else:
-        overrides = effective_overrides(
-            "eval", overrides, device=device, data_root=data_root, engine=engine
-        )
+        overrides = effective_overrides("eval", overrides, device=device, data_root=data_root, engine=engine)
         named = named_network(model, model_args, key, partial, normalization, logits)
         subject = open_subject(
             checkpoint, overrides, command="eval", batch_invariant=batch_invariant, named=named

@@ -130,9 +130,7 @@ def _opened(
     if named is None and data_root is not None:
         raise ConfigError("--data-root", ["the checkpoint tells the classes; it goes with --model"])
     command = "predict" if named is None else "predict --model"
-    overrides = effective_overrides(
-        command, overrides, device=device, data_root=data_root, engine=engine
-    )
+    overrides = effective_overrides(command, overrides, device=device, data_root=data_root, engine=engine)
     return open_subject(
         checkpoint, overrides, command="predict", batch_invariant=batch_invariant, named=named
     )

@@ -1,8 +1,9 @@
 """The output of `bncli bench`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
+from rich.table import Table
 
 from bncli.bench import ConvolutionSpeed, EvaluationBench, Ratio, TrainingStepBench
 from bncli.cli.messages import one_line
@@ -67,38 +68,56 @@ def _show_convolutions(console: Console, convolutions: Sequence[ConvolutionSpeed
 
 
 def show_evaluation_bench(result: EvaluationBench) -> None:
-    """What each path does, then batches, then single images."""
+    """What each way does, then batches, then single images, then processes of its own."""
     console = console_for_results()
     lines = {"machine": machine_line(result.machine), "runtime": runtime_line(result.runtime)}
     show_lines(console, lines | {path.name: path.how for path in result.paths})
+    for table in _tables(result):
+        console.print()
+        console.print(table)
     console.print()
-    table = table_of(None, f"batches of {result.batch_size}", "images/s", "ratio", "from", "to", "changed")
+    first = result.paths[0].name
+    rounds = plural(result.num_rounds, "round")
+    batches = plural(result.batches_per_round, "batch", "batches")
+    meanings = {
+        "measured": f"medians of {rounds} of {batches} and {plural(result.calls_per_round, 'single image')},"
+        " all in turns; every way gets uint8 images and normalises them itself",
+        "ratio": f"against {first} in the same round; of images/s above 1 is faster, of times below 1",
+        "changed": f"share of {plural(result.num_test_images, 'test image')} with another class than by {first}",
+    }
+    if result.num_starts:
+        meanings["first answer"] = (
+            f"from the start of a process to the class of one image, then the peak of memory in batches;"
+            f" {plural(result.num_starts, 'process', 'processes')} each"
+        )
+    show_lines(console, meanings)
+    console.print()
+    print_wrapped(console, result.verdict, style="bold")
+
+
+def _tables(result: EvaluationBench) -> Iterator[Table]:
+    title = f"batches of {result.batch_size}"
+    table = table_of(None, title, "images/s", "ratio", "from", "to", "to ONNX", "changed")
     for path in result.paths:
         rate = "-" if path.images_per_second is None else f"{path.images_per_second:,.0f}"
         changed = "-" if path.prediction_flips is None else f"{path.prediction_flips:.2%}"
-        table.add_row(path.name, rate, *_cells(path.throughput_ratio), changed)
-    console.print(table)
-    console.print()
+        to_onnx = _cells(path.throughput_ratio_to_onnx)[0]
+        table.add_row(path.name, rate, *_cells(path.throughput_ratio), to_onnx, changed)
+    yield table
     table = table_of(None, "single images", "median ms", "p99 ms", "ratio", "from", "to", "to ONNX")
     for path in result.paths:
         times = [
             f"{ms:.2f}" if ms is not None else "-" for ms in (path.latency_median_ms, path.latency_p99_ms)
         ]
         table.add_row(path.name, *times, *_cells(path.latency_ratio), _cells(path.latency_ratio_to_onnx)[0])
-    console.print(table)
-    console.print()
-    rounds = plural(result.num_rounds, "round")
-    batches = plural(result.batches_per_round, "batch", "batches")
-    meanings = {
-        "measured": f"medians of {rounds} of {batches} and {plural(result.calls_per_round, 'single image')},"
-        " all paths in turns",
-        "ratio": "against plain PyTorch in the same round; of images/s above 1 is faster, of ms below 1",
-        "changed": f"share of {plural(result.num_test_images, 'test image')} with another class than in"
-        " plain PyTorch",
-    }
-    show_lines(console, meanings)
-    console.print()
-    print_wrapped(console, result.verdict, style="bold")
+    yield table
+    if result.num_starts:
+        table = table_of(None, "first answer", "seconds", "ratio", "from", "to", "peak MiB")
+        for path in result.paths:
+            seconds = "-" if path.first_answer_seconds is None else f"{path.first_answer_seconds:.2f}"
+            peak = "-" if path.peak_mib is None else f"{path.peak_mib:,.0f}"
+            table.add_row(path.name, seconds, *_cells(path.first_answer_ratio), peak)
+        yield table
 
 
 def _cells(ratio: Ratio | None) -> tuple[str, str, str]:
