@@ -1,8 +1,8 @@
 """Evaluation by plain PyTorch, bncli and other engines, in turns: throughput, latency, changed predictions.
 
-Ratios are taken within a round and to the first way (see `bncli.bench.ways`), so that a busy machine slows down
-both. Then each way is started in processes of its own, again in turns: seconds to the first answer, and peak
-of memory.
+Ratios are taken within a round and to the first way (see `bncli.bench.ways`), so that a busy machine slows
+down both. Then each way is started in processes of its own, again in turns: seconds to the first answer, and
+peak of memory.
 """
 
 import statistics
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bncli.bench.alone import Alone, start_alone
 from bncli.bench.torch_ways import Classify
-from bncli.bench.ways import ONNX, OPENVINO, Way, ways_of_checkpoint, ways_of_file
+from bncli.bench.ways import BFLOAT16, FLOAT32, ONNX, OPENVINO, Way, ways_of_checkpoint, ways_of_file
 from bncli.checkpoints import Checkpoint
 from bncli.export import ExportedFile
 from bncli.hardware import describe_machine
@@ -26,7 +26,13 @@ from bncli.runtime import Runtime
 
 MAX_FLIPS = 0.002  # of predictions, in what is called the fastest: as many as bfloat16 changes
 _WARM_UP_CALLS = 5  # single images, untimed: another path's threads may still be spinning
-_HINTS = {OPENVINO: "--engine openvino", ONNX: "--engine onnxruntime"}
+# how to get what is not what the file is computed by as it is
+_HINTS = {
+    OPENVINO: "--engine openvino",
+    ONNX: "--engine onnxruntime",
+    FLOAT32: "bncli export -o NAME.xml",
+    BFLOAT16: "bncli export -o NAME.xml --precision bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ class EvaluationBench:
         rates = {path.name: path.images_per_second for path in usable if path.images_per_second is not None}
         times = {path.name: path.latency_median_ms for path in usable if path.latency_median_ms is not None}
         batches, single = max(rates, key=rates.__getitem__), min(times, key=times.__getitem__)
-        hints = [f"{name}: {_HINTS[name]}" for name in dict.fromkeys((single, batches)) if name in _HINTS]
-        how = f" ({'; '.join(hints)})" if hints and self.paths[0].name not in _HINTS else ""
+        others = {name: None for name in (single, batches) if name != self.paths[0].name and name in _HINTS}
+        how = f" ({'; '.join(f'{name}: {_HINTS[name]}' for name in others)})" if others else ""
         if batches == single:
             return f"Use {batches} here, for single images and for batches{how}."
         return f"Use {single} here for single images, and {batches} for batches{how}."

@@ -24,6 +24,7 @@ from bncli.runtime import Runtime, short_compile_errors
 
 PLAIN, OURS, FOLDED, COMPILED = "plain PyTorch", "bncli eval", "bncli folded", "torch.compile"
 ONNX, OPENVINO = TITLES["onnxruntime"], TITLES["openvino"]
+FLOAT32, BFLOAT16 = f"{OPENVINO} float32", f"{OPENVINO} bfloat16"  # of a file that says which is meant
 EXPORTED = "torch.export"
 _TORCH: dict[TorchWay, str] = {"plain": PLAIN, "eval": OURS, "folded": FOLDED, "compiled": COMPILED}
 _SUFFIXES: dict[EngineName, str] = {"onnxruntime": ".onnx", "openvino": ".xml"}
@@ -105,7 +106,7 @@ def ways_of_file(exported: ExportedFile, threads: int, *, compiles: bool) -> tup
     if has_fast_bfloat16(torch.device("cpu")) or record.precision == "bfloat16":
         precisions.append("bfloat16")
     for precision in precisions:
-        title = f"{OPENVINO} {precision}"
+        title = BFLOAT16 if precision == "bfloat16" else FLOAT32
         try:
             ways.append(_way(title, "openvino", exported.path, threads, precision, record.pixels))
         except MissingEngineError as error:
@@ -151,4 +152,4 @@ def _way(
     network = EngineNetwork(engine, pixels=pixels, precision=precision, sentence="")
     version = engine.description.removeprefix(TITLES[name]).strip()
     alone = Specification(str(file), name, threads, precision, pixels)
-    return Way(title, f"{version}, {precision}, BatchNorm folded, CPU", network.forward, alone)
+    return Way(title, f"{version}, {precision}, CPU", network.forward, alone)

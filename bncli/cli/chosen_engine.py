@@ -6,7 +6,8 @@ ONNX Runtime and OpenVINO compute on the CPU and in eval mode alone; so the netw
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from bncli.cli.messages import print_note
 from bncli.errors import BncliError, ConfigError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _KEY = "runtime.engine"
 _NUM_COMPARED = 32  # images whose outputs an engine must compute as PyTorch does
-TORCH = "torch"
+TORCH: Final = "torch"
 
 
 def check_engine(subject: "Subject", *, processes: bool = False, **needs_train_mode: object) -> None:
@@ -161,7 +162,8 @@ def _fastest(subject: "Subject", images: "Tensor") -> "Subject":
     if subject.runtime.device.type != "cpu":
         print_note(f"{_KEY}=auto: PyTorch on {subject.runtime.device}; other engines compute on the CPU")
         return subject
-    subjects, left_out = {TORCH: subject}, []
+    subjects: dict[str, Subject] = {TORCH: subject}
+    left_out = []
     for engine, title in TITLES.items():
         if engine == "onnxruntime" and _asked_precision(subject) == "bfloat16":
             left_out.append(f"{title}: no bfloat16")
@@ -186,7 +188,7 @@ def _fastest(subject: "Subject", images: "Tensor") -> "Subject":
         with torch.no_grad(), one.runtime.autocast():
             one.model(one.runtime.place(images))
 
-    times = times_in_turns({name: (lambda one=one: call(one)) for name, one in subjects.items()})
+    times = times_in_turns({name: partial(call, one) for name, one in subjects.items()})
     best = min(times, key=times.__getitem__)
     print_note(_measured(subjects, times, best, len(images), left_out))
     return subjects[best]
@@ -203,7 +205,7 @@ def _measured(
     from bncli.export.engines import TITLES
     from bncli.wording import plural
 
-    titles = {TORCH: "PyTorch", **TITLES}
+    titles: dict[str, str] = {TORCH: "PyTorch", **TITLES}
     shown = [
         f"{titles[name]} in {subjects[name].describe_runtime()['precision']} {1e3 * times[name]:.3g} ms"
         for name in sorted(times, key=times.__getitem__)

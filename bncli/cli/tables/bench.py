@@ -83,7 +83,8 @@ def show_evaluation_bench(result: EvaluationBench) -> None:
         "measured": f"medians of {rounds} of {batches} and {plural(result.calls_per_round, 'single image')},"
         " all in turns; every way gets uint8 images and normalises them itself",
         "ratio": f"against {first} in the same round; of images/s above 1 is faster, of times below 1",
-        "changed": f"share of {plural(result.num_test_images, 'test image')} with another class than by {first}",
+        "changed": f"share of {plural(result.num_test_images, 'test image')} with another class than"
+        f" by {first}",
     }
     if result.num_starts:
         meanings["first answer"] = (
