@@ -60,7 +60,7 @@ COMMANDS: tuple[tuple[str | None, str], ...] = (
         "bncli bench train",
         f"bench train quickstart {CONVNET} {SMALL_BATCHES} --rounds 1 --steps 1 --layers",
     ),
-    ("bncli bench eval", "bench eval run/last.pt --rounds 1"),
+    ("bncli bench eval", "bench eval run/last.pt --rounds 1 --starts 0"),
 )
 # whose keys are names that the data, the machine or a rule give
 BY_NAME = ("per_class_accuracy", "values", "thresholds")

@@ -205,7 +205,7 @@ def _measured(
     from bncli.export.engines import TITLES
     from bncli.wording import plural
 
-    titles: dict[str, str] = {TORCH: "PyTorch", **TITLES}
+    titles = {TORCH: "PyTorch"} | {str(name): title for name, title in TITLES.items()}
     shown = [
         f"{titles[name]} in {subjects[name].describe_runtime()['precision']} {1e3 * times[name]:.3g} ms"
         for name in sorted(times, key=times.__getitem__)

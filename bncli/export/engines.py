@@ -100,7 +100,10 @@ class OpenVino:
 
     @classmethod
     def open(cls, path: Path, threads: int | None = None, precision: Precision = "float32") -> "OpenVino":
-        """The same, also of ONNX; in float32, unless `precision` is bfloat16, which OpenVINO may take by itself."""
+        """The same, also of an .onnx file, in float32 unless `precision` is bfloat16.
+
+        Left alone OpenVINO would take what is fast.
+        """
         require("openvino")
         engine: Any = importlib.import_module("openvino")
         settings = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"}

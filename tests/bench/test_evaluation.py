@@ -5,26 +5,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from bncli.bench import evaluation
+from bncli.bench.alone import Specification, start_alone
 from bncli.bench.evaluation import (
+    EvaluationBench,
+    PathSpeed,
+    _in_turns,
+    _ratio,
+)
+from bncli.bench.ways import (
+    BFLOAT16,
     COMPILED,
+    EXPORTED,
+    FLOAT32,
     FOLDED,
     ONNX,
     OPENVINO,
     OURS,
     PLAIN,
-    EvaluationBench,
-    PathSpeed,
-    _in_turns,
-    _paths,
-    _ratio,
+    ways_of_checkpoint,
 )
 from bncli.checkpoints import load_checkpoint, load_model
 from bncli.config import RuntimeConfig
+from bncli.errors import BncliError
+from bncli.hardware import has_fast_bfloat16
 from bncli.runtime import resolve_runtime
 from tests.conftest import Bncli
+from tests.missing_packages import without
 
-FEW = ("--rounds", 2, "--batches", 1, "--calls", 3, "--batch-size", 50)
+FEW = ("--rounds", 2, "--batches", 1, "--calls", 3, "--batch-size", 50, "--starts", 0)
 
 
 def test_every_path_has_its_speed_its_ratios_and_its_flips(bncli: Bncli, finished_run: Path) -> None:
@@ -35,11 +43,11 @@ def test_every_path_has_its_speed_its_ratios_and_its_flips(bncli: Bncli, finishe
     paths = {path["name"]: path for path in result["paths"]}
     assert list(paths) == [PLAIN, OURS, FOLDED, ONNX, OPENVINO]
     if importlib.util.find_spec("openvino") is None:
-        assert paths.pop(OPENVINO)["how"] == "not installed: pip install 'bncli[openvino]'"
+        assert paths.pop(OPENVINO)["how"] == "openvino is not installed: pip install 'bncli[openvino]'"
     for path in paths.values():
         assert path["images_per_second"] > 0
         assert 0 < path["latency_median_ms"] <= path["latency_p99_ms"]
-        for key in ("throughput_ratio", "latency_ratio", "latency_ratio_to_onnx"):
+        for key in ("throughput_ratio", "throughput_ratio_to_onnx", "latency_ratio", "latency_ratio_to_onnx"):
             assert 0 < path[key]["min"] <= path[key]["median"] <= path[key]["max"]
         assert path["prediction_flips"] == path["num_flips"] / 120
     assert paths[PLAIN]["throughput_ratio"] == {"median": 1, "min": 1, "max": 1}
@@ -52,44 +60,96 @@ def test_every_path_has_its_speed_its_ratios_and_its_flips(bncli: Bncli, finishe
 def test_without_onnx_runtime_its_row_says_so(
     bncli: Bncli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "missing_packages", lambda: ("onnxruntime",))
+    without(monkeypatch, "onnxruntime")
     outcome = bncli("bench", "eval", finished_run / "last.pt", *FEW)
     assert outcome.code == 0
-    assert "not installed: pip install onnxruntime" in outcome.out
+    assert "onnxruntime is not installed: pip install 'bncli[onnx]'" in outcome.out
     assert "medians of 2 rounds" in outcome.out
 
 
-def test_a_package_that_is_not_there_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
-    assert evaluation.missing_packages() == ("onnx",)
-
-
-def test_all_paths_compute_the_same_network(finished_run: Path) -> None:
+def test_all_ways_compute_the_same_network(finished_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    checkpoint = load_checkpoint(finished_run / "last.pt")
+    path = finished_run / "last.pt"
+    checkpoint = load_checkpoint(path)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     oracle = load_model(checkpoint).double()(images)  # float64
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
         runtime = resolve_runtime(RuntimeConfig(device="cpu", precision=precision))
-        paths, _, _ = _paths(checkpoint, images[:2], runtime)
-        for name, classify in paths.items():
-            error = (classify(images) - oracle).abs().max() / oracle.abs().max()
-            assert error < (tolerance if name in {OURS, FOLDED} else 1e-5), name
-    assert error < 1e-5  # the last is ONNX Runtime, of another number of images than it was exported with
+        # engines get another number of images than they were exported with
+        ways = ways_of_checkpoint(path, checkpoint, images[:2], runtime, tmp_path, compiles=False)
+        assert [way.name for way in ways] == [PLAIN, OURS, FOLDED, ONNX, OPENVINO]
+        for way in ways:
+            if way.classify is not None:
+                error = (way.classify(images) - oracle).abs().max() / oracle.abs().max()
+                assert error < (tolerance if way.name in {OURS, FOLDED, OPENVINO} else 1e-5), way.name
 
 
 def a_path(name: str, rate: float, ms: float, flips: float) -> PathSpeed:
     return PathSpeed(name, "", images_per_second=rate, latency_median_ms=ms, prediction_flips=flips)
 
 
-def test_the_fastest_is_named_among_those_that_change_hardly_any_prediction() -> None:
-    paths = [a_path("a", 10, 3, 0), a_path("b", 20, 4, 0.002), a_path("c", 90, 1, 0.003), PathSpeed("d", "")]
+def test_what_to_use_is_named_among_the_ways_that_change_hardly_any_prediction() -> None:
+    onnx = a_path(ONNX, 20, 4, 0.002)
+    paths = [a_path("a", 10, 3, 0), onnx, a_path("c", 90, 1, 0.003), PathSpeed("d", "")]
 
     def verdict(*chosen: PathSpeed) -> str:
-        return EvaluationBench(tuple(chosen), 1, 1, 1, 1, 1, None, {}, {}).verdict
+        return EvaluationBench(tuple(chosen), 1, 1, 1, 1, 0, 1, None, {}, {}).verdict
 
-    assert verdict(*paths) == "The fastest here is b for batches, and a for single images."
-    assert verdict(paths[0]) == "The fastest here is a, for batches and for single images."
+    how = "(ONNX Runtime: --engine onnxruntime)"
+    assert verdict(*paths) == f"Use a here for single images, and ONNX Runtime for batches {how}."
+    assert verdict(paths[0]) == "Use a here, for single images and for batches."
+    assert verdict(onnx) == "Use ONNX Runtime here, for single images and for batches."
+
+
+def test_an_exported_file_is_timed_by_its_own_engine(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    assert bncli("export", finished_run / "last.pt", "-o", tmp_path / "a.pt2", "--num-images", 8).code == 0
+    result = bncli("bench", "eval", tmp_path / "a.pt2", *FEW, "--json").json
+    (path,) = result["paths"]
+    assert path["name"] == EXPORTED
+    assert path["images_per_second"] > 0
+    assert path["first_answer_seconds"] is None
+    outcome = bncli("bench", "eval", tmp_path / "a.pt2", *FEW, "--device", "cpu")
+    assert (outcome.code, "it is computed on the CPU" in outcome.err) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "names"), [("onnx", [ONNX, FLOAT32, BFLOAT16]), ("xml", [FLOAT32, BFLOAT16])]
+)
+def test_openvino_is_timed_on_files_that_it_reads(
+    bncli: Bncli, finished_run: Path, tmp_path: Path, suffix: str, names: list[str]
+) -> None:
+    for package in ("onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    file = tmp_path / f"a.{suffix}"
+    assert bncli("export", finished_run / "last.pt", "-o", file, "--num-images", 8).code == 0
+    found = bncli("bench", "eval", file, *FEW[:-1], 1, "--json").json["paths"]
+    expected = names if has_fast_bfloat16(torch.device("cpu")) else names[:-1]
+    assert [path["name"] for path in found] == expected
+    assert found[-1]["prediction_flips"] <= 0.05
+    assert all(0 < path["first_answer_seconds"] < 60 for path in found)
+
+
+@pytest.mark.slow
+def test_every_way_starts_in_a_process_of_its_own(bncli: Bncli, finished_run: Path) -> None:
+    result = bncli("bench", "eval", finished_run / "last.pt", *FEW[:-1], 1, "--json").json
+    paths = {path["name"]: path for path in result["paths"] if path["images_per_second"]}
+    assert result["num_starts"] == 1
+    for path in paths.values():
+        assert 0 < path["first_answer_seconds"] < 60
+        assert path["first_answer_ratio"]["median"] > 0
+        assert 20 < path["peak_mib"] < 2000
+    if ONNX in paths:  # it needs no PyTorch
+        assert paths[ONNX]["peak_mib"] < paths[PLAIN]["peak_mib"]
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    nowhere = Specification(str(tmp_path / "no.pt"), "plain", 1, runtime={})
+    with pytest.raises(BncliError, match=r"^plain in a process of its own failed: [^\n]*no\.pt[^\n]*$"):
+        start_alone(nowhere, (3, 32, 32), 2)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "predict": ("predict", "CHECKPOINT", "IMAGE"),
     "recalibrate": ("recalibrate", "CHECKPOINT", "-o", "new.pt"),
     "demo CHECKPOINT": ("demo", "CHECKPOINT", "--num-images", 20),
-    "bench eval": ("bench", "eval", "CHECKPOINT", "--rounds", 1, "--calls", 1, "--batches", 1),
+    "bench eval": ("bench", "eval", "CHECKPOINT", "--rounds", 1, "--calls", 1, "--batches", 1, "--starts", 0),
     "bench train": ("bench", "train", "CONFIG", "--rounds", 1, "--steps", 1),
 }
 FULL_SIZE = {f"augment.{kind}_{what}" for kind in ("small", "crop") for what in ("epochs", "size")}
