@@ -182,7 +182,7 @@ def _fastest(subject: "Subject", images: "Tensor") -> "Subject":
         if difference is None:
             subjects[engine] = other
         else:
-            left_out.append(f"{title}: {difference}")
+            left_out.append(difference)
 
     def call(one: "Subject") -> None:
         with torch.no_grad(), one.runtime.autocast():

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -205,14 +205,32 @@ def check_writable(path: Path, *inputs: Path | str) -> None:
     a checkpoint, a program or a configuration.
     """
     if path.is_file():
-        if any(os.path.exists(one) and os.path.samefile(path, one) for one in inputs):  # noqa: PTH110, PTH121
-            raise BncliError(f"{path}: is an input, which is never changed; give another name")
+        _refuse_input(path, inputs)
         if path.suffix.lower() in _NEVER_REPLACED:
             raise BncliError(f"{path}: exists, and is no result of this command; give another name")
     if path.is_dir():
         raise BncliError(f"{path}: cannot be written: it is a directory")
     if not path.parent.is_dir():
         raise BncliError(f"{path}: cannot be written: there is no directory {path.parent}")
+
+
+def check_new(path: Path, *inputs: Path | str) -> None:
+    """Refuse a file that is to be made, and never replaced, before the work begins.
+
+    Raises BncliError where it is there already, is one of the `inputs`, or clearly cannot be written.
+    """
+    _refuse_input(path, inputs)
+    if path.exists() or path.is_symlink():
+        raise BncliError(f"{path}: exists already; give another name, or remove it first")
+    check_writable(path)
+
+
+def _refuse_input(path: Path, inputs: Iterable[Path | str]) -> None:
+    if path.is_file() and any(
+        os.path.exists(one) and os.path.samefile(path, one)  # noqa: PTH110, PTH121
+        for one in inputs
+    ):
+        raise BncliError(f"{path}: is an input, which is never changed; give another name")
 
 
 def make_empty_dir(path: Path) -> None:

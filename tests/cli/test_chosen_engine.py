@@ -81,7 +81,7 @@ def test_auto_leaves_out_an_engine_that_computes_something_else(
     right = evaluated(bncli, finished_run)["accuracy"]
     outcome = bncli("eval", finished_run / "last.pt", *FEW, "--json", "--engine", "auto")
     assert outcome.json["accuracy"] == right
-    said = r"auto takes PyTorch; .*ONNX Runtime: ONNX Runtime \S+ in float32 differs from PyTorch in float32 by \d"
+    said = r"auto takes PyTorch; .*, ONNX Runtime \S+ in float32 differs from PyTorch in float32 by \d"
     assert re.search(said, outcome.err)
     outcome = bncli("eval", finished_run / "last.pt", *FEW, "--json", "--engine", "onnxruntime")
     assert outcome.json["accuracy"] != right

@@ -21,6 +21,7 @@ from bncli.cli.options import (
     ModelOption,
     NormalizationOption,
     SetOption,
+    check_new,
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import BncliError, ConfigError, DataError, ForeignNetworkError
@@ -218,13 +219,9 @@ def _find_sources(sources: list[Path], run_dir: Path | None, last: int | None) -
 
 def _check_output(output: Path | None, sources: list[Path]) -> Path:
     """Refuse before the work begins what could not be written after it."""
-    from bncli.cli.options import check_writable
-
     if output is None:
         raise ConfigError("bncli average", ["give -o NEW for the file of the average"])
-    check_writable(output, *sources)
-    if output.exists() or output.is_symlink():
-        raise BncliError(f"{output}: exists already; give another name, or remove it first")
+    check_new(output, *sources)
     return output
 
 

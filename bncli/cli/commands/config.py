@@ -123,9 +123,7 @@ def _write(text: str, output: Path | None) -> None:
         with output.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(
-            str(output), ["exists already, and is not overwritten; choose another name"]
-        ) from None
+        raise ConfigError(str(output), ["exists already; give another name, or remove it first"]) from None
     except OSError as error:
         raise ConfigError(str(output), [f"cannot be written: {error.strerror or error}"]) from None
     print_note(f"wrote {output}")

@@ -20,7 +20,7 @@ from bncli.cli.options import (
     NormalizationOption,
     PartialOption,
     SetOption,
-    check_writable,
+    check_new,
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.errors import BncliError, CheckpointError, ConfigError
@@ -160,9 +160,7 @@ def check_output(output: Path, checkpoint: Path) -> None:
     """Refuse before the work begins what could not be written after it, and what is there already."""
     names = [output] if output.suffix.lower() != ".xml" else [output, output.with_suffix(".bin")]
     for name in names:
-        if name.exists() or name.is_symlink():
-            raise BncliError(f"{name}: exists already; give another name, or remove it first")
-    check_writable(output, checkpoint)
+        check_new(name, checkpoint)
 
 
 def _check_statistics(source: ExportSource, path: Path, *, force: bool) -> None:

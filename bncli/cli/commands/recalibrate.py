@@ -23,7 +23,7 @@ from bncli.cli.options import (
     NormalizationOption,
     PartialOption,
     SetOption,
-    check_writable,
+    check_new,
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.shared_work import shared_work
@@ -213,11 +213,7 @@ def _check_options(
         raise BncliError(
             f"{as_typed(checkpoint)}: new ones are made of files on this machine; download it first"
         )
-    if output.exists() or output.is_symlink():
-        if checkpoint.exists() and output.exists() and output.samefile(checkpoint):
-            raise BncliError(f"{output}: is the checkpoint itself, which is never changed; give another name")
-        raise BncliError(f"{output}: exists already; give another name, or remove it first")
-    check_writable(output)
+    check_new(output, checkpoint)
 
 
 def _check_container(subject: "Subject", layers: str | None) -> None:

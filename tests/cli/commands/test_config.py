@@ -58,7 +58,7 @@ def test_output_goes_to_a_new_file_only(bncli: Bncli, tmp_path: Path) -> None:
     before = path.read_bytes()
     again = bncli("config", "cifar10", "-o", path)
     assert (again.code, again.out) == (2, "")
-    assert f"{path}: exists already, and is not overwritten" in again.err
+    assert f"{path}: exists already; give another name" in again.err
     assert path.read_bytes() == before
     nowhere = bncli("config", "cifar10", "-o", tmp_path / "no" / "my.yaml")
     assert nowhere.code == 2
