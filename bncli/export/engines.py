@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bncli.errors import BncliError, CheckpointError
+from bncli.export.openvino_pooling import mend_pooling
 from bncli.export.record import Precision
 
 Array = npt.NDArray[Any]
@@ -111,7 +112,9 @@ class OpenVino:
             settings["INFERENCE_NUM_THREADS"] = str(threads)
         try:
             core = engine.Core()
-            request = core.compile_model(core.read_model(path), "CPU", settings).create_infer_request()
+            model = core.read_model(path)
+            mend_pooling(model)
+            request = core.compile_model(model, "CPU", settings).create_infer_request()
         except Exception as error:
             raise CheckpointError(f"{path}: OpenVINO cannot open it: {in_one_line(error)}") from None
         return cls(f"OpenVINO {engine.__version__.partition('-')[0]}", path, request, engine)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bncli.atomic_file import sync_directory
 from bncli.errors import BncliError, ConfigError
 from bncli.export.engines import in_one_line, require
+from bncli.export.openvino_pooling import mend_pooling
 from bncli.export.record import KEY, ExportRecord
 
 Format = Literal["onnx", "openvino", "pt2", "safetensors"]
@@ -173,6 +174,7 @@ def _write_openvino(program: torch.export.ExportedProgram, file: Path, record: E
     try:
         with _quiet():
             model = openvino.convert_model(program)
+            mend_pooling(model)
     except Exception as error:
         reason = _unsupported(error, program)
         raise BncliError(f"the network cannot be written for OpenVINO: {reason}") from None
