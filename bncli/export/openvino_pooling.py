@@ -2,9 +2,9 @@
 
 The plugin moves an activation behind max pooling ahead of it, into the convolution before. Of GELU, SiLU,
 Hardswish, Mish and the absolute value that is another function, since they fall somewhere: the largest input
-of a window does not give the largest output (`findings/openvino-moves-gelu-ahead-of-max-pooling.sh`). It looks
-for a pooling with one reader. So here the pooling gets a second one: its output is the maximum of itself and
-itself, which is the same number.
+of a window does not give the largest output. It looks for a pooling with one reader. So here the pooling gets
+a second one: its output is the maximum of itself and itself, which is the same number. Shown in
+`findings/openvino-moves-gelu-ahead-of-max-pooling.sh`.
 """
 
 import importlib

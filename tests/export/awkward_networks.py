@@ -34,6 +34,22 @@ class Awkward(nn.Module):
         return self.head(self.of_linear(self.linear(x)).relu())
 
 
+class FallingActivations(nn.Module):
+    """Activations that fall somewhere, behind pooling: what engines move ahead of it is another function."""
+
+    def __init__(self, num_classes: int = 5) -> None:
+        super().__init__()
+        self.first, self.of_first = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.of_second = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, num_classes)."""
+        x = nn.functional.gelu(self.of_first(nn.functional.max_pool2d(self.first(images), 2)))
+        x = nn.functional.silu(nn.functional.max_pool2d(self.of_second(self.second(x)), 2))
+        return self.head(x.mean((2, 3)))
+
+
 class SharedConvolution(nn.Module):
     """One convolution with a BatchNorm of its own at each of two places, as in a siamese network."""
 

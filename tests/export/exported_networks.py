@@ -57,7 +57,7 @@ TIMM = {
     "levit_128s": 224,
     "skresnet18": 64,
 }
-AWKWARD = {"Awkward": 32, "SharedConvolution": 32, "SharedPair": 32}
+AWKWARD = {"Awkward": 32, "FallingActivations": 32, "SharedConvolution": 32, "SharedPair": 32}
 CASES = {
     **{f"torchvision:{name}": size for name, size in TORCHVISION.items()},
     **{f"timm:{name}": size for name, size in TIMM.items()},
