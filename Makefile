@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:  # no half-made .venv
 .NOTPARALLEL:  # one pip at a time
-.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale bench-step bench-streamed
+.PHONY: help install run test test-all lint format bench-accuracy bench-exact bench-export bench-inspection bench-loading bench-population bench-processes bench-ranks bench-report bench-scale bench-step bench-streamed
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ bench-accuracy: $(DEVELOPING)  ## time bncli train to an accuracy; ARGS="CONFIG 
 
 bench-exact: $(DEVELOPING)  ## time recalibration by the method exact
 	@$(BIN)/python -m tests.benchmarks.exact $(ARGS)
+
+bench-export: $(DEVELOPING)  ## time bncli predict with a checkpoint and its exports; ARGS="CHECKPOINT"
+	@$(BIN)/python -m tests.benchmarks.export $(ARGS)
 
 bench-inspection: $(DEVELOPING)  ## time bncli inspect-stats on large files
 	@$(BIN)/python -m tests.benchmarks.inspection $(ARGS)

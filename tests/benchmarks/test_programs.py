@@ -14,6 +14,7 @@ from bncli.errors import BncliError
 from tests.benchmarks import (
     accuracy,
     exact,
+    export,
     inspection,
     loading,
     population,
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROGRAMS = {
     "accuracy": accuracy,
     "exact": exact,
+    "export": export,
     "inspection": inspection,
     "loading": loading,
     "population": population,

@@ -41,12 +41,13 @@ class FallingActivations(nn.Module):
         super().__init__()
         self.first, self.of_first = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.second, self.of_second = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
         self.head = nn.Linear(8, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) to logits (N, num_classes)."""
-        x = nn.functional.gelu(self.of_first(nn.functional.max_pool2d(self.first(images), 2)))
-        x = nn.functional.silu(nn.functional.max_pool2d(self.of_second(self.second(x)), 2))
+        x = nn.functional.gelu(self.of_first(self.pool(self.first(images))))
+        x = nn.functional.silu(self.pool(self.of_second(self.second(x))))
         return self.head(x.mean((2, 3)))
 
 
