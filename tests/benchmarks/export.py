@@ -35,7 +35,6 @@ class ExportedBench:
 
     name: str
     predict_seconds: list[float]  # of each round
-    peak_mib: float  # of predict
     export_seconds: float | None  # with the proof; None: the checkpoint
     largest_difference: float | None  # that the proof found, relative to the largest output of the image
     num_bytes: int
@@ -95,7 +94,6 @@ def _row(name: str, done: list[Finished], made: Finished | None, checkpoint: Pat
     return ExportedBench(
         name=name,
         predict_seconds=[one.seconds for one in done],
-        peak_mib=max(one.peak_mib for one in done),
         export_seconds=None if made is None else made.seconds,
         largest_difference=None if document is None else document["proof"]["max_rel_diff"],
         num_bytes=checkpoint.stat().st_size if document is None else document["num_bytes"],
@@ -121,12 +119,12 @@ def run(
 def show_export_bench(result: ExportBench) -> None:
     """One row for the checkpoint, and one for each file."""
     console = console_for_results()
-    table = table_of(None, "predict", "seconds", "ratio", "from", "to", "MiB", "MB", "export s", "proof")
+    table = table_of(None, "predict", "seconds", "ratio", "from", "to", "MB", "export s", "proof")
     bases = result.rows[0].predict_seconds
     for row in result.rows:
         ratios = [one / base for one, base in zip(row.predict_seconds, bases, strict=True)]
         cells = [f"{median(row.predict_seconds):.2f}", f"{median(ratios):.2f}"]
-        cells += [f"{min(ratios):.2f}", f"{max(ratios):.2f}", f"{row.peak_mib:.0f}"]
+        cells += [f"{min(ratios):.2f}", f"{max(ratios):.2f}"]
         cells += [f"{row.num_bytes / 1e6:.1f}"]
         cells += ["-" if row.export_seconds is None else f"{row.export_seconds:.1f}"]
         cells += ["-" if row.largest_difference is None else f"{row.largest_difference:.0e}"]

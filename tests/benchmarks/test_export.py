@@ -14,6 +14,5 @@ def test_the_checkpoint_and_its_exports_take_turns(benchmark: Benchmark, finishe
     assert list(rows) == ["checkpoint", ".pt2"]
     for row in rows.values():
         assert len(row["predict_seconds"]) == 2
-        assert row["peak_mib"] > 50
     assert rows[".pt2"]["largest_difference"] < 1e-3
     assert rows[".pt2"]["export_seconds"] > 0
