@@ -77,8 +77,9 @@ EngineOption = Annotated[
     Literal["torch", "auto", "onnxruntime", "openvino"] | None,
     typer.Option(
         "--engine",
-        help="What computes the network; auto measures which one is the fastest here. Short for --set"
-        " runtime.engine=NAME.",
+        metavar="NAME",
+        help="Compute with torch, onnxruntime, openvino, or auto: the fastest of them, measured at the start."
+        " Short for --set runtime.engine=NAME.",
         rich_help_panel=DATA,
     ),
 ]
