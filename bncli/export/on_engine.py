@@ -1,16 +1,20 @@
 """A network in memory, handed to another engine: exported to a file that is gone again at once."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bncli.errors import BncliError, CheckpointError
 from bncli.export.engine_network import EngineNetwork
 from bncli.export.engines import EngineName, OnnxRuntime, OpenVino, require_engine
 from bncli.export.prepared import prepare
 from bncli.export.record import Precision, folding_in_words
 from bncli.export.write import engine_files
+
+_NOBODYS_FILE = "the network"  # in messages, in place of a file that is gone
 
 
 def on_engine(
@@ -36,10 +40,14 @@ def on_engine(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / ("network.onnx" if name == "onnxruntime" else "network.xml")
         engine_files(network, _two(example), file)
-        if name == "onnxruntime":
-            engine: OnnxRuntime | OpenVino = OnnxRuntime.open(file, threads)
-        else:
-            engine = OpenVino.open(file, threads, precision)
+        try:
+            if name == "onnxruntime":
+                engine: OnnxRuntime | OpenVino = OnnxRuntime.open(file, threads)
+            else:
+                engine = OpenVino.open(file, threads, precision)
+        except CheckpointError as error:
+            raise BncliError(str(error).replace(str(file), _NOBODYS_FILE)) from None
+        engine = replace(engine, path=Path(_NOBODYS_FILE))  # for later errors
     return EngineNetwork(
         engine,
         pixels="float32" if example.is_floating_point() else "uint8",

@@ -116,8 +116,8 @@ def export_checkpoint(
 ) -> int:
     """Write a network for another engine, and prove it.
 
-    BatchNorm is folded away, and the file is opened again: it must compute what the checkpoint does. Then
-    `bncli eval` and `bncli predict` take it. Exit code 1 if it does not; then nothing is written.
+    BatchNorm is folded away, and the file is opened again: it must compute what the checkpoint does. Exit
+    code 1 if it does not; then nothing is written. `bncli eval` and `bncli predict` take the file.
 
     Examples:
     bncli export runs/first/last.pt -o net.pt2
