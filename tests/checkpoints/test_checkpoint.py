@@ -51,7 +51,7 @@ def test_the_loaded_network_is_in_eval_mode_and_knows_its_normalization(finished
         (b"just text, no checkpoint", "not a checkpoint"),
         (PNG, "not a checkpoint"),
         (b"PK\x03\x04" + bytes(100), "not a checkpoint"),
-        (pickle.dumps({"a": 1}), "not a checkpoint"),
+        (pickle.dumps({"a": 1}), "a pickle, but not of torch.save"),
     ],
 )
 def test_another_file_is_named_as_no_checkpoint(tmp_path: Path, content: bytes, expected: str) -> None:

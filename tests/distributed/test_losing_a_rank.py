@@ -14,7 +14,7 @@ from tests.distributed.torchrun import torchrun
 def test_the_others_end_within_the_timeout(tmp_path: Path, fate: str, method: str) -> None:
     torchrun(3, "-m", program.__name__, fate, method, tmp_path)
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())]
-    assert len(found) == 2  # torchrun gives them the time to say it
+    assert len(found) == 2
     for one in found:
         assert one["told"].startswith("PeerLostError: rank")
         assert "another process ended, or did not answer within the group's timeout" in one["told"]

@@ -434,7 +434,6 @@ def test_commands_that_need_the_checkpoint_ask_for_it(
             ("recalibrate", exported["path"], "-o", tmp_path / "new.pt"),
             "(.pt2); bncli does not read it: give the",
         ),
-        (("bench", "eval", exported["path"]), "give the checkpoint that it was exported from"),
     ):
         outcome = bncli(*arguments)
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
