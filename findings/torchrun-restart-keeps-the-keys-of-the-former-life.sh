@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # After a restart by torchrun (--max-restarts) its store still has the keys of the processes that died.
 #
-# torch/distributed/rendezvous.py says "We create a new TCPStore for every retry so no need to add prefix for
-# each attempt". With --standalone and --rdzv-backend c10d the store is the agent's, at the same address in every
+# A comment in torch/distributed/rendezvous.py has it that every retry gets a store of its own, so that keys need
+# no prefix. With --standalone and --rdzv-backend c10d the store is the agent's, at the same address in every
 # life, and nothing is removed from it. So what a program keeps there is met again: a barrier that counts who has
 # arrived is passed at once by the first process of the second life, and a key that says "ready" or "stop" is
 # still set. Nothing warns of it. Put TORCHELASTIC_RESTART_COUNT into the name of each key.

@@ -25,7 +25,7 @@ TIMEOUT = 4.0  # seconds
 
 def main(fate: str, method: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends as soon as it sees that a rank is gone
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends once it sees a rank gone
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
     rank, is_last = dist.get_rank(), dist.get_rank() == dist.get_world_size() - 1
     began = time.monotonic()
