@@ -42,7 +42,8 @@ class Proof:
     def verdict(self) -> str:
         """One sentence."""
         if self.holds:
-            return "The file computes what the checkpoint does, but for rounding."
+            exactness = "but for rounding" if self.max_abs_diff else "to the bit"
+            return f"The file computes what the checkpoint does, {exactness}."
         return (
             f"The file does NOT compute what the checkpoint does: an output differs by"
             f" {self.max_rel_diff:.2g} of the largest, {self.tolerance:g} is allowed."

@@ -214,6 +214,8 @@ def _find_sources(sources: list[Path], run_dir: Path | None, last: int | None) -
                 " train.keep_epochs=5 to keep the last five"
             ],
         )
+    if last is not None and last > len(found):
+        print_note(f"{run_dir} keeps {plural(len(found), 'epoch')}, so --last {last} takes these")
     return found[-(last or len(found)) :]
 
 

@@ -22,7 +22,7 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     console = console_for_results()
     record, proof = found.record, found.proof
     files = list_names([file.name for file in found.files])
-    size = f"{found.num_bytes / 1e6:,.2f} MB"
+    size = f"{found.num_bytes / 1e6:,.2f} MB" if found.num_bytes >= 1e6 else f"{found.num_bytes / 1e3:.1f} kB"
     print_wrapped(
         console, f"{checkpoint}: {f'written to {output}' if files else 'NOT written'}", style="bold"
     )

@@ -59,6 +59,14 @@ def test_epochs_of_a_run(bncli: Bncli, kept_run: Path, tmp_path: Path) -> None:
     assert again["accuracy"] == made.test_accuracy
 
 
+def test_more_epochs_than_a_run_keeps_are_told(bncli: Bncli, kept_run: Path, tmp_path: Path) -> None:
+    outcome = bncli(
+        "average", "--of", kept_run, "--last", 9, "-o", tmp_path / "a.pt", "--no-evaluate", "--json"
+    )
+    assert f"{kept_run} keeps 3 epochs, so --last 9 takes these" in outcome.err
+    assert len(json.loads(outcome.out)["sources"]) == 3
+
+
 def test_greedy_leaves_out_what_lowers_the_accuracy(bncli: Bncli, kept_run: Path, tmp_path: Path) -> None:
     ruined = tmp_path / "ruined.pt"
     from dataclasses import replace
