@@ -100,7 +100,7 @@ COMMANDS = [
     "report run -o page.html --measure --num-images 40",
     "doctor",
     "doctor run/last.pt",
-    "bench eval run/last.pt --rounds 1 --calls 2",
+    "bench eval run/last.pt --rounds 1 --calls 2 --starts 1",
     "explain",
     "explain momentum",
     "config",
