@@ -111,7 +111,7 @@ from bncli.training.run import Run
 data = SyntheticConfig(num_train=1000, num_test=100)
 setup = prepare(Config(data=data, runtime=RuntimeConfig(device="cpu", reuse_memory={reuse})))
 if {start}:
-    Run.start(setup)
+    Run.start(setup).settle_memory()  # as at the end of the first step
 def count():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
