@@ -58,10 +58,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def same_start_for_every_test() -> Iterator[None]:
-    """No test depends on the random numbers drawn before it, nor on the threads that it asked for."""
+    """No test depends on what one before it left: random numbers, threads, variables of the environment."""
     torch.manual_seed(0)
+    environment = dict(os.environ)
     yield
     torch.set_num_threads(1)
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture

@@ -23,14 +23,17 @@ class Finished:
     message: str  # on stderr, without white space around it
 
 
-def run_child(command: Sequence[str], *, watch: Callable[[float], None] | None = None) -> Finished:
+def run_child(
+    command: Sequence[str], *, watch: Callable[[float], None] | None = None, **variables: str
+) -> Finished:
     """Run a command to its end; it does not outlive an exception or Ctrl-C here.
 
-    `watch` is given the seconds since the start, every POLL_SECONDS and once more after the end.
+    `watch` is given the seconds since the start, every POLL_SECONDS and once more after the end. `variables`
+    are those of the environment that are others there.
     """
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=errors)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=os.environ | variables)
         try:
             while process.returncode is None:
                 # wait4 tells the peak of this child alone, where RUSAGE_CHILDREN has that of all so far

@@ -5,7 +5,6 @@ batches, but for the last, which computes each batch as a whole.
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -141,8 +140,8 @@ def _measure(
         str(way.delay_ms),
         str(gigabits),
     ]
-    os.environ["OMP_NUM_THREADS"] = str(way.threads)  # torchrun would say that it chooses one
-    done = run_child([sys.executable, *(torchrun if way.processes > 1 else []), *words])
+    command = [sys.executable, *(torchrun if way.processes > 1 else []), *words]
+    done = run_child(command, OMP_NUM_THREADS=str(way.threads))  # torchrun would say that it chooses one
     if done.code:
         raise BncliError(f"{way.name} ended with {done.code}: {done.message[-300:]}")
     result: dict[str, Any] = json.loads(done.output)
