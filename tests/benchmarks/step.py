@@ -110,9 +110,13 @@ def bench_step(
 def _unpack(commit: str, folder: Path) -> None:
     """Put the files of a commit of this repository into a folder."""
     command = ["git", "-C", str(ROOT), "archive", "--format=tar", commit, "bncli", "configs"]
-    done = subprocess.run(command, capture_output=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise BncliError(f"--commit {commit}: git is needed, and not installed") from None
     if done.returncode:
-        raise BncliError(f"--commit {commit}: {done.stderr.decode(errors='replace').strip()[-200:]}")
+        first, *_ = done.stderr.decode(errors="replace").splitlines() or [f"git ended with {done.returncode}"]
+        raise BncliError(f"--commit {commit}: {first[:200]}")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
         tar.extractall(folder, filter="data")
 
