@@ -233,6 +233,9 @@ def hostile(folder: Path) -> None:
             "beside.weights.h5", "/layers/batch_normalization"
         )
     shutil.copy(folder.parent / "bfloat16.weights.h5", folder / "beside.weights.h5")
+    with h5py.File(folder / "elsewhere.weights.h5", "w") as file:
+        for name in names:
+            file.create_dataset(name, (4,), "f4", external=[("beside.weights.h5", 0, 16)])
 
 
 def whole_networks(target: Path) -> None:

@@ -47,6 +47,10 @@ def errors_of_hdf5() -> Iterator[None]:
         raise ForeignFileError(
             f"an HDF5 file that is written in a way that bncli does not read: {_text(error)}"
         ) from None
+    except AssertionError:  # pyfive's, without words, of what it does not know
+        raise UnreadableFileError(
+            "a damaged HDF5 file, or one that points to other files, which bncli does not follow"
+        ) from None
     except (Exception, RecursionError) as error:
         raise UnreadableFileError(f"a damaged or truncated HDF5 file: {_text(error)}") from None
 

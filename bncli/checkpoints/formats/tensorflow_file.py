@@ -47,7 +47,7 @@ def read_if_tensorflow_folder(folder: Folder) -> tuple[str, ForeignNetwork] | No
         UnreadableFileError: on damage, and where nothing tells which checkpoint is meant.
     """
     names = folder.names
-    if SAVED_MODEL in names and f"{VARIABLES}.index" in names:
+    if f"{VARIABLES}.index" in names:  # beside saved_model.pb, or .pbtxt, or .cpb of a large graph
         return "tensorflow savedmodel", _read(folder.open(f"{VARIABLES}.index"), VARIABLES, folder.open)
     prefixes = sorted(name.removesuffix(".index") for name in names if re.fullmatch(r"[^/]*\.index", name))
     prefixes = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}.data-") for name in names)]

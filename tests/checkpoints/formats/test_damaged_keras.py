@@ -97,7 +97,8 @@ def test_a_file_with_other_bytes_is_read_or_refused_500_times(
         ("giant", "it has no layers"),
         ("bomb", "far larger than those of any network"),
         ("laughs", "leads in a circle"),
-        ("external", "a damaged or truncated HDF5 file"),
+        ("external", "one that points to other files, which bncli does not follow"),
+        ("elsewhere", "an array lies beyond its end"),  # its numbers are in another file
     ],
 )
 def test_hdf5_that_claims_too_much_is_refused_in_little_memory(

@@ -40,6 +40,15 @@ def test_a_saved_model_is_found_by_directory_and_by_its_pb(keras_2: Corpus) -> N
         assert {layer.eps for layer in layers} == {0.02, 1e-3, 0.03}  # from keras_metadata.pb
 
 
+def test_a_saved_model_is_found_without_its_pb(keras_3: Corpus) -> None:
+    """Whose graph may be text (`saved_model.pbtxt`), or in parts (`saved_model.cpb`)."""
+    for name in ("nested_saved", "subclassed_export"):
+        assert not (keras_3.folder / name / "saved_model.pb").exists()
+        checkpoint, layers = keras_3.open(name)
+        assert checkpoint.kind == "tensorflow savedmodel"
+        assert len(layers) > 3
+
+
 def test_a_saved_model_at_a_url_is_read_with_the_files_beside_it(keras_2: Corpus) -> None:
     folder = keras_2.folder / "nested_saved"
     for path in folder.rglob("*"):
