@@ -74,6 +74,11 @@ class LayerStats:
         """Its eps; where the file has none, the default of its framework."""
         return self.convention.default_eps if self.eps is None else self.eps
 
+    @property
+    def is_tracked(self) -> bool:
+        """Whether it has running statistics; else it normalises by the batch's own."""
+        return self.running_mean is not None and self.running_var is not None
+
     def __repr__(self) -> str:
         """One line: which layer, how many updates, and between what its statistics lie."""
         parts = [f"{self.num_features} channels"]

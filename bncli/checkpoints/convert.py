@@ -17,6 +17,7 @@ from torch import Tensor
 from bncli.batchnorm import LayerStats
 from bncli.batchnorm.conventions import Variance
 from bncli.errors import BncliError, CheckpointError
+from bncli.wording import list_names
 
 Container = Literal["safetensors", "pt", "npz"]
 CONTAINERS: tuple[Container, ...] = ("safetensors", "pt", "npz")
@@ -53,6 +54,9 @@ class Conversion:
     notes: tuple[str, ...]  # how it was done, and where further training differs: a sentence each
     used: frozenset[str] = frozenset()  # of the file, that were converted beside those of BatchNorm
     missing: tuple[str, ...] = ()  # tensors of the network that the file had nothing for
+    untracked: tuple[
+        str, ...
+    ] = ()  # layers of the file that keep no statistics: weight and bias were written
 
 
 def convert_layers(
@@ -67,21 +71,41 @@ def convert_layers(
     made PyTorch's unbiased ones, n / (n - 1) times as large.
 
     Raises:
-        CheckpointError: for a layer without running statistics.
+        CheckpointError: where no layer has running statistics.
     """
     state: dict[str, Tensor] = {}
-    found = []
+    found, untracked = [], []
     for name, layer in zip(names or [layer.name for layer in layers], layers, strict=True):
-        converted, tensors = _convert(name, layer, values_per_channel)
         prefix = f"{name}." if name else ""
+        if layer.is_tracked:
+            converted, tensors = _convert(name, layer, values_per_channel)
+            found.append(converted)
+        else:
+            tensors = {leaf: tensor for leaf, tensor in _affine(layer).items() if tensor is not None}
+            untracked.append(layer.name)
         state |= {f"{prefix}{leaf}": tensor for leaf, tensor in tensors.items()}
-        found.append(converted)
+    check_tracked(layers)
     framework = layers[0].convention.framework if layers else "PyTorch"
-    return Conversion(framework, state, tuple(found), tuple(_notes(framework, found)))
+    notes = tuple(_notes(framework, found, untracked))
+    return Conversion(framework, state, tuple(found), notes, untracked=tuple(untracked))
 
 
-def _notes(framework: str, layers: Sequence[ConvertedLayer]) -> Iterator[str]:
+def check_tracked(layers: Sequence[LayerStats]) -> None:
+    """Raise CheckpointError where there are layers, and none of them has running statistics."""
+    if layers and not any(layer.is_tracked for layer in layers):
+        raise CheckpointError(f"{layers[0].name}: has no running statistics to convert")
+
+
+def _affine(layer: LayerStats) -> dict[str, Tensor | None]:
+    return {"weight": layer.weight, "bias": layer.bias}
+
+
+def _notes(framework: str, layers: Sequence[ConvertedLayer], untracked: Sequence[str]) -> Iterator[str]:
     """Where PyTorch's next steps are not those of the framework, and what makes them the same."""
+    if untracked:
+        yield (
+            f"No running statistics in {list_names(untracked)}: build with track_running_stats=False there."
+        )
     uncorrected = {layer.variance for layer in layers if layer.variance_factor == 1}
     if "biased" in uncorrected:
         yield (
@@ -110,10 +134,9 @@ def _notes(framework: str, layers: Sequence[ConvertedLayer]) -> Iterator[str]:
 
 def _convert(name: str, layer: LayerStats, values: float | None) -> tuple[ConvertedLayer, dict[str, Tensor]]:
     mean, var = layer.running_mean, layer.running_var
-    if mean is None or var is None:
-        raise CheckpointError(f"{layer.name}: has no running statistics to convert")
+    assert mean is not None and var is not None
     factor = 1.0 if values is None else values / (values - 1)
-    affine = {"weight": layer.weight, "bias": layer.bias}
+    affine = _affine(layer)
     filled = tuple(
         leaf
         for leaf, tensor in affine.items()

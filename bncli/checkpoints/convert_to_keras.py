@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
 from bncli.batchnorm.conventions import KERAS_3
-from bncli.checkpoints.convert import Conversion, convert_layers
+from bncli.checkpoints.convert import Conversion, check_tracked, convert_layers
 from bncli.checkpoints.convert_network import kernel_layers
 from bncli.checkpoints.flat_images import flat_pixels
 from bncli.checkpoints.kernel_axes import flat_of_keras, is_grouped, of_keras
@@ -50,9 +50,14 @@ def convert_to_keras(
     as Keras averages them. Convolutions and linear layers without bias get one of 0, as Keras' have one
     unless `use_bias=False`.
 
+    Layers without running statistics are left out: Keras has none such. bfloat16 is written as float32.
+
     Raises:
-        CheckpointError: for a layer without running statistics, and a network that cannot be run.
+        CheckpointError: where no layer has running statistics, and for a network that cannot be run.
     """
+    check_tracked(layers)
+    untracked = [layer.name for layer in layers if not layer.is_tracked]
+    layers = [layer for layer in layers if layer.is_tracked]
     modules = [] if network is None else kernel_layers(network)
     names = {layer.name: layer.name for layer in layers} | {name: name for name, _ in modules}
     known = None if network is None else keras_names(names)
@@ -85,7 +90,7 @@ def convert_to_keras(
         strides = note_strides(network, [name for name, _ in modules], for_keras=True)
     return replace(
         translated,
-        state_dict=arrays,
+        state_dict={name: _of_numpy(tensor) for name, tensor in arrays.items()},
         layers=tuple(
             replace(
                 one,
@@ -95,17 +100,28 @@ def convert_to_keras(
             )
             for one in translated.layers
         ),
-        notes=tuple(_notes(layers, factor, strides)),
+        notes=tuple(_notes(layers, factor, strides, untracked)),
         used=frozenset(used),
     )
+
+
+def _of_numpy(tensor: Tensor) -> Tensor:
+    """In a type that NumPy has; float32 holds every bfloat16 exactly."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _outputs(module: nn.Module) -> int:
     return int(module.out_channels if isinstance(module, _ConvNd) else module.out_features)  # type: ignore[arg-type]
 
 
-def _notes(layers: Sequence[LayerStats], factor: float, strides: str | None) -> list[str]:
+def _notes(
+    layers: Sequence[LayerStats], factor: float, strides: str | None, untracked: Sequence[str]
+) -> list[str]:
     notes = [] if strides is None else [strides]
+    if untracked:
+        notes.append(
+            f"Keras has no BatchNorm without running statistics: not written, {list_names(untracked)}."
+        )
     if factor == 1 and any(layer.convention.variance == "unbiased" for layer in layers):
         notes.append(
             "Keras averages biased variances, (n - 1) / n of these, with n values per channel: before further"

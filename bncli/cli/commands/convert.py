@@ -98,11 +98,11 @@ def convert_checkpoint(
             _check_variance(layers, to)
         convert = _to_keras if to == "keras" else _to_pytorch
         conversion = convert(checkpoint, layers, network, values_per_channel)
-        own = {f"{layer.name}." if layer.name else "" for layer in layers}
+        own = {layer.source for layer in conversion.layers} | set(conversion.untracked)
         left = [
             name
             for name in checkpoint.tensors
-            if f"{name.rpartition('.')[0]}." not in own and name not in conversion.used
+            if name.rpartition(".")[0] not in own and name not in conversion.used
         ]
     with result_file(output, "the converted layers") as file:
         write_converted(conversion, file, container)

@@ -1,6 +1,7 @@
 """`bncli convert` and `bncli compare` on files of Keras, with Keras' own answers as the oracle."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from bncli.checkpoints import open_checkpoint
+from bncli.checkpoints.convert import convert_layers
+from bncli.errors import CheckpointError
 from tests.checkpoints.formats.framework_answers import FILES, Corpus, unpack
 from tests.conftest import Bncli
 
@@ -192,6 +196,46 @@ def test_layers_take_the_names_of_a_network(bncli: Bncli, tmp_path: Path) -> Non
     outcome = bncli("convert", tmp_path / "old.pt", "-o", new, "--model", network)
     assert outcome.code == 0, outcome.err
     assert {key.rpartition(".")[0] for key in torch.load(new, weights_only=True)} == {"1"}
+
+
+def test_a_layer_without_statistics_does_not_keep_the_others_from_being_converted(
+    bncli: Bncli, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(FILES / "exported" / "files.zip") as archive:
+        archive.extract("eval.pt2", tmp_path)
+        archive.extract("eval.pt", tmp_path)
+    new, state = tmp_path / "new.pt", torch.load(tmp_path / "eval.pt", weights_only=True)
+    outcome = bncli("convert", tmp_path / "eval.pt2", "-o", new)
+    assert outcome.code == 0, outcome.err
+    written = torch.load(new, weights_only=True)
+    owners = {key.removesuffix(".running_mean") for key in state if key.endswith(".running_mean")}
+    owners.remove("deep.4")  # InstanceNorm, as the graph tells
+    expected = {key for key in state if key.rpartition(".")[0] in owners | {"deep.3"}}
+    assert written.keys() == expected
+    assert {"deep.3.weight", "deep.3.bias"} <= written.keys()
+    assert all(torch.equal(written[key], state[key]) for key in written if "num_batches" not in key)
+    text = " ".join(outcome.out.split())
+    assert "No running statistics in deep.3: build with track_running_stats=False there." in text
+    outcome = bncli("convert", tmp_path / "eval.pt2", "-o", tmp_path / "new.npz", "--to", "keras", "--json")
+    assert any(note.endswith("not written, deep.3.") for note in outcome.json["notes"])
+    assert {"deep.3.weight", "deep.3.bias"} <= set(outcome.json["tensors_left_out"])
+    with np.load(tmp_path / "new.npz") as arrays:
+        assert {name.rpartition("/")[0] for name in arrays.files} == owners
+    nothing = FILES / "onnx" / "untracked.onnx"
+    with open_checkpoint(nothing) as checkpoint, pytest.raises(CheckpointError, match="no running stat"):
+        convert_layers([layer for layer in checkpoint.layers() if not layer.is_tracked])
+
+
+def test_bfloat16_is_written_for_keras_in_a_type_that_numpy_has(
+    bncli: Bncli, keras: Corpus, tmp_path: Path
+) -> None:
+    new = tmp_path / "new.npz"
+    outcome = bncli("convert", keras.folder / "bfloat16.keras", "-o", new, "--to", "keras")
+    assert outcome.code == 0, outcome.err
+    (answer,) = keras.answers("bfloat16.keras")
+    with np.load(new) as arrays:
+        for leaf in ("gamma", "beta", "moving_mean", "moving_variance"):
+            assert arrays[f"{answer['name']}/{leaf}"].tolist() == answer[leaf]
 
 
 def test_unbiased_variances_are_not_corrected_again(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:
