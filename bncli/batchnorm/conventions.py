@@ -17,7 +17,8 @@ class Convention:
     """How one framework's BatchNorm writes and updates its statistics."""
 
     framework: str
-    version: str  # that was measured
+    package: str  # that was run to measure it
+    version: str
     weight: str  # what it calls each of the four
     bias: str
     running_mean: str
@@ -56,6 +57,7 @@ def complement(momentum: float) -> float:
 
 PYTORCH = Convention(
     framework="PyTorch",
+    package="torch",
     version="2.13.0",
     weight="weight",
     bias="bias",
@@ -70,6 +72,7 @@ PYTORCH = Convention(
 )
 KERAS_3 = Convention(
     framework="Keras 3",
+    package="keras",
     version="3.15.1",
     weight="gamma",
     bias="beta",
@@ -84,6 +87,7 @@ KERAS_3 = Convention(
 )
 KERAS_2 = Convention(
     framework="tf.keras 2",
+    package="tf-keras",
     version="2.21.0",
     weight="gamma",
     bias="beta",
@@ -98,12 +102,17 @@ KERAS_2 = Convention(
 )
 # a file that does not say which of both wrote it
 KERAS_2_OR_3 = replace(
-    KERAS_3, framework="Keras 2 or 3", version="2.21.0 and 3.15.1", variance="biased or unbiased"
+    KERAS_3,
+    framework="Keras 2 or 3",
+    package="tf-keras, keras",
+    version="2.21.0 and 3.15.1",
+    variance="biased or unbiased",
 )
 # tf.layers and tf.compat.v1.layers: the same code as tf.keras 2, and names without a layer's configuration
-TENSORFLOW_1 = replace(KERAS_2, framework="TensorFlow 1")
+TENSORFLOW_1 = replace(KERAS_2, framework="TensorFlow 1", package="tensorflow")
 FLAX = Convention(
     framework="Flax",
+    package="flax",
     version="0.12.8",
     weight="scale",
     bias="bias",
@@ -118,6 +127,7 @@ FLAX = Convention(
 )
 HAIKU = Convention(
     framework="Haiku",
+    package="dm-haiku",
     version="0.0.17",
     weight="scale",
     bias="offset",
@@ -133,6 +143,7 @@ HAIKU = Convention(
 )
 EQUINOX = Convention(
     framework="Equinox",
+    package="equinox",
     version="0.13.8",
     weight="weight",
     bias="bias",
@@ -149,6 +160,7 @@ EQUINOX = Convention(
 # the operator; the statistics in a file are those of whoever trained the network
 ONNX = Convention(
     framework="ONNX",
+    package="onnx",
     version="opset 23",
     weight="scale",
     bias="B",
@@ -161,9 +173,12 @@ ONNX = Convention(
     variance="biased or unbiased",
     counter=None,
 )
-ONNX_OF_PYTORCH = replace(ONNX, framework="ONNX (of PyTorch)", version="2.13.0", variance="unbiased")
+ONNX_OF_PYTORCH = replace(
+    ONNX, framework="ONNX (of PyTorch)", package="torch", version="2.13.0", variance="unbiased"
+)
 PADDLE = Convention(
     framework="PaddlePaddle",
+    package="paddlepaddle",
     version="3.3.1",
     weight="weight",
     bias="bias",
@@ -179,6 +194,7 @@ PADDLE = Convention(
 # of Gluon; the operator by itself has eps 1e-3 and ignores gamma (fix_gamma)
 MXNET = Convention(
     framework="MXNet",
+    package="mxnet",
     version="1.9.1",
     weight="gamma",
     bias="beta",
@@ -193,6 +209,7 @@ MXNET = Convention(
 )
 MINDSPORE = Convention(
     framework="MindSpore",
+    package="mindspore",
     version="2.10.0",
     weight="gamma",
     bias="beta",
@@ -207,6 +224,7 @@ MINDSPORE = Convention(
 )
 CHAINER = Convention(
     framework="Chainer",
+    package="chainer",
     version="7.8.1",
     weight="gamma",
     bias="beta",
@@ -222,6 +240,7 @@ CHAINER = Convention(
 # as its source has it: there is no package to run. Its files are in the zoo of Detectron
 CAFFE2 = Convention(
     framework="Caffe2",
+    package="caffe2",
     version="not run",
     weight="s",
     bias="b",
@@ -234,8 +253,8 @@ CAFFE2 = Convention(
     variance="unbiased",
     counter=None,
 )
-MLX = replace(PYTORCH, framework="MLX", version="0.32.4", counter=None)
-TINYGRAD = replace(PYTORCH, framework="tinygrad", version="0.14.0")
+MLX = replace(PYTORCH, framework="MLX", package="mlx", version="0.32.4", counter=None)
+TINYGRAD = replace(PYTORCH, framework="tinygrad", package="tinygrad", version="0.14.0")
 CONVENTIONS = (
     PYTORCH,
     KERAS_3,

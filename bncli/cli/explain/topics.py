@@ -130,12 +130,12 @@ def _read(name: str, group: str) -> Topic:
 
 def _table_of_conventions() -> str:
     """A row for each framework, from the code that reads its files."""
-    lines = ["| framework | momentum | eps | variance | version |", "|---|---|---|---|---|"]
+    lines = ["| framework | momentum | eps | variance | source |", "|---|---|---|---|---|"]
     for one in CONVENTIONS:
         of_old = ", of the old" if one.momentum_weighs == "old average" else ""
         lines.append(
             f"| {one.framework} | {one.default_momentum:g}{of_old} | {one.default_eps:g} | {one.variance} |"
-            f" {one.version} |"
+            f" {one.package} {one.version} |"
         )
     return "\n".join(lines) + "\n"
 

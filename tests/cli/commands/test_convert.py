@@ -11,6 +11,7 @@ from torch import nn
 
 from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.convert import convert_layers
+from bncli.checkpoints.convert_to_keras import LEAVES
 from bncli.errors import CheckpointError
 from tests.checkpoints.formats.framework_answers import FILES, Corpus, unpack
 from tests.conftest import Bncli
@@ -229,13 +230,15 @@ def test_a_layer_without_statistics_does_not_keep_the_others_from_being_converte
 def test_bfloat16_is_written_for_keras_in_a_type_that_numpy_has(
     bncli: Bncli, keras: Corpus, tmp_path: Path
 ) -> None:
-    new = tmp_path / "new.npz"
-    outcome = bncli("convert", keras.folder / "bfloat16.keras", "-o", new, "--to", "keras")
+    source, new = keras.folder / "bfloat16.keras", tmp_path / "new.npz"
+    outcome = bncli("convert", source, "-o", new, "--to", "keras")
     assert outcome.code == 0, outcome.err
-    (answer,) = keras.answers("bfloat16.keras")
-    with np.load(new) as arrays:
-        for leaf in ("gamma", "beta", "moving_mean", "moving_variance"):
-            assert arrays[f"{answer['name']}/{leaf}"].tolist() == answer[leaf]
+    with open_checkpoint(source) as checkpoint, np.load(new) as arrays:
+        (layer,) = checkpoint.layers()
+        for leaf, role in LEAVES.items():
+            (tensor, array) = getattr(layer, leaf), arrays[f"low/{role}"]
+            assert (tensor.dtype, array.dtype) == (torch.bfloat16, np.float32)
+            assert tensor.double().tolist() == array.tolist()
 
 
 def test_unbiased_variances_are_not_corrected_again(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_a_page_is_plain_text_that_fits_a_screen_and_ends_with_a_command(bncli: 
     assert lines[-1].strip() == topic.commands[-1]
 
 
+def test_a_framework_s_row_names_what_was_run(bncli: Bncli) -> None:
+    text = page(bncli, "other-frameworks")
+    for one in CONVENTIONS:
+        eps = re.escape(f"{one.default_eps:g}")
+        source = re.escape(f"{one.package} {one.version}")
+        assert re.search(
+            rf"^ {one.framework} +{one.default_momentum:g}.* {eps} +{one.variance} +{source}$",
+            text,
+            flags=re.MULTILINE,
+        ), one
+
+
 def test_without_a_topic_every_one_is_listed_in_its_group_on_a_line(bncli: Bncli) -> None:
     text = bncli("explain").out
     assert max(map(len, text.splitlines())) <= 80
