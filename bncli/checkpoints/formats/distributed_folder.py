@@ -1,28 +1,30 @@
 """Directories of torch.distributed.checkpoint: one network in the files of several processes (ranks).
 
 `.metadata` is a pickle: every tensor's type, size and chunks, and in which file each chunk lies. A chunk in
-`__RANK_NUMBER.distcp` is a whole file of `torch.save`. With `use_collectives=False` each rank writes a
-`__RANK.metadata` and a network of its own. Written as safetensors (HuggingFaceStorageWriter), every file
-tells in its header where in the whole its tensors belong.
+`__RANK_NUMBER.distcp` is a whole file of `torch.save`, which may be compressed by zstd. With
+`use_collectives=False` each rank writes a `__RANK.metadata` and a network of its own. Written as safetensors
+(HuggingFaceStorageWriter), every file tells in its header where in the whole its tensors belong.
 
 What all ranks hold alike, as BatchNorm's buffers under DDP and FSDP2, is written once, and shared out among
 ranks by size. So the running statistics of one network may be those of different ranks.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bncli.checkpoints.byte_source import ByteSource, UnreadableFileError
+from bncli.checkpoints.byte_source import MAX_READ, ByteSource, UnreadableFileError
 from bncli.checkpoints.folder import Folder
 from bncli.checkpoints.formats.inert_pickle import Global, Inert, OddKey, read_pickle
 from bncli.checkpoints.formats.safetensors_file import parse_json, read_with_metadata
 from bncli.checkpoints.formats.sharded_tensor import Chunk, join
 from bncli.checkpoints.formats.torch_pickle import DTYPES, TorchMeanings
 from bncli.checkpoints.formats.torch_zip import ZipArchive, read_torch_archive
+from bncli.checkpoints.formats.zstandard_frame import decompress
 from bncli.checkpoints.stored_tensor import MAX_DIMENSIONS, Storage, StoredTensor
 from bncli.wording import list_names
 
@@ -30,6 +32,8 @@ KIND = "torch distributed"
 METADATA = ".metadata"
 MAX_METADATA = 256 * 2**20  # bytes
 MAX_CHUNKS = 500_000  # of all tensors
+MAX_AROUND = 2**16  # bytes that torch.save writes around a tensor's numbers
+ZSTD = "stream.zstd/1"  # what torch notes of shards that it compressed
 _OF_RANK = re.compile(r"__(\d{1,9})\.metadata")
 _RANK = re.compile(r"(?:.*/)?__(\d{1,9})_\d+\.distcp|shard-(\d{1,9})-.*\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"  # in the header of a safetensors file
@@ -116,12 +120,20 @@ def _read_metadata(folder: Folder, name: str) -> dict[str, object]:
             place = places.get((str(key), offsets))
             if place is None:
                 raise UnreadableFileError(f"a damaged file: {name} does not say where {str(key)[:80]} lies")
-            chunks.append(Chunk(offsets, sizes, f"{place[0]}@{place[1]}", partial(shards.tensor, *place)))
+            limit = math.prod(sizes) * dtype.itemsize + MAX_AROUND
+            name_of = f"{place.file}@{place.offset}"
+            chunks.append(Chunk(offsets, sizes, name_of, partial(shards.tensor, place, limit)))
         tensors[str(key)] = join(shape, dtype, chunks)
     return _nested(tensors, content.get("planner_data"))
 
 
-Place = tuple[str, int, int]  # file, offset, length
+class Place(NamedTuple):
+    """Where a chunk lies."""
+
+    file: str
+    offset: int
+    length: int  # bytes in the file
+    is_compressed: bool
 
 
 def _places(stored: Mapping[Any, object]) -> dict[tuple[str, tuple[int, ...]], Place]:
@@ -133,23 +145,24 @@ def _places(stored: Mapping[Any, object]) -> dict[tuple[str, tuple[int, ...]], P
         name, offsets = index.get("fqn"), index.get("offset")
         if not isinstance(name, str) or offsets is None:  # of a plain value
             continue
-        place = (about.get("relative_path"), about.get("offset"), about.get("length"))
-        if not isinstance(place[0], str) or not _is_size(place[1]) or not _is_size(place[2]):
+        file, start, length = about.get("relative_path"), about.get("offset"), about.get("length")
+        if not isinstance(file, str) or not _is_size(start) or not _is_size(length):
             raise _damaged(name)
-        if about.get("transform_descriptors"):
+        transforms = about.get("transform_descriptors") or []
+        if transforms not in ([], [ZSTD]):
             raise UnreadableFileError(
-                "its shards are compressed or encrypted (an extension of torch.distributed.checkpoint), which"
-                " bncli does not read"
+                "its shards are transformed by an extension of torch.distributed.checkpoint that bncli does"
+                f" not know ({str(transforms)[:80]})"
             )
-        found[name, _sizes(offsets)] = place
-    _check_apart(found.values())  # type: ignore[arg-type]
-    return found  # type: ignore[return-value]
+        found[name, _sizes(offsets)] = Place(file, start, length, bool(transforms))  # type: ignore[arg-type]
+    _check_apart(found.values())
+    return found
 
 
 def _check_apart(places: Iterable[Place]) -> None:
     """Raise UnreadableFileError for pieces that share bytes: a few of them could be read for ever."""
     end, last = 0, ""
-    for name, start, length in sorted(places):
+    for name, start, length, _ in sorted(places):
         if name == last and start < end:
             raise UnreadableFileError(f"a damaged file: pieces in {name[:80]} overlap")
         last, end = name, start + length
@@ -163,9 +176,9 @@ class _Shards:
         self._files: dict[str, ByteSource] = {}
         self._last: tuple[Place, StoredTensor] | None = None  # a large one is read bit by bit
 
-    def tensor(self, name: str, start: int, length: int) -> StoredTensor:
-        """What torch.save wrote at a place."""
-        place = (name, start, length)
+    def tensor(self, place: Place, limit: int) -> StoredTensor:
+        """What torch.save wrote at a place, of no more than `limit` bytes where it is compressed."""
+        name, start, length, is_compressed = place
         if self._last is not None and self._last[0] == place:
             return self._last[1]
         if name not in self._files:
@@ -173,14 +186,21 @@ class _Shards:
         file = self._files[name]
         if start + length > file.size:
             raise UnreadableFileError(f"a damaged or truncated file: {name[:80]} ends before what it holds")
-        part = ByteSource(
-            f"{file.name}@{start}", length, lambda first, size: file.read_at(start + first, size)
-        )
-        _, content = read_torch_archive(ZipArchive(part, strictly=False))
-        if not isinstance(content, StoredTensor):
+        inside = f"{file.name}@{start}"
+        if is_compressed:
+            if max(length, limit) > MAX_READ:
+                raise UnreadableFileError(
+                    f"a compressed piece of more than {MAX_READ:,} bytes, which bncli does not expand"
+                )
+            content = decompress(file.read_at(start, length), limit)
+            part = ByteSource(inside, len(content), lambda first, size: content[first : first + size])
+        else:
+            part = ByteSource(inside, length, lambda first, size: file.read_at(start + first, size))
+        _, found = read_torch_archive(ZipArchive(part, strictly=False))
+        if not isinstance(found, StoredTensor):
             raise UnreadableFileError(f"a damaged file: {name[:80]} holds no tensor where it should")
-        self._last = (place, content)
-        return content
+        self._last = (place, found)
+        return found
 
 
 def _nested(tensors: dict[str, StoredTensor], paths: object) -> dict[str, object]:

@@ -251,13 +251,22 @@ def _one_of_each_device(
     (count,) = counts
     if count > 1:
         size = sum(t.num_elements * t.dtype.itemsize for layer in layers for t in layer.arrays.values())
-        are_equal = size <= MAX_COMPARED and all(
-            _are_rows_equal(tensor) for layer in layers for tensor in layer.arrays.values()
-        )
-        if not are_equal:
+        differ = {
+            leaf
+            for layer in layers
+            for leaf, tensor in layer.arrays.items()
+            if size > MAX_COMPARED or not _are_rows_equal(tensor)
+        }
+        if differ:
+            what = (
+                f"{count} devices: their weights are equal, but each has running statistics of its own, which"
+                " were not averaged before saving"
+                if differ.isdisjoint(_AFFINE.values()) and _are_trained(layers)
+                else f"{count} devices or networks, and the layers differ"
+            )
             notes.append(
-                f"{_EVERY_ARRAY} is there {count} times, as for {count} devices or networks, and the layers"
-                " differ: they are listed as NAME[0], NAME[1], ..."
+                f"{_EVERY_ARRAY} is there {count} times, as for {what}; they are listed as NAME[0],"
+                " NAME[1], ..."
             )
             return layers
         notes.append(f"{_EVERY_ARRAY} is there {count} times, as for {count} devices; the copies are equal")
@@ -269,6 +278,12 @@ def _one_of_each_device(
         )
         for layer in layers
     ]
+
+
+def _are_trained(layers: Iterable[_Layer]) -> bool:
+    """Whether weights or biases differ from the start, where those of several networks are equal, too."""
+    affine = (tensor for layer in layers for leaf, tensor in layer.arrays.items() if leaf in _AFFINE.values())
+    return any(len(_row(tensor, 0).read().unique()) > 1 for tensor in affine)
 
 
 def _is_parameter(path: Path) -> bool:

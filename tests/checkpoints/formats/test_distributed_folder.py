@@ -3,6 +3,7 @@
 The files are made by two real ranks, by tests/frameworks/make_distributed.py.
 """
 
+import importlib.util
 import pickle
 import shutil
 import zipfile
@@ -13,15 +14,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.metadata import Metadata
 
 from bncli import load_weights
 from bncli.batchnorm import compare, compare_ranks
 from bncli.checkpoints import open_checkpoint
+from bncli.checkpoints.formats import distributed_folder
 from bncli.checkpoints.rewrite import rewrite
 from bncli.errors import CheckpointError
 from tests.checkpoints.formats.damage import mutations
 from tests.frameworks.recorded import FILES
+
+STATISTICS = ("running_mean", "running_var")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +151,49 @@ def test_what_one_process_saves_is_read_in_every_type_and_layout(tmp_path: Path)
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
+def compressed_folder(state: dict[str, Tensor], path: Path) -> Path:
+    writer = dcp.FileSystemWriter(path, _extensions=[ZStandard()])
+    with pytest.warns(UserWarning, match="save in a single process"):
+        dcp.save(state, storage_writer=writer, no_dist=True)
+    return path
+
+
+def test_shards_that_torch_compressed_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {"conv.weight": torch.randn(8, 4, 3, 3, generator=generator), "1.running_mean": torch.ones(500),
+             "1.running_var": torch.rand(500, generator=generator)}  # fmt: skip
+    folder = compressed_folder(state, tmp_path / "a")
+    files = [file for file in folder.iterdir() if file.suffix == ".distcp"]
+    assert all(b"archive/data" not in file.read_bytes() for file in files)  # no zip archive of torch.save
+    found = read_all(folder)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "zstandard" else find(name))
+    assert 'compressed by zstd; to read it: pip install "bncli[jax]"' in refusal(folder)
+
+
 # ---- damaged and hostile directories
+
+
+def test_a_compressed_shard_expands_to_no_more_than_its_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zstandard
+
+    folder = compressed_folder({f"1.{leaf}": torch.ones(500) for leaf in STATISTICS}, tmp_path / "a")
+    bomb = zstandard.ZstdCompressor().compress(bytes(2**28))
+    (shard,) = folder.glob("*.distcp")
+    shard.write_bytes(bomb * 2)
+
+    def lead_there(content: Metadata) -> None:
+        for index, place in enumerate(content.storage_data.values()):
+            place.offset, place.length = index * len(bomb), len(bomb)
+
+    changed_metadata(folder, lead_there)
+    assert "compressed data of more than 67,536 bytes" in refusal(folder)
+    monkeypatch.setattr(distributed_folder, "MAX_READ", 67_535)
+    assert "a compressed piece of more than 67,535 bytes, which bncli does not expand" in refusal(folder)
 
 
 def refusal(source: Path) -> str:
@@ -212,6 +259,10 @@ def test_pieces_that_do_not_make_up_their_tensor_are_refused(corpus: Path, tmp_p
         for place in content.storage_data.values():
             place.transform_descriptors = ["stream.zstd/1"]
 
+    def sealed(content: Metadata) -> None:
+        for place in content.storage_data.values():
+            place.transform_descriptors = ["stream.seal/1", "stream.zstd/1"]
+
     def empty(content: Metadata) -> None:
         content.storage_data = None
 
@@ -223,7 +274,8 @@ def test_pieces_that_do_not_make_up_their_tensor_are_refused(corpus: Path, tmp_p
         (swapped, "a piece of a tensor has another shape or type"),
         (long, "ends before what it holds"),
         (shared, "pieces in __"),
-        (packed, "compressed or encrypted"),
+        (packed, "what is compressed in it does not decompress"),
+        (sealed, "an extension of torch.distributed.checkpoint that bncli does not know (['stream.seal/1'"),
         (empty, "is no metadata"),
     ):
         (folder / ".metadata").write_bytes(original)

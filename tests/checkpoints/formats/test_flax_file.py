@@ -61,7 +61,10 @@ def test_copies_for_devices_are_one_layer_only_if_they_are_equal() -> None:
     _, layers, notes = opened(FOLDER / "drifted.msgpack")
     assert [layer.name for layer in layers] == ["BatchNorm_0[0]", "BatchNorm_0[1]"]
     (note,) = notes
-    assert "the layers differ" in note
+    assert "2 devices: their weights are equal, but each has running statistics of its own" in note
+    _, layers, (note,) = opened(FOLDER / "nnx-vmap.msgpack")  # three networks
+    assert len(layers) == 3
+    assert "3 devices or networks, and the layers differ" in note
 
 
 def test_the_command_reads_them(bncli: Bncli) -> None:
