@@ -36,9 +36,10 @@ from bncli.checkpoints.formats import (
     torch_legacy,
     torch_zip,
 )
+from bncli.checkpoints.formats.beside import linked_place
 from bncli.checkpoints.formats.foreign import describe_directory, recognise_name
 from bncli.checkpoints.formats.safetensors_file import is_safetensors, read_safetensors
-from bncli.checkpoints.formats.shard_index import place_beside, read_index
+from bncli.checkpoints.formats.shard_index import read_index
 from bncli.checkpoints.formats.torch_pickle import FindStorage, TorchMeanings
 from bncli.checkpoints.stored_tensor import StoredTensor
 
@@ -133,7 +134,7 @@ def read_content(
         return found or torch_zip.read_torch_archive(archive, meanings)
 
     def open_beside(name: str) -> ByteSource:
-        return open_file(place_beside(file.name, name), stack)
+        return open_file(linked_place(file.name, name), stack)
 
     found = _first(
         chain(
@@ -176,7 +177,7 @@ def _read_safetensors(file: ByteSource) -> Mapping[str, StoredTensor]:
 
 def _read_shard(index: str, name: str, stack: ExitStack) -> tuple[str, Mapping[str, object]]:
     """One file of an index: a state dict at the top of a torch file, or safetensors."""
-    path = place_beside(index, name)
+    path = linked_place(index, name)
     with named(path):
         file = open_file(path, stack)
         if file.read_at(0, 1) == b"{":

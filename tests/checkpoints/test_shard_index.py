@@ -102,6 +102,19 @@ def test_links_that_the_user_made_are_followed_from_where_they_lie(tmp_path: Pat
     assert_read(snapshot / "model.safetensors.index.json")
 
 
+def test_a_link_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    """As a stranger's archive may hold it."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    state = network().state_dict()
+    write_shard(f"{outside}/secret", state)
+    (inside / "model-1.safetensors").symlink_to(outside / "secret")
+    index = write_index(str(inside), dict.fromkeys(state, "model-1.safetensors"))
+    with pytest.raises(CheckpointError, match="is a link that leads elsewhere; bncli follows none"):
+        open_checkpoint(index).__enter__()
+
+
 def test_a_link_to_a_pipe_or_a_directory_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, target, expected in (("a", "pipe", "neither a file nor a URL"), ("b", ".", "a directory")):

@@ -1,4 +1,4 @@
-"""Files that belong to a model and lie beside it: external data, the description of a network.
+"""Files that belong to a model and lie beside it: shards, external data, the description of a network.
 
 Only a plain name is looked for, in the folder of the model. A link is followed no further than to where the
 model itself lies (caches such as Hugging Face's keep both as links into one folder).
@@ -40,6 +40,23 @@ def read_beside(model: ByteSource, name: str, limit: int = MAX_READ) -> bytes | 
         return None
 
 
+def linked_place(model: str, name: str) -> str:
+    """The path or URL of a file beside the model at a path or URL; `name` is a plain one.
+
+    Raises:
+        UnreadableFileError: for a link that leads elsewhere.
+    """
+    path = place_beside(model, name)
+    if "://" not in path:
+        own = Path(model)
+        folders = (os.path.realpath(own.parent), os.path.dirname(os.path.realpath(own)))  # noqa: PTH120
+        if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders):
+            raise UnreadableFileError(
+                f"{name[:80]} beside it is a link that leads elsewhere; bncli follows none"
+            )
+    return path
+
+
 def _place(model: ByteSource, name: str) -> str:
     parts = name.removeprefix("./").split("/")
     if len(name) > 1000 or not all(PLAIN_NAME.fullmatch(part) and part.strip(".") for part in parts):
@@ -47,15 +64,7 @@ def _place(model: ByteSource, name: str) -> str:
             f"its numbers are said to lie in {name[:80]!r}, which is no plain name of a file beside it;"
             " bncli opens no other"
         )
-    path = place_beside(model.name, "/".join(parts))
-    if "://" not in path:
-        own = Path(model.name)
-        folders = (os.path.realpath(own.parent), os.path.dirname(os.path.realpath(own)))  # noqa: PTH120
-        if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders):
-            raise UnreadableFileError(
-                f"{name[:80]} beside it is a link that leads elsewhere; bncli follows none"
-            )
-    return path
+    return linked_place(model.name, "/".join(parts))
 
 
 def _size_of(path: str, name: str) -> int:

@@ -215,6 +215,26 @@ def test_the_list_of_checkpoints_leads_nowhere_else(tmp_path: Path) -> None:
     assert "a directory of TensorFlow checkpoints" in (read_or_refuse(inside) or "")
 
 
+@pytest.mark.parametrize(
+    ("part", "opened", "linked"),
+    [
+        ("sharded", "flat.weights.json", "flat_00001.weights.h5"),
+        ("checkpoints", "ck-1.index", "ck-1.data-00000-of-00001"),
+    ],
+)
+def test_a_file_beside_it_may_be_no_link_that_leads_elsewhere(
+    corpora: dict[str, Path], tmp_path: Path, part: str, opened: str, linked: str
+) -> None:
+    folder = Path(shutil.copytree(corpora["keras"] / part, tmp_path / part))
+    (folder / linked).rename(folder / "there")
+    (folder / linked).symlink_to("there")
+    assert read_or_refuse(folder / opened) is None
+    (folder / "there").rename(tmp_path / "there")
+    (folder / linked).unlink()
+    (folder / linked).symlink_to("../there")
+    assert "is a link that leads elsewhere; bncli follows none" in (read_or_refuse(folder / opened) or "")
+
+
 def test_an_index_of_shards_names_files_beside_it_only(corpora: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(corpora["keras"] / "sharded", tmp_path / "sharded")
     path = tmp_path / "sharded" / "flat.weights.json"
