@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
@@ -182,6 +183,29 @@ def tensorflow_1(corpus: Corpus) -> None:
             lambda path: saver.save(session, str(path.with_suffix(""))),
             **named,
         )
+    with tf.Graph().as_default(), v1.Session() as session:
+        for layer in corpus.answers["nets"]["v1"]:
+            with v1.variable_scope(layer["name"], partitioner=v1.fixed_size_partitioner(2)):
+                for leaf in ("gamma", "beta", "moving_mean", "moving_variance"):
+                    make = part_of(np.array(layer[leaf], "f4"))
+                    v1.get_variable(leaf, (3,), initializer=make)
+        session.run(v1.global_variables_initializer())
+        corpus.write(
+            "v1",
+            "v1_divided/model.ckpt.index",
+            lambda path: v1.train.Saver().save(session, str(path.with_suffix(""))),
+            **named,
+        )
+
+
+def part_of(values: np.ndarray) -> Any:
+    """An initializer of a variable that is divided: what belongs into one of its parts."""
+
+    def make(shape: tuple[int, ...], dtype: Any = None, partition_info: Any = None) -> Any:
+        (start,) = partition_info.var_offset
+        return tf.constant(values[start : start + shape[0]], dtype)
+
+    return make
 
 
 def record_ten_steps_of_tensorflow_1() -> None:

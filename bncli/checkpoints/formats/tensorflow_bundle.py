@@ -1,19 +1,22 @@
 """The tensors of a TensorFlow checkpoint: a sorted table of LevelDB (`.index`), and their bytes (`.data-*`).
 
 The table's last 48 bytes say where the index of its blocks lies. Each entry is a tensor's key with a
-BundleEntryProto: type, shape, which `.data` file, offset and size. Reference: TensorFlow's
-core/util/tensor_bundle and core/lib/io/table_format.txt.
+BundleEntryProto: type, shape, which `.data` file, offset and size. A variable that was divided among several
+machines has a list of its slices instead, and each slice an entry of its own under a key that begins with a
+zero byte. Reference: TensorFlow's core/util/tensor_bundle and core/lib/io/table_format.txt.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
 
 from bncli.checkpoints.byte_source import MAX_READ, ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats.crc32c import crc32c
 from bncli.checkpoints.formats.protobuf import fields, varint
+from bncli.checkpoints.formats.sharded_tensor import Chunk, join
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, contiguous_stride, stored_tensor
 
 MAGIC = bytes.fromhex("57fb808b247547db")
@@ -43,6 +46,19 @@ DTYPES = {
 _DAMAGED = "a damaged or truncated index of a TensorFlow checkpoint"
 
 
+class Slice(NamedTuple):
+    """A block of a variable, by dimension."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]  # -1: all of the dimension
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the block, in a variable of such a shape."""
+        return tuple(
+            whole if length < 0 else length for whole, length in zip(shape, self.lengths, strict=True)
+        )
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor lies."""
@@ -53,7 +69,7 @@ class Entry:
     offset: int
     size: int
     checksum: int  # masked CRC-32C of the numbers
-    in_slices: bool  # a partitioned variable, whose parts lie under other keys
+    slices: tuple[Slice, ...]  # of a variable that is divided; empty for all others
 
 
 class Bundle:
@@ -66,20 +82,42 @@ class Bundle:
             UnreadableFileError: when the index is damaged.
         """
         self.entries: dict[str, Entry] = {}
+        self._parts: dict[bytes, list[Entry]] = {}  # of divided variables, by name
         num_shards = 1
         for key, value, _ in table_entries(index):
             if not key:
                 num_shards = _num_shards(value)
-            elif not key.startswith(b"\0"):  # those are parts of partitioned variables
+            elif key.startswith(b"\0"):  # a slice: the variable's name, an end, and where it lies in it
+                self._parts.setdefault(key[1:].partition(b"\0\1")[0], []).append(_entry(value))
+            else:
                 self.entries[key.decode("utf-8", "replace")] = _entry(value)
         self._open = cache(lambda shard: open_shard(f".data-{shard:05}-of-{num_shards:05}"))
 
     def tensor(self, key: str) -> StoredTensor | None:
-        """None for text, for types that PyTorch has not, and for a variable in parts."""
+        """None for text and for types that PyTorch has not.
+
+        Raises:
+            UnreadableFileError: when its size is not that of its shape, or slices of it are missing.
+        """
         entry = self.entries[key]
         dtype = DTYPES.get(entry.dtype)
-        if dtype is None or entry.in_slices:
+        if dtype is None:
             return None
+        if not entry.slices:
+            return self._stored(key, entry, dtype)
+        parts = self._parts.get(key.encode(), [])
+        if len(parts) != len(entry.slices) or any(part.dtype != entry.dtype for part in parts):
+            raise UnreadableFileError(f"{_DAMAGED}: slices of {key[:80]} are missing")
+        chunks = []
+        # both by where a slice begins: keys are written so that they sort like the numbers in them
+        for piece, part in zip(sorted(entry.slices), parts, strict=True):
+            if len(piece.starts) != len(entry.shape):
+                raise UnreadableFileError(f"{_DAMAGED}: a slice of {key[:80]} has other dimensions")
+            read = partial(self._stored, key, part, dtype)
+            chunks.append(Chunk(piece.starts, piece.sizes(entry.shape), f"{part.shard}@{part.offset}", read))
+        return join(entry.shape, dtype, chunks)
+
+    def _stored(self, key: str, entry: Entry, dtype: torch.dtype) -> StoredTensor:
         storage = Storage(entry.size, lambda start, size: self._read(entry, start, size), key)
         tensor = stored_tensor(storage, dtype, 0, entry.shape, contiguous_stride(entry.shape[:64]))
         if tensor.num_elements * dtype.itemsize != entry.size:
@@ -196,16 +234,26 @@ def _num_shards(header: bytes) -> int:
 def _entry(value: bytes) -> Entry:
     numbers: dict[int, int] = {}
     shape: tuple[int, ...] = ()
-    in_slices = False
+    slices = []
     for number, part in fields(value):
         if isinstance(part, int):
             numbers[number] = part
         elif number == 2:
             shape = shape_of(part)
         elif number == 7:
-            in_slices = True
+            slices.append(_slice(part))
     dtype, shard, offset, size, checksum = (numbers.get(number, 0) for number in (1, 3, 4, 5, 6))
-    return Entry(dtype, shape, shard, offset, size, checksum, in_slices)
+    return Entry(dtype, shape, shard, offset, size, checksum, tuple(slices))
+
+
+def _slice(message: memoryview) -> Slice:
+    """A TensorSliceProto: for each dimension the start, which is 0 if it is left out, and the length."""
+    extents = []
+    for number, part in fields(message):
+        if number == 1 and not isinstance(part, int):
+            known = {inner: value for inner, value in fields(part) if isinstance(value, int)}
+            extents.append((known.get(1, 0), known.get(2, -1)))
+    return Slice(tuple(start for start, _ in extents), tuple(length for _, length in extents))
 
 
 def shape_of(message: memoryview) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from bncli.errors import CheckpointError
 
 SAVED_MODEL, KERAS_METADATA, VARIABLES = "saved_model.pb", "keras_metadata.pb", "variables/variables"
 _NEWEST = re.compile(r'^model_checkpoint_path: "([^"\n]*)"', re.MULTILINE)
+_PART = re.compile(r"/part_\d+$")  # of a variable that is divided
 _VARIABLE_OPS = {"VarHandleOp", "VariableV2", "Variable"}
 Open = Callable[[str], ByteSource]
 
@@ -118,5 +119,5 @@ def _order(graph: ByteSource | None, *, is_saved_model: bool) -> dict[str, int]:
                 kind = text(part)
                 break
         if kind in _VARIABLE_OPS:
-            order.setdefault(name, len(order))
+            order.setdefault(_PART.sub("", name), len(order))
     return order

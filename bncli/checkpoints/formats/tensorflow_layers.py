@@ -25,7 +25,7 @@ from bncli.checkpoints.formats.keras_batch_norm import (
 )
 from bncli.checkpoints.formats.protobuf import fields, inside, text
 from bncli.checkpoints.formats.safetensors_file import parse_json
-from bncli.checkpoints.formats.tensorflow_bundle import Bundle, Entry
+from bncli.checkpoints.formats.tensorflow_bundle import Bundle
 from bncli.checkpoints.formats.tensorflow_first import FirstFormat
 from bncli.checkpoints.stored_tensor import StoredTensor
 
@@ -140,19 +140,12 @@ class _Reader:
                 name = name if _NUMBERED.search(path) else path
             self._add(number, owned, name)
         taken = {at for owned in layers.values() for at in owned.values()}
-        divided = [self._nodes[number].key for number in walked if self._is_divided(number)]
-        if divided:
-            self._notes.append(_of_divided(divided[0]))
         self._take_named([number for number in walked if number not in taken])
         return self._found.network(tuple(self._notes))
 
     def _variable(self, number: int | None) -> StoredTensor | None:
         key = "" if number is None else self._nodes[number].key
         return self._bundle.tensor(key) if key in self._bundle.entries else None
-
-    def _is_divided(self, number: int) -> bool:
-        entry = self._bundle.entries.get(self._nodes[number].key)
-        return isinstance(entry, Entry) and entry.in_slices
 
     def _owned(self, number: int) -> dict[str, int]:
         """The variables of an object that is a layer, by what they are; empty for all else."""
@@ -239,10 +232,6 @@ def _convention_of(nodes: list[Node]) -> Convention:
     return KERAS_2_OR_3
 
 
-def _of_divided(key: str) -> str:
-    return f"{key[:200]} is divided among several entries, which bncli does not read"
-
-
 def _without_number(name: str) -> str:
     return re.sub(r":\d+$", "", name)
 
@@ -270,14 +259,12 @@ def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> Foreign
         return (order.get(f"{owner}/moving_mean", 0) if placed else 0, natural_order(owner))
 
     used: set[str] = set()
-    partitioned: list[str] = []
     for owner in sorted(groups, key=place):
         keys = {leaf: f"{owner}/{leaf}" if owner else leaf for leaf in groups[owner]}
         roles = {leaf: tensor for leaf, key in keys.items() if (tensor := bundle.tensor(key)) is not None}
         if is_batch_norm(roles):
             found.add(owner, roles, None)
             used |= set(keys.values())
-        partitioned += [key for leaf, key in keys.items() if leaf not in roles]
     averaged = 0
     for key in bundle.entries:
         tensor = None if key in used else bundle.tensor(key)
@@ -287,8 +274,6 @@ def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> Foreign
     notes = []
     if found.layers and not placed:
         notes.append("layers are in the order of their names: a checkpoint of TensorFlow 1 has no other")
-    if partitioned:
-        notes.append(_of_divided(partitioned[0]))
     if averaged:
         notes.append(
             f"{averaged} of these arrays have a moving average over the training steps beside them"

@@ -232,7 +232,7 @@ class ZipArchive:
     def _inflate(self, info: zipfile.ZipInfo, start: int) -> bytes:
         self._num_inflated += info.file_size
         if info.file_size > MAX_READ or self._num_inflated > MAX_INFLATED:
-            raise UnreadableFileError("too much of it is compressed; write it again with torch.save")
+            raise UnreadableFileError("too much of it is compressed; write it again without compression")
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
             packed = self.source.read_at(start, info.compress_size)

@@ -11,7 +11,7 @@ from bncli.checkpoints.byte_source import open_source
 from bncli.checkpoints.formats.tensorflow_bundle import table_entries
 from bncli.errors import CheckpointError
 from tests.checkpoints.formats.framework_answers import Corpus, unpack
-from tests.checkpoints.formats.test_damaged_keras import BN, HEADER, block, entry, table
+from tests.checkpoints.formats.test_damaged_keras import HEADER, block, entry, table
 from tests.conftest import Bncli
 
 
@@ -131,28 +131,60 @@ def test_a_checkpoint_without_a_name_is_read(keras_2: Corpus, tmp_path: Path) ->
             assert checkpoint.layers()
 
 
-def test_a_variable_in_parts_is_said_not_to_be_read(tmp_path: Path) -> None:
-    entries = [(0, b"bn/gamma", entry(0, 2) + b"\x3a\x00"), *BN]  # field 7: its parts
-    (tmp_path / "m.index").write_bytes(table(block([HEADER, *entries])))
-    (tmp_path / "m.data-00000-of-00001").write_bytes(struct.pack("<4f", 1, 2, 3, 4))
-    with open_checkpoint(tmp_path / "m.index") as checkpoint:
+def slices(*pieces: tuple[int, int]) -> bytes:
+    """Field 7 of an entry: where each part of one dimension begins, and its length."""
+    extents = [
+        (b"\x08" + bytes([start]) if start else b"") + b"\x10" + bytes([size]) for start, size in pieces
+    ]
+    messages = [b"\x0a" + bytes([len(extent)]) + extent for extent in extents]
+    return b"".join(b"\x3a" + bytes([len(message)]) + message for message in messages)
+
+
+def part(name: bytes, start: int, length: int) -> bytes:
+    """The key of a slice, as tensorflow/core/lib/strings/ordered_code writes it for small numbers."""
+    return b"\0" + name + b"\0\1" + b"\1\1" + bytes([0x80 + start, 0x80 + length])
+
+
+PARTS = [
+    (0, part(b"bn/gamma", 0, 2), entry(8, 2, offset=16)),
+    (0, part(b"bn/gamma", 2, 1), entry(4, 1, offset=24)),
+]
+WHOLE = [(0, b"bn/gamma", entry(0, 3) + slices((2, 1), (0, 2)))]
+STATISTICS = [(0, b"bn/moving_mean", entry(12, 3)), (10, b"variance", entry(12, 3))]
+
+
+def written(folder: Path, *entries: tuple[int, bytes, bytes]) -> Path:
+    (folder / "m.index").write_bytes(table(block([HEADER, *entries])))
+    (folder / "m.data-00000-of-00001").write_bytes(struct.pack("<7f", *range(1, 8)))
+    return folder / "m.index"
+
+
+def test_a_variable_in_parts_is_put_together(tmp_path: Path) -> None:
+    with open_checkpoint(written(tmp_path, *PARTS, *WHOLE, *STATISTICS)) as checkpoint:
         (layer,) = checkpoint.layers()
-    assert layer.weight is None
-    assert any("bn/gamma is divided" in note for note in checkpoint.notes)
+    assert layer.weight is not None
+    assert layer.weight.tolist() == [5, 6, 7]
 
 
-def test_the_same_of_a_variable_that_an_object_owns(keras_3: Corpus, tmp_path: Path) -> None:
-    source = keras_3.folder / "checkpoints"
-    (data,) = source.glob("*.data-*")
-    with open_source(str(source / "ck-1.index")) as index:
-        entries = [(0, key, bytes(value)) for key, value, _ in table_entries(index)]
-    divided = next(key for _, key, _ in entries if b"/gamma/" in key)
-    entries = [(0, key, value + b"\x3a\x00" * (key == divided)) for _, key, value in entries]
-    (tmp_path / "ck-1.index").write_bytes(table(block(entries)))
-    (tmp_path / data.name).write_bytes(data.read_bytes())
-    with open_checkpoint(tmp_path / "ck-1.index") as checkpoint:
-        assert any(f"{divided.decode()} is divided" in note for note in checkpoint.notes)
-        assert sum(layer.weight is None for layer in checkpoint.layers()) == 1
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([*PARTS[:1], *WHOLE, *STATISTICS], "slices of bn/gamma are missing"),
+        ([*WHOLE, *STATISTICS], "slices of bn/gamma are missing"),
+        ([*PARTS, (0, b"bn/gamma", entry(0, 3) + slices((1, 2), (0, 1))), *STATISTICS], "another shape"),
+        (
+            [*PARTS, (0, b"bn/gamma", entry(0, 3) + slices((1, 1), (0, 2))), *STATISTICS],
+            "another shape|overl",
+        ),
+        ([*PARTS, (0, b"bn/gamma", entry(0, 4) + slices((2, 1), (0, 2))), *STATISTICS], "do not make it up"),
+        ([*PARTS, (0, b"bn/gamma", entry(0, 3) + b"\x3a\0\x3a\0"), *STATISTICS], "has other dimensions"),
+    ],
+)
+def test_parts_that_do_not_make_up_a_variable_are_refused(
+    tmp_path: Path, entries: list[tuple[int, bytes, bytes]], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said), open_checkpoint(written(tmp_path, *entries)) as found:
+        found.layers()
 
 
 def test_numbers_that_changed_are_told_by_their_checksum(keras_3: Corpus, tmp_path: Path) -> None:
