@@ -4,7 +4,7 @@
     /tmp/yolo/bin/python -m tests.frameworks.check_ultralytics
 
 The network is built from its description (nothing is downloaded) and sees a few batches in training mode.
-What bncli reads in a process of its own, where `ultralytics` cannot be imported, has to be what the layers hold.
+What bncli reads in a process of its own, where Ultralytics cannot be imported, has to be what they hold.
 """
 
 import json

@@ -1,8 +1,12 @@
 """Damaged and hostile files of Keras and TensorFlow: refused in one line, soon and in little memory."""
 
+import base64
+import json
+import marshal
 import resource
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,6 +112,48 @@ def test_hdf5_that_claims_too_much_is_refused_in_little_memory(
     text = read_or_refuse(corpora["keras"] / "hostile" / f"{name}.weights.h5")
     assert said in (text or "")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+
+@pytest.mark.parametrize("bomb", ["config.json", "model.weights.h5"])
+def test_an_archive_that_expands_without_bounds_is_refused(
+    corpora: dict[str, Path], tmp_path: Path, bomb: str
+) -> None:
+    path = tmp_path / "a.keras"
+    with (
+        zipfile.ZipFile(corpora["keras"] / "flat.keras") as sound,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name in sound.namelist():
+            archive.writestr(name, sound.read(name) + bytes(2**26 if name == bomb else 0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "too much of it is compressed" in (read_or_refuse(path) or "")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+
+def test_no_lambda_layer_is_built(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """Keras keeps its function as bytes of compiled code, which loading would run."""
+    harmed = tmp_path / "harmed"
+    code = compile(f"open({str(harmed)!r}, 'w').close()", "harm", "exec")
+    function = base64.b64encode(marshal.dumps(code)).decode()
+    entry = {
+        "module": "keras.layers", "class_name": "Lambda", "registered_name": None,
+        "config": {"name": "lambda", "function": {"class_name": "__lambda__", "config": {"code": function}}},
+    }  # fmt: skip
+    path = tmp_path / "a.keras"
+    with zipfile.ZipFile(corpora["keras"] / "flat.keras") as sound, zipfile.ZipFile(path, "w") as archive:
+        for name in sound.namelist():
+            content = sound.read(name)
+            if name == "config.json":
+                config = json.loads(content)
+                config["config"]["layers"].insert(1, entry)
+                content = json.dumps(config).encode()
+            archive.writestr(name, content)
+    with open_checkpoint(path) as checkpoint, open_checkpoint(corpora["keras"] / "flat.keras") as other:
+        assert checkpoint.layer_names == other.layer_names
+        assert [layer.eps for layer in checkpoint.layers()] == [layer.eps for layer in other.layers()]
+    assert not harmed.exists()
+    exec(marshal.loads(base64.b64decode(function)))  # it is one
+    assert harmed.exists()
 
 
 def test_a_group_inside_itself_is_read_once(corpora: dict[str, Path]) -> None:
