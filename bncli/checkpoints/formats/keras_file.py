@@ -1,10 +1,13 @@
 """The containers of Keras: a zip archive, a folder with the same files, HDF5 by itself."""
 
+import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 
-from bncli.checkpoints.byte_source import ByteSource
+from bncli.checkpoints.byte_source import ByteSource, ForeignFileError
 from bncli.checkpoints.folder import Folder
+from bncli.checkpoints.formats.beside import read_beside
 from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.hdf5 import Hdf5File
 from bncli.checkpoints.formats.keras_layers import read_keras, read_legacy, read_weights
@@ -13,6 +16,7 @@ from bncli.checkpoints.formats.shard_index import MAX_INDEX, check_beside
 from bncli.checkpoints.formats.torch_zip import ZipArchive
 
 WEIGHTS, CONFIG, METADATA = "model.weights.h5", "config.json", "metadata.json"
+_SHARD = re.compile(r"(.+)_\d{5}\.weights\.h5")
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -30,13 +34,30 @@ def read_if_hdf5(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] |
     """A `.h5` or `.weights.h5` file; None for a file that does not start as HDF5.
 
     Raises:
-        UnreadableFileError: on damage, and when Keras did not write it.
+        UnreadableFileError: on damage, when Keras did not write it, and for a shard beside its index.
     """
     if not start.startswith(_SIGNATURE):
         return None
     content = Hdf5File(file)
     legacy = read_legacy(content)
-    return "keras h5", read_weights([content]) if legacy is None else legacy
+    if legacy is not None:
+        return "keras h5", legacy
+    own = file.name.replace("\\", "/").rpartition("/")[2]
+    shard = _SHARD.fullmatch(own)
+    if shard is None:
+        return "keras h5", read_weights([content])
+    index = f"{shard[1]}.weights.json"
+    said = read_beside(file, index, MAX_INDEX)
+    if said is not None and own.encode() in said:
+        raise ForeignFileError(
+            f"one of several files of a network; give {index}, as a layer may be divided between two of them"
+        )
+    network = read_weights([content])
+    note = (
+        f"named as one of several files: if it is, give their {index}, as a layer may be divided between two"
+        " of them, and then its numbers are wrong here"
+    )
+    return "keras h5", replace(network, notes=(*network.notes, note))
 
 
 def read_if_keras_folder(folder: Folder) -> tuple[str, ForeignNetwork] | None:

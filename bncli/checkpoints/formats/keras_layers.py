@@ -87,6 +87,11 @@ def _read_vars(
         arrays = [groups[path][index] for index in sorted(groups[path])]
         layer = layers.get(path)
         name = layer.name if layer else _name_of(path, names)
+        if max(groups[path]) >= len(arrays) and _GROUP.fullmatch(path.rpartition("/")[2]):
+            raise UnreadableFileError(
+                f"arrays of {name[:80]} are missing; where a network lies in several files, give the"
+                " .weights.json"
+            )
         roles = _roles(path, arrays, layer)
         if roles is None:
             found.tensors |= {f"{name}.{index}": tensor for index, tensor in sorted(groups[path].items())}

@@ -27,6 +27,7 @@ CASES = {
     "shard index": ("keras", "sharded/flat.weights.json", "sharded/flat.weights.json"),
     "shard": ("keras", "sharded/flat.weights.json", "sharded/flat_00001.weights.h5"),
     "index": ("keras", "checkpoints", "checkpoints/ck-1.index"),
+    "divided": ("tf_keras", "v1_divided", "v1_divided/model.ckpt.index"),
     "data": ("keras", "checkpoints", "checkpoints/ck-1.data-00000-of-00001"),
     "index of a SavedModel": ("keras", "nested_export", "nested_export/variables/variables.index"),
     "metadata": ("tf_keras", "nested_saved", "nested_saved/keras_metadata.pb"),
@@ -128,6 +129,20 @@ def test_an_archive_that_expands_without_bounds_is_refused(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert "too much of it is compressed" in (read_or_refuse(path) or "")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
+
+
+def test_a_shard_by_itself_is_no_network(corpora: dict[str, Path], tmp_path: Path) -> None:
+    """Of a layer that is divided it has beta and mean, which look like mean and variance."""
+    for number in range(5):
+        source = corpora["keras"] / "sharded" / f"flat_0000{number}.weights.h5"
+        said = "one of several files of a network; give flat.weights.json, as a layer may be divided"
+        assert said in (read_or_refuse(source) or "")
+        shutil.copy(source, tmp_path)
+    for number in (3, 4):  # whose first layer begins in the file before
+        said = "are missing; where a network lies in several files, give the .weights.json"
+        assert said in (read_or_refuse(tmp_path / f"flat_0000{number}.weights.h5") or "")
+    with open_checkpoint(tmp_path / "flat_00002.weights.h5") as checkpoint:  # nothing else tells of it
+        assert "named as one of several files: if it is, give their flat.weights.json" in checkpoint.notes[-1]
 
 
 def test_no_lambda_layer_is_built(corpora: dict[str, Path], tmp_path: Path) -> None:
