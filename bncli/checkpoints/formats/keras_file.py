@@ -61,13 +61,17 @@ def read_if_hdf5(file: ByteSource, start: bytes) -> tuple[str, ForeignNetwork] |
 
 
 def read_if_keras_folder(folder: Folder) -> tuple[str, ForeignNetwork] | None:
-    """What `model.save(zipped=False)` leaves, the three files side by side; None for another directory.
+    """What `model.save(zipped=False)` leaves, or the shards of one network; None for another directory.
 
     Raises:
         UnreadableFileError: on damage.
     """
     if not {WEIGHTS, CONFIG} <= folder.names:
-        return None
+        indexes = [name for name in folder.names if "/" not in name and name.endswith(".weights.json")]
+        if len(indexes) != 1:
+            return None
+        index = folder.open(indexes[0])
+        return read_if_keras_shards(index, index.read_at(0, min(index.size, 300)), folder.open)
     said = [parse_json(folder.read(name)) if name in folder.names else None for name in (CONFIG, METADATA)]
     return "keras folder", read_keras(Hdf5File(folder.open(WEIGHTS)), *said)
 

@@ -1,9 +1,13 @@
 """Files of Keras 3 and tf.keras 2, compared with what Keras says of them (tests/frameworks/make_*.py)."""
 
+from pathlib import Path
+
 import pytest
 
 from bncli.batchnorm.conventions import KERAS_2, KERAS_2_OR_3, KERAS_3, TENSORFLOW_1
+from bncli.checkpoints import open_checkpoint
 from bncli.checkpoints.formats.keras_layers import legacy_name
+from bncli.errors import CheckpointError
 from tests.checkpoints.formats.framework_answers import (
     Corpus,
     check_output,
@@ -64,3 +68,16 @@ def test_a_layer_made_twice_in_one_process_has_the_name_of_its_group() -> None:
     assert legacy_name(one, f"{one}_1", is_alone=True) == one
     assert legacy_name("inner", inside, is_alone=True) == f"inner.{inside}"
     assert legacy_name("bn", "bn_1", is_alone=False) == "bn.bn_1"  # two inside a network called bn
+
+
+def test_shards_are_found_by_their_directory(corpora: dict[str, Corpus], tmp_path: Path) -> None:
+    means = set()
+    for name in ("sharded", "sharded/flat.weights.json"):
+        checkpoint, layers = corpora["keras"].open(name)
+        assert checkpoint.kind == "keras shards"
+        means.add(str([layer.running_mean for layer in layers]))
+    assert len(means) == 1
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.weights.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a directory, not a checkpoint"):
+        open_checkpoint(tmp_path).__enter__()
