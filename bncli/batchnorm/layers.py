@@ -75,6 +75,12 @@ class LayerStats:
         return self.convention.default_eps if self.eps is None else self.eps
 
     @property
+    def framework_momentum(self) -> float | None:
+        """Its momentum as its framework writes it; None where it is unknown, or cumulative."""
+        known = self.momentum if self.hyperparameters_known else None
+        return None if known is None else self.convention.translate_momentum(known)
+
+    @property
     def is_tracked(self) -> bool:
         """Whether it has running statistics; else it normalises by the batch's own."""
         return self.running_mean is not None and self.running_var is not None

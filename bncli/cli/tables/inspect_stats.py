@@ -80,6 +80,7 @@ def _describe_layer(layer: LayerStats, *, channels: bool) -> dict[str, Any]:
         "eps": layer.eps,
         "hyperparameters_known": layer.hyperparameters_known,
         "framework": layer.convention.framework,
+        "framework_momentum": layer.framework_momentum,
         "variance": layer.convention.variance,
         **{name: summarize(tensor) for name, tensor in tensors.items()},
     }
@@ -251,7 +252,9 @@ def show_channels(
         for channel in finding.channels:
             codes[finding.layer, channel].append(finding.code)
     for layer in layers:
-        text = f"{layer.name}: momentum {_momentum(layer)}, eps {_eps(layer)}"
+        own = layer.framework_momentum
+        said = "" if own in (None, layer.momentum) else f" ({own:g} in {layer.convention.framework})"
+        text = f"{layer.name}: momentum {_momentum(layer)}{said}, eps {_eps(layer)}"
         print_wrapped(console, text, style="bold")
         table = table_of(
             None,

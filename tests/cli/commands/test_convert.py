@@ -151,6 +151,19 @@ def test_what_is_assumed_is_taken_only_where_the_file_is_silent(bncli: Bncli, ke
         assert first["variance"] == "biased"
 
 
+def test_momentum_is_shown_as_the_framework_writes_it_too(bncli: Bncli, keras: Corpus) -> None:
+    file = keras.folder / "flat.keras"
+    shown = {layer["name"]: layer for layer in bncli("inspect-stats", file, "--json").json["layers"]}
+    for answer in keras.answers("flat.keras"):
+        layer = shown[answer["name"]]
+        assert layer["framework_momentum"] == pytest.approx(answer["momentum"], abs=1e-12)
+        assert layer["momentum"] == pytest.approx(1 - answer["momentum"], abs=1e-12)
+    text = bncli("inspect-stats", file, "--channels", "--layer", "norm1").out
+    assert text.startswith("norm1: momentum 0.11 (0.89 in Keras 3), eps 0.02\n")
+    silent = bncli("inspect-stats", keras.folder / "flat.weights.h5", "--json").json["layers"]
+    assert {layer["framework_momentum"] for layer in silent} == {None}
+
+
 @pytest.mark.parametrize("text", ["eps", "eps=0", "momentum=2", "decay=0.1", "eps=nan"])
 def test_assumptions_that_cannot_be_are_refused(bncli: Bncli, keras: Corpus, text: str) -> None:
     outcome = bncli("inspect-stats", keras.folder / "flat.keras", "--assume", text)
