@@ -240,7 +240,8 @@ def load_model(
         name = _shown(config.name)
         raise CheckpointError(
             f"{source}: its network is made by {name}, and code that a file names is not run; where you"
-            f" trust it, average, eval, export, predict and recalibrate take --model {shlex.quote(name)}"
+            " trust it, average, bench eval, eval, export, predict and recalibrate take --model"
+            f" {shlex.quote(name)}"
         )
     build = partial(build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size)
     try:

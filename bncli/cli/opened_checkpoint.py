@@ -282,7 +282,7 @@ def _open_own(
                 f"{path}: tensors that `bncli export` wrote, without their network; give"
                 f" {exported.source.get('file', 'the checkpoint')}, or export it to .onnx or .pt2"
             ) from None
-        if command not in ("eval", "recalibrate", "predict", "report", "export"):
+        if command not in ("eval", "recalibrate", "predict", "report", "export", "bench eval"):
             raise
         raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))
