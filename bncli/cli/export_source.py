@@ -53,6 +53,8 @@ class ExportSource:
         subject, data = self.subject, self.subject.config.data
         config = subject.config.model_dump(mode="json")
         config["data"] = {key: value for key, value in config["data"].items() if key not in _PLACES}
+        if not config["data"].get("arguments", True):  # of the checkpoint they are not followed, but told
+            config["data"]["arguments"] = getattr(subject.followed.recorded.data, "arguments", {})
         config = _without_folders(config)
         config["runtime"] = {"eval_batch_size": subject.config.runtime.eval_batch_size}
         named = subject.named
