@@ -73,8 +73,10 @@ class FollowedConfig:
                 yield key, str(value)
 
     def is_named(self, key: str) -> bool:
-        """Whether the command line gives a key, or the section that it is in."""
-        return key in self.named or key.partition(".")[0] in self.named
+        """Whether the command line gives a key, a part of it, or the section that it is in."""
+        if key in self.named or key.partition(".")[0] in self.named:
+            return True
+        return any(one.startswith(f"{key}.") for one in self.named)
 
 
 def follow_config(recorded: Config, overrides: list[str] | None, *, source: str) -> FollowedConfig:

@@ -35,7 +35,8 @@ class Specification:
     threads: int
     precision: Precision = "float32"
     pixels: Pixels = "uint8"
-    runtime: dict[str, Any] | None = None  # that of a checkpoint
+    runtime: dict[str, Any] | None = None  # of PyTorch, for a checkpoint
+    network: dict[str, Any] | None = None  # the NetworkSource of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,12 @@ def _opened(file: Path, specification: Specification) -> Callable[[Array], objec
 
         torch.set_num_threads(threads)
         return TorchExport(file)
+    from bncli.bench.network_source import NetworkSource
     from bncli.bench.torch_ways import torch_way
-    from bncli.checkpoints import load_checkpoint
 
     config = config_from_dict({"runtime": specification.runtime}, source="bench eval")
-    classify, _ = torch_way(way, load_checkpoint(file), resolve_runtime(config.runtime))  # type: ignore[arg-type]
+    network = NetworkSource(**specification.network or {}).load()
+    classify, _ = torch_way(way, network, resolve_runtime(config.runtime))  # type: ignore[arg-type]
     return lambda images: classify(torch.from_numpy(images))
 
 

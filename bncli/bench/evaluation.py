@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bncli.bench.alone import Alone, start_alone
+from bncli.bench.network_source import NetworkSource
 from bncli.bench.torch_ways import Classify
 from bncli.bench.ways import BFLOAT16, FLOAT32, ONNX, OPENVINO, Way, ways_of_checkpoint, ways_of_file
-from bncli.checkpoints import Checkpoint
 from bncli.export import ExportedFile
 from bncli.hardware import describe_machine
 from bncli.runtime import Runtime
@@ -100,8 +100,7 @@ class _Round:
 
 
 def bench_evaluation(
-    path: Path,
-    subject: Checkpoint | ExportedFile,
+    subject: NetworkSource | ExportedFile,
     images: Tensor,
     runtime: Runtime,
     *,
@@ -113,18 +112,17 @@ def bench_evaluation(
     compiles: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> EvaluationBench:
-    """Time all ways on test images (N, 3, H, W) of uint8, and compare their predictions.
+    """Time all ways on raw test images (N, ...), and compare their predictions.
 
-    `path` is the file of the subject. The number of threads is that of the process, for other engines as
+    The number of threads is that of the process, for other engines as
     well. With `compiles` torch.compile is timed too: it compiles for up to a minute.
 
     Raises CompileError where it cannot, BncliError where an engine cannot.
     """
     # Windows cannot remove a file that an engine has mapped
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        if isinstance(subject, Checkpoint):
-            example, files = images[[0, 0]], Path(folder)
-            ways = ways_of_checkpoint(path, subject, example, runtime, files, compiles=compiles)
+        if isinstance(subject, NetworkSource):
+            ways = ways_of_checkpoint(subject, images[[0, 0]], runtime, Path(folder), compiles=compiles)
         else:
             ways = ways_of_file(subject, runtime.threads, compiles=compiles)
         calls = {way.name: way.classify for way in ways if way.classify is not None}

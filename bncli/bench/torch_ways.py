@@ -1,21 +1,22 @@
-"""The ways in which PyTorch itself can evaluate a checkpoint of `bncli train`."""
+"""The ways in which PyTorch itself can evaluate a network."""
 
 from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bncli.checkpoints import Checkpoint, load_model
 from bncli.inference import fold_batch_norm, optimize_for_inference
 from bncli.runtime import Runtime, short_compile_errors
 
-Classify = Callable[[Tensor], Tensor]  # uint8 images (N, 3, H, W) on the CPU to logits (N, num_classes)
+Classify = Callable[[Tensor], Tensor]  # raw images (N, ...) on the CPU to logits (N, num_classes)
 TorchWay = Literal["plain", "eval", "folded", "compiled"]
 
 
-def torch_way(way: TorchWay, checkpoint: Checkpoint, runtime: Runtime) -> tuple[Classify, str]:
+def torch_way(way: TorchWay, network: nn.Module, runtime: Runtime) -> tuple[Classify, str]:
     """The function, and what it does in words: its precision and layout in memory.
+
+    `network` is in float32 and eval mode on the CPU, and is this way's own.
 
     plain: the network as it was trained, in float32. eval: as `bncli eval` computes. folded: after
     `optimize_for_inference`. compiled: folded, in float32, by torch.compile for batches of any size. The
@@ -24,7 +25,6 @@ def torch_way(way: TorchWay, checkpoint: Checkpoint, runtime: Runtime) -> tuple[
     device = runtime.device
     described = runtime.describe()
     precision, memory_format = described["precision"], described["memory_format"]
-    network = load_model(checkpoint)
     if way == "eval":
         placed = runtime.place_model(network)
 

@@ -1,20 +1,21 @@
 """The ways to evaluate a checkpoint, or a file of `bncli export`, that are timed beside each other.
 
-Every one takes the same uint8 images on the CPU and returns logits; to normalise the pixels and to lay out
+Every one takes the same raw images on the CPU and returns logits; to normalise the pixels and to lay out
 memory is part of its work. The first one is what the others are compared with. ONNX Runtime is the rival that
 engineers compare CPU inference with. Engines compute what `bncli export` writes for them, BatchNorm folded.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bncli.bench.alone import Specification
+from bncli.bench.network_source import NetworkSource
 from bncli.bench.torch_ways import Classify, TorchWay, torch_way
-from bncli.checkpoints import Checkpoint, load_model
+from bncli.errors import BncliError
 from bncli.export import EngineNetwork, ExportedFile, MissingEngineError, open_engine, prepare
 from bncli.export.engines import TITLES, Engine, EngineName, OnnxRuntime, OpenVino, require_engine
 from bncli.export.record import Pixels, Precision
@@ -32,7 +33,7 @@ _SUFFIXES: dict[EngineName, str] = {"onnxruntime": ".onnx", "openvino": ".xml"}
 
 @dataclass(frozen=True)
 class Way:
-    """One of them. Where a package is missing, `how` says which, and there is nothing to call."""
+    """One of them. Where it cannot be had, a package is missing say, `how` tells why: nothing is called."""
 
     name: str
     how: str
@@ -41,53 +42,50 @@ class Way:
 
 
 def ways_of_checkpoint(
-    path: Path, checkpoint: Checkpoint, example: Tensor, runtime: Runtime, folder: Path, *, compiles: bool
+    source: NetworkSource, example: Tensor, runtime: Runtime, folder: Path, *, compiles: bool
 ) -> tuple[Way, ...]:
     """Those of PyTorch, torch.compile among them if it is asked for, then those of other engines.
 
-    `example` are two images (2, 3, H, W). The engines' files are written to `folder`.
+    `example` are two images (2, ...). The engines' files are written to `folder`.
 
-    Raises BncliError for a network that cannot be exported.
+    Raises BncliError for a network that cannot be made.
     """
+    pixels: Pixels = "float32" if example.is_floating_point() else "uint8"
     return (
-        *_by_torch(path, checkpoint, runtime, compiles=compiles),
-        *_by_engines(checkpoint, example, runtime, folder),
+        *_by_torch(source, runtime, pixels, compiles=compiles),
+        *_by_engines(source, example, runtime, folder, pixels),
     )
 
 
-def _by_torch(path: Path, checkpoint: Checkpoint, runtime: Runtime, *, compiles: bool) -> list[Way]:
+def _by_torch(source: NetworkSource, runtime: Runtime, pixels: Pixels, *, compiles: bool) -> list[Way]:
     described = runtime.describe()
     ways = []
     for way, name in _TORCH.items():
         if way != "compiled" or compiles:
-            classify, how = torch_way(way, checkpoint, runtime)
-            alone = Specification(str(path), way, runtime.threads, runtime=described)
+            classify, how = torch_way(way, source.load(), runtime)
+            alone = Specification(
+                source.file, way, runtime.threads, pixels=pixels, runtime=described, network=asdict(source)
+            )
             ways.append(Way(name, how, classify, alone))
     return ways
 
 
-def _by_engines(checkpoint: Checkpoint, example: Tensor, runtime: Runtime, folder: Path) -> list[Way]:
+def _by_engines(
+    source: NetworkSource, example: Tensor, runtime: Runtime, folder: Path, pixels: Pixels
+) -> list[Way]:
     """ONNX Runtime in float32, and OpenVINO in the precision of the runtime."""
-    files: dict[EngineName, Path] = {}
-    missing: dict[EngineName, str] = {}
-    for name, suffix in _SUFFIXES.items():
-        try:
-            require_engine(name)
-            files[name] = folder / f"network{suffix}"
-        except MissingEngineError as error:
-            missing[name] = str(error)
-    if files:
-        network = prepare(load_model(checkpoint), fold=True, precision=torch.float32, casts=False).model
-        engine_files(network, example, *files.values())
-    precision: Precision = "bfloat16" if runtime.precision == torch.bfloat16 else "float32"
+    ours: Precision = "bfloat16" if runtime.precision == torch.bfloat16 else "float32"
+    precisions: dict[EngineName, Precision] = {"onnxruntime": "float32", "openvino": ours}
+    network = prepare(source.load(), fold=True, precision=torch.float32, casts=False).model
     ways = []
     for name, title in TITLES.items():
-        if name in missing:
-            ways.append(Way(title, missing[name]))
-        elif name == "onnxruntime":
-            ways.append(_way(title, name, files[name], runtime.threads, "float32"))
-        else:
-            ways.append(_way(title, name, files[name], runtime.threads, precision))
+        try:
+            require_engine(name)
+            file = folder / f"network{_SUFFIXES[name]}"
+            engine_files(network, example, file)
+            ways.append(_way(title, name, file, runtime.threads, precisions[name], pixels))
+        except BncliError as error:  # not installed, or the network cannot be handed to it
+            ways.append(Way(title, str(error)))
     return ways
 
 
@@ -142,7 +140,7 @@ def _way(
     file: Path,
     threads: int,
     precision: Precision,
-    pixels: Pixels = "uint8",
+    pixels: Pixels,
 ) -> Way:
     engine: Engine
     if name == "onnxruntime":

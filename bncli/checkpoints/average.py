@@ -7,11 +7,12 @@ of what the networks saw: its variance has the spread between their means in it,
 leaves out.
 """
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -63,24 +64,145 @@ def average_checkpoints(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_checkpoint(source, key)) for source in sources]
         _check_one_network(opened)
-        first = opened[0]
-        means = _running_statistics(first)
-        statistics: dict[Combination, dict[str, Tensor]] = {how: {} for how in COMBINATIONS}
-        for mean_name, var_name in means.items():
-            found = _combined(opened, weighed, mean_name, var_name)
-            for how in COMBINATIONS:
-                statistics[how] |= found[how]
-        skipped = {*means, *means.values()}
+        averaging = Averaging(opened[0])
+        for name in averaging.names:
+            for checkpoint, share in zip(opened, weighed, strict=True):
+                with named(checkpoint.source):
+                    averaging.add_tensor(name, _read(checkpoint.tensors[name]), share)
+            averaging.finish(name)
+    return averaging.state(weighed)
+
+
+def read_tensors(source: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """All tensors of one checkpoint, by name. Raises CheckpointError where it cannot be read."""
+    with open_checkpoint(source, key) as opened, named(opened.source):
+        return {name: _read(stored) for name, stored in opened.tensors.items()}
+
+
+class Averaging:
+    """An average that checkpoints are added to, one after the other: their sum is in memory, in float64."""
+
+    def __init__(self, first: OpenCheckpoint) -> None:
+        self._pairs = _running_statistics(first)
+        self._means = {name: _Mean() for name in first.tensors}
+        self._dtypes = {name: stored.dtype for name, stored in first.tensors.items()}
+        self._weights: dict[str, Tensor] = {}  # that are finished
+        self._first = {
+            name: _read(stored)
+            for name, stored in first.tensors.items()
+            if name in self._statistics or not _is_averaged(stored.dtype)
+        }
+
+    @classmethod
+    def like(cls, first: str | Path, key: str | None) -> "Averaging":
+        """Nothing yet, of the network in a file; its whole numbers and statistics are those of the first."""
+        with open_checkpoint(first, key) as opened, named(opened.source):
+            return cls(opened)
+
+    def copy(self) -> "Averaging":
+        """Another one, to which something else is added."""
+        other = copy.copy(self)
+        other._means = {name: mean.copy() for name, mean in self._means.items()}
+        return other
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors."""
+        return tuple(self._means)
+
+    @property
+    def _statistics(self) -> set[str]:
+        return {*self._pairs, *self._pairs.values()}
+
+    def add(self, source: str | Path, tensors: Mapping[str, Tensor], share: float) -> None:
+        """Add a checkpoint; the shares need not sum to 1. Raises CheckpointError, naming it, for a NaN."""
+        with named(str(source)):
+            for name in self._means:
+                self.add_tensor(name, tensors[name], share)
+
+    def add_tensor(self, name: str, values: Tensor, share: float) -> None:
+        """Add one tensor of a checkpoint. Raises NotAveragedError for a NaN: it would be everywhere then."""
+        if not _is_averaged(values.dtype):
+            return
+        if bool(values.isnan().any()):
+            raise NotAveragedError(f"{name} holds NaN; leave this checkpoint out")
+        if share:
+            self._means[name].add(values, share, spreads=name in self._pairs)
+
+    def finish(self, name: str) -> None:
+        """Round a tensor to which nothing more is added, and forget its sum."""
+        if name not in self._first:
+            self._weights[name] = self._means[name].rounded(self._dtypes[name])
+            self._means[name] = _Mean()
+
+    def state(self, shares: Sequence[float]) -> AverageState:
+        """The average of what was added by `shares`, of which some may be 0."""
         weights, num_averaged = {}, 0
-        for name, stored in first.tensors.items():
-            if name in skipped:
+        for name, mean in self._means.items():
+            if name in self._statistics:
                 continue
-            if stored.dtype.is_floating_point or stored.dtype.is_complex:
-                weights[name] = _averaged(opened, weighed, name)
-                num_averaged += 1
+            if name in self._first:
+                weights[name] = self._first[name]
             else:
-                weights[name] = _read(stored)
-    return AverageState(weights, num_averaged, statistics, weighed)
+                finished = self._weights.get(name)
+                weights[name] = mean.rounded(self._dtypes[name]) if finished is None else finished
+                num_averaged += 1
+        found: dict[Combination, dict[str, Tensor]] = {how: {} for how in COMBINATIONS}
+        for mean_name, var_name in self._pairs.items():
+            mean, var = self._means[mean_name], self._means[var_name]
+            rounded = {name: self._means[name].rounded(self._dtypes[name]) for name in (mean_name, var_name)}
+            found["first"] |= {name: self._first[name] for name in rounded}
+            found["average"] |= rounded
+            pooled = (var.value + mean.variance).to(self._dtypes[var_name])
+            found["pooled"] |= {**rounded, var_name: pooled}
+        return AverageState(weights, num_averaged, found, _normalised(shares, len(shares)))
+
+
+def _is_averaged(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+class _Mean:
+    """A weighted mean in float64 of tensors that are added one after the other, and their variance around it.
+
+    By the updates of West (1979), which add differences: what is equal in all keeps its bits.
+    """
+
+    def __init__(self) -> None:
+        self._total = 0.0
+        self._mean: Tensor | None = None
+        self._squares: Tensor | None = None  # of distances from the mean; None: not wanted, or one tensor
+
+    def copy(self) -> "_Mean":
+        return copy.copy(self)  # tensors are replaced, never changed
+
+    def add(self, values: Tensor, share: float, *, spreads: bool) -> None:
+        values = values.to(torch.complex128 if values.is_complex() else torch.float64)
+        self._total += share
+        if self._mean is None:
+            self._mean = values
+            return
+        part = share / self._total
+        step = values - self._mean
+        step[values == self._mean] = 0  # an infinity is no infinity minus itself
+        if spreads:
+            added = step.square() * (share * (1 - part))
+            self._squares = added if self._squares is None else self._squares + added
+        self._mean = self._mean + step * part
+
+    @property
+    def value(self) -> Tensor:
+        """In float64."""
+        assert self._mean is not None  # one share is above 0
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Between what was added, in float64."""
+        return torch.zeros_like(self.value) if self._squares is None else self._squares / self._total
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        return self.value.to(dtype)
 
 
 def check_one_network(sources: Sequence[str | Path], key: str | None = None) -> None:
@@ -134,52 +256,3 @@ def _read(stored: StoredTensor) -> Tensor:
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
     stored.copy_into(tensor)
     return tensor
-
-
-class _Weighed(NamedTuple):
-    values: Tensor  # float64
-    share: float
-
-
-def _weighed(checkpoints: Sequence[OpenCheckpoint], shares: Sequence[float], name: str) -> Iterator[_Weighed]:
-    """Each checkpoint's values that count; NaN is refused, since it would be everywhere afterwards."""
-    for checkpoint, share in zip(checkpoints, shares, strict=True):
-        with named(checkpoint.source):
-            values = _read(checkpoint.tensors[name])
-            if bool(values.isnan().any()):
-                raise NotAveragedError(f"{name} holds NaN; leave this checkpoint out")
-        if share:
-            wide = torch.complex128 if values.is_complex() else torch.float64
-            yield _Weighed(values.to(wide), share)
-
-
-def _averaged(checkpoints: Sequence[OpenCheckpoint], shares: Sequence[float], name: str) -> Tensor:
-    total: Tensor | None = None
-    equal: Tensor | None = None
-    for values, share in _weighed(checkpoints, shares, name):
-        if total is None:
-            total, equal = values * share, values
-        else:
-            total += values * share
-            # what is the same in all stays so to the bit, and an infinity is no infinity minus itself
-            equal = equal if equal is not None and torch.equal(equal, values) else None
-    assert total is not None  # one share is above 0
-    result = total if equal is None else equal
-    return result.to(checkpoints[0].tensors[name].dtype)
-
-
-def _combined(
-    checkpoints: Sequence[OpenCheckpoint], shares: Sequence[float], mean_name: str, var_name: str
-) -> dict[Combination, dict[str, Tensor]]:
-    """Running mean and variance of one layer, in the three ways; (C,) each."""
-    means = list(_weighed(checkpoints, shares, mean_name))
-    variances = list(_weighed(checkpoints, shares, var_name))
-    mean = sum((values * share for values, share in means), torch.zeros(()))
-    average = sum((values * share for values, share in variances), torch.zeros(()))
-    between = sum(((values - mean).square() * share for values, share in means), torch.zeros(()))
-    first = {name: _read(checkpoints[0].tensors[name]) for name in (mean_name, var_name)}
-
-    def rounded(mean: Tensor, var: Tensor) -> dict[str, Tensor]:
-        return {name: values.to(first[name].dtype) for name, values in ((mean_name, mean), (var_name, var))}
-
-    return {"first": first, "average": rounded(mean, average), "pooled": rounded(mean, average + between)}

@@ -175,12 +175,8 @@ def load_content(path: str | Path) -> dict[str, Any]:
         OtherFormatError: when it is a file of another kind.
         CheckpointError: when the file cannot be read, is damaged, or has a newer format.
     """
-    with open_whole(path) as (kind, content):  # nothing of a stranger's large file is loaded
-        if kind != "torch zip" or not isinstance(content, dict) or content.get("format") != FORMAT:
-            what = "a torch file" if kind == "torch zip" else f"a {kind} file"
-            raise ForeignNetworkError(
-                f"{path}: {what}, but no bncli checkpoint (made by `bncli train`){_recorded_network(content)}"
-            )
+    with open_whole(path) as (kind, found):  # nothing of a stranger's large file is loaded
+        content = _own_content(kind, found, path)
         version = content.get("format_version")
         is_newer = type(version) is int and version > FORMAT_VERSION
         loaded: dict[str, Any] = {} if is_newer else load_values(content)
@@ -189,6 +185,21 @@ def load_content(path: str | Path) -> dict[str, Any]:
             f"{path}: checkpoint format {version!r}; this bncli reads up to {FORMAT_VERSION}; upgrade bncli"
         )
     return loaded
+
+
+def check_own(path: str | Path) -> None:
+    """Raise ForeignNetworkError unless bncli wrote a checkpoint; its tensors are neither read nor checked."""
+    with open_whole(path) as (kind, content):
+        _own_content(kind, content, path)
+
+
+def _own_content(kind: str, content: object, path: str | Path) -> dict[str, Any]:
+    if kind == "torch zip" and isinstance(content, dict) and content.get("format") == FORMAT:
+        return content
+    what = "a torch file" if kind == "torch zip" else f"a {kind} file"
+    raise ForeignNetworkError(
+        f"{path}: {what}, but no bncli checkpoint (made by `bncli train`){_recorded_network(content)}"
+    )
 
 
 def _recorded_network(content: object) -> str:
@@ -240,7 +251,8 @@ def load_model(
         name = _shown(config.name)
         raise CheckpointError(
             f"{source}: its network is made by {name}, and code that a file names is not run; where you"
-            f" trust it, average, eval, export, predict and recalibrate take --model {shlex.quote(name)}"
+            " trust it, average, bench eval, eval, export, predict and recalibrate take --model"
+            f" {shlex.quote(name)}"
         )
     build = partial(build_configured, config, len(checkpoint.class_names), image_size=checkpoint.image_size)
     try:

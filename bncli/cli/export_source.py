@@ -1,7 +1,7 @@
 """What `bncli export` exports: a checkpoint's network, what it takes, and images to prove it with."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import bncli
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # the network is compared as it is: plain float32 on the CPU, which every engine has
 _PLAIN = ["runtime.device=cpu", "runtime.precision=float32", "runtime.memory_format=contiguous"]
-_PLACES = ("root", "url", "archive", "cache", "arguments", "classes")  # of this machine
+_PLACES = ("root", "url", "archive", "cache", "classes")  # of this machine
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class ExportSource:
         subject, data = self.subject, self.subject.config.data
         config = subject.config.model_dump(mode="json")
         config["data"] = {key: value for key, value in config["data"].items() if key not in _PLACES}
+        if not config["data"].get("arguments", True):  # of the checkpoint they are not followed, but told
+            config["data"]["arguments"] = getattr(subject.followed.recorded.data, "arguments", {})
+        config = _without_folders(config)
         config["runtime"] = {"eval_batch_size": subject.config.runtime.eval_batch_size}
         named = subject.named
         if named is not None:
@@ -61,7 +64,7 @@ class ExportSource:
         return ExportRecord(
             bncli=bncli.__version__,
             source={"file": subject.path.name, "sha256": sha256, "epoch": subject.epoch},
-            network=subject.config.model.name if named is None else named[0].name,
+            network=_without_folders(subject.config.model.name if named is None else named[0].name),
             pixels=pixels if self.is_pixels else "float32",
             image_shape=self.image_shape,
             normalization=self.normalization,
@@ -82,9 +85,13 @@ class ExportSource:
         from bncli.serialization import to_plain
 
         own = self.subject.own
+        averaged = {} if own is None or own.averaged is None else to_plain(own.averaged)
+        sources = {"average_of": averaged["sources"]} if "sources" in averaged else {}
         if own is not None and own.recalibration is not None:
-            plain: dict[str, Any] = to_plain(own.recalibration)
-            return plain
+            measured: dict[str, Any] = to_plain(own.recalibration)
+            return measured | sources
+        if sources:  # without images: in one of the ways of `bncli average`
+            return {"method": averaged.get("statistics"), **sources}
         counted = [layer.num_batches_tracked for _, layer in batch_norm_layers(self.model)]
         counts = [int(count) for count in counted if count is not None]
         return {
@@ -92,6 +99,19 @@ class ExportSource:
             "momentum": sorted({layer.momentum or 0.0 for _, layer in batch_norm_layers(self.model)}),
             "num_batches_tracked": max(counts, default=None),
         }
+
+
+def _without_folders(value: Any) -> Any:
+    """A configuration whose absolute paths are their last parts alone, as in net.py:Net: the file travels."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str):
+        for path in (PurePosixPath(value), PureWindowsPath(value)):
+            if path.is_absolute() or value.startswith("~"):
+                return path.name
+    return value
 
 
 def open_export_source(path: Path, overrides: list[str], named: "NamedNetwork | None") -> ExportSource:

@@ -50,16 +50,16 @@ class NamedNetwork:
 
         Raises ConfigError or CheckpointError.
         """
-        from bncli.checkpoints import load_weights
-        from bncli.models import build_network
-        from bncli.models.detectors import freeze_uncounted
-        from bncli.models.picked_output import pick_output
+        from bncli.checkpoints.named import load_named
 
-        network = build_network(self.name, self.arguments)
-        loaded = load_weights(network, as_typed(path), key=self.key, partial=self.partial)
-        freeze_uncounted(network, loaded.kept)
-        pick_output(network, self.logits)
-        return network.eval(), loaded
+        return load_named(
+            self.name,
+            self.arguments,
+            as_typed(path),
+            key=self.key,
+            partial=self.partial,
+            logits=self.logits,
+        )
 
     def check_repeats(self) -> None:
         """Refuse options that mean nothing where the name repeats what bncli's own checkpoint records.

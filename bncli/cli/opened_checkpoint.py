@@ -36,19 +36,20 @@ class Unfollowed:
     root: str | None  # with the reason
     others: tuple[str, ...]
     cache: str | None
+    arguments: str | None
 
     def __bool__(self) -> bool:
         """Whether there is anything to say."""
-        return bool(self.root or self.others or self.cache)
+        return bool(self.root or self.others or self.cache or self.arguments)
 
     @property
     def matters(self) -> bool:
         """Whether there is where data were found all the same."""
-        return bool(self.root or self.cache)
+        return bool(self.root or self.cache or self.arguments)
 
     def of(self, path: Path) -> str:
         """One sentence, which names the file."""
-        named = ", ".join([*filter(None, [self.root]), *self.others, *filter(None, [self.cache])])
+        named = ", ".join(filter(None, [self.root, *self.others, self.arguments, self.cache]))
         return (
             f"{path} names {named}: not used, because a file may come from anybody; --set KEY=VALUE uses it"
         )
@@ -84,12 +85,9 @@ def followed_data(
         except DataError as error:
             reason = f"data.root={_shown(root)} ({error})"
     others = dict(followed.unfollowed_places())
-    cache = others.pop("data.cache", None)
-    return data, Unfollowed(
-        reason,
-        tuple(f"{key}={_shown(value)}" for key, value in others.items()),
-        None if cache is None else f"data.cache={_shown(cache)}",
-    )
+    said = {key: f"{key}={_shown(value)}" for key, value in others.items()}
+    cache, arguments = said.pop("data.cache", None), said.pop("data.arguments", None)
+    return data, Unfollowed(reason, tuple(said.values()), cache, arguments)
 
 
 def _shown(text: str) -> str:
@@ -284,7 +282,7 @@ def _open_own(
                 f"{path}: tensors that `bncli export` wrote, without their network; give"
                 f" {exported.source.get('file', 'the checkpoint')}, or export it to .onnx or .pt2"
             ) from None
-        if command not in ("eval", "recalibrate", "predict", "report", "export"):
+        if command not in ("eval", "recalibrate", "predict", "report", "export", "bench eval"):
             raise
         raise ForeignNetworkError(f"{error}; name its network with --model, see --help") from None
     followed = follow_config(checkpoint.config, overrides, source=str(path))
@@ -341,6 +339,7 @@ def load_subject_data(
                 dataset = load()
             else:  # of folders there is a file that all map
                 dataset = load_once(load, processes, in_memory=not isinstance(data, ImageFolderConfig))
+            dataset = _checked(subject, dataset)
         except DataError as error:
             if unfollowed:
                 raise DataError(f"{error}; {unfollowed.of(subject.path)}") from None
@@ -349,12 +348,6 @@ def load_subject_data(
         print_note(unfollowed.of(subject.path))
     for note in dataset.notes:
         print_note(note)
-    if checkpoint is not None:
-        if not dataset.class_names:
-            dataset = replace(dataset, class_names=checkpoint.class_names)
-        _check_dataset(checkpoint, dataset)
-    if subject.exported is not None:
-        dataset = _check_exported(subject.exported, dataset)
     if subject.named is not None:
         from bncli.cli.named_network import fit_to_data
         from bncli.determinism.fixed_shape import without_fixed_shape
@@ -364,6 +357,16 @@ def load_subject_data(
             network, subject.named[0], dataset, subject.runtime, subject.path, classifies=classifies
         )
     return dataset
+
+
+def _checked(subject: Subject, dataset: "Dataset") -> "Dataset":
+    """The data set with the names that the file has for its classes. Raises DataError where it is another."""
+    checkpoint = subject.own
+    if checkpoint is not None:
+        if not dataset.class_names:
+            dataset = replace(dataset, class_names=checkpoint.class_names)
+        _check_dataset(checkpoint, dataset)
+    return dataset if subject.exported is None else _check_exported(subject.exported, dataset)
 
 
 def check_labels(dataset: "Dataset", fix: str) -> None:

@@ -33,7 +33,7 @@ FORMATS: dict[str, Format] = {
     ".safetensors": "safetensors",
 }
 OPSET = 20  # of ONNX; what came later adds nothing that such networks need, and older engines read it
-IMAGES, LOGITS = "images", "logits"  # names of input and output
+IMAGES, LOGITS, BATCH = "images", "logits", "N"  # names of input, output and the axis of images
 MAX_ONNX = 2**31 - 1  # bytes of a protocol buffer
 # of a node's metadata: where the code lay on this machine, and the code again
 _PRIVATE = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")
@@ -96,7 +96,7 @@ def move_into_place(file: Path, path: Path) -> tuple[Path, ...]:
 
 def _exported(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """Its operations, for batches of any size."""
-    batch = torch.export.Dim("N")
+    batch = torch.export.Dim(BATCH)
     try:
         with torch.no_grad(), _quiet():
             program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
@@ -141,6 +141,7 @@ def _as_onnx(program: torch.export.ExportedProgram, record: ExportRecord | None)
     except Exception as error:
         raise BncliError(f"the network cannot be written as ONNX: {_unsupported(error, program)}") from None
     model = made.model
+    made.rename_axes({str(model.graph.inputs[0].shape[0]): BATCH})  # torch.export has a symbol for it, as s34
     for function in (model.graph, *model.functions.values()):
         for node in function:
             for key in _PRIVATE:

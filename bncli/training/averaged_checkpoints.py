@@ -1,7 +1,8 @@
 """What averages of checkpoints are worth, with running statistics made in each of the ways that there are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 from bncli.batchnorm import Recalibration
 from bncli.checkpoints import AverageState, average_checkpoints
-from bncli.checkpoints.average import COMBINATIONS, Combination, check_one_network
+from bncli.checkpoints.average import (
+    COMBINATIONS,
+    Averaging,
+    Combination,
+    check_one_network,
+    read_tensors,
+)
 from bncli.data import Dataset
 from bncli.errors import BncliError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes
@@ -18,6 +25,7 @@ from bncli.evaluation.gap import PhaseProgress
 from bncli.runtime import Runtime
 from bncli.training.recalibrated import Calibration, outcomes_on_test, recalibrate_network
 
+Read = Callable[[Path], Mapping[str, Tensor]]  # a file to its tensors, by the names of the first one
 Statistics = Literal["recalibrate", "pooled", "average", "first"]
 
 
@@ -110,13 +118,15 @@ def average_and_judge(
     judge: Judge | None,
     *,
     key: str | None = None,
+    read: Read | None = None,
     greedy: bool = False,
 ) -> AveragedCheckpoint:
     """Average checkpoints, give the average running statistics, and compare it with what it was made from.
 
     With `greedy` checkpoints are tried from the best to the worst, and one stays in the average if that does
     not lower its accuracy (Wortsman et al. 2022, model soups): on the test split, which is no independent
-    judge afterwards.
+    judge afterwards. `read` gives all tensors of a file, in place of `read_tensors`, and may refuse it. One
+    file is in memory at a time, beside the sum; it is read once, and once more where `greedy` tries it.
 
     Raises:
         CheckpointError: naming a file that cannot be read, is of another network, or holds a NaN.
@@ -128,12 +138,24 @@ def average_and_judge(
     if greedy and evaluator is None:
         raise BncliError("greedy averaging compares accuracies: it needs labelled images")
     check_one_network(sources, key)  # before any of them is evaluated
-    alone = [None] * len(sources) if evaluator is None else [
-        _outcomes_alone(source, key, evaluator) for source in sources
-    ]  # fmt: skip
-    if evaluator is not None and greedy:
-        shares = _chosen(sources, shares, statistics, evaluator, key, [one for one in alone if one])
-    state = average_checkpoints(sources, shares=shares, key=key)
+    alone: list[Outcomes | None] = [None] * len(sources)
+    if read is None and evaluator is None:
+        state = average_checkpoints(sources, shares=shares, key=key)
+    else:
+        read = read or partial(read_tensors, key=key)
+        averaging = Averaging.like(sources[0], key)
+        for index, (source, share) in enumerate(zip(sources, shares, strict=True)):
+            tensors = read(source)
+            averaging.add(source, tensors, 0 if greedy else share)
+            if evaluator is not None:
+                evaluator.load(tensors)
+                del tensors
+                alone[index] = evaluator.outcomes(source.name)
+        if evaluator is not None and greedy:
+            state = _chosen(sources, shares, statistics, evaluator, averaging, read, alone)
+        else:
+            state = averaging.state(shares)
+        del averaging
     chosen, recalibration = _statistics_of(state, statistics, judge)
     scores: dict[str, Score] = {}
     difference = None
@@ -157,11 +179,6 @@ def average_and_judge(
     )
 
 
-def _outcomes_alone(source: Path, key: str | None, judge: Judge) -> Outcomes:
-    judge.load(average_checkpoints([source], key=key).with_statistics("first"))
-    return judge.outcomes(source.name)
-
-
 def _statistics_of(
     state: AverageState, statistics: Statistics, judge: Judge | None
 ) -> tuple[dict[str, Tensor], Recalibration | None]:
@@ -182,20 +199,24 @@ def _chosen(
     shares: Sequence[float],
     statistics: Statistics,
     judge: Judge,
-    key: str | None,
-    alone: Sequence[Outcomes],
-) -> list[float]:
-    """The shares of those that greedy averaging keeps; 0 for the others."""
-    order = sorted(range(len(sources)), key=lambda index: -alone[index].score.accuracy)
+    averaging: Averaging,
+    read: Read,
+    alone: Sequence[Outcomes | None],
+) -> AverageState:
+    """The average, begun with nothing, of those that greedy averaging keeps; the others' share is 0."""
+    accuracies = [-1.0 if one is None else one.score.accuracy for one in alone]
+    order = sorted(range(len(sources)), key=lambda index: -accuracies[index])
     kept, best = [0.0] * len(sources), -1.0
     for index in order:
+        if not shares[index]:
+            continue
+        with_it = averaging.copy()
+        with_it.add(sources[index], read(sources[index]), shares[index])
         tried = [*kept]
         tried[index] = shares[index]
-        if not tried[index]:
-            continue
-        tensors, _ = _statistics_of(average_checkpoints(sources, shares=tried, key=key), statistics, judge)
+        tensors, _ = _statistics_of(with_it.state(tried), statistics, judge)
         judge.load(tensors)
         accuracy = judge.outcomes(f"average with {sources[index].name}").score.accuracy
         if accuracy >= best:
-            kept, best = tried, accuracy
-    return kept
+            averaging, kept, best = with_it, tried, accuracy
+    return averaging.state(kept)

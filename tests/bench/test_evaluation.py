@@ -1,9 +1,11 @@
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from bncli.bench.alone import Specification, start_alone
 from bncli.bench.evaluation import (
@@ -12,6 +14,7 @@ from bncli.bench.evaluation import (
     _in_turns,
     _ratio,
 )
+from bncli.bench.network_source import NetworkSource
 from bncli.bench.ways import (
     BFLOAT16,
     COMPILED,
@@ -24,7 +27,7 @@ from bncli.bench.ways import (
     PLAIN,
     ways_of_checkpoint,
 )
-from bncli.checkpoints import load_checkpoint, load_model
+from bncli.checkpoints import load_model
 from bncli.config import RuntimeConfig
 from bncli.errors import BncliError
 from bncli.hardware import has_fast_bfloat16
@@ -70,13 +73,13 @@ def test_without_onnx_runtime_its_row_says_so(
 def test_all_ways_compute_the_same_network(finished_run: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     path = finished_run / "last.pt"
-    checkpoint = load_checkpoint(path)
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    oracle = load_model(checkpoint).double()(images)  # float64
+    oracle = load_model(path).double()(images)  # float64
     for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.05)):
         runtime = resolve_runtime(RuntimeConfig(device="cpu", precision=precision))
         # engines get another number of images than they were exported with
-        ways = ways_of_checkpoint(path, checkpoint, images[:2], runtime, tmp_path, compiles=False)
+        source = NetworkSource(str(path))
+        ways = ways_of_checkpoint(source, images[:2], runtime, tmp_path, compiles=False)
         assert [way.name for way in ways] == [PLAIN, OURS, FOLDED, ONNX, OPENVINO]
         for way in ways:
             if way.classify is not None:
@@ -114,6 +117,71 @@ def test_an_exported_file_is_timed_by_its_own_engine(
     assert (outcome.code, "it is computed on the CPU" in outcome.err) == (2, True)
 
 
+NETS = """
+from torch import nn
+
+def make(width=4):
+    layers = [nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(900 * width, 3))
+
+class Depends(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+def branching():
+    return nn.Sequential(make(), Depends())
+"""
+
+
+def foreign_checkpoint(folder: Path, factory: str, **arguments: int) -> tuple[object, ...]:
+    """What is given to `bench eval` for a stranger's file, with images in a folder."""
+    (folder / "nets.py").write_text(NETS)
+    namespace: dict[str, Any] = {}
+    exec(NETS, namespace)
+    network = namespace[factory](**arguments).train()
+    network(torch.rand(8, 3, 32, 32))
+    torch.save({"net": network.state_dict()}, folder / "net.pt")
+    for split in ("train", "test"):
+        for index in range(3):
+            place = folder / "pics" / split / f"class{index}"
+            place.mkdir(parents=True)
+            for shade in range(2):
+                Image.new("RGB", (32, 32), (90 * index, 40 * shade, 7)).save(place / f"{shade}.png")
+    words = ("bench", "eval", folder / "net.pt", "--model", f"{folder / 'nets.py'}:{factory}", "--key", "net")
+    return (*words, "--data-root", folder / "pics", "--set", "data.image_size=32", *FEW)
+
+
+def test_a_strangers_network_is_timed_as_well(bncli: Bncli, tmp_path: Path) -> None:
+    words = foreign_checkpoint(tmp_path, "make", width=5)
+    result = bncli(*words, "--model-arg", "width=5", "--json").json
+    paths = {path["name"]: path for path in result["paths"]}
+    assert list(paths) == [PLAIN, OURS, FOLDED, ONNX, OPENVINO]
+    for path in paths.values():
+        if path["images_per_second"] is not None:
+            assert path["num_flips"] == 0
+    assert result["num_test_images"] == 6
+    outcome = bncli(*words[:3], *FEW)
+    assert (outcome.code, "name its network with --model" in outcome.err) == (2, True)
+
+
+def test_a_network_that_no_engine_takes_is_timed_without(bncli: Bncli, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    outcome = bncli(*foreign_checkpoint(tmp_path, "branching"), "--json")
+    assert outcome.code == 0, outcome.err
+    paths = {path["name"]: path for path in outcome.json["paths"]}
+    assert "depends on the numbers in an image" in paths[ONNX]["how"]
+    assert paths[ONNX]["images_per_second"] is None
+    assert paths[FOLDED]["images_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_a_strangers_network_starts_in_a_process_of_its_own(bncli: Bncli, tmp_path: Path) -> None:
+    words = foreign_checkpoint(tmp_path, "make")[:-1]
+    paths = bncli(*words, 1, "--json").json["paths"]
+    assert all(0 < path["first_answer_seconds"] < 60 for path in paths if path["images_per_second"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "names"), [("onnx", [ONNX, FLOAT32, BFLOAT16]), ("xml", [FLOAT32, BFLOAT16])]
@@ -147,7 +215,8 @@ def test_every_way_starts_in_a_process_of_its_own(bncli: Bncli, finished_run: Pa
 
 @pytest.mark.slow
 def test_a_process_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
-    nowhere = Specification(str(tmp_path / "no.pt"), "plain", 1, runtime={})
+    file = str(tmp_path / "no.pt")
+    nowhere = Specification(file, "plain", 1, runtime={}, network={"file": file})
     with pytest.raises(BncliError, match=r"^plain in a process of its own failed: [^\n]*no\.pt[^\n]*$"):
         start_alone(nowhere, (3, 32, 32), 2)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.checkpoints import average_checkpoints, check_rewritable, rewrite
+from bncli.checkpoints.average import COMBINATIONS, Averaging, read_tensors
 from bncli.errors import CheckpointError
 
 
@@ -81,6 +82,21 @@ def test_what_is_equal_in_all_keeps_its_bits(tmp_path: Path) -> None:
     found = average_checkpoints([tmp_path / name for name in ("a.pt", "b.pt", "c.pt")])
     for name, value in found.with_statistics("pooled").items():
         assert torch.equal(value, state[name]), name
+
+
+def test_one_after_the_other_is_all_at_once_to_the_bit(paths: list[Path]) -> None:
+    shares = [1, 0, 5]
+    expected = average_checkpoints(paths, shares=shares)
+    begun = Averaging.like(paths[0], None)
+    for path, share in zip(paths, shares, strict=True):
+        tried = begun.copy()
+        tried.add(path, read_tensors(path), 3)  # and given up
+        begun.add(path, read_tensors(path), share / 6)
+    found = begun.state(shares)
+    for how in COMBINATIONS:
+        one, two = expected.with_statistics(how), found.with_statistics(how)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:

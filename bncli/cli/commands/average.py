@@ -28,6 +28,8 @@ from bncli.errors import BncliError, ConfigError, DataError, ForeignNetworkError
 from bncli.wording import plural
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bncli.checkpoints import Checkpoint
     from bncli.cli.opened_checkpoint import Subject
     from bncli.cli.progress import ProgressReporter
@@ -151,14 +153,14 @@ def average_into_file(
     weights = _parse_shares(shares, len(paths))
     data_overrides = effective_overrides("average", overrides, device=device, data_root=data_root)
     named = named_network(model, model_args, key if model is not None else None, None, normalization, logits)
-    own = _open_own(paths)
+    own = _are_own(paths)
     if own and key is not None:
         raise ConfigError("--key", ["a checkpoint of `bncli train` has one network; leave it out"])
     place = "state_dict" if own else key
     if not own:
         _check_container(paths[0], place)
     with ProgressReporter() as progress:
-        subject = judge = None
+        first = runtime = judge = None
         if own or named is not None:
             subject = open_subject(paths[0], data_overrides, command="average", named=named)
             how = Calibration(method, num_images)
@@ -169,6 +171,9 @@ def average_into_file(
                 evaluates=not no_evaluate,
                 needed=statistics == "recalibrate" or greedy,
             )
+            runtime = subject.runtime.describe()
+            first = None if subject.own is None else _without_tensors(subject.own)
+            del subject  # and its tensors with it
         elif statistics == "recalibrate" or greedy:
             raise ConfigError(
                 "bncli average",
@@ -177,16 +182,17 @@ def average_into_file(
                     " --data-root FOLDER, or --statistics pooled, which needs none"
                 ],
             )
-        made = average_and_judge(paths, weights, statistics, judge, key=place, greedy=greedy)
+        read = _read_own if own else None
+        made = average_and_judge(paths, weights, statistics, judge, key=place, read=read, greedy=greedy)
     try:
-        if own:
-            _save_own(own[0], made, subject, output)
+        if first is not None and runtime is not None:
+            _save_own(first, made, runtime, output)
         else:
             _rewrite(paths[0], place, made, output)
     except OSError as error:
         raise BncliError(f"{output}: cannot be written: {error.strerror or error}") from error
     print_note(f"wrote {output}")
-    report = AverageReport(str(output), made, None if subject is None else subject.runtime.describe())
+    report = AverageReport(str(output), made, runtime)
     print_json(report.to_dict()) if as_json else show_average(report)
     return 0
 
@@ -243,18 +249,30 @@ def _parse_shares(text: str | None, number: int) -> list[float]:
     return shares
 
 
-def _open_own(paths: list[Path]) -> "list[Checkpoint]":
-    """All of them, checked against their digests, if they are bncli's; none if the first is not.
-
-    Raises CheckpointError for a mixture.
-    """
-    from bncli.checkpoints import load_checkpoint
+def _are_own(paths: list[Path]) -> bool:
+    """Whether they are bncli's. Raises CheckpointError for a mixture."""
+    from bncli.checkpoints.own import check_own
 
     try:
-        first = load_checkpoint(paths[0])
+        check_own(paths[0])
     except ForeignNetworkError:
-        return []
-    return [first, *map(load_checkpoint, paths[1:])]
+        return False
+    for path in paths[1:]:
+        check_own(path)
+    return True
+
+
+def _read_own(path: Path) -> "dict[str, Tensor]":
+    """Checked against its digests."""
+    from bncli.checkpoints import load_checkpoint
+
+    return load_checkpoint(path).state_dict
+
+
+def _without_tensors(checkpoint: "Checkpoint") -> "Checkpoint":
+    """What it says of itself, with the names of its tensors."""
+    names = {name: tensor.to("meta") for name, tensor in checkpoint.state_dict.items()}
+    return replace(checkpoint.finished(), state_dict=names)
 
 
 def _check_container(path: Path, key: str | None) -> None:
@@ -299,14 +317,13 @@ def _judge(
 
 
 def _save_own(
-    first: "Checkpoint", made: "AveragedCheckpoint", subject: "Subject | None", output: Path
+    first: "Checkpoint", made: "AveragedCheckpoint", runtime: dict[str, object], output: Path
 ) -> None:
     from dataclasses import asdict
 
     from bncli.checkpoints import file_sha256, save_checkpoint
     from bncli.hardware import describe_machine
 
-    assert subject is not None  # bncli's own files say what their network is
     record = {
         "sources": [
             {"file": Path(source.path).name, "share": source.share, "sha256": file_sha256(source.path)}
@@ -320,13 +337,13 @@ def _save_own(
             "method": made.recalibration.method,
             "num_images": made.recalibration.num_images,
             "recalibrated_layers": [layer.name for layer in made.recalibration.layers],
-            "runtime": subject.runtime.describe(),
+            "runtime": runtime,
             "machine": describe_machine(),
         }
     score = made.scores.get(made.statistics)
     save_checkpoint(
         replace(
-            first.finished(),
+            first,
             state_dict={name: made.state_dict[name] for name in first.state_dict},
             test_accuracy=None if score is None else score.accuracy,
             test_loss=None if score is None else score.loss,

@@ -2,13 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bncli.builtin_configs import DEFAULT_NAME
 from bncli.cli.help_page import MEASURED, CommandPage, GroupPage
 from bncli.cli.messages import print_note
+from bncli.cli.named_network import as_typed, named_network
 from bncli.cli.opened_checkpoint import load_subject_data, open_config, open_subject
 from bncli.cli.opened_export import find_export, open_exported, refuse
 from bncli.cli.options import (
@@ -16,9 +17,20 @@ from bncli.cli.options import (
     DataRootOption,
     DeviceOption,
     JsonOption,
+    KeyOption,
+    LogitsOption,
+    ModelArgOption,
+    ModelOption,
+    NormalizationOption,
+    PartialOption,
     SetOption,
 )
 from bncli.cli.overrides import effective_overrides
+
+if TYPE_CHECKING:
+    from bncli.bench.network_source import NetworkSource
+    from bncli.cli.named_network import NamedNetwork
+    from bncli.cli.opened_checkpoint import Subject
 
 bench_app = typer.Typer(cls=GroupPage)
 
@@ -106,15 +118,42 @@ def bench_train(
     return 0
 
 
+def _network_source(subject: "Subject", named: "NamedNetwork | None") -> "NetworkSource":
+    from bncli.bench.network_source import NetworkSource
+    from bncli.models.normalized import input_normalization
+
+    file = as_typed(subject.path)
+    if named is None:
+        return NetworkSource(file)
+    if subject.named is None:  # the name repeats what the file records
+        return NetworkSource(file, model=named.name, arguments=named.arguments)
+    return NetworkSource(
+        file,
+        is_own=False,
+        model=named.name,
+        arguments=named.arguments,
+        key=named.key,
+        partial=named.partial,
+        logits=named.logits,
+        normalization=input_normalization(subject.model),
+    )
+
+
 @bench_app.command("eval", cls=CommandPage)
 def bench_eval(
     checkpoint: Annotated[
         Path,
         typer.Argument(
             metavar="FILE",
-            help="A checkpoint of `bncli train`, such as last.pt, or a file of `bncli export`.",
+            help="A checkpoint such as last.pt, or a file of `bncli export`.",
         ),
     ],
+    model: ModelOption = None,
+    model_args: ModelArgOption = None,
+    key: KeyOption = None,
+    partial: PartialOption = None,
+    normalization: NormalizationOption = None,
+    logits: LogitsOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
     data_root: DataRootOption = None,
@@ -181,18 +220,21 @@ def bench_eval(
     from bncli.cli.tables.table import print_json
     from bncli.indexed import pick
 
-    exported = find_export(checkpoint)
+    named, exported = None, find_export(checkpoint)
     if exported is not None:
+        given = {"--model": model, "--model-arg": model_args, "--key": key, "--partial": partial}
+        given |= {"--normalization": normalization, "--logits": logits}
+        refuse(checkpoint, given)
         refuse(checkpoint, {"--device": device}, "it is computed on the CPU")
         overrides = effective_overrides("bench eval of an exported file", overrides, data_root=data_root)
         subject = open_exported(exported, overrides)
     else:
         overrides = effective_overrides("bench eval", overrides, device=device, data_root=data_root)
-        subject = open_subject(checkpoint, overrides, command="bench eval")
+        named = named_network(model, model_args, key, partial, normalization, logits)
+        subject = open_subject(checkpoint, overrides, command="bench eval", named=named)
     dataset = load_subject_data(subject)
     result = bench_evaluation(
-        checkpoint,
-        exported or subject.checkpoint,
+        exported or _network_source(subject, named),
         pick(dataset.test, range(len(dataset.test))),
         subject.runtime,
         num_rounds=rounds,

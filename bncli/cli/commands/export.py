@@ -134,6 +134,9 @@ def export_checkpoint(
         raise ConfigError(
             "--precision", ["ONNX Runtime has no convolution in bfloat16; take float16, or .xml"]
         )
+    if kind == "openvino" and fold is False:
+        reason = "OpenVINO folds BatchNorm itself when it writes a file; take .onnx, .pt2 or .safetensors"
+        raise ConfigError("--keep-batch-norm", [reason])
     if tolerance is not None and not tolerance >= 0:
         raise ConfigError("--tolerance", [f"expected a number of 0 or more, found {tolerance:g}"])
     require_writer(kind)

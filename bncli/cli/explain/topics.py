@@ -41,7 +41,7 @@ GROUPS = {
         "many-processes",
         "communication",
     ),
-    "Files": ("checkpoint-files", "runs", "your-images", "engines"),
+    "Files": ("checkpoint-files", "runs", "your-images", "export", "engines"),
     "What inspect-stats finds": ("findings",),
 }
 MAX_NEAREST = 3

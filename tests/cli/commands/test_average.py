@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bncli.checkpoints import load_checkpoint
+from bncli.checkpoints import load_checkpoint, own
 from bncli.evaluation import evaluate
 from tests.cli.commands.test_named_networks import COMPUTED, DATA, NET
 from tests.conftest import Bncli, save_as_if_whole
@@ -88,6 +89,41 @@ def test_greedy_leaves_out_what_lowers_the_accuracy(bncli: Bncli, kept_run: Path
         for name, value in checkpoint.state_dict.items()
         if "running" not in name
     )
+
+
+def test_a_file_is_read_once_and_once_more_where_it_is_tried(
+    bncli: Bncli, kept_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = own.load_content
+
+    def counted(path: Path) -> Any:
+        read.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(own, "load_content", counted)
+    names = [f"epoch-000{number}.pt" for number in (2, 3, 4)]
+    words = ("average", "--of", kept_run, "--statistics", "pooled", "--set", "runtime.eval_batch_size=60")
+    assert bncli(*words, "-o", tmp_path / "a.pt").code == 0
+    assert read == [names[0], *names]  # the first one also tells the network
+    read.clear()
+    assert bncli(*words, "-o", tmp_path / "b.pt", "--greedy").code == 0
+    assert sorted(read) == sorted([names[0], *names, *names])
+    read.clear()
+    assert bncli(*words, "-o", tmp_path / "c.pt", "--no-evaluate").code == 0
+    assert read == [names[0], *names]
+
+
+def test_a_damaged_file_is_not_averaged(bncli: Bncli, kept_run: Path, tmp_path: Path) -> None:
+    content = torch.load(kept_run / "last.pt", weights_only=True)
+    content["state_dict"]["head.weight"][0] += 1  # and its digest stays
+    torch.save(content, tmp_path / "damaged.pt")
+    for more in ((), ("--no-evaluate", "--statistics", "pooled")):
+        words = ("average", kept_run / "last.pt", tmp_path / "damaged.pt", "-o", tmp_path / "a.pt", *more)
+        outcome = bncli(*words)
+        assert outcome.code == 2
+        assert "damaged.pt: damaged: its SHA-256 is not" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "a.pt").exists()
 
 
 @pytest.fixture

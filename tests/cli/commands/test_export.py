@@ -18,8 +18,10 @@ from torch import nn
 import bncli
 from bncli.checkpoints import file_sha256, load_checkpoint, load_model
 from bncli.cli.app import main
+from bncli.cli.export_source import _without_folders
 from bncli.data import load_dataset
 from bncli.export import export_network
+from bncli.export.exported_file import exported_record
 from tests.conftest import Bncli
 from tests.export.awkward_networks import Awkward
 from tests.export.exported_networks import AWKWARD, HERE, TORCHVISION, export, make_network, round_trip
@@ -169,9 +171,15 @@ def test_torchvisions_networks_are_exported(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
 @pytest.mark.parametrize(
-    "options", [(), ("--keep-batch-norm",), ("--precision", "float16", "--pixels", "float32")]
+    ("suffix", "options"),
+    [
+        (".onnx", ()),
+        (".xml", ()),
+        (".onnx", ("--keep-batch-norm",)),
+        (".onnx", ("--precision", "float16", "--pixels", "float32")),
+        (".xml", ("--precision", "float16", "--pixels", "float32")),
+    ],
 )
 def test_engines_evaluate_and_predict(
     bncli: Bncli, finished_run: Path, tmp_path: Path, suffix: str, options: tuple[str, ...]
@@ -189,6 +197,13 @@ def test_engines_evaluate_and_predict(
     found = bncli("eval", output, "--num-images", 8, "--batch-sizes", 2, "--json").json
     ours = bncli("eval", finished_run / "last.pt", "--num-images", 8, "--batch-sizes", 2, "--json").json
     assert abs(found["accuracy"] - ours["accuracy"]) <= (0.02 if "float16" in options else 0)
+    if suffix == ".onnx":
+        import onnx
+
+        model = onnx.load(output)
+        shape = [axis.dim_param or axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim]
+        assert (model.graph.input[0].name, shape) == ("images", ["N", 3, 32, 32])
+        assert model.graph.output[0].type.tensor_type.shape.dim[0].dim_param == "N"
     content = output.read_bytes()
     assert str(Path(np.__file__).parent.parent).encode() not in content
     assert str(Path(__file__).parent.parent).encode() not in content  # no path of this machine
@@ -411,6 +426,10 @@ def test_what_exists_and_what_means_nothing_is_refused(
             ("export", checkpoint, "-o", tmp_path / "a.onnx", "--precision", "bfloat16"),
             "no convolution in bfloat16",
         ),
+        (
+            ("export", checkpoint, "-o", tmp_path / "a.xml", "--keep-batch-norm"),
+            "OpenVINO folds BatchNorm itself",
+        ),
         (("eval", path, "--gap"), "it has no train mode"),
         (("eval", path, "--model", "x:y"), "it records that itself"),
         (("eval", path, "--set", "runtime.precision=bfloat16"), "these keys do"),
@@ -460,6 +479,45 @@ def test_a_named_network_takes_raw_pixels_in_the_file(tmp_path: Path) -> None:
         expected = network((images / 255 - 0.5) / 0.5)
         found = torch.export.load(tmp_path / "b.pt2").module()(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".safetensors"])
+def test_no_absolute_path_travels_in_the_file(bncli: Bncli, tmp_path: Path, suffix: str) -> None:
+    save_awkward(tmp_path / "a.pt")
+    output = tmp_path / f"b{suffix}"
+    export(tmp_path / "a.pt", f"{HERE}Awkward", 32, output)
+    record = exported_record(output)
+    assert record is not None
+    assert record.network == "awkward_networks.py:Awkward"
+    places = [str(tmp_path).encode(), str(Path(HERE).parent).encode()]
+    with contextlib.ExitStack() as stack:
+        parts = [output.read_bytes()]
+        if suffix == ".pt2":
+            archive = stack.enter_context(zipfile.ZipFile(output))
+            parts = [archive.read(name) for name in archive.namelist()]
+        assert not [place for place in places for part in parts if place in part]
+
+
+def test_a_configuration_travels_without_its_folders() -> None:
+    values = {"a": ["/home/me/x/net.py:Net", "net.py:Net", r"C:\Users\me\w.pt"], "b": {"c": "~/w"}, "d": 1}
+    assert _without_folders(values) == {"a": ["net.py:Net", "net.py:Net", "w.pt"], "b": {"c": "w"}, "d": 1}
+
+
+@pytest.mark.parametrize("statistics", ["pooled", "recalibrate"])
+def test_an_average_says_how_its_statistics_were_made(
+    bncli: Bncli, finished_run: Path, tmp_path: Path, statistics: str
+) -> None:
+    both = [finished_run / name for name in ("best.pt", "last.pt")]
+    words = ("average", *both, "-o", tmp_path / "new.pt", "--no-evaluate", "--statistics", statistics)
+    assert bncli(*words).code == 0
+    assert bncli("export", tmp_path / "new.pt", "-o", tmp_path / "a.safetensors", *EXAMPLE).code == 0
+    record = exported_record(tmp_path / "a.safetensors")
+    assert record is not None
+    found = record.statistics
+    assert found["method"] == {"pooled": "pooled", "recalibrate": "exact"}[statistics]
+    assert [(one["file"], one["share"], one["sha256"]) for one in found["average_of"]] == [
+        (path.name, 0.5, file_sha256(path)) for path in both
+    ]
 
 
 def test_images_of_a_folder_prove_it_too(bncli: Bncli, finished_run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bncli.checkpoints import load_checkpoint
+from bncli.export.exported_file import exported_record
 from tests.conftest import Bncli
 
 NETWORK = """
@@ -179,6 +180,40 @@ def test_a_checkpoint_never_runs_the_data_set_that_it_records(bncli, file, tmp_p
     code.write_text(DATA.read_text())
     options = ("--num-images", "2", "--batch-sizes", "2")
     assert bncli("eval", last, *options, "--set", f"data.name={code}:Pictures").code == 0
+
+
+SIZED = """
+from torch.utils.data import TensorDataset
+import torch
+
+def sized(number=30, side=16):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (number, 3, side, side), dtype=torch.uint8, generator=random)
+    return TensorDataset(images, torch.arange(number) % 3)
+"""
+
+
+def test_arguments_that_are_not_followed_are_told(bncli, file, tmp_path):
+    """They may name places; without a word they would be the defaults."""
+    (tmp_path / "sized.py").write_text(SIZED)
+    (tmp_path / "c.yaml").write_text(CONFIG.format(name="sized.py:sized"))
+    run, last, exported = tmp_path / "run", tmp_path / "run" / "last.pt", tmp_path / "a.safetensors"
+    told = "data.arguments={'number': 12}: not used"
+    assert (
+        bncli("train", tmp_path / "c.yaml", "--run-dir", run, "--set", "data.arguments.number=12").code == 0
+    )
+    repeated = ("--num-images", 2, "--batch-sizes", 2, "--set", f"data.name={tmp_path / 'sized.py'}:sized")
+    outcome = bncli("eval", last, *repeated, "--json")
+    assert (outcome.code, outcome.json["num_images"]) == (0, 30)
+    assert f"{last} names {told}" in " ".join(outcome.err.split())
+    outcome = bncli("eval", last, *repeated, "--set", "data.arguments.number=12", "--json")
+    assert outcome.json["num_images"] == 12
+    assert "not used" not in outcome.err
+    outcome = bncli("eval", last, *repeated, "--set", "data.arguments.side=8")
+    assert outcome.code == 2
+    assert "its images are 8x8 pixels" in outcome.err
+    assert bncli("export", last, "-o", exported, "--num-images", 2).code == 0
+    assert exported_record(exported).config["data"]["arguments"] == {"number": 12}
 
 
 def test_a_streamed_data_set_of_ones_own_trains_as_one_in_memory(bncli, file, tmp_path):
