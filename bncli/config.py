@@ -515,7 +515,8 @@ class RuntimeConfig(Section):
     )
     reuse_memory: bool = Field(
         True,
-        description="Whether, on a CPU, the process keeps freed memory for its next step, which is faster.",
+        description="Whether, on a CPU, the process keeps freed memory for its next step, which is faster;"
+        " `recalibrate --method precise` does so too.",
     )
     eval_batch_size: int = Field(
         250,

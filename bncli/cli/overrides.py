@@ -43,7 +43,7 @@ EFFECTIVE = {
     "predict with an exported file": ("runtime.threads",),
     "predict --model": ("data", *_COMPUTING, _ENGINE),  # whose classes and size are those of the data
     "export": ("data", "runtime.threads"),  # plain float32 on the CPU
-    "recalibrate": _SHARED,
+    "recalibrate": (*_SHARED, "runtime.reuse_memory"),
     "average": _EVALUATING,
     "doctor": ("data.name", "data.root"),
     "demo": _ALL,  # it trains its own network

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
     "eval": ("eval", "CHECKPOINT", *FEW, "--gap", "--num-calibration-images", 20),
     "report": ("report", "CHECKPOINT", "-o", "report.html", "--measure", "--num-images", 20),
     "predict": ("predict", "CHECKPOINT", "IMAGE"),
-    "recalibrate": ("recalibrate", "CHECKPOINT", "-o", "new.pt"),
+    "recalibrate": ("recalibrate", "CHECKPOINT", "-o", "new.pt", "--method", "precise"),
     "demo CHECKPOINT": ("demo", "CHECKPOINT", "--num-images", 20),
     "bench eval": ("bench", "eval", "CHECKPOINT", "--rounds", 1, "--calls", 1, "--batches", 1, "--starts", 0),
     "bench train": ("bench", "train", "CONFIG", "--rounds", 1, "--steps", 1),

@@ -165,6 +165,7 @@ def recalibrate_into_file(
     if output is not None:
         _check_container(subject, layers)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
+    _settle_memory(subject, method)
     with shared_work(subject, how=how, evaluate=evaluate, verify=verify) as work:
         ranks, dataset = work.ranks, NO_IMAGES
         if needs_images:
@@ -228,6 +229,18 @@ def _check_container(subject: "Subject", layers: str | None) -> None:
         raise BncliError(f"{subject.path}: an index of several files, which are not written; save it as one")
     chosen = select_layers(subject.model, layers).layers
     check_rewritable(subject.path, statistics_in_file(subject.model, loaded, chosen), loaded.key)
+
+
+def _settle_memory(subject: "Subject", method: str) -> None:
+    """Keep freed memory where every batch needs the same: an eighth to a fifth of the CPU time is saved.
+
+    Not for `exact`: what it keeps of layers for later passes would lie between activations of other sizes
+    (measured with ResNet-18: a peak of 860 MiB instead of 758).
+    """
+    if method == "precise" and subject.config.runtime.reuse_memory and subject.runtime.device.type == "cpu":
+        from bncli.runtime import keep_freed_memory
+
+        keep_freed_memory()
 
 
 def _load_data(subject: "Subject", processes: "Processes | None", *, evaluate: bool) -> "Dataset":

@@ -178,6 +178,23 @@ def test_precise_is_no_fixed_point_and_verify_says_so(bncli: Bncli, stale: Path,
     assert (tmp_path / "new.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "keeps"),
+    [
+        (["--method", "precise"], True),
+        (["--method", "precise", "--set", "runtime.reuse_memory=false"], False),
+        (["--method", "exact"], False),
+    ],
+)
+def test_freed_memory_is_kept_where_every_batch_needs_the_same(
+    bncli: Bncli, stale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], keeps: bool
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("bncli.runtime.keep_freed_memory", lambda: calls.append(True))
+    outcome = bncli("recalibrate", stale, "-o", tmp_path / "new.pt", "--no-evaluate", *words)
+    assert (outcome.code, bool(calls)) == (0, keeps)
+
+
 def test_a_tolerance_stops_early_and_says_so(bncli: Bncli, stale: Path, tmp_path: Path) -> None:
     arguments = ("-o", tmp_path / "new.pt", "--batch-size", 10, "--tolerance", 1.0, "--verify", "--json")
     result = bncli("recalibrate", stale, *arguments)
