@@ -5,8 +5,9 @@ Imports neither: each script hands over its own.
 
 import json
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ class Corpus:
 ALL = {"ordered": True, "named": True, "configured": True}
 NAMED = {"ordered": True, "named": True, "configured": False}
 BARE = {"ordered": False, "named": False, "configured": False}
+
+
+def make_corpus(keras: Any, target: Path, parts: Sequence[Callable[[Corpus], None]]) -> None:
+    """Each part of the files, all of them packed into `target`, and the ten steps of its name."""
+    keras.utils.set_random_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Corpus(Path(folder), keras.layers.BatchNormalization)
+        for make in parts:
+            make(corpus)
+        pack(corpus.folder, target, corpus.answers)
+    record_ten_steps(keras, target.name)
 
 
 def pack(folder: Path, target: Path, answers: dict[str, Any]) -> None:

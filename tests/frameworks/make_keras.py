@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, input_of, pack, record_ten_steps
+from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, input_of, make_corpus
 
 TARGET = Path(__file__).parent / "files" / "keras"
 L = keras.layers
@@ -202,6 +203,12 @@ def long_names(corpus: Corpus) -> None:
     corpus.write("long", "long.h5", model.save, **ALL)
 
 
+def not_of_keras(corpus: Corpus) -> None:
+    with h5py.File(corpus.folder / "other.h5", "w") as file:
+        file["scans/one"] = np.arange(6.0)
+    hostile(corpus.folder / "hostile")
+
+
 def hostile(folder: Path) -> None:
     """What Keras never writes: arrays that claim more than the file has, groups in circles, other files."""
     folder.mkdir()
@@ -296,20 +303,9 @@ def whole_networks(target: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp())
-    corpus = Corpus(folder, L.BatchNormalization)
-    keras.utils.set_random_seed(0)
-    for make in (flat, nested, wrapped, subclassed, long_names):
-        make(corpus)
-    low_precision(corpus, "bfloat16")
-    low_precision(corpus, "float16")
-    with h5py.File(folder / "other.h5", "w") as file:  # not of Keras
-        file["scans/one"] = np.arange(6.0)
-    hostile(folder / "hostile")
-    pack(folder, TARGET, corpus.answers)
-    shutil.rmtree(folder)
+    low = [partial(low_precision, policy=policy) for policy in ("bfloat16", "float16")]
+    make_corpus(keras, TARGET, (flat, nested, wrapped, subclassed, long_names, *low, not_of_keras))
     whole_networks(TARGET.parent / "keras_networks")
-    record_ten_steps(keras, "keras")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Writes tests/frameworks/files/tf_keras/{files.zip,answers.json}, as make_keras d
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tf_keras.protobuf import saved_metadata_pb2
 from tf_keras.src.legacy_tf_layers.normalization import batch_normalization
 
 from tests.frameworks import ten_steps
-from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, numbers, pack, record_ten_steps
+from tests.frameworks.keras_corpus import ALL, BARE, NAMED, Corpus, make_corpus, numbers
 
 TARGET = Path(__file__).parent / "files" / "tf_keras"
 L = keras.layers
@@ -242,14 +241,7 @@ def record_ten_steps_of_tensorflow_1() -> None:
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp())
-    corpus = Corpus(folder, L.BatchNormalization)
-    keras.utils.set_random_seed(0)
-    for make in (flat, nested, wrapped, low_precision, tensorflow_1):
-        make(corpus)
-    pack(folder, TARGET, corpus.answers)
-    shutil.rmtree(folder)
-    record_ten_steps(keras, "tf_keras")
+    make_corpus(keras, TARGET, (flat, nested, wrapped, low_precision, tensorflow_1))
     record_ten_steps_of_tensorflow_1()
 
 
