@@ -26,6 +26,7 @@ class FirstFormat:
         """
         self._file = file
         self.entries: dict[str, StoredTensor] = {}
+        self.divided: dict[str, None] = {}  # names of variables that are not in one piece, which are left out
         known: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
         for key, value, position in table_entries(file):
             if not key:
@@ -38,6 +39,8 @@ class FirstFormat:
                 tensor = self._tensor(value, position, values.get(3, 0), dtype, shape)
                 if tensor is not None:
                     self.entries[name] = tensor
+                elif dtype in _NUMBERS:
+                    self.divided[name] = None
 
     def tensor(self, key: str) -> StoredTensor | None:
         """One of `entries`."""

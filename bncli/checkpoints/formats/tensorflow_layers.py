@@ -28,6 +28,7 @@ from bncli.checkpoints.formats.safetensors_file import parse_json
 from bncli.checkpoints.formats.tensorflow_bundle import Bundle
 from bncli.checkpoints.formats.tensorflow_first import FirstFormat
 from bncli.checkpoints.stored_tensor import StoredTensor
+from bncli.wording import list_names
 
 MAX_OBJECTS = 300_000
 MAX_CHILDREN = 3_000_000
@@ -274,6 +275,11 @@ def _by_names(bundle: Bundle | FirstFormat, order: Mapping[str, int]) -> Foreign
     notes = []
     if found.layers and not placed:
         notes.append("layers are in the order of their names: a checkpoint of TensorFlow 1 has no other")
+    if isinstance(bundle, FirstFormat) and bundle.divided:
+        notes.append(
+            f"left out, as they are divided: {list_names(list(bundle.divided))}; TensorFlow's own Saver puts"
+            " them together and writes them in its second format"
+        )
     if averaged:
         notes.append(
             f"{averaged} of these arrays have a moving average over the training steps beside them"

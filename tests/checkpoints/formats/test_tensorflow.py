@@ -187,6 +187,33 @@ def test_parts_that_do_not_make_up_a_variable_are_refused(
         found.layers()
 
 
+def field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def test_parts_in_the_first_format_are_named_as_left_out(tmp_path: Path) -> None:
+    """SavedTensorSlices: first names, types and shapes, then the numbers of each slice."""
+    known = [
+        field(1, field(1, name) + field(2, field(2, b"\x08\x02")) + b"\x18\x01")
+        for name in (b"bn/gamma", b"bn/moving_mean", b"bn/moving_variance")
+    ]
+
+    def saved(name: bytes, *numbers: float) -> bytes:
+        return field(2, field(1, name) + field(3, field(5, struct.pack(f"<{len(numbers)}f", *numbers))))
+
+    entries = [
+        (0, b"", field(1, b"".join(known))),
+        (0, b"a", saved(b"bn/gamma", 1)), (0, b"b", saved(b"bn/gamma", 2)),
+        (0, b"c", saved(b"bn/moving_mean", 3, 4)), (0, b"d", saved(b"bn/moving_variance", 5, 6)),
+    ]  # fmt: skip
+    (tmp_path / "model.ckpt").write_bytes(table(block(entries)))
+    with open_checkpoint(tmp_path / "model.ckpt") as checkpoint:
+        (layer,) = checkpoint.layers()
+    assert layer.running_var is not None
+    assert (layer.weight, layer.running_var.tolist()) == (None, [5, 6])
+    assert any("left out, as they are divided: bn/gamma; TensorFlow" in note for note in checkpoint.notes)
+
+
 def test_numbers_that_changed_are_told_by_their_checksum(keras_3: Corpus, tmp_path: Path) -> None:
     source = keras_3.folder / "checkpoints"
     (data,) = source.glob("*.data-*")
