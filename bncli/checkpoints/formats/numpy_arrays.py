@@ -5,18 +5,22 @@ Nothing is unpickled; numbers stay where they lie.
 """
 
 import zipfile
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from bncli.batchnorm.conventions import CHAINER
 from bncli.batchnorm.state_dict import batch_norm_names
 from bncli.checkpoints.byte_source import ByteSource, ForeignFileError, UnreadableFileError
 from bncli.checkpoints.formats import haiku_file
+from bncli.checkpoints.formats.foreign_network import ForeignNetwork
 from bncli.checkpoints.formats.named_arrays import in_order, is_merged_by_caffe2, recognise, with_dots
 from bncli.checkpoints.formats.npy import array_tensor, read_header
 from bncli.checkpoints.formats.numpy_pickle import read_arrays
 from bncli.checkpoints.formats.torch_zip import ZipArchive
 from bncli.checkpoints.stored_tensor import Storage, StoredTensor, stored_tensor
+from bncli.wording import list_names, plural
 
 _MAGIC_OF_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _HEAD = 4096  # bytes of a compressed array that are unpacked to see its header
@@ -36,12 +40,24 @@ def read_if_npz(archive: ZipArchive) -> tuple[str, object] | None:
     tree = haiku_file.read_npz(archive, names)
     if tree is not None:
         return tree
-    tensors = {}
+    tensors, uncalled = {}, []
     for name in names:
         tensor = _entry(archive, archive.entries[name])
         if tensor is not None:
             tensors[name.removesuffix(".npy")] = tensor
-    return _network(tensors, "npz")
+        elif name.endswith(f"/{CHAINER.running_mean}.npy"):
+            uncalled.append(name.rpartition("/")[0].replace("/", "."))
+    network = _network(tensors, "npz")
+    if not uncalled:
+        return network
+    layers, have = plural(len(uncalled), "layer"), "has" if len(uncalled) == 1 else "have"
+    note = f"{layers} ({list_names(uncalled)}) {have} no numbers: Chainer makes them in a layer's first call"
+    if network is None:
+        raise ForeignFileError(f"a file of Chainer, in which {note}")
+    kind, content = network
+    if isinstance(content, ForeignNetwork):
+        content = replace(content, notes=(*content.notes, note))
+    return kind, content
 
 
 def _entry(archive: ZipArchive, info: zipfile.ZipInfo) -> StoredTensor | None:

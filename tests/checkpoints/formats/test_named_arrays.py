@@ -77,6 +77,20 @@ def test_arrays_of_numpy_are_read_with_dots_and_slashes(tmp_path: Path, save: ob
     assert layers[2].running_mean.tolist() == [2, 2]
 
 
+def test_layers_that_chainer_never_called_are_named(tmp_path: Path) -> None:
+    """As it writes them where their size is not told when they are made: with arrays of None."""
+    leaves = ("gamma", "beta", "avg_mean", "avg_var")
+    arrays = {f"bn/{leaf}": np.ones(3, np.float32) for leaf in leaves}
+    uncalled = {f"block/lazy/{leaf}": np.array(None) for leaf in leaves}
+    np.savez(tmp_path / "a.npz", **arrays, **uncalled)
+    with open_checkpoint(tmp_path / "a.npz") as checkpoint:
+        assert checkpoint.layer_names == ("bn",)
+        assert checkpoint.notes[-1].startswith("1 layer (block.lazy) has no numbers: Chainer makes them in")
+    np.savez(tmp_path / "b.npz", **uncalled)
+    with pytest.raises(CheckpointError, match=r"a file of Chainer, in which 1 layer \(block.lazy\) has no"):
+        open_checkpoint(tmp_path / "b.npz").__enter__()
+
+
 def test_what_has_no_order_is_sorted_as_a_person_would(tmp_path: Path) -> None:
     names = list(network())
     np.savez(tmp_path / "a.npz", **{name: network()[name] for name in reversed(names)})
