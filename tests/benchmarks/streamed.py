@@ -5,10 +5,10 @@
 
 Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
 library measures the population over such a DataLoader. The command is the whole `bncli recalibrate`, which
-reads its file, reads the folder by workers of its own, and writes a file. All have the same weights, precision,
-memory format, batch size and number of workers. Each pass has a process of its own (`streamed_worker.py`), as
-each tool has its own way with threads and memory; the tools take turns, and ratios are taken within a round.
-Imports are not timed, and each process first runs over a few images.
+reads its file, reads the folder by workers of its own, and writes a file. All have the same weights,
+precision, memory format, batch size and number of workers. Each pass has a process of its own
+(`streamed_worker.py`), as each tool has its own way with threads and memory; the tools take turns, and ratios
+are taken within a round. Imports are not timed, and each process first runs over a few images.
 
 Memory: the whole command in a process of its own for each number of images, which are smaller ones, since
 what could grow is what is kept for each image. Each process tells its peak at its end; Linux knows it.
