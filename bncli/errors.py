@@ -25,6 +25,10 @@ class DataError(BncliError):
     """A data set that is missing, incomplete or damaged."""
 
 
+class NoTestSplitError(DataError):
+    """Images to train on, and none to test with."""
+
+
 class CheckpointError(BncliError):
     """A file that is no checkpoint, or a checkpoint that cannot be used."""
 

@@ -34,11 +34,16 @@ _BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, OSError)
 
 
 def load_cifar10(
-    config: Cifar10Config, progress: Progress | None = None, *, may_download: bool = True
+    config: Cifar10Config,
+    progress: Progress | None = None,
+    *,
+    may_download: bool = True,
+    only_train: bool = False,
 ) -> Dataset:
     """Load CIFAR-10: 50,000 training and 10,000 test images, (3, 32, 32) uint8, ten classes.
 
-    Without `may_download` nothing is fetched but from a `url` that the configuration names.
+    Without `may_download` nothing is fetched but from a `url` that the configuration names. With `only_train`
+    no test image is read, unless that was done ahead, and the training split is the test split too.
 
     Raises:
         DataError: the data is neither at `root` nor to be had from `archive` or `url`, or it is damaged.
@@ -52,12 +57,12 @@ def load_cifar10(
         # both splits, a file and what is unpickled of it
         require_memory(3 * 50_000 * 3072, what="data: CIFAR-10", fix="end other programs, or raise the limit")
     for folder in folders:
-        dataset = _read(folder)
+        dataset = _read(folder, only_train=only_train)
         if dataset is not None:
             return dataset
     home = files.download_root(root)
     _provide(home, root, config, progress, may_download=may_download)
-    dataset = _read(home / files.FOLDER)
+    dataset = _read(home / files.FOLDER, only_train=only_train)
     if dataset is None:
         raise DataError(
             f"{home}: the archive does not hold the files of CIFAR-10 as published (by their MD5)"
@@ -65,16 +70,18 @@ def load_cifar10(
     return dataset
 
 
-def _read(folder: Path) -> Dataset | None:
-    """Read both splits; None where a file is missing or has another MD5."""
+def _read(folder: Path, *, only_train: bool) -> Dataset | None:
+    """Read the splits; None where a file is missing or has another MD5."""
     try:
-        arrays = files.read_arrays(folder)
+        arrays = files.read_arrays(folder, only_train=only_train)
     except (OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise DataError(f"{folder}: cannot be read: {_reason(error)}") from error
     if arrays is None:
         return None
     train = Split(torch.from_numpy(arrays.train_images), torch.from_numpy(arrays.train_labels))
-    test = Split(torch.from_numpy(arrays.test_images), torch.from_numpy(arrays.test_labels))
+    test = train
+    if not only_train:
+        test = Split(torch.from_numpy(arrays.test_images), torch.from_numpy(arrays.test_labels))
     return Dataset("cifar10", train, test, arrays.class_names)
 
 

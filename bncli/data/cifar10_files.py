@@ -127,8 +127,10 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def read_arrays(folder: Path) -> Cifar10Arrays | None:
+def read_arrays(folder: Path, *, only_train: bool = False) -> Cifar10Arrays | None:
     """Both splits from a folder of batches; None where a file is missing or has another MD5.
+
+    With `only_train` the test split is empty, unless it was read ahead.
 
     Raises:
         OSError, KeyError, ValueError, pickle.UnpicklingError: when a file cannot be read.
@@ -139,7 +141,7 @@ def read_arrays(folder: Path) -> Cifar10Arrays | None:
             found = begun.result()
             if found is not None:  # else they may have been put there since
                 return found
-    return _read(folder)
+    return _read(folder, only_train=only_train)
 
 
 def is_read_ahead(folder: Path) -> bool:
@@ -147,7 +149,7 @@ def is_read_ahead(folder: Path) -> bool:
     return folder in _ahead
 
 
-def _read(folder: Path) -> Cifar10Arrays | None:
+def _read(folder: Path, *, only_train: bool = False) -> Cifar10Arrays | None:
     if missing_files(folder):
         return None
     sizes = [(folder / name).stat().st_size for name in (*TRAIN, *TEST, *META)]
@@ -162,7 +164,7 @@ def _read(folder: Path) -> Cifar10Arrays | None:
         return None
     class_names = tuple(name.decode() for name in _unpickled(memory[:size])[b"label_names"])
     train = _read_split(memory, folder, TRAIN)
-    test = None if train is None else _read_split(memory, folder, TEST)
+    test = None if train is None else _read_split(memory, folder, {} if only_train else TEST)
     return None if train is None or test is None else Cifar10Arrays(*train, *test, class_names)
 
 

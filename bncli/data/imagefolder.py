@@ -36,7 +36,7 @@ from bncli.data.imagecache import (
 from bncli.data.memory import SPARE, address_space_left
 from bncli.data.streamed import Sample, StreamedSplit
 from bncli.data.user_path import user_path
-from bncli.errors import DataError
+from bncli.errors import DataError, NoTestSplitError
 from bncli.indexed import NO_LABEL, InMemory
 from bncli.wording import gigabytes, plural
 
@@ -113,7 +113,7 @@ def _test_name(root: Path) -> str:
     if there:  # what is wrong with it is said where it is listed
         return there[0]
     alike = [name for name in class_names(root) if name.lower() in _LIKE_TEST]
-    raise DataError(
+    raise NoTestSplitError(
         f"{_no_split(root, 'test')}, nor {', '.join(TEST_NAMES[1:])}; "
         + (
             f"rename {alike[0]} to test"

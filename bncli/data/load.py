@@ -17,7 +17,7 @@ def load_dataset(
 
     `progress(what, done, total)` is called now and then in this thread while something takes long. Without
     `may_download` nothing is fetched but from a `url` that `config` names. With `only_train` the training
-    split is both, and the test split of folders and of named data sets is not even looked for.
+    split is both, and the test split is not read; of folders and named data sets it is not even looked for.
 
     Raises:
         DataError: the data set is missing, incomplete or damaged, or cannot be used.
@@ -37,11 +37,11 @@ def _load(config: DataConfig, progress: Progress | None, *, may_download: bool, 
     if isinstance(config, SyntheticConfig):
         from bncli.data.synthetic import load_synthetic
 
-        return load_synthetic(config, progress)
+        return load_synthetic(config, progress, only_train=only_train)
     if isinstance(config, Cifar10Config):
         from bncli.data.cifar10 import load_cifar10
 
-        return load_cifar10(config, progress, may_download=may_download)
+        return load_cifar10(config, progress, may_download=may_download, only_train=only_train)
     if isinstance(config, NamedDataConfig):
         from bncli.data.named import load_named_data
 

@@ -47,9 +47,16 @@ _MIN_CONTRAST = 28.0  # pixel values between figure and ground, in brightness
 _NOISE = 85.0  # pixel values, largest; triangular distribution
 
 
-def load_synthetic(config: SyntheticConfig, progress: Progress | None = None) -> Dataset:
-    """Draw the data set; the same bits for the same `config.seed`, whatever the number of threads."""
-    num_images = {Stream.SYNTHETIC_TRAIN: config.num_train, Stream.SYNTHETIC_TEST: config.num_test}
+def load_synthetic(
+    config: SyntheticConfig, progress: Progress | None = None, *, only_train: bool = False
+) -> Dataset:
+    """Draw the data set; the same bits for the same `config.seed`, whatever the number of threads.
+
+    With `only_train` the training split is the test split too.
+    """
+    num_images = {Stream.SYNTHETIC_TRAIN: config.num_train}
+    if not only_train:
+        num_images[Stream.SYNTHETIC_TEST] = config.num_test
     total, done = sum(num_images.values()), 0
     require_memory(
         total * (3 * _SIZE * _SIZE + 8),
@@ -71,7 +78,7 @@ def load_synthetic(config: SyntheticConfig, progress: Progress | None = None) ->
                 if progress is not None:
                     progress("draw images", done, total)
             splits.append(Split(torch.from_numpy(images), torch.from_numpy(labels)))
-    return Dataset("synthetic", splits[0], splits[1], CLASS_NAMES)
+    return Dataset("synthetic", splits[0], splits[-1], CLASS_NAMES)
 
 
 def _draw_block(rng: np.random.Generator) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

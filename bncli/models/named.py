@@ -68,6 +68,24 @@ def build_network(
         raise ConfigError(f"model {name}", [str(error)]) from None
 
 
+def check_network_name(name: str, arguments: Mapping[str, object] | None = None) -> None:
+    """Raise ConfigError as `build_network` does for a wrong name or argument, before anything is made.
+
+    The code that the name names is imported. How many classes there are need not be known yet.
+    """
+    if name == CONVNET:
+        return
+    given = dict(arguments or {})
+    try:
+        with running_foreign_code(name):
+            factory = _find_factory(name, given)
+            if _takes_num_classes(name, factory):
+                given.setdefault("num_classes", 1)
+            _check_arguments(factory, given)
+    except UnusableError as error:
+        raise ConfigError(f"model {name}", [str(error)]) from None
+
+
 def _build_convnet(**arguments: object) -> nn.Module:
     sizes = {"num_classes": 10, "image_size": 32}
     for key, default in sizes.items():
@@ -150,8 +168,12 @@ def _in_timm(name: str) -> Factory:
     return functools.partial(timm.create_model, name, pretrained=False)
 
 
-def _call(factory: Factory, arguments: dict[str, object]) -> nn.Module:
+def _check_arguments(factory: Factory, arguments: dict[str, object]) -> None:
     check_arguments(factory, arguments, "--model-arg {}=VALUE", "model.arguments")
+
+
+def _call(factory: Factory, arguments: dict[str, object]) -> nn.Module:
+    _check_arguments(factory, arguments)
     with errors_of_others("making the network"):
         network = factory(**arguments)
     if not isinstance(network, nn.Module):

@@ -35,6 +35,7 @@ from bncli.errors import ConfigError
 from bncli.indexed import Indexed, pick
 from bncli.models.configured import build_configured
 from bncli.models.convnet import ConvNet, LayerCost, measure_layers, smallest_map
+from bncli.models.named import check_network_name
 from bncli.runtime import Runtime, check_compiler, resolve_runtime
 from bncli.training.fitness import check_network
 from bncli.training.share import Share, share_of
@@ -150,6 +151,8 @@ def prepare(
     """
     if isinstance(config.model, ConvNetConfig):
         _check_statistics(config, config.model)
+    else:  # before images are loaded, which may take minutes
+        check_network_name(config.model.name, config.model.arguments)
     check_sync(config)
     runtime = resolve_runtime(config.runtime, default_threads=default_threads)
     if processes is not None:

@@ -205,16 +205,17 @@ def in_turns(
 ) -> tuple[PassTime, ...]:
     """Time every tool in each round; in every second one they come in the opposite order.
 
-    The first tool is what ratios are to. With `warm_up` there is one round more, which is not timed.
+    The first tool is what ratios are to. A tool that times itself returns its seconds as a float. With
+    `warm_up` there is one round more, which is not timed.
     """
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
     for turn in range(1 - warm_up, num_rounds + 1):
         for tool, work in list(tools.items())[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()
-            work()
+            own = work()
             synchronize(device)
             if turn:
-                seconds[tool].append(time.perf_counter() - start)
+                seconds[tool].append(own if isinstance(own, float) else time.perf_counter() - start)
                 report(f"round {turn} of {num_rounds}: {tool}, {seconds[tool][-1]:.1f} s")
     plain = next(iter(seconds.values()))
     times = []

@@ -4,9 +4,11 @@
     make bench-streamed ARGS="--only memory"    1,000 and 20,000 JPEGs of 64x64
 
 Speed: the plain loop evaluates torchvision's network over a DataLoader of torchvision's ImageFolder. The
-library measures the population over that same DataLoader, and the command's own function reads the folder by
-workers of its own; all in turns, in one process, with the same weights, precision, memory format, batch size
-and number of workers. Ratios are taken within a round. All of them first run over a few images, untimed.
+library measures the population over such a DataLoader. The command is the whole `bncli recalibrate`, which
+reads its file, reads the folder by workers of its own, and writes a file. All have the same weights,
+precision, memory format, batch size and number of workers. Each pass has a process of its own
+(`streamed_worker.py`), as each tool has its own way with threads and memory; the tools take turns, and ratios
+are taken within a round. Imports are not timed, and each process first runs over a few images.
 
 Memory: the whole command in a process of its own for each number of images, which are smaller ones, since
 what could grow is what is kept for each image. Each process tells its peak at its end; Linux knows it.
@@ -15,7 +17,7 @@ what could grow is what is kept for each image. Each process tells its peak at i
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +28,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from torch import nn
-from torch.utils.data import DataLoader
 
-from bncli.batchnorm import recalibrate
 from bncli.cli.app import main
 from bncli.cli.messages import print_note
 from bncli.cli.options import JsonOption
@@ -41,21 +40,17 @@ from bncli.cli.tables.table import (
     show_lines,
     table_of,
 )
-from bncli.config import ImageFolderConfig, RuntimeConfig
-from bncli.data import load_dataset
+from bncli.config import RuntimeConfig
 from bncli.errors import BncliError, ConfigError
 from bncli.hardware import describe_machine
-from bncli.models.normalized import IMAGENET, normalize_input
-from bncli.runtime import Runtime, resolve_runtime
-from bncli.training.recalibrated import Calibration, recalibrate_network
+from bncli.runtime import resolve_runtime
 from bncli.usable_cpus import usable_cpus
 from bncli.wording import plural
 from tests.benchmarks.child_process import run_child
 from tests.benchmarks.population import PassTime, in_turns, network_of
+from tests.benchmarks.streamed_worker import NUM_CLASSES, TOOLS, command_words
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-NUM_CLASSES = 10  # as `network_of` gives
 
 
 @dataclass(frozen=True)
@@ -109,19 +104,22 @@ def bench_streamed(
     images cannot be written, or a network cannot be measured.
     """
     model = network_of(network, image_size).eval()
-    runtime = resolve_runtime(RuntimeConfig(precision="float32"))  # as the command computes such networks
+    runtime = resolve_runtime(RuntimeConfig(precision="float32"))
+    how = {"network": network, "batch_size": batch_size, "workers": num_workers}
     try:
         with tempfile.TemporaryDirectory(prefix="bncli-bench-", dir=directory) as name:
             folder = Path(name)
+            torch.save(model.state_dict(), folder / "network.pt")
             peaks = []
             if memory_images:
                 report(f"memory: makes {max(memory_images):,} images")
                 small = make_images(folder / "small", max(memory_images), memory_image_size)
-                torch.save(model.state_dict(), folder / "network.pt")
                 for number in memory_images:
                     report(f"memory: recalibrates {number:,} images")
-                    command = _command(folder, small, network, number, memory_image_size, batch_size)
-                    peaks.append(_peak([*command, "--set", f"data.workers={num_workers}"], number))
+                    command = command_words(
+                        folder, small, f"new{number}.pt", image_size=memory_image_size, **how
+                    )
+                    peaks.append(_peak([*command, "--num-images", str(number)], number))
                     report(f"memory: {number:,} images, {peaks[-1].mib:.0f} MiB")
             times: tuple[PassTime, ...] = ()
             size = 0.0
@@ -130,12 +128,11 @@ def bench_streamed(
                 root = make_images(folder / "images", num_images, image_size)
                 files = list((root / "train").rglob("*.jpg"))
                 size = sum(file.stat().st_size for file in files) / len(files)
-                model = runtime.place_model(model)
-                normalize_input(model, *IMAGENET, runtime.device)
-                few = make_images(folder / "few", 2 * batch_size, image_size)
-                for work in _tools(model, few, runtime, image_size, batch_size, num_workers).values():
-                    work()
-                tools = _tools(model, root, runtime, image_size, batch_size, num_workers)
+                make_images(folder / "few", 2 * batch_size, image_size)
+                tools = {
+                    tool: partial(_seconds, tool, folder, how | {"image_size": image_size}, report)
+                    for tool in TOOLS
+                }
                 times = in_turns(tools, num_rounds, lambda text: report(f"speed: {text}"), warm_up=False)
     except OSError as error:
         raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
@@ -180,52 +177,15 @@ def _make_image(folder: Path, size: int, number: int) -> None:
     image.save(folder / f"class{number % NUM_CLASSES}" / f"{number:06}.jpg", quality=95)
 
 
-def _tools(
-    model: nn.Module, root: Path, runtime: Runtime, image_size: int, batch_size: int, num_workers: int
-) -> dict[str, Callable[[], object]]:
-    """The plain loop, the library over its DataLoader, and the command's function, over a placed network."""
-    from torchvision.datasets import ImageFolder  # behind `network_of`, which imports torchvision
-    from torchvision.transforms.v2 import PILToTensor
-
-    loader: DataLoader[Any] = DataLoader(
-        ImageFolder(str(root / "train"), transform=PILToTensor()),
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    config = ImageFolderConfig(
-        name="imagefolder", root=str(root), image_size=image_size, stream=True, workers=num_workers
-    )
-    dataset = load_dataset(config)
-
-    def placed() -> Iterator[torch.Tensor]:
-        return (runtime.place(images) for images, _ in loader)
-
-    def plain_loop() -> None:
-        correct = 0
-        with torch.inference_mode(), runtime.autocast():
-            for images, labels in loader:
-                correct += int((model(runtime.place(images)).argmax(1).cpu() == labels).sum())
-
-    def library() -> None:
-        with runtime.autocast():
-            recalibrate(model, placed, method="precise")
-
-    def command() -> None:
-        how = Calibration("precise")
-        recalibrate_network(model, dataset, runtime, how, eval_batch_size=batch_size, evaluate=False)
-
-    return {"plain evaluation": plain_loop, "bncli.recalibrate": library, "bncli recalibrate": command}
-
-
-def _command(
-    folder: Path, images: Path, network: str, number: int, image_size: int, batch_size: int
-) -> list[str]:
-    """The words after `bncli`."""
-    words = ["recalibrate", str(folder / "network.pt"), "-o", str(folder / f"new{number}.pt")]
-    words += ["--model", f"torchvision:{network}", "--model-arg", f"num_classes={NUM_CLASSES}"]
-    words += ["--method", "precise", "--num-images", str(number), "--batch-size", str(batch_size)]
-    words += ["--normalization", "imagenet", "--data-root", str(images)]
-    return [*words, "--set", f"data.image_size={image_size}", "--set", "data.stream=true", "--json"]
+def _seconds(tool: str, folder: Path, how: dict[str, Any], report: Callable[[str], None]) -> float:
+    """Of one pass, in a process of its own."""
+    words = [sys.executable, "-m", "tests.benchmarks.streamed_worker", tool]
+    done = run_child([*words, json.dumps(how | {"folder": str(folder)})])
+    if done.code:
+        raise BncliError(f"{tool} ended with {done.code}: {done.message[-500:]}")
+    seconds, cpu_seconds = json.loads(done.output)
+    report(f"speed: {tool}, {cpu_seconds:.1f} seconds of CPUs")
+    return float(seconds)
 
 
 def _peak(command: list[str], num_images: int) -> Peak:
@@ -320,7 +280,7 @@ def show_streamed_bench(result: StreamedBench) -> None:
             f" {result.kilobytes_an_image:.0f} kB each, in batches of {result.batch_size};"
             f" {plural(result.num_workers, 'worker')}",
             "ratio": f"to the plain evaluation with {result.network}; median of n = {result.num_rounds}",
-            "tools": "bncli.recalibrate has the plain DataLoader; bncli recalibrate reads by itself",
+            "tools": "bncli.recalibrate has the plain DataLoader; bncli recalibrate is the command",
         }
     if result.peaks:
         peaks = table_of("Peak of memory of the whole command", "images", "MiB", "largest worker", left=0)

@@ -166,6 +166,17 @@ def test_files_that_were_read_ahead_are_not_read_again(tiny, tmp_path):
         load_dataset(config)
 
 
+def test_no_test_image_is_read_where_only_training_images_are_wanted(tiny, tmp_path):
+    config = Cifar10Config(root=str(tmp_path / "data"), archive=str(tiny.archive))
+    whole = load_dataset(config)
+    (tmp_path / "data" / FOLDER / "test_batch").write_bytes(b"damaged, which nobody sees")
+    tiny.archive.unlink()
+    found = load_dataset(config, only_train=True)
+    assert found.test is found.train
+    assert torch.equal(found.train.images, whole.train.images)
+    assert torch.equal(found.train.labels, whole.train.labels)
+
+
 def test_what_a_thread_could_not_read_is_reported_where_it_is_needed(tiny, tmp_path, monkeypatch):
     root = tmp_path / "data"
     load_dataset(Cifar10Config(root=str(root), archive=str(tiny.archive)))
@@ -181,11 +192,11 @@ def test_without_memory_to_read_ahead_files_are_read_later(tiny, tmp_path, monke
     load_dataset(config)
     original, calls = cifar10_files._read, []
 
-    def too_large_at_first(root: Path) -> object:
+    def too_large_at_first(root: Path, **how: bool) -> object:
         calls.append(root)
         if len(calls) == 1:
             raise MemoryError
-        return original(root)
+        return original(root, **how)
 
     monkeypatch.setattr(cifar10_files, "_read", too_large_at_first)
     cifar10_files.read_ahead(root / FOLDER)

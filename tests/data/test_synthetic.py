@@ -62,6 +62,15 @@ def test_progress_counts_the_images_of_both_splits():
     assert calls == [("draw images", done, 650) for done in (500, 600, 650)]
 
 
+def test_no_test_image_is_drawn_where_only_training_images_are_wanted():
+    calls = []
+    config = SyntheticConfig(num_train=600, num_test=50)
+    found = load_dataset(config, progress=lambda *call: calls.append(call), only_train=True)
+    assert [total for *_, total in calls] == [600, 600]
+    assert found.test is found.train
+    assert torch.equal(found.train.images, load_dataset(config).train.images)
+
+
 def test_stripes_vary_across_themselves_only(default):
     """A check of what the classes look like: directions of change, averaged over images."""
     pixels = default.train.images.double().mean(1)

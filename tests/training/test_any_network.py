@@ -349,6 +349,23 @@ def test_what_cannot_be_trained_is_refused_in_one_line_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("torchvision:resnet19", [], "torchvision has no such network"),
+        ("small", ["model.arguments.drop=0.5"], "it has no argument drop"),
+    ],
+)
+def test_a_misspelt_network_is_refused_before_images_are_looked_for(
+    base: Path, tmp_path: Path, name: str, changes: list[str], expected: str
+) -> None:
+    config = config_of(base, name, *changes, "data={name: imagefolder, root: nowhere, image_size: 8}")
+    with pytest.raises(BncliError, match=expected):
+        train(config, tmp_path / "run")
+    with pytest.raises(BncliError, match="nowhere"):  # of a network that there is
+        train(config_of(base, "small", "data={name: imagefolder, root: nowhere, image_size: 8}"), tmp_path)
+
+
 def test_convnet_by_its_own_name_is_what_it_was(base: Path) -> None:
     config = load_config(base, ["model.name=convnet", "model.widths=[4]"])
     assert config.model.widths == (4,)

@@ -27,7 +27,7 @@ from bncli.cli.options import (
 )
 from bncli.cli.overrides import effective_overrides
 from bncli.cli.shared_work import shared_work
-from bncli.errors import BncliError, ConfigError, NoClassifierError
+from bncli.errors import BncliError, ConfigError, DataError, NoClassifierError, NoTestSplitError
 from bncli.wording import list_names
 
 if TYPE_CHECKING:
@@ -251,6 +251,8 @@ def _load_data(subject: "Subject", processes: "Processes | None", *, evaluate: b
     except NoClassifierError as error:
         fix = "--no-evaluate recalibrates a network that is no classifier of these images"
         raise NoClassifierError(f"{error}; {fix}") from None
+    except NoTestSplitError as error:
+        raise DataError(f"{error}; --no-evaluate recalibrates without any") from None
     if evaluate:
         check_labels(dataset, "--no-evaluate recalibrates without any")
     return dataset

@@ -315,6 +315,10 @@ def test_no_test_image_is_read_where_nothing_is_evaluated(bncli: Bncli, folder: 
         words = ("--data-root", "photos", *cache, *stream, *how)
         # no test split is looked for, and one that is there is not opened
         assert bncli("recalibrate", "a.pt", "-o", "first.pt", *words).code == 0
+        without = [word for word in words if word != "--no-evaluate"]
+        (line,) = bncli("recalibrate", "a.pt", "-o", "x.pt", *without).err.splitlines()[-1:]
+        assert "photos/test: no such folder" in line
+        assert line.endswith("; --no-evaluate recalibrates without any")
         Path("photos/test/another").mkdir(parents=True)
         Path("photos/test/another/broken.png").write_bytes(b"no image")
     outcome = bncli("recalibrate", "a.pt", "-o", "new.pt", *words, "--verify")
