@@ -24,7 +24,7 @@ def test_a_record_is_read_as_it_was_written() -> None:
     record = a_record(kept=(("bn", "why"),), data_digest="00")
     assert ExportRecord.from_json(record.to_json(), "x") == record
     assert record.sentence == "1 of 2 BatchNorm layers were folded away"
-    assert replace(record, folded=()).sentence == "all 1 BatchNorm layers are kept"
+    assert replace(record, folded=()).sentence == "the only BatchNorm layer is kept"
     assert record.image_size == 4
     assert replace(record, image_shape=(3, 4, 5)).image_size == 0
 
