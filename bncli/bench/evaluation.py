@@ -19,7 +19,7 @@ from torch import Tensor
 from bncli.bench.alone import Alone, start_alone
 from bncli.bench.network_source import NetworkSource
 from bncli.bench.torch_ways import Classify
-from bncli.bench.ways import BFLOAT16, FLOAT32, ONNX, OPENVINO, Way, ways_of_checkpoint, ways_of_file
+from bncli.bench.ways import BFLOAT16, FLOAT32, ONNX, OPENVINO, Load, Way, ways_of_checkpoint, ways_of_file
 from bncli.export import ExportedFile
 from bncli.hardware import describe_machine
 from bncli.runtime import Runtime
@@ -110,19 +110,23 @@ def bench_evaluation(
     calls_per_round: int = 100,
     num_starts: int = 0,
     compiles: bool = False,
+    load: Load | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> EvaluationBench:
     """Time all ways on raw test images (N, ...), and compare their predictions.
 
     The number of threads is that of the process, for other engines as
-    well. With `compiles` torch.compile is timed too: it compiles for up to a minute.
+    well. With `compiles` torch.compile is timed too: it compiles for up to a minute. `load` makes the
+    network of a source where that is at hand.
 
     Raises CompileError where it cannot, BncliError where an engine cannot.
     """
     # Windows cannot remove a file that an engine has mapped
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if isinstance(subject, NetworkSource):
-            ways = ways_of_checkpoint(subject, images[[0, 0]], runtime, Path(folder), compiles=compiles)
+            ways = ways_of_checkpoint(
+                subject, images[[0, 0]], runtime, Path(folder), compiles=compiles, load=load
+            )
         else:
             ways = ways_of_file(subject, runtime.threads, compiles=compiles)
         calls = {way.name: way.classify for way in ways if way.classify is not None}

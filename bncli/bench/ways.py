@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bncli.bench.alone import Specification
 from bncli.bench.network_source import NetworkSource
@@ -22,6 +22,8 @@ from bncli.export.record import Pixels, Precision
 from bncli.export.write import engine_files
 from bncli.hardware import has_fast_bfloat16
 from bncli.runtime import Runtime, short_compile_errors
+
+Load = Callable[[], nn.Module]  # in float32 and eval mode on the CPU
 
 PLAIN, OURS, FOLDED, COMPILED = "plain PyTorch", "bncli eval", "bncli folded", "torch.compile"
 ONNX, OPENVINO = TITLES["onnxruntime"], TITLES["openvino"]
@@ -42,27 +44,37 @@ class Way:
 
 
 def ways_of_checkpoint(
-    source: NetworkSource, example: Tensor, runtime: Runtime, folder: Path, *, compiles: bool
+    source: NetworkSource,
+    example: Tensor,
+    runtime: Runtime,
+    folder: Path,
+    *,
+    compiles: bool,
+    load: Load | None = None,
 ) -> tuple[Way, ...]:
     """Those of PyTorch, torch.compile among them if it is asked for, then those of other engines.
 
+    `load` makes the network of the source where that is at hand: one for each way.
     `example` are two images (2, ...). The engines' files are written to `folder`.
 
     Raises BncliError for a network that cannot be made.
     """
     pixels: Pixels = "float32" if example.is_floating_point() else "uint8"
+    load = load or source.load
     return (
-        *_by_torch(source, runtime, pixels, compiles=compiles),
-        *_by_engines(source, example, runtime, folder, pixels),
+        *_by_torch(source, load, runtime, pixels, compiles=compiles),
+        *_by_engines(load, example, runtime, folder, pixels),
     )
 
 
-def _by_torch(source: NetworkSource, runtime: Runtime, pixels: Pixels, *, compiles: bool) -> list[Way]:
+def _by_torch(
+    source: NetworkSource, load: Load, runtime: Runtime, pixels: Pixels, *, compiles: bool
+) -> list[Way]:
     described = runtime.describe()
     ways = []
     for way, name in _TORCH.items():
         if way != "compiled" or compiles:
-            classify, how = torch_way(way, source.load(), runtime)
+            classify, how = torch_way(way, load(), runtime)
             alone = Specification(
                 source.file, way, runtime.threads, pixels=pixels, runtime=described, network=asdict(source)
             )
@@ -70,13 +82,11 @@ def _by_torch(source: NetworkSource, runtime: Runtime, pixels: Pixels, *, compil
     return ways
 
 
-def _by_engines(
-    source: NetworkSource, example: Tensor, runtime: Runtime, folder: Path, pixels: Pixels
-) -> list[Way]:
+def _by_engines(load: Load, example: Tensor, runtime: Runtime, folder: Path, pixels: Pixels) -> list[Way]:
     """ONNX Runtime in float32, and OpenVINO in the precision of the runtime."""
     ours: Precision = "bfloat16" if runtime.precision == torch.bfloat16 else "float32"
     precisions: dict[EngineName, Precision] = {"onnxruntime": "float32", "openvino": ours}
-    network = prepare(source.load(), fold=True, precision=torch.float32, casts=False).model
+    network = prepare(load(), fold=True, precision=torch.float32, casts=False).model
     ways = []
     for name, title in TITLES.items():
         try:

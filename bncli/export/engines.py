@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -131,6 +132,7 @@ class OpenVino:
 
 
 def in_one_line(error: Exception, longest: int = 300) -> str:
-    """What an engine says, short."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an engine says, short, and without the places in its own code."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"(Exception from|Check '[^']*' failed at) \S+:\d+: ", "", text) or type(error).__name__
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

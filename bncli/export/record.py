@@ -81,10 +81,11 @@ def folding_in_words(num_folded: int, num_kept: int) -> str:
     num_layers = num_folded + num_kept
     if not num_layers:
         return "the network had no BatchNorm layer"
-    layers = "BatchNorm layer" if num_layers == 1 else "BatchNorm layers"
+    if num_layers == 1:
+        return f"the only BatchNorm layer {'was folded away' if num_folded else 'is kept'}"
     if not num_folded:
-        return f"all {num_layers:,} {layers} are kept" if num_layers > 1 else f"the only {layers} is kept"
-    return f"{num_folded:,} of {num_layers:,} {layers} {'was' if num_folded == 1 else 'were'} folded away"
+        return f"all {num_layers:,} BatchNorm layers are kept"
+    return f"{num_folded:,} of {num_layers:,} BatchNorm layers were folded away"
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -13,6 +13,7 @@ import torch
 
 from bncli.errors import CheckpointError
 from bncli.export import EngineNetwork, ExportRecord, exported_file, open_engine
+from bncli.export.engines import in_one_line
 from bncli.export.exported_file import exported_record
 from tests.export.hand_made import a_record, logits_of, write_onnx
 
@@ -23,7 +24,7 @@ def test_a_record_is_read_as_it_was_written() -> None:
     record = a_record(kept=(("bn", "why"),), data_digest="00")
     assert ExportRecord.from_json(record.to_json(), "x") == record
     assert record.sentence == "1 of 2 BatchNorm layers were folded away"
-    assert replace(record, folded=()).sentence == "all 1 BatchNorm layers are kept"
+    assert replace(record, folded=()).sentence == "the only BatchNorm layer is kept"
     assert record.image_size == 4
     assert replace(record, image_shape=(3, 4, 5)).image_size == 0
 
@@ -149,3 +150,12 @@ def test_predicting_with_onnx_runtime_imports_no_torch(tmp_path: Path) -> None:
     order = np.argsort(-probabilities)
     names = [f"{('cat', 'dog', 'ship')[index]} {probabilities[index]:.1%}" for index in order]
     assert done.stdout == f"p.png: {', '.join(names)}\n"
+
+
+def test_what_an_engine_says_is_short_and_without_places_in_its_code() -> None:
+    said = (
+        "Exception from src/core.cpp:117: Check '!list().empty()' failed at src/node.cpp:345:\n no kernel: a"
+    )
+    assert in_one_line(RuntimeError(said)) == "no kernel: a"
+    assert in_one_line(RuntimeError("x" * 400)) == "x" * 297 + "..."
+    assert in_one_line(ValueError()) == "ValueError"

@@ -1,6 +1,7 @@
 """`bncli bench`: what this machine is good for, and which way of computing is fastest for a network."""
 
 from dataclasses import asdict
+from functools import partial as partial_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -216,6 +217,7 @@ def bench_eval(
     bncli bench eval runs/first/last.pt --batch-size 32 --starts 1
     """
     from bncli.bench import bench_evaluation
+    from bncli.checkpoints import load_model
     from bncli.cli.tables.bench import show_evaluation_bench
     from bncli.cli.tables.table import print_json
     from bncli.indexed import pick
@@ -243,6 +245,7 @@ def bench_eval(
         calls_per_round=calls,
         num_starts=starts,
         compiles=compiles,
+        load=None if subject.own is None else partial_of(load_model, subject.own),
         report=print_note,
     )
     document = asdict(result) | {"verdict": result.verdict}
