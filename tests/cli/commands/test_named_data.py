@@ -213,7 +213,8 @@ def test_arguments_that_are_not_followed_are_told(bncli, file, tmp_path):
     assert outcome.code == 2
     assert "its images are 8x8 pixels" in outcome.err
     assert bncli("export", last, "-o", exported, "--num-images", 2).code == 0
-    assert exported_record(exported).config["data"]["arguments"] == {"number": 12}
+    data = exported_record(exported).config["data"]
+    assert (data["name"], data["arguments"]) == ("sized.py:sized", {"number": 12})  # without its folder
 
 
 def test_a_streamed_data_set_of_ones_own_trains_as_one_in_memory(bncli, file, tmp_path):
