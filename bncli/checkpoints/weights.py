@@ -9,7 +9,7 @@ is ever in memory. What `load_state_dict` accepts is accepted: another floating 
 import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class LoadedWeights:
     names: Mapping[str, str]  # of each loaded tensor in the network: its name in the file, prefixes included
     kept: tuple[str, ...]  # tensors of the network that the file did not give: they are as they were
     left_over: tuple[str, ...]  # tensors of the file that the network does not have
+    others: tuple[str, ...] = ()  # other keys where BatchNorm layers lie, where none was asked for
 
     @property
     def num_loaded(self) -> int:
@@ -60,6 +61,9 @@ class LoadedWeights:
     def sentence(self) -> str:
         """In words: "loaded 122 of 122 tensors"."""
         text = f"loaded {self.num_loaded:,} of {plural(self.num_tensors, 'tensor')}"
+        if self.others:
+            others = _listed([other or "the top" for other in self.others])
+            text += f" of {self.key or 'the top'} (--key KEY takes those of {others})"
         if self.kept:
             text += f"; as they were: {_listed(self.kept)}"
         if self.left_over:
@@ -98,7 +102,9 @@ def load_weights(
     """
     if not isinstance(source, OpenCheckpoint):
         with open_checkpoint(source, key) as checkpoint:
-            return load_weights(model, checkpoint, partial=partial)
+            loaded = load_weights(model, checkpoint, partial=partial)
+            keys = [one.key for one in checkpoint.candidates] if key is None else []
+            return replace(loaded, others=tuple(one for one in keys if one != loaded.key))
     state = model.state_dict(keep_vars=True)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     with named(source.source), without_collector():

@@ -152,6 +152,17 @@ def test_the_key_chooses_as_for_inspect_stats(tmp_path: Path) -> None:
     assert same_bits(network, first)
 
 
+def test_which_of_several_networks_in_a_file_was_taken_is_said(tmp_path: Path) -> None:
+    state = small().state_dict()
+    path = saved({"model": state, "model_ema": state}, tmp_path / "a.pt")
+    of_one = f"loaded {len(state)} of {len(state)} tensors"
+    found = load_weights(small(), path)
+    other = {"model": "model_ema", "model_ema": "model"}[found.key]
+    assert found.sentence == f"{of_one} of {found.key} (--key KEY takes those of {other})"
+    assert load_weights(small(), path, key="model").sentence == of_one
+    assert load_weights(small(), saved({"model": state}, tmp_path / "b.pt")).sentence == of_one
+
+
 def test_what_load_state_dict_accepts_is_accepted(tmp_path: Path) -> None:
     source = used(small())
     state = source.state_dict()
