@@ -153,8 +153,8 @@ def test_the_key_chooses_as_for_inspect_stats(tmp_path: Path) -> None:
 
 
 def test_which_of_several_networks_in_a_file_was_taken_is_said(tmp_path: Path) -> None:
-    state = small().state_dict()
-    path = saved({"model": state, "model_ema": state}, tmp_path / "a.pt")
+    state = used(small()).state_dict()
+    path = saved({"model": state, "model_ema": used(small()).state_dict()}, tmp_path / "a.pt")
     of_one = f"loaded {len(state)} of {len(state)} tensors"
     found = load_weights(small(), path)
     other = {"model": "model_ema", "model_ema": "model"}[found.key]
