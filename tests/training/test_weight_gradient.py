@@ -1,5 +1,6 @@
 """Which layers compute patches: nothing without AMX, what was measured with it, and the same when resumed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bncli.training.patch_convolution import PatchConv2d
 from bncli.training.run import Run
 from bncli.training.setup import prepare
 from bncli.training.weight_gradient import layers_by_patches
+from tests.conftest import Bncli
 
 BOTH = ("stages.0.0.conv", "stages.1.0.conv")
 BFLOAT16 = "runtime.precision=bfloat16"
@@ -99,6 +101,29 @@ def test_a_run_that_began_without_patches_goes_on_without(tiny_config: Path) -> 
     setup = prepare(load_config(tiny_config, [BFLOAT16]))
     assert layers_by_patches(setup, None) == (BOTH[1],)
     assert layers_by_patches(setup, ()) == ()
+
+
+def test_a_resumed_run_says_what_it_computes_otherwise(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    more = ("train", "--resume", tmp_path / "run", "--set", "train.epochs=3")
+    same = bncli(*more)
+    assert same.code == 0
+    assert "before" not in same.err
+    patches = bncli(*more[:-1], "train.epochs=4", "--set", "runtime.weight_gradient=patches")
+    assert patches.code == 0
+    (note,) = [line for line in patches.err.splitlines() if "before" in line]
+    assert note == (
+        "bncli: weight gradient by patches in 2 layers, in 0 before: numbers round differently, so the run"
+        " ends elsewhere than without the break, as if with another seed"
+    )
+    both = ("--set", "runtime.weight_gradient=torch", "--set", "runtime.precision=bfloat16")
+    changed = bncli(*more[:-1], "train.epochs=5", *both)
+    assert (
+        "bncli: precision bfloat16, float32 before; weight gradient by patches in 0 layers, in 2 before:"
+        in (changed.err)
+    )
 
 
 @pytest.mark.parametrize("recorded", [["head"], ["stages.9.0.conv"], [7], 7, {"a": 1}, "conv"])
