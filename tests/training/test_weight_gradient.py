@@ -120,10 +120,8 @@ def test_a_resumed_run_says_what_it_computes_otherwise(
     )
     both = ("--set", "runtime.weight_gradient=torch", "--set", "runtime.precision=bfloat16")
     changed = bncli(*more[:-1], "train.epochs=5", *both)
-    assert (
-        "bncli: precision bfloat16, float32 before; weight gradient by patches in 0 layers, in 2 before:"
-        in (changed.err)
-    )
+    expected = "precision bfloat16, float32 before; weight gradient by patches in 0 layers, in 2 before: "
+    assert f"bncli: {expected}" in changed.err
 
 
 @pytest.mark.parametrize("recorded", [["head"], ["stages.9.0.conv"], [7], 7, {"a": 1}, "conv"])
