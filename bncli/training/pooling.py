@@ -104,7 +104,7 @@ class _MaxPooling(torch.autograd.Function):
                 result,
                 *ctx.window,
                 ctx.ceil_mode,
-                first + (kept - first.to(kept.dtype)),
+                (kept - first.to(kept.dtype)).long().add_(first),
                 grad_input=result,
             )
         return by_input, None, None, None, None, None
