@@ -15,10 +15,12 @@ class ConfigError(BncliError):
     """A configuration file or an override that cannot be used; lists every problem at once."""
 
     def __init__(self, source: str, problems: list[str]) -> None:
-        """`source` is a file or `--set`; each problem starts with its dotted key, where it has one."""
+        """`source` is a file, an option or a section; a problem starts with its dotted key, if it has one."""
         self.source = source
         self.problems = problems
-        super().__init__(f"{source}: " + "; ".join(problems))
+        # the key of a section names it already: train.epochs, and not train: train.epochs
+        named = all(problem.startswith(f"{source}.") for problem in problems)
+        super().__init__(("" if named else f"{source}: ") + "; ".join(problems))
 
 
 class DataError(BncliError):

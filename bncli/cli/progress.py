@@ -187,11 +187,14 @@ class TrainReporter:
             )
         elif event.epoch:
             self._display.line(f"Resuming after epoch {event.epoch} of {self._num_epochs}")
+        elsewhere = "so the run ends elsewhere than without the break, as if with another seed"
         if event.former_threads not in {None, setup.runtime.threads}:
             print_note(
                 f"{plural(setup.runtime.threads, 'thread')}, {event.former_threads} before: they round"
-                " differently, so the run ends elsewhere than without the break, as if with another seed"
+                f" differently, {elsewhere}"
             )
+        if event.changes:
+            print_note(f"{'; '.join(event.changes)}: numbers round differently, {elsewhere}")
         if event.former_processes not in {None, setup.runtime.processes}:
             print_note(
                 f"{plural(setup.runtime.processes, 'process', 'processes')}, {event.former_processes} before:"

@@ -47,6 +47,7 @@ class Started:
     step: int  # steps finished already
     former_threads: int | None  # of the run that is resumed; None: of a new one, or not recorded
     former_processes: int | None = None  # of the run that is resumed; None: of a new one
+    changes: tuple[str, ...] = ()  # in words, what the run that is resumed computed otherwise
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ def train(
         )
         log = config.train.log if run.setup.is_main else ()
         tell = stack.enter_context(logged(report, log, run_dir))
-        tell(Started(run.setup, run_dir, run.epoch, run.step, run.former_threads, run.former_processes))
+        former = (run.former_threads, run.former_processes, run.changes)
+        tell(Started(run.setup, run_dir, run.epoch, run.step, *former))
         last_good = LastGoodStep(run)
         try:
             _train_to_the_end(run, last_good, run_dir, tell, stop)

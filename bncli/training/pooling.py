@@ -3,7 +3,7 @@
 The maximum of ReLU's output is ReLU of the maximum, and the gradients are the same too. So ReLU can wait for
 the pooling, where it computes, and keeps for the backward pass, a quarter of the values. PyTorch's pooling
 keeps its whole input as well, of which the backward pass needs the shape alone, and an int64 for the place of
-each maximum, though those in maps of up to 32,768 pixels fit an int16.
+each maximum, though the last byte of it says which pixel of its window it is.
 
 Layers become such by their class, so that names and hooks stay. They compute as PyTorch's do wherever no
 gradient is asked for, as in evaluation and export.
@@ -69,21 +69,23 @@ class _MaxPooling(torch.autograd.Function):
         ctx.ceil_mode, ctx.shape = window[-1], maps.shape
         is_channels_last = maps.is_contiguous(memory_format=torch.channels_last)
         ctx.layout = torch.channels_last if is_channels_last else torch.contiguous_format
-        places_type = torch.int16 if maps.shape[2] * maps.shape[3] <= 2**15 else torch.int32
         chunk = max(1, _CHUNK_VALUES // maps[0].numel())
-        first, *others = maps.split(chunk)
-        values, indices = nn.functional.max_pool2d_with_indices(first, *window)
-        places = [indices.to(places_type)]
-        shape = (len(maps), *values.shape[1:])
+        size = nn.functional.max_pool2d(maps[:1].detach(), *window).shape[2:]
+        shape = (*maps.shape[:2], *size)
         pooled = torch.empty(shape, dtype=maps.dtype, device=maps.device, memory_format=ctx.layout)
-        pooled[:chunk] = values
-        for more, values in zip(others, pooled[chunk:].split(chunk) if others else (), strict=True):
-            indices = indices.new_empty(0)
+        dtype = _places_type(ctx.window, maps.shape[3])
+        # of all images in one block: many small ones would lie scattered among the activations
+        places = torch.empty(shape, dtype=dtype, device=maps.device, memory_format=ctx.layout)
+        for some, values, theirs in zip(
+            maps.split(chunk), pooled.split(chunk), places.split(chunk), strict=True
+        ):
+            indices = maps.new_empty(0, dtype=torch.int64)  # those of the images before are free by now
             torch.ops.aten.max_pool2d_with_indices.out(
-                more, *ctx.window, ctx.ceil_mode, out=values, indices=indices
+                some, *ctx.window, ctx.ceil_mode, out=values, indices=indices
             )
-            places.append(indices.to(places_type))
-        ctx.save_for_backward(*places)
+            theirs.copy_(indices)
+        ctx.chunk = chunk
+        ctx.save_for_backward(places)
         return pooled
 
     @staticmethod
@@ -92,17 +94,34 @@ class _MaxPooling(torch.autograd.Function):
         by_input = torch.empty(
             ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.layout
         )
-        start = 0
-        for places in ctx.saved_tensors:
-            chunk = slice(start, start + len(places))
-            start = chunk.stop
+        (places,) = ctx.saved_tensors
+        first = _first_places(ctx.window, ctx.shape[3], places)  # (H', W')
+        parts = (each.split(ctx.chunk) for each in (gradient, by_input, places))
+        for theirs, result, kept in zip(*parts, strict=True):
             # the input is asked for its shape and layout alone, so the result can stand for it
             torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                gradient[chunk],
-                by_input[chunk],
+                theirs,
+                result,
                 *ctx.window,
                 ctx.ceil_mode,
-                places.long(),
-                grad_input=by_input[chunk],
+                (kept - first.to(kept.dtype)).long().add_(first),
+                grad_input=result,
             )
         return by_input, None, None, None, None, None
+
+
+def _places_type(window: list[tuple[int, int]], width: int) -> torch.dtype:
+    """The type that tells the pixels of a window apart, in maps of that width."""
+    (high, wide), _, _, (down, across) = window
+    last = (high - 1) * down * width + (wide - 1) * across  # counted from the window's first pixel
+    return torch.uint8 if last < 2**8 else torch.int32
+
+
+def _first_places(window: list[tuple[int, int]], width: int, places: Tensor) -> Tensor:
+    """Where in its map the first pixel of each window is, (H', W') int64; below 0 for some of the padding."""
+    _, strides, paddings, _ = window
+    rows, columns = (
+        torch.arange(length, device=places.device) * stride - padding
+        for length, stride, padding in zip(places.shape[2:], strides, paddings, strict=True)
+    )
+    return rows[:, None] * width + columns

@@ -32,6 +32,7 @@ from bncli.training.setup import Setup, synchronizes
 from bncli.training.share import Share
 from bncli.training.team import Team
 from bncli.training.weight_gradient import layers_by_patches
+from bncli.wording import plural
 
 _BY_PATCHES = "weight_gradient_by_patches"  # in a checkpoint's `runtime`: names of layers
 
@@ -55,6 +56,7 @@ class Run:
     saved_step: int = -1  # the step that last.pt holds
     former_threads: int | None = None  # that the resumed run had, where it is recorded
     former_processes: int | None = None  # that it had
+    changes: tuple[str, ...] = ()  # what it computed otherwise, so that its numbers round differently now
     # False while a step or the end of an epoch is under way, when saving would save half of it
     is_whole: bool = True
     keeps_memory: bool = False  # whether the process keeps what it frees by now, see `settle_memory`
@@ -133,6 +135,7 @@ class Run:
             raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from None
         run.epoch, run.step, run.saved_step = last.epoch, last.step, last.step
         run.best_accuracy, run.seconds = last.best_accuracy, last.seconds
+        run.changes = _changes(last.runtime, run.describe_runtime())
         if run.step > 0:  # a run that is resumed after its last step saves this rate once more
             run.set_learning_rate(run.step - 1)
         return run
@@ -280,6 +283,23 @@ class Run:
             batch_norm_layers=unconfigured_layers(self.setup.config, self.model),
             may_import=True,  # what this process was told to
         )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """In words, what makes numbers round differently; threads and processes are reported by themselves."""
+    found = [
+        f"{key.replace('_', ' ')} {now[key]}, {before[key]} before"
+        for key in ("device", "precision", "memory_format", "compile")
+        if key in before and before[key] != now[key]
+    ]
+    layers, former = (runtime.get(_BY_PATCHES, []) for runtime in (now, before))
+    if layers != former:
+        found.append(
+            f"weight gradient by patches in {plural(len(layers), 'layer')}, in {len(former)} before"
+            if len(layers) != len(former)
+            else f"weight gradient by patches in other layers ({', '.join(layers)})"
+        )
+    return tuple(found)
 
 
 def unconfigured_layers(config: Config, model: nn.Module) -> dict[str, dict[str, float | None]] | None:

@@ -224,10 +224,10 @@ def check_sync(config: Config) -> None:
         return
     if config.train.micro_batch_size is not None:
         problem = "model.batch_norm.sync: normalises the whole batch together, without train.micro_batch_size"
-        raise ConfigError("train", [f"{problem}; set one of them to false or null"])
+        raise ConfigError("model", [f"{problem}; set one of them to false or null"])
     if config.runtime.compile:
         raise ConfigError(
-            "train", ["model.batch_norm.sync: cannot be compiled; set runtime.compile to false"]
+            "model", ["model.batch_norm.sync: cannot be compiled; set runtime.compile to false"]
         )
 
 

@@ -347,7 +347,7 @@ def test_micro_batches_that_batch_norm_cannot_take_are_refused_before_the_first_
     tiny_config: Path,
 ) -> None:
     deep = ["model.widths=[4, 4, 4, 4, 4]", "model.blocks_per_stage=2", "train.batch_size=50"]
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_size: 1 leaves BatchNorm one value"):
+    with pytest.raises(ConfigError, match=r"^train\.micro_batch_size: 1 leaves BatchNorm one value"):
         prepare(load_config(tiny_config, [*deep, "train.micro_batch_size=1"]))
     prepare(load_config(tiny_config, [*deep, "train.micro_batch_size=3"]))  # 17 parts of 2 or 3
 

@@ -1,5 +1,6 @@
 """Which layers compute patches: nothing without AMX, what was measured with it, and the same when resumed."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bncli.training.patch_convolution import PatchConv2d
 from bncli.training.run import Run
 from bncli.training.setup import prepare
 from bncli.training.weight_gradient import layers_by_patches
+from tests.conftest import Bncli
 
 BOTH = ("stages.0.0.conv", "stages.1.0.conv")
 BFLOAT16 = "runtime.precision=bfloat16"
@@ -99,6 +101,34 @@ def test_a_run_that_began_without_patches_goes_on_without(tiny_config: Path) -> 
     setup = prepare(load_config(tiny_config, [BFLOAT16]))
     assert layers_by_patches(setup, None) == (BOTH[1],)
     assert layers_by_patches(setup, ()) == ()
+
+
+def test_what_a_resumed_run_computes_otherwise_is_known(finished_run: Path, tiny_config: Path) -> None:
+    last = load_checkpoint(finished_run / "last.pt")
+    patched = replace(last, runtime={**last.runtime, "weight_gradient_by_patches": [*BOTH]})
+    torchs, patches = "runtime.weight_gradient=torch", "runtime.weight_gradient=patches"
+    gradient = "weight gradient by patches in {} layers, in {} before"
+    for former, overrides, expected in (
+        (last, [], ()),
+        (patched, [], ()),  # kept
+        (last, [patches], (gradient.format(2, 0),)),
+        (patched, [torchs, BFLOAT16], ("precision bfloat16, float32 before", gradient.format(0, 2))),
+    ):
+        assert Run.restore(prepare(load_config(tiny_config, overrides)), former).changes == expected
+
+
+@pytest.mark.slow
+def test_a_resumed_run_says_what_it_computes_otherwise(
+    bncli: Bncli, finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    changes = ("--set", "train.epochs=3", "--set", "runtime.weight_gradient=patches")
+    outcome = bncli("train", "--resume", tmp_path / "run", *changes)
+    assert outcome.code == 0
+    assert (
+        "bncli: weight gradient by patches in 2 layers, in 0 before: numbers round differently, so the run"
+        " ends elsewhere than without the break, as if with another seed\n"
+    ) in outcome.err
 
 
 @pytest.mark.parametrize("recorded", [["head"], ["stages.9.0.conv"], [7], 7, {"a": 1}, "conv"])
