@@ -3,8 +3,13 @@
 Both load the same file into the same network, by turns, so that the file is in the system's cache for both
 and other processes disturb both alike. The peak is that of a process of its own for each, less what it had
 with the network in memory; Linux tells it.
+
+Then all running statistics of the file are exchanged in a copy of it, by `rewrite`, in turns with `cp`; after
+`cp` the copy is flushed to the disk as well, as `rewrite` does with its own.
 """
 
+import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -17,7 +22,7 @@ import torch
 import typer
 from torch import nn
 
-from bncli.checkpoints import load_weights
+from bncli.checkpoints import load_weights, rewrite, statistics_in_file
 from bncli.cli.app import main
 from bncli.cli.options import JsonOption
 from bncli.cli.tables.table import console_for_results, print_json, table_of
@@ -30,6 +35,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 WIDTH = 1024
 LAYER_BYTES = WIDTH * WIDTH * 9 * 4
 Loader = Literal["bncli", "PyTorch"]
+Writer = Literal["bncli", "cp"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,19 @@ class LoadingBench:
     gib: float
     seconds: dict[Loader, list[float]]
     peak_mib: dict[Loader, float]
+    writing_seconds: dict[Writer, list[float]]
     machine: dict[str, Any]
 
     @property
     def ratio(self) -> float:
         """Of the medians: below 1 bncli is faster."""
         return statistics.median(self.seconds["bncli"]) / statistics.median(self.seconds["PyTorch"])
+
+    @property
+    def writing_ratio(self) -> float:
+        """Of the medians of `rewrite` and `cp`."""
+        took = self.writing_seconds
+        return statistics.median(took["bncli"]) / statistics.median(took["cp"])
 
 
 def bench_loading(gib: float, rounds: int, directory: Path | None) -> LoadingBench:
@@ -64,12 +77,45 @@ def bench_loading(gib: float, rounds: int, directory: Path | None) -> LoadingBen
                     start = time.perf_counter()
                     load(loader, network, path)
                     times.append(time.perf_counter() - start)
+            writing = _time_writing(network, path, rounds)
             del network
             peaks = {loader: _peak(loader, num_layers, path) for loader in seconds}
             size = path.stat().st_size / 2**30
     except OSError as error:
         raise BncliError(f"{directory or tempfile.gettempdir()}: {error.strerror or error}") from None
-    return LoadingBench(size, seconds, peaks, describe_machine())
+    return LoadingBench(size, seconds, peaks, writing, describe_machine())
+
+
+def _time_writing(network: nn.Module, path: Path, rounds: int) -> dict[Writer, list[float]]:
+    """Seconds of copies of the file, with new running statistics and as it is."""
+    loaded = load_weights(network, path)
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    for buffer in network.buffers():
+        buffer.add_(1)
+    buffers = statistics_in_file(network, loaded, layers)
+    seconds: dict[Writer, list[float]] = {"cp": [], "bncli": []}
+    for number in range(rounds):
+        for writer, times in list(seconds.items())[:: 1 if number % 2 else -1]:
+            target = path.with_name("copy.pt")
+            start = time.perf_counter()
+            if writer == "bncli":
+                rewrite(path, target, buffers, loaded.key)
+            else:
+                copy_to_disk(path, target)
+            times.append(time.perf_counter() - start)
+            target.unlink()
+    return seconds
+
+
+def copy_to_disk(source: Path, target: Path) -> None:
+    """As `cp` does where there is one, then flushed."""
+    cp = shutil.which("cp")
+    if cp is None:
+        shutil.copyfile(source, target)
+    elif run_child([cp, str(source), str(target)]).code:
+        raise BncliError(f"cp cannot write {target}")
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def empty_network(num_layers: int) -> nn.Module:
@@ -126,7 +172,7 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Load a large checkpoint into a network, by bncli and by PyTorch in turns."""
+    """Load and rewrite a large checkpoint, by bncli and by PyTorch and cp, in turns."""
     result = bench_loading(gib, rounds, directory)
     if as_json:
         print_json(result)
@@ -137,8 +183,16 @@ def run(
         spread = (statistics.median(times), min(times), max(times))
         table.add_row(loader, *(f"{value:.2f}" for value in spread), f"{result.peak_mib[loader]:.0f}")
     console.print(table)
+    written = table_of(None, "new statistics in a copy", "median s", "fastest s", "slowest s")
+    for writer, times in result.writing_seconds.items():
+        spread = (statistics.median(times), min(times), max(times))
+        written.add_row(writer, *(f"{value:.2f}" for value in spread))
+    console.print(written)
     cpu, version = result.machine["cpu"], result.machine["torch"]
-    console.print(f"bncli takes {result.ratio:.2f} times the time (n={rounds}; {cpu}, torch {version})")
+    console.print(
+        f"bncli takes {result.ratio:.2f} times the time to load, and {result.writing_ratio:.2f} times that of cp"
+        f" to write (n={rounds}; {cpu}, torch {version})"
+    )
     return 0
 
 

@@ -24,6 +24,8 @@ def test_both_loaders_load_the_same_numbers(tmp_path: Path) -> None:
 def test_the_bench_times_each_round_and_leaves_nothing(tmp_path: Path) -> None:
     found = bench_loading(0.1, 2, tmp_path)
     assert {len(times) for times in found.seconds.values()} == {2}
+    assert {len(times) for times in found.writing_seconds.values()} == {2}
     assert found.ratio > 0
+    assert found.writing_ratio > 0
     assert found.peak_mib["PyTorch"] > 0.8 * 1024 * found.gib > 10 * found.peak_mib["bncli"]
     assert list(tmp_path.iterdir()) == []
