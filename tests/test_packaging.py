@@ -133,7 +133,7 @@ def test_the_wheel_works_in_an_empty_folder_without_the_checkout(built: Path, tm
     checkpoint = str(Path(trained["run_dir"]) / "last.pt")
     evaluated = json.loads(run("eval", checkpoint, "--num-images", "10", "--batch-sizes", "1,2", "--json"))
     assert evaluated["accuracy"] == trained["test_accuracy"]
-    data = ("--set", "data={name: synthetic, num_train: 200, num_test: 20}", "--set", "runtime.threads=1")
+    data = ("--set", "data={name: synthetic, num_train: 500, num_test: 20}", "--set", "runtime.threads=1")
     resnet = json.loads(run("train", "resnet18", "--dry-run", *data, "--json"))
     assert resnet["config"]["model"]["name"].startswith(str(built / "site"))
     assert resnet["num_parameters"] == 11_173_962  # of ResNet-18 with a 3x3 stem and 10 classes
