@@ -190,8 +190,8 @@ def run(
     console.print(written)
     cpu, version = result.machine["cpu"], result.machine["torch"]
     console.print(
-        f"bncli takes {result.ratio:.2f} times the time to load, and {result.writing_ratio:.2f} times that of"
-        f" cp to write (n={rounds}; {cpu}, torch {version})"
+        f"bncli takes {result.ratio:.2f} times the time to load, and {result.writing_ratio:.2f} times"
+        f" that of cp to write (n={rounds}; {cpu}, torch {version})"
     )
     return 0
 
