@@ -166,8 +166,13 @@ def find_data(
     if "root" not in named:
         if not needs_images:
             return overrides
-        ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
-        raise ConfigError(f"{command} --model", [f"which images? The checkpoint does not say; give {ways}"])
+        if command == "bncli predict":
+            asked = "which classes"
+            ways = "--set data.classes=FILE (a name a line), or data.root=FOLDER (with FOLDER/train/CLASS)"
+        else:
+            asked = "which images"
+            ways = "--set data.root=FOLDER (images in FOLDER/{train,test}/CLASS) or --set data.name=cifar10"
+        raise ConfigError(f"{command} --model", [f"{asked}? The checkpoint does not say; give {ways}"])
     root = user_path(str(named["root"]), "data.root")
     if next(batch_folders(root), None) is not None:
         return ["data.name=cifar10", *overrides]

@@ -228,7 +228,7 @@ def _with_names_alone(subject: "Subject") -> "Dataset | None":
     if data.classes is not None:
         names = read_class_order(data.classes).names
     else:
-        root, _ = find_splits(user_path(data.root, "data.root"))
+        root, _ = find_splits(user_path(data.root, "data.root"), only_train=True)
         names = class_names(root / TRAIN)
     black = InMemory(torch.zeros((2, 3, data.image_size, data.image_size), dtype=torch.uint8), None)
     network = without_fixed_shape(subject.model)

@@ -208,6 +208,28 @@ def test_predict_names_the_classes_of_the_data(bncli: Bncli, network: nn.Module,
     assert answer["probability"] == pytest.approx(float(probabilities.max()), rel=1e-5)
 
 
+def test_predict_needs_the_names_of_classes_and_no_test_images(
+    bncli: Bncli, network: nn.Module, tmp_path: Path
+) -> None:
+    torch.save(network.state_dict(), "a.pt")
+    Image.new("RGB", (32, 32), (20, 0, 25)).save("image.png")
+    command = ("predict", "a.pt", "image.png", "--model", "net.py:make", *COMPUTED, *NORMALIZED)
+    outcome = bncli(*command)
+    assert (outcome.code, outcome.out) == (2, "")
+    asked = "bncli predict --model: which classes? The checkpoint does not say; give --set data.classes=FILE"
+    assert asked in outcome.err.splitlines()[-1]
+    names = [f"class {number}" for number in range(10)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    for name in names:
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "train" / names[0] / "a.png")
+    size = ("--set", "data.image_size=32")
+    by_list = bncli(*command, *size, "--set", f"data.classes={tmp_path / 'names.txt'}")
+    by_folders = bncli(*command, *size, "--data-root", str(tmp_path / "images"))
+    assert (by_list.code, by_folders.code) == (0, 0), by_folders.err
+    assert by_list.out == by_folders.out != ""
+
+
 def test_pixels_are_normalised_as_asked_for(bncli: Bncli, network: nn.Module, dataset: Dataset) -> None:
     torch.save(network.state_dict(), "a.pt")
     command = ("eval", "a.pt", "--model", "net.py:make", *DATA, *COMPUTED, *FEW, "--json")
