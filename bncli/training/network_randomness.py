@@ -22,5 +22,10 @@ def network_randomness(
     with torch.random.fork_rng(devices, device_type=kind):
         # the CPU's generator keeps no more than 32 bits
         where = (epoch, step, part) if part else (epoch, step)
-        torch.manual_seed(int(generator(Stream.NETWORK, seed, *where).integers(2**32)))
+        value = int(generator(Stream.NETWORK, seed, *where).integers(2**32))
+        if device.type == "cpu":
+            # torch.manual_seed would format three stack traces, for GPUs that come into use later
+            torch.default_generator.manual_seed(value)
+        else:
+            torch.manual_seed(value)
         yield

@@ -20,6 +20,8 @@ from bncli.models.convnet import ConvBNReLU, ConvNet
 
 # of maps that are pooled at once: few calls, and their int64 places stay in the cache
 _CHUNK_VALUES = 2**21
+# bytes of maps that PyTorch's pooling may keep: to make its places bytes and back takes as long as a ReLU
+_SMALL = 2**23
 
 
 class WaitingReLU(nn.ReLU):
@@ -39,6 +41,9 @@ class MaxPoolReLU2d(nn.MaxPool2d):
         if not _will_go_back(maps):
             pooled = super().forward(maps)
             return pooled
+        if maps.numel() * maps.element_size() <= _SMALL:
+            pooled = super().forward(maps)
+            return pooled.relu_()
         window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         pooled = _MaxPooling.apply(maps, *window)  # type: ignore[no-untyped-call]
         return pooled.relu_()

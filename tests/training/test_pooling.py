@@ -19,6 +19,11 @@ from bncli.training.setup import prepare
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
+@pytest.fixture(autouse=True)
+def no_maps_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_SMALL", 0)
+
+
 def pair(**options: object) -> tuple[nn.Sequential, nn.Sequential]:
     """ReLU and pooling as PyTorch's layers, and as ours."""
     plain = nn.Sequential(nn.ReLU(), nn.MaxPool2d(**{"kernel_size": 2, **options}))
@@ -27,13 +32,14 @@ def pair(**options: object) -> tuple[nn.Sequential, nn.Sequential]:
     return plain, ours
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 2**21])
+@pytest.mark.parametrize(("chunk", "small"), [(1, 0), (1000, 0), (2**21, 0), (1, 2**23)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_outputs_and_gradients_have_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, chunk: int, dtype: torch.dtype, layout: torch.memory_format
+    monkeypatch: pytest.MonkeyPatch, chunk: int, small: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     monkeypatch.setattr(pooling, "_CHUNK_VALUES", chunk)
+    monkeypatch.setattr(pooling, "_SMALL", small)
     options = ({}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"ceil_mode": True}, {"dilation": (1, 2)})
     for each in options:
         plain, ours = pair(**each)
@@ -117,7 +123,9 @@ def test_in_eval_mode_the_layers_are_pytorchs_and_only_pairs_change() -> None:
     assert type(strange[0]) is nn.ReLU
 
 
-def test_training_has_the_same_bits(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("small", [0, 2**23])
+def test_training_has_the_same_bits(tiny_config: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    monkeypatch.setattr(pooling, "_SMALL", small)
     states = []
     for _ in range(2):
         run = Run.start(prepare(load_config(tiny_config)))
