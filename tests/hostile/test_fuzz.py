@@ -157,4 +157,4 @@ def _few_images():
     from bncli.data.synthetic import load_synthetic
 
     cache = load_synthetic(SyntheticConfig(num_train=20, num_test=10))
-    return lambda *_: cache
+    return lambda *_, **_options: cache
