@@ -153,6 +153,8 @@ def average_into_file(
     weights = _parse_shares(shares, len(paths))
     data_overrides = effective_overrides("average", overrides, device=device, data_root=data_root)
     named = named_network(model, model_args, key if model is not None else None, None, normalization, logits)
+    if named is not None:
+        named = replace(named, partial=None)
     own = _are_own(paths)
     if own and key is not None:
         raise ConfigError("--key", ["a checkpoint of `bncli train` has one network; leave it out"])
