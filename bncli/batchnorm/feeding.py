@@ -67,9 +67,7 @@ def order_is_lost(dtypes: Mapping[str, torch.dtype]) -> bool:
 class WeightMoves:
     """Which weights moved, seen from a layer; None in `changed` is unknown."""
 
-    def __init__(
-        self, changed: Mapping[str, bool | None], layers: set[str], feeding: Feeding | None
-    ) -> None:
+    def __init__(self, changed: Mapping[str, bool | None], layers: set[str], feeding: Feeding | None) -> None:
         weights = [
             name for name, moved in changed.items() if moved is not False and not _is_statistic(name, layers)
         ]

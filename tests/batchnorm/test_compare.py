@@ -207,7 +207,12 @@ def test_flags_tell_statistics_without_weights_and_weights_without_statistics(na
         # BatchNorm layers alone, as `bncli convert` writes them: nothing is known of the others
         ([], ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"], [None, None], [[], []]),
         (["3.running_mean"], ["0.weight"], [None, False], [[], []]),  # it may have moved
-        (["3.running_mean"], ["4.weight"], [False, False], [[], [STALE]]),  # what comes later need not be known
+        (
+            ["3.running_mean"],
+            ["4.weight"],
+            [False, False],
+            [[], [STALE]],
+        ),  # what comes later need not be known
         (["2.bias"], ["2.weight"], [False, True], [[], [FROZEN]]),
         (["3.running_var"], ["3.bias"], [False, False], [[], []]),
         ([], ["3.weight"], [False, False], [[], []]),
