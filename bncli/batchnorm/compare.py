@@ -1,8 +1,9 @@
 """Two checkpoints of one network: how far its running statistics moved, and whether its weights did.
 
 *Moved* means that a bit differs (`bncli.batchnorm.bits`): equal NaNs have not moved, and another dtype or
-shape is another tensor. A tensor that only one file has is unknown. How far is another question, which `bncli.batchnorm.distance` answers; which weights
-feed a layer is guessed from the order of the tensors (`bncli.batchnorm.feeding`).
+shape is another tensor. Of a tensor that only one file has, nothing is known. How far is another question,
+which `bncli.batchnorm.distance` answers; which weights feed a layer is guessed from the order of the tensors
+(`bncli.batchnorm.feeding`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -161,7 +162,7 @@ def _names_in_second(
 def _changed_tensors(
     first: Mapping[str, ReadableTensor], second: Mapping[str, ReadableTensor], names: Mapping[str, str]
 ) -> tuple[dict[str, bool | None], tuple[int, int]]:
-    """Which tensors differ, by their names in the first; None, and how many of these, for those of only one."""
+    """Which tensors differ, by their names in the first; None for those of only one, and how many these are."""
     changed: dict[str, bool | None] = {}
     for name, tensor in first.items():
         other = second.get(names.get(name, name))

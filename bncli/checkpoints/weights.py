@@ -94,8 +94,7 @@ def load_weights(
 
     `key` says where the state dict lies, as for `open_checkpoint`. `partial` has globs of names, such as
     `layer4.*` for this part alone or `!fc.*` for all but that: only what they mean is loaded, and has to be
-    there; the rest of the network stays as it was. None says that the caller has no use for a part, so that no
-    error advises one.
+    there; the rest of the network stays as it was. With None no error advises to load a part.
 
     Raises:
         MismatchError: a tensor is missing, left over, or of another shape or type, or none is to be loaded;
