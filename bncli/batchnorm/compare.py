@@ -1,8 +1,9 @@
 """Two checkpoints of one network: how far its running statistics moved, and whether its weights did.
 
 *Moved* means that a bit differs (`bncli.batchnorm.bits`): equal NaNs have not moved, and another dtype or
-shape is another tensor. How far is another question, which `bncli.batchnorm.distance` answers; which weights
-feed a layer is guessed from the order of the tensors (`bncli.batchnorm.feeding`).
+shape is another tensor. Of a tensor that only one file has, nothing is known. How far is another question,
+which `bncli.batchnorm.distance` answers; which weights feed a layer is guessed from the order of the tensors
+(`bncli.batchnorm.feeding`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def compare(first: Contents, second: Contents) -> Comparison:
     if across:
         differing = not all(layer.relation.kind in ("equal", "rounded") for layer in compared)
     else:
-        differing = any(changed.values())
+        differing = any(changed.values()) or any(num_lone)
     differing |= any(layer.hyperparameters_changed for layer in compared)
     return Comparison(
         identical=not differing and lone == ((), ()),
@@ -98,7 +99,7 @@ def compare(first: Contents, second: Contents) -> Comparison:
         only_in_second=lone[1],
         different_num_features=tuple(one.name for one, two in pairs if one.num_features != two.num_features),
         num_tensors=len(first.tensors) - num_lone[0],
-        num_tensors_changed=sum(changed.values()) - sum(num_lone),
+        num_tensors_changed=sum(moved is True for moved in changed.values()),
         num_tensors_only_in_first=num_lone[0],
         num_tensors_only_in_second=num_lone[1],
         moved_alone=None if across else _explain(fitting, compared, feeding),
@@ -160,16 +161,16 @@ def _names_in_second(
 
 def _changed_tensors(
     first: Mapping[str, ReadableTensor], second: Mapping[str, ReadableTensor], names: Mapping[str, str]
-) -> tuple[dict[str, bool], tuple[int, int]]:
-    """Which tensors differ, by their names in the first; and how many are only in one, which counts too."""
-    changed = {}
+) -> tuple[dict[str, bool | None], tuple[int, int]]:
+    """Which tensors differ, by their names in the first; None for those of only one, and how many these are."""
+    changed: dict[str, bool | None] = {}
     for name, tensor in first.items():
         other = second.get(names.get(name, name))
-        changed[name] = other is None or not _equal(tensor, other)
+        changed[name] = None if other is None else not _equal(tensor, other)
     found = {names.get(name, name) for name in first}
     only_in_second = [name for name in second if name not in found]
     num_only_in_first = sum(name not in second for name in found)
-    return changed | dict.fromkeys(only_in_second, True), (num_only_in_first, len(only_in_second))
+    return changed | dict.fromkeys(only_in_second), (num_only_in_first, len(only_in_second))
 
 
 def _equal(first: ReadableTensor, second: ReadableTensor) -> bool:
@@ -190,13 +191,16 @@ def _compare_layer(first: LayerStats, second: LayerStats, moves: WeightMoves | N
     statistics_moved = _moved(first.running_mean, second.running_mean) or _moved(
         first.running_var, second.running_var
     )
-    weights_moved = _moved(first.weight, second.weight) or _moved(first.bias, second.bias)
+    own = (first.weight, second.weight), (first.bias, second.bias)
+    weights_moved = any(_moved(one, two) for one, two in own if one is not None and two is not None)
+    weights_known = all((one is None) == (two is None) for one, two in own)
     feeding_moved = None if moves is None else moves.feeding(first.name)
     has_statistics = first.running_mean is not None and second.running_mean is not None
     flags = {
         STATISTICS_ALONE: statistics_moved
         and moves is not None
-        and not (weights_moved or moves.before(first.name)),
+        and weights_known
+        and not (weights_moved or moves.may_be_before(first.name)),
         WEIGHTS_ALONE: (weights_moved or bool(feeding_moved)) and not statistics_moved and moves is not None,
     }
     divergence = diverge(first, second)

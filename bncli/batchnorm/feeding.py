@@ -65,11 +65,13 @@ def order_is_lost(dtypes: Mapping[str, torch.dtype]) -> bool:
 
 
 class WeightMoves:
-    """Which weights moved, seen from a layer."""
+    """Which weights moved, seen from a layer; None in `changed` is unknown."""
 
-    def __init__(self, changed: Mapping[str, bool], layers: set[str], feeding: Feeding | None) -> None:
-        weights = [name for name, moved in changed.items() if moved and not _is_statistic(name, layers)]
-        self._moved = set(weights)
+    def __init__(self, changed: Mapping[str, bool | None], layers: set[str], feeding: Feeding | None) -> None:
+        weights = [
+            name for name, moved in changed.items() if moved is not False and not _is_statistic(name, layers)
+        ]
+        self._moved = {name: changed[name] for name in weights}  # or may have
         self._feeding = feeding
         self._earliest = (
             None
@@ -78,12 +80,13 @@ class WeightMoves:
         )
 
     def feeding(self, layer: str) -> bool | None:
-        """Whether one of those that feed it moved; None where none is known."""
+        """Whether one of those that feed it moved; None where that is unknown."""
         tensors = () if self._feeding is None else self._feeding.tensors.get(layer, ())
-        return any(name in self._moved for name in tensors) if tensors else None
+        moves = [self._moved.get(name, False) for name in tensors]
+        return True if any(moves) else None if None in moves or not moves else False
 
-    def before(self, layer: str) -> bool:
-        """Whether one before it moved; where the order is unknown, whether any did."""
+    def may_be_before(self, layer: str) -> bool:
+        """Whether one before it moved, or may have; where the order is unknown, whether any may."""
         if self._feeding is None or self._earliest is None or layer not in self._feeding.start:
             return bool(self._moved)
         return self._earliest < self._feeding.start[layer]

@@ -21,7 +21,7 @@ class NetworkSource:
     arguments: dict[str, Any] = field(default_factory=dict)
     # the rest is said of other checkpoints only
     key: str | None = None
-    partial: tuple[str, ...] = ()
+    partial: tuple[str, ...] | None = ()
     logits: str | None = None
     normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean and std of pixels
 

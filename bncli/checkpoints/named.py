@@ -17,7 +17,7 @@ def load_named(
     source: str,
     *,
     key: str | None = None,
-    partial: Sequence[str] = (),
+    partial: Sequence[str] | None = (),
     logits: str | None = None,
 ) -> tuple[nn.Module, LoadedWeights]:
     """The network in eval mode on the CPU with the tensors of `source`, a path or a URL; and which those are.
@@ -25,7 +25,7 @@ def load_named(
     Its code is run. Raises ConfigError or CheckpointError.
     """
     network = build_network(name, dict(arguments))
-    loaded = load_weights(network, source, key=key, partial=tuple(partial))
+    loaded = load_weights(network, source, key=key, partial=partial)
     freeze_uncounted(network, loaded.kept)
     pick_output(network, logits)
     return network.eval(), loaded

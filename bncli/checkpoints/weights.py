@@ -32,6 +32,7 @@ MAX_CHILDREN = 20  # of the network, each maybe the network that the file is of
 MAX_COMPARED = 1000  # names that one name is compared with
 MAX_SHOWN = 4  # names of a kind, in an error
 MAX_NAME = 80  # characters of a name, in an error
+_WHOLE = "name with --model the network that the file is of"  # a remedy, where no part can be loaded
 NOT = "!"  # before a glob: all but these
 
 
@@ -87,13 +88,13 @@ def load_weights(
     source: str | Path | OpenCheckpoint,
     *,
     key: str | None = None,
-    partial: Sequence[str] = (),
+    partial: Sequence[str] | None = (),
 ) -> LoadedWeights:
     """Load a checkpoint of any kind into a network, in place; nothing in the file is executed.
 
     `key` says where the state dict lies, as for `open_checkpoint`. `partial` has globs of names, such as
     `layer4.*` for this part alone or `!fc.*` for all but that: only what they mean is loaded, and has to be
-    there; the rest of the network stays as it was.
+    there; the rest of the network stays as it was. With None no error advises to load a part.
 
     Raises:
         MismatchError: a tensor is missing, left over, or of another shape or type, or none is to be loaded;
@@ -144,7 +145,7 @@ class _MisfitError(UnreadableFileError):
 
 
 def _match(
-    tensors: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], partial: Sequence[str]
+    tensors: Mapping[str, Tensor], stored: Mapping[str, StoredTensor], partial: Sequence[str] | None
 ) -> _Match:
     """Which tensor of the file goes into which of the network; raises _MisfitError unless all fit."""
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
@@ -153,8 +154,8 @@ def _match(
             f"the network has tensors without a shape yet, {_listed(lazy)}; compute a"
             " batch with it before it is loaded"
         )
-    only = [glob for glob in partial if not glob.startswith(NOT)]
-    excluded = [glob.removeprefix(NOT) for glob in partial if glob.startswith(NOT)]
+    only = [glob for glob in partial or () if not glob.startswith(NOT)]
+    excluded = [glob.removeprefix(NOT) for glob in partial or () if glob.startswith(NOT)]
 
     def is_meant(name: str) -> bool:
         return (not only or _matches(only, name)) and not _matches(excluded, name)
@@ -172,7 +173,8 @@ def _match(
         wrong=[name for name, origin in names.items() if not _fits(stored[origin], tensors[name])],
     )
     if problems or not names:
-        raise _MisfitError(_describe(problems, names, origins, tensors, stored))
+        remedy = _WHOLE if partial is None else _remedy(problems, names)
+        raise _MisfitError(_describe(problems, names, origins, tensors, stored, remedy))
     return _Match(names, tuple(absent), tuple(name for name in stored if name not in set(names.values())))
 
 
@@ -259,6 +261,7 @@ def _describe(
     origins: Mapping[str, str],
     tensors: Mapping[str, Tensor],
     stored: Mapping[str, StoredTensor],
+    remedy: str,
 ) -> str:
     """All that does not fit, on one line, with what can be done."""
     if not names:
@@ -266,7 +269,6 @@ def _describe(
             f"none of its {plural(len(stored), 'tensor')} is one of the network's {len(tensors):,}: it has"
             f" {_listed(list(stored))}; the network has {_listed(list(tensors))}"
         )
-    remedy = _remedy(problems, names)
     head = _head(problems, names, tensors, stored)
     if head is not None:
         layers, found, expected = head

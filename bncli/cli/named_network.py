@@ -28,7 +28,7 @@ class NamedNetwork:
     name: str
     arguments: dict[str, Any]
     key: str | None
-    partial: tuple[str, ...]
+    partial: tuple[str, ...] | None  # None: of a command that loads whole networks only
     normalization: str | None  # as the command line gives it
     logits: str | None
     default_normalization: str = MEASURED  # of pixels, where it gives none

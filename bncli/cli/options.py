@@ -226,6 +226,30 @@ def check_new(path: Path, *inputs: Path | str) -> None:
     check_writable(path)
 
 
+# of files that hold a network and are none of torch.save
+_OF_OTHER_KINDS = (
+    ".safetensors", ".npz", ".npy", ".pt2", ".onnx", ".xml", ".keras", ".h5", ".hdf5", ".pb", ".tflite",
+    ".msgpack", ".pdparams", ".params", ".eqx",
+)  # fmt: skip
+
+
+def check_ending_of_copy(path: Path, source: Path | str, kind: str) -> None:
+    """Refuse a name by which a copy of `source` would be taken for a file of another kind than it is.
+
+    `kind` is that of the source, as `OpenCheckpoint.kind`; its own ending is always right. Raises BncliError.
+    """
+    ending = path.suffix.lower()
+    if ending == Path(source).suffix.lower():
+        return
+    if kind == "safetensors" and ending != ".safetensors":
+        fix = "safetensors, as the source is; give a name that ends in .safetensors"
+    elif kind != "safetensors" and ending in _OF_OTHER_KINDS:
+        fix = "PyTorch, as the source is; give a name that ends in .pt"
+    else:
+        return
+    raise BncliError(f"{path}: would be a file of {fix}")
+
+
 def _refuse_input(path: Path, inputs: Iterable[Path | str]) -> None:
     if path.is_file() and any(
         os.path.exists(one) and os.path.samefile(path, one)  # noqa: PTH110, PTH121

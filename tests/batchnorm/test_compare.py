@@ -200,6 +200,40 @@ def test_flags_tell_statistics_without_weights_and_weights_without_statistics(na
     assert [list(found) for found in flags(changed(*names)).values()] == expected
 
 
+@pytest.mark.parametrize("sides", [1, -1])
+@pytest.mark.parametrize(
+    ("moved", "lacking", "fed", "expected"),
+    [
+        # BatchNorm layers alone, as `bncli convert` writes them: nothing is known of the others
+        ([], ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"], [None, None], [[], []]),
+        (["3.running_mean"], ["0.weight"], [None, False], [[], []]),  # it may have moved
+        (
+            ["3.running_mean"],
+            ["4.weight"],
+            [False, False],
+            [[], [STALE]],
+        ),  # what comes later need not be known
+        (["2.bias"], ["2.weight"], [False, True], [[], [FROZEN]]),
+        (["3.running_var"], ["3.bias"], [False, False], [[], []]),
+        ([], ["3.weight"], [False, False], [[], []]),
+    ],
+)
+def test_a_tensor_that_one_file_lacks_has_not_moved_and_proves_nothing(
+    moved: list[str], lacking: list[str], fed: list[bool | None], expected: list[list[str]], sides: int
+) -> None:
+    second = changed(*moved)
+    less = Contents({name: tensor for name, tensor in second.state.items() if name not in lacking})
+    whole = Contents(state())
+    pair = [whole, less][::sides]
+    if sides == -1:  # the file that knows the order is the second
+        pair[0] = sort_names(less)
+    found = compare(*pair)
+    assert [x.feeding_weights_moved for x in found.layers] == fed
+    assert [list(x.flags) for x in found.layers] == expected
+    assert not any(x.weights_moved for x in found.layers)
+    assert (found.num_tensors_changed, found.identical) == (len(moved), False)
+
+
 def test_feeding_weights_are_those_between_the_layer_before_and_it() -> None:
     for name, expected in {"0.bias": [True, False], "2.weight": [False, True], "1.weight": [False, False],
                            "4.bias": [False, False]}.items():  # fmt: skip

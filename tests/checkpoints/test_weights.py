@@ -224,6 +224,22 @@ def test_what_is_missing_left_over_or_different_is_listed_with_the_nearest_name(
     assert len(text) < 300
 
 
+def test_where_no_part_can_be_loaded_none_is_advised(tmp_path: Path) -> None:
+
+    def classifier(num_classes: int) -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, num_classes))
+
+    for source, network, said in (
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), small(), "does not fit"),
+        (classifier(5), classifier(3), "has 5 classes in the file"),
+    ):
+        path = saved(source.state_dict(), tmp_path / "a.pt")
+        with pytest.raises(MismatchError, match=said) as error:
+            load_weights(network, path, partial=None)
+        assert str(error.value).endswith("; name with --model the network that the file is of")
+        assert "--partial" not in str(error.value)
+
+
 def test_a_head_of_another_number_of_classes_is_named(tmp_path: Path) -> None:
     source = used(build_network("torchvision:resnet18", {"num_classes": 10}))
     path = saved(source.state_dict(), tmp_path / "a.pt")

@@ -7,28 +7,37 @@ layer's name and four arrays, such as eps, is not there.
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 
-from bncli.batchnorm.conventions import CAFFE2, CHAINER, MINDSPORE, PADDLE, Convention
+from bncli.batchnorm.conventions import CAFFE2, CHAINER, KERAS_3, MINDSPORE, PADDLE, Convention
 from bncli.checkpoints.formats.collected_network import LEAVES, Collected, are_statistics, natural
 from bncli.checkpoints.stored_tensor import StoredTensor
 
-_SIGNS = (".", "/")  # between the layer and the array
-# of arrays without one: what PyTorch's are called has no row here, as it needs no translation
-_CONVENTIONS = (PADDLE, MINDSPORE, CHAINER)
+# each with the sign between the layer and the array: MindSpore's and Keras' arrays have the same names, and
+# only Keras, and what `bncli convert --to keras` writes, has a slash before them. What PyTorch's are called
+# has no row here, as it needs no translation
+_CONVENTIONS = (
+    (PADDLE, "."),
+    (PADDLE, "/"),
+    (MINDSPORE, "."),
+    (KERAS_3, "/"),
+    (CHAINER, "."),
+    (CHAINER, "/"),
+)
 # Caffe2 has a sign of its own, and two sets of names: `res2_0_branch2a_bn_s`, `..._bn_rm`
 _OF_CAFFE2 = (None, ("gamma", "beta", "running_mean", "running_var"))
 
 
 def recognise(tensors: Mapping[str, StoredTensor]) -> Collected | None:
     """The network, where BatchNorm's arrays are called as one of the frameworks does; else None."""
-    for convention in _CONVENTIONS:
-        for sign in _SIGNS:
-            found = collect(tensors, convention, sign)
-            if found.layers and convention is CHAINER:
-                # its layers are written in the order of a set, which differs from run to run
-                found.layers = dict(sorted(found.layers.items(), key=lambda one: natural(one[0])))
-                found.notes.append("Chainer keeps no order of layers; they are sorted by name here")
-            if found.layers:
-                return found
+    for convention, sign in _CONVENTIONS:
+        found = collect(tensors, convention, sign)
+        if found.layers and convention is CHAINER:
+            # its layers are written in the order of a set, which differs from run to run
+            found.layers = dict(sorted(found.layers.items(), key=lambda one: natural(one[0])))
+            found.notes.append("Chainer keeps no order of layers; they are sorted by name here")
+        if found.layers and convention is KERAS_3:
+            found.tensors = with_dots(found.tensors)  # kernels too, as they are called in Keras' own files
+        if found.layers:
+            return found
     for leaves in _OF_CAFFE2:
         found = collect(tensors, CAFFE2, "_", leaves)
         if found.layers:

@@ -21,6 +21,7 @@ from bncli.cli.options import (
     ModelOption,
     NormalizationOption,
     SetOption,
+    check_ending_of_copy,
     check_new,
 )
 from bncli.cli.overrides import effective_overrides
@@ -153,12 +154,14 @@ def average_into_file(
     weights = _parse_shares(shares, len(paths))
     data_overrides = effective_overrides("average", overrides, device=device, data_root=data_root)
     named = named_network(model, model_args, key if model is not None else None, None, normalization, logits)
+    if named is not None:
+        named = replace(named, partial=None)
     own = _are_own(paths)
     if own and key is not None:
         raise ConfigError("--key", ["a checkpoint of `bncli train` has one network; leave it out"])
     place = "state_dict" if own else key
-    if not own:
-        _check_container(paths[0], place)
+    kind = "torch zip" if own else _check_container(paths[0], place)
+    check_ending_of_copy(output, paths[0], kind)
     with ProgressReporter() as progress:
         first = runtime = judge = None
         if own or named is not None:
@@ -275,16 +278,17 @@ def _without_tensors(checkpoint: "Checkpoint") -> "Checkpoint":
     return replace(checkpoint.finished(), state_dict=names)
 
 
-def _check_container(path: Path, key: str | None) -> None:
-    """Raise before the work begins where an average could not be written into a copy of the first file."""
+def _check_container(path: Path, key: str | None) -> str:
+    """The kind of the first file. Raises where an average could not be written into a copy of it."""
     from bncli.checkpoints import check_rewritable, open_checkpoint
 
     with open_checkpoint(path, key) as checkpoint:
         names = [f"{checkpoint.prefix}{name}" for name in checkpoint.tensors]
         if checkpoint.kind.endswith("index"):
             raise BncliError(f"{path}: an index of several files, which are not written; save it as one")
-        place = checkpoint.key
+        place, kind = checkpoint.key, checkpoint.kind
     check_rewritable(path, names, place, any_tensor=True)
+    return kind
 
 
 def _judge(

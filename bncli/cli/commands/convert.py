@@ -153,7 +153,7 @@ def _to_keras(
         if framework != "PyTorch":
             problem = f"with --to keras it goes with a checkpoint of PyTorch; this one is of {framework}"
             raise ConfigError("--model", [problem])
-        load_weights(network, checkpoint)
+        load_weights(network, checkpoint, partial=None)
     return convert_to_keras(layers, network, values_per_channel=values_per_channel)
 
 

@@ -23,6 +23,7 @@ from bncli.cli.options import (
     NormalizationOption,
     PartialOption,
     SetOption,
+    check_ending_of_copy,
     check_new,
 )
 from bncli.cli.overrides import effective_overrides
@@ -164,6 +165,8 @@ def recalibrate_into_file(
     )
     if output is not None:
         _check_container(subject, layers)
+        kind = "torch zip" if subject.named is None else subject.named[1].kind
+        check_ending_of_copy(output, checkpoint, kind)
     how = Calibration(method, num_images, batch_size, layers, tolerance)
     _settle_memory(subject, method)
     with shared_work(subject, how=how, evaluate=evaluate, verify=verify) as work:

@@ -15,7 +15,7 @@ MARKS = {
     "S": "running_mean or running_var changed",
     "W": "weight or bias of this layer changed",
     "F": "weights between the BatchNorm before and this one changed",
-    "?": "unknown: no such weights are known",
+    "?": "unknown: no such weights are known, or one file lacks them",
 }
 
 

@@ -187,6 +187,8 @@ def test_what_cannot_be_averaged(bncli: Bncli, foreign: list[Path], kept_run: Pa
         (("--of", tmp_path / "none", "-o", new), "none: no such directory"),
         (("--of", kept_run, last, "-o", new), "not both"),
         ((last, last, "--last", 2, "-o", new), "goes with --of"),
+        ((last, last, "-o", tmp_path / "a.npz"), "a.npz: would be a file of PyTorch, as the source is; give"),
+        ((*foreign, "-o", tmp_path / "a.ONNX", "--statistics", "first"), "a name that ends in .pt"),
     ):
         outcome = bncli("average", *arguments)
         assert (outcome.code, outcome.out) == (2, ""), arguments

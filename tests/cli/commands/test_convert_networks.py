@@ -134,6 +134,25 @@ def test_back_in_keras_are_its_own_variables(bncli: Bncli, tmp_path: Path, name:
                 assert np.array_equal(arrays[key], weight.permute(2, 3, 1, 0).numpy())
 
 
+@pytest.mark.parametrize("name", ["resnet", "mixed"])
+def test_what_was_written_for_keras_is_read_as_keras_and_converted_back(
+    bncli: Bncli, tmp_path: Path, name: str
+) -> None:
+    state, _ = converted(bncli, tmp_path, name)
+    there, back, twin = tmp_path / "there.npz", tmp_path / "back.pt", f"{TWINS}:{CLASSES[name]}"
+    assert bncli("convert", state, "-o", there, "--to", "keras", "--model", twin).code == 0
+    shown = bncli("inspect-stats", there, "--json", "--fail-on", "never").json["layers"]
+    assert {layer["framework"] for layer in shown} == {"Keras 3"}
+    said = bncli("compare", state, there, "--json").json
+    assert said["frameworks"] == ["PyTorch", "Keras 3"]
+    assert bncli("convert", there, "-o", back, "--model", twin).code == 0
+    before, after = (torch.load(path, weights_only=True) for path in (state, back))
+    assert after.keys() == before.keys()
+    for key in before:
+        if not key.endswith("num_batches_tracked"):  # Keras has no such counter
+            assert torch.equal(after[key], before[key]), key
+
+
 def test_biased_variances_for_keras_and_the_lines_that_load_them(
     bncli: Bncli, finished_run: Path, tmp_path: Path
 ) -> None:

@@ -230,6 +230,18 @@ def test_the_checkpoint_itself_is_never_written(bncli: Bncli, stale: Path, tmp_p
     assert sha256(stale) == before
 
 
+def test_a_name_of_another_kind_of_file_is_refused_before_images_are_read(
+    bncli: Bncli, stale: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr("bncli.data.load_dataset", read)
+    outcome = bncli("recalibrate", stale, "-o", tmp_path / "new.npz")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "new.npz: would be a file of PyTorch" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
