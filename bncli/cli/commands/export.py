@@ -1,5 +1,6 @@
 """`bncli export`: a checkpoint's network as a file for an engine, with the proof that it is right."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -137,8 +138,8 @@ def export_checkpoint(
     if kind == "openvino" and fold is False:
         reason = "OpenVINO folds BatchNorm itself when it writes a file; take .onnx, .pt2 or .safetensors"
         raise ConfigError("--keep-batch-norm", [reason])
-    if tolerance is not None and not tolerance >= 0:
-        raise ConfigError("--tolerance", [f"expected a number of 0 or more, found {tolerance:g}"])
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ConfigError("--tolerance", [f"expected a finite number of 0 or more, found {tolerance:g}"])
     require_writer(kind)
     check_output(output, checkpoint)
     if exported_file(checkpoint) is not None:

@@ -421,7 +421,14 @@ def test_what_exists_and_what_means_nothing_is_refused(
         (("export", checkpoint, "-o", path), "exists already"),
         (("export", checkpoint, "-o", tmp_path / "a.tflite"), "expected a name that ends in .onnx"),
         (("export", path, "-o", tmp_path / "a.pt2"), "is an exported file already"),
-        (("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "nan"), "a number of 0 or more"),
+        (
+            ("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "nan"),
+            "a finite number of 0 or more",
+        ),
+        (
+            ("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "inf"),
+            "a finite number of 0 or more",
+        ),
         (
             ("export", checkpoint, "-o", tmp_path / "a.onnx", "--precision", "bfloat16"),
             "no convolution in bfloat16",
