@@ -151,8 +151,7 @@ def export_checkpoint(
     source = open_export_source(checkpoint, overrides, named)
     _check_statistics(source, checkpoint, force=force)
     record = source.record(pixels, precision)
-    folds = kind != "safetensors" if fold is None else fold
-    found = _export(source, output, record, num_images, images, tolerance, folds=folds, force=force)
+    found = _export(source, output, record, num_images, images, tolerance, fold=fold, force=force)
     if as_json:
         print_json(export_document(str(checkpoint), str(output), found))
     else:
@@ -180,7 +179,7 @@ def _check_statistics(source: ExportSource, path: Path, *, force: bool) -> None:
         print_note(f"exported all the same: {problem}")
 
 
-def _export(source, output, record, num_images, folder, tolerance, *, folds, force) -> "Exported":  # type: ignore[no-untyped-def]
+def _export(source, output, record, num_images, folder, tolerance, *, fold, force) -> "Exported":  # type: ignore[no-untyped-def]
     import torch
 
     from bncli.cli.progress import ProgressReporter
@@ -196,7 +195,7 @@ def _export(source, output, record, num_images, folder, tolerance, *, folds, for
                 output,
                 images,
                 record,
-                fold=folds,
+                fold=fold,
                 what=what,
                 tolerance=tolerance,
                 threads=source.subject.runtime.threads,

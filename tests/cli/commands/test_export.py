@@ -129,7 +129,11 @@ def test_the_tensors_in_safetensors_are_the_folded_ones(
     torch.testing.assert_close(state["stages.0.0.conv.weight"], weight.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(state["stages.0.0.conv.bias"], bias.float(), rtol=1e-6, atol=1e-7)
     assert not any("norm" in name for name in state)
-    assert bncli("export", finished_run / "last.pt", "-o", tmp_path / "b.safetensors").code == 0
+    by_default = bncli("export", finished_run / "last.pt", "-o", tmp_path / "b.safetensors")
+    assert by_default.code == 0
+    assert "Kept (--fold folds them): stages.0.0.norm, stages.1.0.norm" in " ".join(by_default.out.split())
+    asked = bncli("export", finished_run / "last.pt", "-o", tmp_path / "c.safetensors", "--keep-batch-norm")
+    assert "Kept, as asked for: stages.0.0.norm" in " ".join(asked.out.split())
     plain, kept = load_file(tmp_path / "b.safetensors"), load_model(finished_run / "last.pt").state_dict()
     assert plain.keys() == kept.keys()
     assert all(torch.equal(plain[name], value) for name, value in kept.items())
