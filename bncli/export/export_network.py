@@ -96,6 +96,7 @@ def export_network(
             engine=engine,
             what=what,
             tolerance=TOLERANCES[record.precision] if tolerance is None else tolerance,
+            tolerance_was_given=tolerance is not None,
             progress=lambda done: progress("images through both", done, len(images)),
         )
         del network  # an engine may keep its file open

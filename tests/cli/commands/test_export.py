@@ -399,6 +399,11 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert document["proof"]["predictions_changed"] > 0
     assert bncli("export", finished_run / "last.pt", "-o", output, *EXAMPLE, "--force").code == 1
     assert output.exists()
+    output.unlink()
+    allowed = bncli("export", finished_run / "last.pt", "-o", output, *EXAMPLE, "--tolerance", 1000)
+    assert allowed.code == 0
+    assert "computes what the checkpoint does, within the tolerance of 1000." in " ".join(allowed.out.split())
+    assert "rounding" not in allowed.out
 
 
 @pytest.mark.parametrize(
