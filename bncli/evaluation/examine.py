@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from bncli.batches import Batches, GetTensor
+from bncli.batchnorm.layers import batch_norm_layers
 from bncli.determinism.certificate import BATCH_SIZES, DEFAULT_NUM_IMAGES, Certificate, certify
 from bncli.determinism.fixed_shape import FixedShape, without_fixed_shape
 from bncli.distributed.ranks import Ranks
@@ -152,7 +153,7 @@ def examine(
         model,
         (sample, labels[chosen]),
         [size for size in SAMPLE_SIZES if size <= len(chosen)],
-        progress=partial(progress, "passes over the compared images, in both modes"),
+        progress=partial(progress, _passes_over("compared images", model)),
     )
     return Examination(
         known.plain,
@@ -215,7 +216,7 @@ def evaluate_whole(
             sweep,
             place=place,
             group=group,
-            progress=partial(progress, "passes over the test images, in both modes"),
+            progress=partial(progress, _passes_over("test images", model)),
         )
     if training is not None:
         order = random_order(len(images)).split(max(2, batch_size))  # one image may have no variance
@@ -227,3 +228,8 @@ def evaluate_whole(
             progress=progress,
         )
     return Evaluations(plain, augmented, points, gap)
+
+
+def _passes_over(images: str, model: nn.Module) -> str:
+    """The phase's name: without BatchNorm, as in an exported file, both modes are one."""
+    return f"passes over the {images}" + (", in both modes" if batch_norm_layers(model) else "")

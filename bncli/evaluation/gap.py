@@ -36,7 +36,14 @@ from bncli.batchnorm.population.verify import distance_from
 from bncli.distributed.ranks import Ranks
 from bncli.distributed.shards import without_repeats
 from bncli.distributed.wrapped import as_written, whole_parameters
-from bncli.evaluation.outcomes import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
+from bncli.evaluation.outcomes import (
+    Outcomes,
+    PairedDifference,
+    Score,
+    compare_outcomes,
+    is_loss_far_lower,
+    measure_outcomes,
+)
 from bncli.wording import list_names
 
 if TYPE_CHECKING:
@@ -93,7 +100,12 @@ class Gap:
     @property
     def batch_norm_is_to_blame(self) -> bool:
         """Whether exact population statistics are better than the running ones beyond chance."""
-        return self.explained.is_gain
+        return self.explained.is_gain or self.loss_is_to_blame
+
+    @property
+    def loss_is_to_blame(self) -> bool:
+        """Whether they are so in the loss alone, and by far: accuracy does not show it."""
+        return not self.explained.is_gain and is_loss_far_lower(self.running, self.exact, self.explained)
 
     @property
     def points(self) -> float:
@@ -108,6 +120,12 @@ class Gap:
             f"{100 * self.explained.accuracy:+.2f} points of accuracy"
             f" (standard error {100 * self.explained.accuracy_standard_error:.2f})"
         )
+        if self.loss_is_to_blame:
+            return (
+                "The running statistics are stale: exact population statistics lower the loss from"
+                f" {self.running.loss:.4g} to {self.exact.loss:.4g}, though accuracy does not show it"
+                f" ({change}). Run bncli recalibrate, or train for more steps."
+            )
         if self.batch_norm_is_to_blame:
             more = ""
             if self.beyond.is_gain:
@@ -148,6 +166,7 @@ class Gap:
         return {
             **asdict(self),
             "batch_norm_is_to_blame": self.batch_norm_is_to_blame,
+            "loss_is_to_blame": self.loss_is_to_blame,
             "points": self.points,
             "verdict": self.verdict,
         }

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# A loss is far lower where it is less than half, by more than one nat (the true class is e times likelier)
+# and by more than chance: no network that is too sure of itself does that, nor the noise of small batches
+MIN_LOSS_DIFFERENCE = 1.0
+MIN_STANDARD_ERRORS = 5.0
+MIN_IMAGES = 30  # of fewer the standard error itself is not known well enough
+
+
 @dataclass(frozen=True)
 class Score:
     """How well a classifier does on some images."""
@@ -166,6 +173,21 @@ def compare_outcomes(first: Outcomes, second: Outcomes) -> PairedDifference:
         accuracy_standard_error=accuracy_error,
         loss=loss,
         loss_standard_error=loss_error,
+    )
+
+
+def is_loss_far_lower(first: Score, second: Score, difference: PairedDifference) -> bool:
+    """Whether the second computation's loss is so much lower that neither chance nor taste explains it.
+
+    A first loss that is no finite number, where the second is one, counts as well.
+    """
+    if not math.isfinite(first.loss):
+        return math.isfinite(second.loss)
+    gain = -difference.loss
+    return (
+        difference.num_images >= MIN_IMAGES
+        and gain > max(MIN_LOSS_DIFFERENCE, second.loss)
+        and gain > MIN_STANDARD_ERRORS * difference.loss_standard_error
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bncli.export.prepared import prepare
+from bncli.export.prepared import AS_ASKED, BY_DEFAULT, prepare
 from bncli.export.proof import TOLERANCES, Proof, opened_again, prove
 from bncli.export.record import ExportRecord
 from bncli.export.write import format_of, move_into_place, require_writer, written
@@ -57,7 +57,7 @@ def export_network(
     images: Tensor,
     record: ExportRecord,
     *,
-    fold: bool,
+    fold: bool | None,
     what: str,
     tolerance: float | None = None,
     threads: int | None = None,
@@ -67,7 +67,8 @@ def export_network(
     """Write `model`, in float32 on the CPU, to `path`, and prove it on `images` (N, ...), which are `what`.
 
     `record` says in which precision, and which pixels the file takes; what became of BatchNorm is added.
-    The model is left as it was. With `force` the file is kept whatever the proof says.
+    With `fold` None BatchNorm is folded but for .safetensors. The model is left as it was. With `force` the
+    file is kept whatever the proof says.
 
     Raises BncliError for a network that cannot be exported, or a file that cannot be opened again;
     MissingEngineError; OSError where the disk says no. Then nothing is written.
@@ -76,7 +77,9 @@ def export_network(
     require_writer(kind)
     precision: torch.dtype = getattr(torch, record.precision)
     # OpenVINO stores and computes a float32 graph in another precision by itself
-    folding = prepare(model, fold=fold, precision=precision, casts=kind != "openvino")
+    kept_for = BY_DEFAULT if fold is None else AS_ASKED
+    fold = kind != "safetensors" if fold is None else fold
+    folding = prepare(model, fold=fold, precision=precision, casts=kind != "openvino", kept_for=kept_for)
     record = replace(
         record,
         folded=tuple((layer.name, layer.into) for layer in folding.folded),
@@ -93,6 +96,7 @@ def export_network(
             engine=engine,
             what=what,
             tolerance=TOLERANCES[record.precision] if tolerance is None else tolerance,
+            tolerance_was_given=tolerance is not None,
             progress=lambda done: progress("images through both", done, len(images)),
         )
         del network  # an engine may keep its file open

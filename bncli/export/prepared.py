@@ -15,6 +15,7 @@ from bncli.inference.fold import Folding, KeptLayer, fold_batch_norm
 from bncli.wording import list_names
 
 AS_ASKED = "as asked for"
+BY_DEFAULT = "the default of .safetensors"
 
 
 def problems_of(model: nn.Module, findings: "tuple[Finding, ...] | None" = None) -> tuple[str, ...]:
@@ -49,18 +50,21 @@ def _layers(findings: list[Finding]) -> str:
     return list_names(list(dict.fromkeys(finding.layer for finding in findings)))
 
 
-def prepare(model: nn.Module, *, fold: bool, precision: torch.dtype, casts: bool = True) -> Folding:
+def prepare(
+    model: nn.Module, *, fold: bool, precision: torch.dtype, casts: bool = True, kept_for: str = AS_ASKED
+) -> Folding:
     """A copy of the network for export; `model` is left alone.
 
     With `casts` convolutions and linear layers hold their weights in `precision`, and take inputs in it.
     BatchNorm that is left, and what the network adds by itself, keeps its type. Outputs are float32.
+    `kept_for` is the reason that is told where nothing is to be folded.
 
     Raises BncliError for a model that cannot be copied.
     """
     if fold:
         folding = fold_batch_norm(model)
     else:
-        kept = tuple(KeptLayer(name, AS_ASKED) for name, _ in batch_norm_layers(model))
+        kept = tuple(KeptLayer(name, kept_for) for name, _ in batch_norm_layers(model))
         folding = Folding(_copied(model), (), kept)
     network = folding.model
     network.requires_grad_(False)

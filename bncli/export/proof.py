@@ -32,6 +32,7 @@ class Proof:
     max_rel_diff: float  # of an output, relative to the largest of its image; inf: a NaN in one alone
     predictions_changed: int | None  # None: the outputs are no scores of classes
     tolerance: float
+    tolerance_was_given: bool = False  # by the user: it may be more than rounding explains
 
     @property
     def holds(self) -> bool:
@@ -43,6 +44,8 @@ class Proof:
         """One sentence."""
         if self.holds:
             exactness = "but for rounding" if self.max_abs_diff else "to the bit"
+            if self.max_abs_diff and self.tolerance_was_given:
+                exactness = f"within the tolerance of {self.tolerance:g}"
             return f"The file computes what the checkpoint does, {exactness}."
         return (
             f"The file does NOT compute what the checkpoint does: an output differs by"
@@ -58,6 +61,7 @@ def prove(
     engine: str,
     what: str,
     tolerance: float,
+    tolerance_was_given: bool = False,
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Proof:
@@ -85,7 +89,10 @@ def prove(
                 changed += int((right.argmax(1) != found.argmax(1)).sum())
             done += len(batch)
             progress(done)
-    return Proof(engine, len(images), what, most, relative, changed if classifies else None, tolerance)
+    predictions_changed = changed if classifies else None
+    return Proof(
+        engine, len(images), what, most, relative, predictions_changed, tolerance, tolerance_was_given
+    )
 
 
 def _difference(right: Tensor, found: Tensor) -> Tensor:

@@ -122,6 +122,11 @@ def _measured(gap: Gap) -> str:
     """What the images say of the running statistics, in words for somebody who has not read about them."""
     anew = f"measured anew on {gap.num_calibration_images:,} training images"
     change = f"{100 * gap.explained.accuracy:+.1f} points"
+    if gap.loss_is_to_blame:
+        return (
+            f"Its running statistics are wrong: with those {anew} its loss is {gap.exact.loss:.4g} instead of"
+            f" {gap.running.loss:.4g}, though its accuracy does not show it ({change})."
+        )
     if gap.batch_norm_is_to_blame:
         return (
             f"Its running statistics are wrong: with those {anew} it is right on {gap.exact.accuracy:.1%}."

@@ -18,6 +18,7 @@ from bncli.data import sample_batches
 from bncli.errors import StoppedError
 from bncli.evaluation import Outcomes, PairedDifference, Score, compare_outcomes, measure_outcomes
 from bncli.evaluation.gap import MAX_STANDARD_ERROR
+from bncli.evaluation.outcomes import is_loss_far_lower
 from bncli.training.setup import Setup
 
 NUM_IMAGES = 2_000
@@ -25,7 +26,7 @@ NUM_IMAGES = 2_000
 
 @dataclass(frozen=True)
 class Agreement:
-    """The accuracy of eval mode beside that of batch statistics, on the same test images."""
+    """The accuracy and loss of eval mode beside that of batch statistics, on the same test images."""
 
     num_images: int
     batch_size: int  # images whose batch statistics are taken together
@@ -38,14 +39,27 @@ class Agreement:
 
     @property
     def eval_mode_is_behind(self) -> bool:
-        """Whether batch statistics are more accurate by more than chance would explain."""
-        return self.difference.is_gain
+        """Whether batch statistics do better by more than chance would explain."""
+        return self.difference.is_gain or self.loss_is_behind
+
+    @property
+    def loss_is_behind(self) -> bool:
+        """Whether they do so in the loss alone, and by far: accuracy does not show it."""
+        return not self.difference.is_gain and is_loss_far_lower(self.running, self.batch, self.difference)
 
     @property
     def verdict(self) -> str:
         """One sentence: do they agree?"""
         momentum = "cumulative average" if self.momentum is None else f"momentum {self.momentum:g}"
         origin = "measured anew" if self.recalibrated else f"{momentum}, {self.num_updates:,} updates"
+        if self.loss_is_behind:
+            remedy = "" if self.recalibrated else " Train for more steps, or set train.recalibrate=precise."
+            return (
+                f"Running statistics ({origin}) do not fit the network: loss {self.running.loss:.4g} in eval"
+                f" mode and {self.batch.loss:.4g} in batches of {self.batch_size:,}, though accuracy,"
+                f" {self.running.accuracy:.2%} and {self.batch.accuracy:.2%}, does not show it"
+                f" ({self.num_images:,} test images).{remedy}"
+            )
         if self.eval_mode_is_behind:
             relation = "are behind batch statistics"
         elif self.difference.is_loss:
@@ -67,7 +81,12 @@ class Agreement:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document: all fields, and what follows from them."""
-        return {"eval_mode_is_behind": self.eval_mode_is_behind, "verdict": self.verdict, **asdict(self)}
+        return {
+            "eval_mode_is_behind": self.eval_mode_is_behind,
+            "loss_is_behind": self.loss_is_behind,
+            "verdict": self.verdict,
+            **asdict(self),
+        }
 
     def __str__(self) -> str:
         """The verdict."""

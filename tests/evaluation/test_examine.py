@@ -60,6 +60,19 @@ def test_what_is_not_asked_for_is_not_measured(network: nn.Module) -> None:
     assert document["determinism"]["num_images"] == 2
 
 
+@pytest.mark.parametrize(("last", "said"), [(nn.Identity(), ""), (nn.BatchNorm1d(10), ", in both modes")])
+def test_two_modes_are_spoken_of_where_there_are_two(last: nn.Module, said: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), last).eval()
+    phases: set[str] = set()
+
+    def progress(phase: str, _: int, __: int | None) -> None:
+        phases.add(phase)
+
+    examine(model, (IMAGES, LABELS), num_images=2, batch_sizes=(2,), sweep=(4,), progress=progress)
+    passes = {phase for phase in phases if phase.startswith("passes over")}
+    assert passes == {f"passes over the {images}{said}" for images in ("compared images", "test images")}
+
+
 def test_of_a_fixed_shape_every_bit_counts(network: nn.Module) -> None:
     found = examine(FixedShape(network.eval(), rows=8), (IMAGES, LABELS), num_images=4, batch_size=12)
     network.train()

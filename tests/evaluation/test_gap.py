@@ -309,3 +309,21 @@ def test_few_images_acquit_no_layer_whose_statistics_do_not_fit() -> None:
     assert "do not fit their layers' inputs in swapped: try bncli recalibrate" in found.verdict
     many = replace(few, num_images=5000, accuracy_standard_error=0.003)
     assert replace(found, explained=many).verdict.startswith("No gain beyond chance")
+
+
+def test_statistics_that_cost_loss_alone_are_stale(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[-1].weight.zero_()  # all classes look alike, and what is added below favours the third
+        model[-1].weight[2].fill_(1.0)
+    before = gap_of(model)
+    assert not before.batch_norm_is_to_blame
+    model.get_submodule("2.1").running_var.mul_(1e-4)  # a hundred times as sure, and no prediction changes
+    gap = gap_of(model)
+    assert gap.explained.num_gained == gap.explained.num_lost == 0
+    assert gap.running.loss > 10 * gap.exact.loss
+    assert gap.batch_norm_is_to_blame
+    assert gap.to_dict()["loss_is_to_blame"] is True
+    assert gap.verdict.startswith(
+        "The running statistics are stale: exact population statistics lower the loss"
+    )
+    assert gap.verdict.endswith("Run bncli recalibrate, or train for more steps.")

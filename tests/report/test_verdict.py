@@ -66,6 +66,7 @@ def measured(content: Callable[..., Content], found: Gap) -> Content:
     return replace(made, measurement=Measurement("synthetic", 100, (), found, None))
 
 
+LOSS = PairedDifference(100, 1, 0, 0.01, 0.01, -68.77, 1.0)
 VAR, MEAN = "its running_var", "its running_mean"
 
 
@@ -105,6 +106,7 @@ def test_several_layers_and_none_that_gains_anything_alone(content: Callable[...
 
 def test_statistics_that_are_right_need_nothing(content: Callable[..., Content]) -> None:
     made = measured(content, gap(LayerGap("a", 0.01, 0.01, 1.0, None), gained=1, worst=None))
+    assert made.measurement is not None
     assert judge(made)[1] == (
         "Its running statistics are right: measured anew on 80 training images, they give 51.0%, and a change"
         " of +1.0 points is within chance."
@@ -114,6 +116,13 @@ def test_statistics_that_are_right_need_nothing(content: Callable[..., Content])
     far = measured(content, gap(LayerGap("a", 0.9, 0.9, 1.0, None), gained=1, worst=None))
     assert far.measurement is not None
     assert judge(far)[1] == far.measurement.gap.verdict  # which claims less
+    costly = replace(made.measurement.gap, running=Score(0.5, 69.27), explained=LOSS)
+    at_loss = measured(content, costly)
+    assert judge(at_loss)[1] == (
+        "Its running statistics are wrong: with those measured anew on 80 training images its loss is 0.5"
+        " instead of 69.27, though its accuracy does not show it (+1.0 points)."
+    )
+    assert (state_of(at_loss), remedy(at_loss)) == ("bad", "bncli recalibrate model.pt")
     lost = judge(measured(content, gap(LayerGap("a", 0.01, 0.01, 1.0, None), gained=-20, worst=None)))[1]
     assert "they would lose accuracy, -20.0 points" in lost
 

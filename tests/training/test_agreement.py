@@ -1,5 +1,6 @@
 """The last line of a run: running statistics against batch statistics, on the same test images."""
 
+import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,50 @@ def test_only_what_exceeds_chance_is_a_difference() -> None:
     )
     assert "(cumulative average, 1,200 updates) are behind" in verdict(100, 10, None)
     assert "(measured anew) do better than batch statistics: " in verdict(10, 100, recalibrated=True)
+
+
+def by_loss(
+    running: float, batch: float, error: float, *, gained: int = 5, lost: int = 3, num_images: int = 500
+) -> Agreement:
+    accuracy = (gained - lost) / num_images
+    difference = PairedDifference(num_images, gained, lost, accuracy, 0.01, batch - running, error)
+    scores = Score(0.142, running), Score(0.142 + accuracy, batch)
+    return Agreement(num_images, 250, 0.1, 8, False, *scores, difference)
+
+
+def test_a_loss_far_above_that_of_batch_statistics_is_told_where_accuracies_agree() -> None:
+    found = by_loss(69.27, 2.43, 1.3)
+    assert found.eval_mode_is_behind
+    assert found.to_dict()["loss_is_behind"] is True
+    assert found.verdict == (
+        "Running statistics (momentum 0.1, 8 updates) do not fit the network: loss 69.27 in eval mode and"
+        " 2.43 in batches of 250, though accuracy, 14.20% and 14.60%, does not show it (500 test images)."
+        " Train for more steps, or set train.recalibrate=precise."
+    )
+    assert "set train" not in replace(found, recalibrated=True).verdict
+    assert by_loss(69.27, 2.43, 1.3, lost=60).loss_is_behind  # at chance a few images more say nothing
+    assert by_loss(math.inf, 2.43, math.nan).loss_is_behind
+    assert "are behind batch statistics: accuracy" in by_loss(69.27, 2.43, 1.3, gained=200).verdict
+
+
+@pytest.mark.parametrize(
+    ("running", "batch", "error", "num_images"),
+    [
+        (0.2247, 0.2251, 0.001, 500),  # as README's
+        (0.9, 0.01, 0.01, 500),  # a fraction of a nat
+        (4.4, 2.3, 0.5, 500),  # few images, far off: chance
+        (6.0, 3.1, 0.01, 500),  # less than twice
+        (2.43, 69.27, 1.3, 500),  # batch statistics are the worse ones
+        (math.nan, math.nan, math.nan, 500),
+        (9.0, 2.0, 0.01, 20),
+    ],
+)
+def test_a_loss_that_is_higher_for_other_reasons_is_no_alarm(
+    running: float, batch: float, error: float, num_images: int
+) -> None:
+    found = by_loss(running, batch, error, num_images=num_images)
+    assert not found.loss_is_behind
+    assert not found.eval_mode_is_behind
 
 
 def test_without_running_statistics_nothing_is_compared(tiny_config: Path, tmp_path: Path) -> None:

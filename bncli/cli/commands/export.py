@@ -1,5 +1,6 @@
 """`bncli export`: a checkpoint's network as a file for an engine, with the proof that it is right."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -137,8 +138,8 @@ def export_checkpoint(
     if kind == "openvino" and fold is False:
         reason = "OpenVINO folds BatchNorm itself when it writes a file; take .onnx, .pt2 or .safetensors"
         raise ConfigError("--keep-batch-norm", [reason])
-    if tolerance is not None and not tolerance >= 0:
-        raise ConfigError("--tolerance", [f"expected a number of 0 or more, found {tolerance:g}"])
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ConfigError("--tolerance", [f"expected a finite number of 0 or more, found {tolerance:g}"])
     require_writer(kind)
     check_output(output, checkpoint)
     if exported_file(checkpoint) is not None:
@@ -150,8 +151,7 @@ def export_checkpoint(
     source = open_export_source(checkpoint, overrides, named)
     _check_statistics(source, checkpoint, force=force)
     record = source.record(pixels, precision)
-    folds = kind != "safetensors" if fold is None else fold
-    found = _export(source, output, record, num_images, images, tolerance, folds=folds, force=force)
+    found = _export(source, output, record, num_images, images, tolerance, fold=fold, force=force)
     if as_json:
         print_json(export_document(str(checkpoint), str(output), found))
     else:
@@ -179,7 +179,7 @@ def _check_statistics(source: ExportSource, path: Path, *, force: bool) -> None:
         print_note(f"exported all the same: {problem}")
 
 
-def _export(source, output, record, num_images, folder, tolerance, *, folds, force) -> "Exported":  # type: ignore[no-untyped-def]
+def _export(source, output, record, num_images, folder, tolerance, *, fold, force) -> "Exported":  # type: ignore[no-untyped-def]
     import torch
 
     from bncli.cli.progress import ProgressReporter
@@ -195,7 +195,7 @@ def _export(source, output, record, num_images, folder, tolerance, *, folds, for
                 output,
                 images,
                 record,
-                fold=folds,
+                fold=fold,
                 what=what,
                 tolerance=tolerance,
                 threads=source.subject.runtime.threads,

@@ -324,6 +324,8 @@ def show_gap(console: Console, gap: Gap) -> None:
         "var ratio": "running_var over the input's variance",
         "gain if repaired": f"of this layer alone, on {gap.num_trial_images:,} test images"
         if gap.num_trial_images
+        else "not tried: no accuracy to recover"
+        if gap.loss_is_to_blame
         else "not tried: there is nothing to recover",
     }
     show_lines(console, meanings)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from bncli.cli.tables.layer_table import show_layer_table
 from bncli.cli.tables.table import console_for_results, number, print_wrapped, show_lines
+from bncli.export.prepared import BY_DEFAULT
 from bncli.wording import list_names, plural
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def show_export(checkpoint: str, output: str, found: "Exported", *, details: boo
     for name, reason in record.kept:
         reasons[reason].append(name)
     for reason, names in reasons.items():
-        print_wrapped(console, f"Kept, {reason}: {list_names(names)}")
+        because = " (--fold folds them)" if reason == BY_DEFAULT else f", {reason}"
+        print_wrapped(console, f"Kept{because}: {list_names(names)}")
     _show_layers(console, found, details=details)
     for layer in found.beyond_precision:
         print_wrapped(

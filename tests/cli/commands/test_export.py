@@ -129,7 +129,11 @@ def test_the_tensors_in_safetensors_are_the_folded_ones(
     torch.testing.assert_close(state["stages.0.0.conv.weight"], weight.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(state["stages.0.0.conv.bias"], bias.float(), rtol=1e-6, atol=1e-7)
     assert not any("norm" in name for name in state)
-    assert bncli("export", finished_run / "last.pt", "-o", tmp_path / "b.safetensors").code == 0
+    by_default = bncli("export", finished_run / "last.pt", "-o", tmp_path / "b.safetensors")
+    assert by_default.code == 0
+    assert "Kept (--fold folds them): stages.0.0.norm, stages.1.0.norm" in " ".join(by_default.out.split())
+    asked = bncli("export", finished_run / "last.pt", "-o", tmp_path / "c.safetensors", "--keep-batch-norm")
+    assert "Kept, as asked for: stages.0.0.norm" in " ".join(asked.out.split())
     plain, kept = load_file(tmp_path / "b.safetensors"), load_model(finished_run / "last.pt").state_dict()
     assert plain.keys() == kept.keys()
     assert all(torch.equal(plain[name], value) for name, value in kept.items())
@@ -395,6 +399,11 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert document["proof"]["predictions_changed"] > 0
     assert bncli("export", finished_run / "last.pt", "-o", output, *EXAMPLE, "--force").code == 1
     assert output.exists()
+    output.unlink()
+    allowed = bncli("export", finished_run / "last.pt", "-o", output, *EXAMPLE, "--tolerance", 1000)
+    assert allowed.code == 0
+    assert "computes what the checkpoint does, within the tolerance of 1000." in " ".join(allowed.out.split())
+    assert "rounding" not in allowed.out
 
 
 @pytest.mark.parametrize(
@@ -421,7 +430,14 @@ def test_what_exists_and_what_means_nothing_is_refused(
         (("export", checkpoint, "-o", path), "exists already"),
         (("export", checkpoint, "-o", tmp_path / "a.tflite"), "expected a name that ends in .onnx"),
         (("export", path, "-o", tmp_path / "a.pt2"), "is an exported file already"),
-        (("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "nan"), "a number of 0 or more"),
+        (
+            ("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "nan"),
+            "a finite number of 0 or more",
+        ),
+        (
+            ("export", checkpoint, "-o", tmp_path / "a.pt2", "--tolerance", "inf"),
+            "a finite number of 0 or more",
+        ),
         (
             ("export", checkpoint, "-o", tmp_path / "a.onnx", "--precision", "bfloat16"),
             "no convolution in bfloat16",
