@@ -162,7 +162,7 @@ def _names_in_second(
 def _changed_tensors(
     first: Mapping[str, ReadableTensor], second: Mapping[str, ReadableTensor], names: Mapping[str, str]
 ) -> tuple[dict[str, bool | None], tuple[int, int]]:
-    """Which tensors differ, by their names in the first; None for those of one file, and how many these are."""
+    """Which tensors differ, by their names in the first; None for those of one file, and how many those."""
     changed: dict[str, bool | None] = {}
     for name, tensor in first.items():
         other = second.get(names.get(name, name))

@@ -357,12 +357,12 @@ def broken(
 
 @pytest.mark.parametrize("network", [Residual, Shared, Twins, Chain, Block])
 def test_on_disk_no_bit_changes_either(network: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
+    model, before = network(), threading.active_count()  # other tests may have left some
     plain, kept = both_ways(monkeypatch, model, list(images().split([1, 13, 2, 8])), 0, 2**20)
     assert same_bits(plain, kept)
     if network is Chain:
         assert kept.forward_passes < plain.forward_passes
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 @pytest.mark.parametrize("num_transfers", [0, 2, 5, 9])
