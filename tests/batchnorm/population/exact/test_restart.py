@@ -355,16 +355,24 @@ def broken(
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    before = {*threading.enumerate()}  # of other tests
+    yield
+    assert {*threading.enumerate()} <= before
+
+
+@pytest.mark.usefixtures("no_thread_is_left")
 @pytest.mark.parametrize("network", [Residual, Shared, Twins, Chain, Block])
 def test_on_disk_no_bit_changes_either(network: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, before = network(), threading.active_count()  # other tests may have left some
+    model = network()
     plain, kept = both_ways(monkeypatch, model, list(images().split([1, 13, 2, 8])), 0, 2**20)
     assert same_bits(plain, kept)
     if network is Chain:
         assert kept.forward_passes < plain.forward_passes
-    assert threading.active_count() <= before
 
 
+@pytest.mark.usefixtures("no_thread_is_left")
 @pytest.mark.parametrize("num_transfers", [0, 2, 5, 9])
 def test_a_disk_that_fills_up_costs_time_only(num_transfers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     transfer, calls, failed = spill.SpillFile._transfer, count(), []
@@ -383,7 +391,6 @@ def test_a_disk_that_fills_up_costs_time_only(num_transfers: int, monkeypatch: p
     assert failed
     assert same_bits(plain, kept)
     assert hooks_of(model) == 0
-    assert threading.active_count() == 1
 
 
 def test_without_a_temporary_folder_nothing_is_kept_on_disk(
@@ -414,6 +421,7 @@ def test_images_are_read_twice_and_no_more_when_all_are_kept(
     assert len(reads) == (1 + 3) + (1 + 2)
 
 
+@pytest.mark.usefixtures("no_thread_is_left")
 def test_the_disk_is_given_back_after_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[bool] = []
     close, forward = spill.SpillFile.close, restart.Restarts.forward
@@ -432,7 +440,6 @@ def test_the_disk_is_given_back_after_an_interruption(monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         both_ways(monkeypatch, Chain(), list(images().split(4)), 0, 2**20)
     assert closed == [True]
-    assert threading.active_count() == 1
 
 
 def test_a_batch_that_was_lost_is_computed_from_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
