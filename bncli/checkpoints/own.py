@@ -33,6 +33,7 @@ from bncli.models.bounded import Bounded
 from bncli.network_name import CONVNET, is_file, is_same_name, runs_foreign_code
 
 FORMAT_VERSION = 2  # written; older ones are read
+_EXPORTED = (".onnx", ".xml", ".pt2")  # endings of files that are no checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +198,11 @@ def _own_content(kind: str, content: object, path: str | Path) -> dict[str, Any]
     if kind == "torch zip" and isinstance(content, dict) and content.get("format") == FORMAT:
         return content
     what = "a torch file" if kind == "torch zip" else f"a {kind} file"
+    ending = Path(path).suffix.lower()
+    misnamed = f"; its ending {ending} does not fit {what}" if ending in _EXPORTED else ""
     raise ForeignNetworkError(
-        f"{path}: {what}, but no bncli checkpoint (made by `bncli train`){_recorded_network(content)}"
+        f"{path}: {what}, but no bncli checkpoint (made by `bncli train`){misnamed}"
+        f"{_recorded_network(content)}"
     )
 
 

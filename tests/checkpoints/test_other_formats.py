@@ -325,6 +325,15 @@ def test_what_stands_in_place_of_batch_norm_is_counted_in_grammar(tmp_path: Path
         pass
 
 
+def test_an_ending_that_does_not_fit_the_content_is_told(bncli: Bncli, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "net.onnx")
+    outcome = bncli("eval", tmp_path / "net.onnx")
+    assert outcome.code == 2
+    assert "(made by `bncli train`); its ending .onnx does not fit a torch file; name" in outcome.err
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "net.pt")
+    assert "does not fit" not in bncli("eval", tmp_path / "net.pt").err
+
+
 def test_doctor_gives_no_advice_for_damage_where_the_format_is_another(bncli: Bncli, tmp_path: Path) -> None:
     content, _ = OF_BYTES["HDF5"]
     (tmp_path / "model.h5").write_bytes(content)
