@@ -172,7 +172,7 @@ def _without_data(subject: Subject) -> ExportSource:
     """Of a network whose library, or the command line, says how images enter it."""
     import torch
 
-    from bncli.cli.named_network import MEASURED, fit_to_data
+    from bncli.cli.named_network import HOW_NORMALIZED, MEASURED, fit_to_data
     from bncli.config import ImageFolderConfig
     from bncli.data import Dataset
     from bncli.data.class_order import read_class_order
@@ -182,10 +182,7 @@ def _without_data(subject: Subject) -> ExportSource:
     named, data = subject.named[0], subject.config.data
     assert isinstance(data, ImageFolderConfig)
     if (named.normalization or named.default_normalization) == MEASURED:
-        ways = "--normalization NAME, or --data-root FOLDER to measure it on the training images"
-        raise ConfigError(
-            "bncli export --model", [f"how are pixels normalised? Nothing says it; give {ways}"]
-        )
+        raise ConfigError("bncli export --model", [HOW_NORMALIZED])
     shape = (3, data.image_size, data.image_size)
     black = InMemory(torch.zeros((2, *shape), dtype=torch.uint8), None)
     names = read_class_order(data.classes).names if data.classes is not None else ()

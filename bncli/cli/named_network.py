@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 CONVNET = "convnet"  # bncli's own, which its checkpoints describe
 MEASURED = "measured"
+HOW_NORMALIZED = (
+    "how are pixels normalised? Nothing says it; give --normalization NAME, or --data-root FOLDER to measure"
+    " it on the training images"
+)
 
 
 @dataclass(frozen=True)
@@ -144,9 +148,16 @@ def _parse_arguments(items: Sequence[str]) -> dict[str, Any]:
 
 
 def find_data(
-    overrides: list[str], command: str, preset: "Preset | None", *, needs_images: bool = True
+    overrides: list[str],
+    command: str,
+    preset: "Preset | None",
+    normalization: str | None,
+    *,
+    needs_images: bool = True,
 ) -> list[str]:
     """The overrides, with the kind of data where only their folder is named.
+
+    `normalization` is what --normalization says.
 
     Raises ConfigError where no data are named and images are needed: a foreign checkpoint does not say which
     it is of.
@@ -160,7 +171,11 @@ def find_data(
     # as the owners of most networks evaluate them
     overrides = ["runtime.precision=float32", *overrides]
     if "name" in named:
-        return [*_sizes(preset, named), *overrides] if named["name"] == "imagefolder" else overrides
+        unknown = (
+            command == "bncli export" and preset is None and not {"root", "normalization"} & named.keys()
+        )
+        also = [HOW_NORMALIZED] if unknown and normalization is None else []
+        return [*_sizes(preset, named, also), *overrides] if named["name"] == "imagefolder" else overrides
     if "root" not in named and command == "bncli predict" and "classes" in named:
         return ["data.name=imagefolder", *_sizes(preset, named), *overrides]  # names are all that is asked
     if "root" not in named:
@@ -179,21 +194,22 @@ def find_data(
     return ["data.name=imagefolder", *_sizes(preset, named), *overrides]
 
 
-def _sizes(preset: "Preset | None", named: Mapping[str, object]) -> list[str]:
+def _sizes(preset: "Preset | None", named: Mapping[str, object], also: Sequence[str] = ()) -> list[str]:
     """How the images of folders become squares, as of --set: as the network's library does it.
 
     Where the command line gives a size, the whole image is resized to it. Raises ConfigError where nobody
-    says one: a wrong size costs accuracy, and nothing else shows it.
+    says one: a wrong size costs accuracy, and nothing else shows it. `also` is asked for along with it.
     """
     if "image_size" in named:
         return []
     if preset is None or preset.image_size is None:
         raise ConfigError(
-            "data.image_size",
+            "bncli export --model" if also else "data.image_size",
             [
                 "images of which size does the network take? Nothing says it; --set data.image_size=N"
                 " resizes them to NxN pixels, data.resize=M beside it cuts the middle out of a shorter side"
-                " of M"
+                " of M",
+                *also,
             ],
         )
     return [f"data.{key}={getattr(preset, key)}" for key in ("image_size", "resize", "interpolation")]

@@ -194,7 +194,9 @@ def open_subject(
         network, loaded = named.load(path)
         print_note(f"{path}: {loaded.sentence} into {named.name}")
         preset = preset_of(named.name, network)
-        followed = _config_of_options(overrides or [], command, preset, needs_images=needs_images)
+        followed = _config_of_options(
+            overrides or [], command, preset, named.normalization, needs_images=needs_images
+        )
         named = named.with_preset(preset, followed.config.data)
         if needs_images:
             tell_images(followed.config, named, has_preset=preset is not None)
@@ -293,14 +295,19 @@ def _open_own(
 
 
 def _config_of_options(
-    overrides: list[str], command: str, preset: "Preset | None", *, needs_images: bool
+    overrides: list[str],
+    command: str,
+    preset: "Preset | None",
+    normalization: str | None,
+    *,
+    needs_images: bool,
 ) -> "FollowedConfig":
     """The configuration where a file records none: the defaults, and what the command line says."""
     from bncli.cli.named_network import find_data
     from bncli.config_file import config_from_dict, keys_of
     from bncli.recorded_config import FollowedConfig
 
-    given = find_data(overrides, f"bncli {command}", preset, needs_images=needs_images)
+    given = find_data(overrides, f"bncli {command}", preset, normalization, needs_images=needs_images)
     config = config_from_dict({}, given, source="defaults")
     return FollowedConfig(config, config, keys_of(overrides), {})
 

@@ -478,7 +478,11 @@ def test_commands_that_need_the_checkpoint_ask_for_it(
 def test_named_networks_need_to_know_their_images(bncli: Bncli, tmp_path: Path) -> None:
     path = save_awkward(tmp_path / "a.pt")
     words = ("export", path, "--model", f"{HERE}Awkward", "-o", tmp_path / "b.safetensors")
-    assert "images of which size" in bncli(*words).err
+    both = bncli(*words)
+    assert both.code == 2
+    assert "images of which size" in both.err.splitlines()[-1]
+    assert "how are pixels normalised?" in both.err.splitlines()[-1]
+    assert "normalised" not in bncli(*words, "--normalization", "half").err
     outcome = bncli(*words, "--set", "data.image_size=32")
     assert outcome.code == 2
     assert "how are pixels normalised?" in outcome.err
