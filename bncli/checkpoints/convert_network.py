@@ -33,7 +33,7 @@ from bncli.wording import list_names, plural
 _KERNELS = ("0", "kernel", "depthwise_kernel", "w", "weight")  # as `.keras`, `.h5` and others call them
 _PARAMS = re.compile(r"(.*\.)?params\.")
 _BIASES = ("1", "bias", "b")
-_LAYOUTS: dict[Convention, Layout] = {
+LAYOUTS: dict[Convention, Layout] = {
     KERAS_2: "keras", KERAS_3: "keras", KERAS_2_OR_3: "keras",
     FLAX: "jax", HAIKU: "jax", PADDLE: "paddle",
 }  # fmt: skip
@@ -100,7 +100,7 @@ def _convert(
     tensors = checkpoint.tensors
     modules, norms = kernel_layers(network), [name for name, _ in batch_norm_layers(network)]
     conventions = {layer.convention for layer in layers}
-    layout = _LAYOUTS.get(layers[0].convention) if len(conventions) == 1 else None
+    layout = LAYOUTS.get(layers[0].convention) if len(conventions) == 1 else None
     found = {} if layout is None else _kernels_of(tensors, {layer.name for layer in layers})
     matched = _counterparts(found, layers, network)
     chosen, notes = matched.chosen, [matched.sentence]
@@ -175,7 +175,7 @@ def _counterparts(found: Collection[str], layers: Sequence[LayerStats], network:
         return _Matched(chosen, "Layers were matched by their names, which are the same in both.")
     _check_channels(layers, [(name, norm.num_features) for name, norm in norms])
     chosen = {name: layer.name for (name, _), layer in zip(norms, layers, strict=True)}
-    in_order = _LAYOUTS.get(convention) == "keras" and len(found) == len(modules)
+    in_order = LAYOUTS.get(convention) == "keras" and len(found) == len(modules)
     if in_order:
         chosen |= {name: source for (name, _), source in zip(modules, found, strict=True)}
     return _Matched(

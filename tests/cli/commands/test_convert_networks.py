@@ -6,6 +6,7 @@ ResNet-50 and the real Keras, both ways.
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from bncli.checkpoints.convert_network import LAYOUTS
 from bncli.checkpoints.resnet_names import haiku_names, keras_names
 from bncli.models import build_network
 from tests.checkpoints.formats.framework_answers import input_of
@@ -287,6 +289,16 @@ def test_names_of_haiku_s_resnets() -> None:
     with torch.device("meta"):
         vgg = build_network("torchvision:vgg11_bn", {})
     assert haiku_names([name for name, _ in vgg.named_modules()]) is None
+
+
+def test_help_and_explanation_name_the_frameworks_whose_networks_are_converted(bncli: Bncli) -> None:
+    """By their families: Keras 2 and 3 are one."""
+    families = {convention.framework.lower().split()[0].removeprefix("tf.") for convention in LAYOUTS}
+    for command in (("convert", "--help"), ("explain", "conversion")):
+        text = " ".join(bncli(*command).out.split()).lower()
+        sentence = text[: text.index("for pytorch, ")].rpartition("--model")[2]
+        named = set(re.findall("keras|flax|haiku|paddlepaddle|mxnet|equinox|chainer|mindspore", sentence))
+        assert named == families
 
 
 def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:
