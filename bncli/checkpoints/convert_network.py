@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
-from bncli.batchnorm.conventions import FLAX, HAIKU, KERAS_2, KERAS_2_OR_3, KERAS_3, PADDLE, Convention
+from bncli.batchnorm.conventions import (
+    FLAX,
+    HAIKU,
+    KERAS_2,
+    KERAS_2_OR_3,
+    KERAS_3,
+    PADDLE,
+    PYTORCH,
+    Convention,
+)
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
@@ -129,8 +138,15 @@ def _convert(
             folded.append(name)
         if source.bias is not None and (module.bias is not None or name in norm_behind):
             used.add(source.bias)
-    if layout is None:
-        framework = layers[0].convention.framework
+    framework = layers[0].convention.framework
+    if framework == PYTORCH.framework:
+        if all(name == chosen[name] for name in norms):
+            notes.clear()
+        notes.append(
+            "The file is PyTorch's already, so only its BatchNorm layers are written; --to keras converts the"
+            " network."
+        )
+    elif layout is None:
         notes.append(
             f"BatchNorm layers alone were converted: whole networks are not converted from {framework}."
         )

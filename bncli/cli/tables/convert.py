@@ -68,6 +68,8 @@ def show_conversion(source: str, output: str, conversion: Conversion, left: list
         print_wrapped(console, note)
     if filled := [f"{leaf} of {layer.name}" for layer in conversion.layers for leaf in layer.filled]:
         print_wrapped(console, f"Written as 1 or 0, as the layer has none: {list_names(filled)}.")
+    if conversion.framework == "PyTorch" and conversion.missing:
+        return  # a note says why: nothing else was to be converted
     if left:
         what = "" if conversion.used else ", as only BatchNorm layers are converted"
         tensors = plural(len(left), "other tensor")

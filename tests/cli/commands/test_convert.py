@@ -210,6 +210,15 @@ def test_layers_take_the_names_of_a_network(bncli: Bncli, tmp_path: Path) -> Non
     outcome = bncli("convert", tmp_path / "old.pt", "-o", new, "--model", network)
     assert outcome.code == 0, outcome.err
     assert {key.rpartition(".")[0] for key in torch.load(new, weights_only=True)} == {"1"}
+    assert "Layers were matched by their order" in " ".join(outcome.out.split())
+    outcome = bncli("convert", new, "-o", tmp_path / "again.pt", "--model", network)
+    assert (
+        outcome.out.partition("momentum=0.1")[2].lstrip(").").split()
+        == (
+            "The file is PyTorch's already, so only its BatchNorm layers are written; --to keras converts the"
+            " network."
+        ).split()
+    )
 
 
 def test_a_layer_without_statistics_does_not_keep_the_others_from_being_converted(
