@@ -107,6 +107,12 @@ def test_back_in_keras_are_its_own_variables(bncli: Bncli, tmp_path: Path, name:
     outcome = bncli("convert", state, "-o", back, "--to", "keras", "--model", twin, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["tensors_left_out"] == []
+    text = " ".join(bncli("convert", state, "-o", back, "--to", "keras", "--model", twin).out.split())
+    kept = torch.load(state, weights_only=True)
+    others = [key for key in kept if f"{key.rpartition('.')[0]}.running_mean" not in kept]
+    assert f" and {len(others)} other tensors of PyTorch" in text
+    if name == "mixed":
+        assert "1 bias of 0 added, as Keras' layers have one unless use_bias=False: images.0." in text
     with np.load(back) as arrays:
         shapes = {key: list(arrays[key].shape) for key in arrays.files}
     if name == "mixed":  # whose layers keep the names of PyTorch's
