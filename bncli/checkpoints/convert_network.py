@@ -169,7 +169,14 @@ def _convert(
         notes=(*notes, *conversion.notes),
         used=frozenset(used),
         missing=tuple(name for name in wanted if name not in state),
+        classes=tuple(sorted({_class_of(norm) for _, norm in batch_norm_layers(network)})),
     )
+
+
+def _class_of(norm: nn.Module) -> str:
+    """Its class, or the nearest above it that PyTorch has."""
+    own = (one for one in type(norm).__mro__ if one.__module__ == nn.BatchNorm2d.__module__)
+    return next(one.__name__.removeprefix("_") for one in own)
 
 
 def _counterparts(found: Collection[str], layers: Sequence[LayerStats], network: nn.Module) -> _Matched:

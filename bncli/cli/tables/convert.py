@@ -96,7 +96,8 @@ def _show_what_to_set(console: Console, output: str, conversion: Conversion, to:
         console.print()
         return
     how = f"eps={eps:g}, momentum={'None' if momentum == 'cumulative' else momentum}"
-    text = f"A state dict holds no eps and no momentum: build {which} as torch.nn.BatchNorm2d(C, {how})."
+    classes = " or ".join(conversion.classes) or "BatchNorm1d, 2d or 3d"
+    text = f"A state dict holds no eps and no momentum: build {which} as torch.nn.{classes}(C, {how})."
     print_wrapped(console, text)
 
 
