@@ -57,6 +57,7 @@ class Conversion:
     untracked: tuple[
         str, ...
     ] = ()  # layers of the file that keep no statistics: weight and bias were written
+    classes: tuple[str, ...] = ()  # of the network's BatchNorm layers, by name; empty: unknown
 
 
 def convert_layers(

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bncli.batchnorm import LayerStats
-from bncli.batchnorm.conventions import FLAX, HAIKU, KERAS_2, KERAS_2_OR_3, KERAS_3, PADDLE, Convention
+from bncli.batchnorm.conventions import (
+    FLAX,
+    HAIKU,
+    KERAS_2,
+    KERAS_2_OR_3,
+    KERAS_3,
+    PADDLE,
+    PYTORCH,
+    Convention,
+)
 from bncli.batchnorm.layers import batch_norm_layers
 from bncli.checkpoints.any_content import named
 from bncli.checkpoints.any_file import OpenCheckpoint
@@ -33,7 +42,7 @@ from bncli.wording import list_names, plural
 _KERNELS = ("0", "kernel", "depthwise_kernel", "w", "weight")  # as `.keras`, `.h5` and others call them
 _PARAMS = re.compile(r"(.*\.)?params\.")
 _BIASES = ("1", "bias", "b")
-_LAYOUTS: dict[Convention, Layout] = {
+LAYOUTS: dict[Convention, Layout] = {
     KERAS_2: "keras", KERAS_3: "keras", KERAS_2_OR_3: "keras",
     FLAX: "jax", HAIKU: "jax", PADDLE: "paddle",
 }  # fmt: skip
@@ -100,7 +109,7 @@ def _convert(
     tensors = checkpoint.tensors
     modules, norms = kernel_layers(network), [name for name, _ in batch_norm_layers(network)]
     conventions = {layer.convention for layer in layers}
-    layout = _LAYOUTS.get(layers[0].convention) if len(conventions) == 1 else None
+    layout = LAYOUTS.get(layers[0].convention) if len(conventions) == 1 else None
     found = {} if layout is None else _kernels_of(tensors, {layer.name for layer in layers})
     matched = _counterparts(found, layers, network)
     chosen, notes = matched.chosen, [matched.sentence]
@@ -129,8 +138,15 @@ def _convert(
             folded.append(name)
         if source.bias is not None and (module.bias is not None or name in norm_behind):
             used.add(source.bias)
-    if layout is None:
-        framework = layers[0].convention.framework
+    framework = layers[0].convention.framework
+    if framework == PYTORCH.framework:
+        if all(name == chosen[name] for name in norms):
+            notes.clear()
+        notes.append(
+            "The file is PyTorch's already, so only its BatchNorm layers are written; --to keras converts the"
+            " network."
+        )
+    elif layout is None:
         notes.append(
             f"BatchNorm layers alone were converted: whole networks are not converted from {framework}."
         )
@@ -153,7 +169,14 @@ def _convert(
         notes=(*notes, *conversion.notes),
         used=frozenset(used),
         missing=tuple(name for name in wanted if name not in state),
+        classes=tuple(sorted({_class_of(norm) for _, norm in batch_norm_layers(network)})),
     )
+
+
+def _class_of(norm: nn.Module) -> str:
+    """Its class, or the nearest above it that PyTorch has."""
+    own = (one for one in type(norm).__mro__ if one.__module__ == nn.BatchNorm2d.__module__)
+    return next(one.__name__.removeprefix("_") for one in own)
 
 
 def _counterparts(found: Collection[str], layers: Sequence[LayerStats], network: nn.Module) -> _Matched:
@@ -175,7 +198,7 @@ def _counterparts(found: Collection[str], layers: Sequence[LayerStats], network:
         return _Matched(chosen, "Layers were matched by their names, which are the same in both.")
     _check_channels(layers, [(name, norm.num_features) for name, norm in norms])
     chosen = {name: layer.name for (name, _), layer in zip(norms, layers, strict=True)}
-    in_order = _LAYOUTS.get(convention) == "keras" and len(found) == len(modules)
+    in_order = LAYOUTS.get(convention) == "keras" and len(found) == len(modules)
     if in_order:
         chosen |= {name: source for (name, _), source in zip(modules, found, strict=True)}
     return _Matched(

@@ -19,7 +19,7 @@ from bncli.checkpoints.flat_images import flat_pixels
 from bncli.checkpoints.kernel_axes import flat_of_keras, is_grouped, of_keras
 from bncli.checkpoints.resnet_names import keras_names, note_strides
 from bncli.errors import CheckpointError
-from bncli.wording import list_names
+from bncli.wording import list_names, plural
 
 LEAVES = {
     "weight": "gamma",
@@ -77,14 +77,18 @@ def convert_to_keras(
                 scaled = leaf == "running_var" and factor != 1
                 values = (tensor.double() * factor).to(tensor.dtype) if scaled else tensor
                 arrays[f"{names[layer.name]}/{role}"] = flat_of_keras(values, pixels.get(layer.name, 1))
-    used = set[str]()
+    used, added = set[str](), list[str]()
     for name, module in modules:
         if is_grouped(module):
             continue
         arrays[f"{names[name]}/kernel"] = of_keras(module, pixels.get(name, 1))
         bias = torch.zeros(_outputs(module)) if module.bias is None else module.bias.detach()
         arrays[f"{names[name]}/bias"] = bias
-        used |= {f"{name}.weight", f"{name}.bias"}
+        used.add(f"{name}.weight")
+        if module.bias is None:
+            added.append(names[name])
+        else:
+            used.add(f"{name}.bias")
     strides = None
     if network is not None and known:
         strides = note_strides(network, [name for name, _ in modules], for_keras=True)
@@ -100,7 +104,7 @@ def convert_to_keras(
             )
             for one in translated.layers
         ),
-        notes=tuple(_notes(layers, factor, strides, untracked)),
+        notes=tuple(_notes(layers, factor, strides, untracked, added)),
         used=frozenset(used),
     )
 
@@ -115,9 +119,18 @@ def _outputs(module: nn.Module) -> int:
 
 
 def _notes(
-    layers: Sequence[LayerStats], factor: float, strides: str | None, untracked: Sequence[str]
+    layers: Sequence[LayerStats],
+    factor: float,
+    strides: str | None,
+    untracked: Sequence[str],
+    added: Sequence[str],
 ) -> list[str]:
     notes = [] if strides is None else [strides]
+    if added:
+        notes.append(
+            f"{plural(len(added), 'bias', 'biases')} of 0 added, as Keras' layers have one unless"
+            f" use_bias=False: {list_names(added)}."
+        )
     if untracked:
         notes.append(
             f"Keras has no BatchNorm without running statistics: not written, {list_names(untracked)}."

@@ -70,8 +70,9 @@ def convert_checkpoint(
     """Write BatchNorm layers of any framework for PyTorch or Keras.
 
     Momentum, variances and names are translated; eps and momentum, for which the new file has no place, are
-    printed. With --model the layers get the names of that network's, and between Keras and PyTorch the whole
-    network is converted where its layers map one to one. CHECKPOINT is only read.
+    printed. With --model the layers get the names of that network's, and a whole network of Keras, Flax,
+    Haiku or PaddlePaddle is converted for PyTorch, or one of PyTorch for Keras, where layers map one to one.
+    CHECKPOINT is only read.
 
     Examples:
     bncli convert runs/first/last.pt -o layers.npz

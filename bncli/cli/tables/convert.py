@@ -68,6 +68,8 @@ def show_conversion(source: str, output: str, conversion: Conversion, left: list
         print_wrapped(console, note)
     if filled := [f"{leaf} of {layer.name}" for layer in conversion.layers for leaf in layer.filled]:
         print_wrapped(console, f"Written as 1 or 0, as the layer has none: {list_names(filled)}.")
+    if conversion.framework == "PyTorch" and conversion.missing:
+        return  # a note says why: nothing else was to be converted
     if left:
         what = "" if conversion.used else ", as only BatchNorm layers are converted"
         tensors = plural(len(left), "other tensor")
@@ -94,7 +96,8 @@ def _show_what_to_set(console: Console, output: str, conversion: Conversion, to:
         console.print()
         return
     how = f"eps={eps:g}, momentum={'None' if momentum == 'cumulative' else momentum}"
-    text = f"A state dict holds no eps and no momentum: build {which} as torch.nn.BatchNorm2d(C, {how})."
+    classes = " or ".join(conversion.classes) or "BatchNorm1d, 2d or 3d"
+    text = f"A state dict holds no eps and no momentum: build {which} as torch.nn.{classes}(C, {how})."
     print_wrapped(console, text)
 
 

@@ -210,6 +210,36 @@ def test_layers_take_the_names_of_a_network(bncli: Bncli, tmp_path: Path) -> Non
     outcome = bncli("convert", tmp_path / "old.pt", "-o", new, "--model", network)
     assert outcome.code == 0, outcome.err
     assert {key.rpartition(".")[0] for key in torch.load(new, weights_only=True)} == {"1"}
+    assert "Layers were matched by their order" in " ".join(outcome.out.split())
+    outcome = bncli("convert", new, "-o", tmp_path / "again.pt", "--model", network)
+    assert " ".join(outcome.out.partition("momentum=0.1).")[2].split()) == (
+        "The file is PyTorch's already, so only its BatchNorm layers are written; --to keras converts the"
+        " network."
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (None, "BatchNorm1d, 2d or 3d"),
+        ("nn.BatchNorm1d(4)", "BatchNorm1d"),
+        ("type('Own', (nn.BatchNorm3d,), {})(4)", "BatchNorm3d"),
+        ("nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4)", "BatchNorm1d or BatchNorm2d"),
+    ],
+)
+def test_layers_are_to_be_built_as_they_are_in_the_network(
+    bncli: Bncli, tmp_path: Path, layers: str | None, said: str
+) -> None:
+    made = nn.Sequential(*eval(f"({layers or 'nn.BatchNorm2d(4)'},)"))
+    torch.save(made.state_dict(), tmp_path / "old.pt")
+    (tmp_path / "net.py").write_text(
+        f"from torch import nn\ndef make():\n    return nn.Sequential({layers})\n"
+    )
+    model = () if layers is None else ("--model", f"{tmp_path / 'net.py'}:make")
+    outcome = bncli("convert", tmp_path / "old.pt", "-o", tmp_path / "new.pt", *model)
+    assert f"build every layer as torch.nn.{said}(C, eps=1e-05, momentum=0.1)." in " ".join(
+        outcome.out.split()
+    )
 
 
 def test_a_layer_without_statistics_does_not_keep_the_others_from_being_converted(

@@ -6,6 +6,7 @@ ResNet-50 and the real Keras, both ways.
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from bncli.checkpoints.convert_network import LAYOUTS
 from bncli.checkpoints.resnet_names import haiku_names, keras_names
 from bncli.models import build_network
 from tests.checkpoints.formats.framework_answers import input_of
@@ -105,6 +107,12 @@ def test_back_in_keras_are_its_own_variables(bncli: Bncli, tmp_path: Path, name:
     outcome = bncli("convert", state, "-o", back, "--to", "keras", "--model", twin, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["tensors_left_out"] == []
+    text = " ".join(bncli("convert", state, "-o", back, "--to", "keras", "--model", twin).out.split())
+    kept = torch.load(state, weights_only=True)
+    others = [key for key in kept if f"{key.rpartition('.')[0]}.running_mean" not in kept]
+    assert f" and {len(others)} other tensors of PyTorch" in text
+    if name == "mixed":
+        assert "1 bias of 0 added, as Keras' layers have one unless use_bias=False: images.0." in text
     with np.load(back) as arrays:
         shapes = {key: list(arrays[key].shape) for key in arrays.files}
     if name == "mixed":  # whose layers keep the names of PyTorch's
@@ -287,6 +295,16 @@ def test_names_of_haiku_s_resnets() -> None:
     with torch.device("meta"):
         vgg = build_network("torchvision:vgg11_bn", {})
     assert haiku_names([name for name, _ in vgg.named_modules()]) is None
+
+
+def test_help_and_explanation_name_the_frameworks_whose_networks_are_converted(bncli: Bncli) -> None:
+    """By their families: Keras 2 and 3 are one."""
+    families = {convention.framework.lower().split()[0].removeprefix("tf.") for convention in LAYOUTS}
+    for command in (("convert", "--help"), ("explain", "conversion")):
+        text = " ".join(bncli(*command).out.split()).lower()
+        sentence = text[: text.index("for pytorch, ")].rpartition("--model")[2]
+        named = set(re.findall("keras|flax|haiku|paddlepaddle|mxnet|equinox|chainer|mindspore", sentence))
+        assert named == families
 
 
 def test_a_network_for_keras_is_one_of_pytorch(bncli: Bncli, tmp_path: Path) -> None:
