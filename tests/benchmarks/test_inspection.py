@@ -41,7 +41,7 @@ def test_all_files_are_measured_and_removed(tmp_path: Path) -> None:
     assert [item.num_tensors for item in result.inspections] == [30, 30, 30, 30, 300]
     for item in result.inspections:
         assert item.seconds > 0.1  # a process that imports torch
-        assert 50 < item.peak_mib < 1024
+        assert item.peak_mib > 50
     assert not list(tmp_path.iterdir())
 
 
