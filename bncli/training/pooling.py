@@ -101,6 +101,7 @@ class _MaxPooling(torch.autograd.Function):
         )
         (places,) = ctx.saved_tensors
         first = _first_places(ctx.window, ctx.shape[3], places)  # (H', W')
+        lowest = first.to(places.dtype)
         parts = (each.split(ctx.chunk) for each in (gradient, by_input, places))
         for theirs, result, kept in zip(*parts, strict=True):
             # the input is asked for its shape and layout alone, so the result can stand for it
@@ -109,7 +110,7 @@ class _MaxPooling(torch.autograd.Function):
                 result,
                 *ctx.window,
                 ctx.ceil_mode,
-                (kept - first.to(kept.dtype)).long().add_(first),
+                (kept - lowest).long().add_(first),
                 grad_input=result,
             )
         return by_input, None, None, None, None, None
